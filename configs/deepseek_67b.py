@@ -1,0 +1,21 @@
+"""DeepSeek 67B, dense with grouped-query attention: compared with the 145B (V1 table 6).
+
+    python -m dsmoe_jax.train --config=configs/deepseek_67b.py:demo --workdir=DIR
+
+The FFN is 22016 wide (nominal 21845.33) and 64 heads share 8 key/value heads; the paper's FLOPs
+are at the nominal width and take full multi-head attention.
+
+V1 table 6, 245B tokens: loss 1.905, 67.4B parameters, 2057.5T FLOPs per 4K tokens.
+"""
+
+import dataclasses
+
+from configs import base, deepseek_7b
+
+SETUP = dataclasses.replace(
+    deepseek_7b.SETUP, name="deepseek_67b", paper=base.PAPER_67B, released_width=22016
+)
+
+
+def get_config(arg: str = "paper"):
+    return base.build(SETUP, arg)

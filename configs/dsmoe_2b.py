@@ -1,0 +1,34 @@
+"""DeepSeekMoE 2B: 1 shared and 63 routed experts of quarter width, 7 of them activated (V1 4.1).
+
+    python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=DIR
+
+Options build the other points of the design: with `split=m`, 16 standard FFNs are cut into 16 m
+experts of 1/m the width and 2 m are activated; `shared` of these are always active (V1 eqs. 6-11).
+V1 figure 3 is gshard_2b, then `:paper,split=1`, `:paper,split=2` and this config; the shared
+experts of section 4.4 are `:paper,shared=1`, `shared=2` and `shared=4`.
+
+V1 table 1, 100B tokens: Pile loss 1.808 with 2.0B parameters, 0.3B activated, 4.3T FLOPs per 2K
+tokens; 1 / 2 / 4 shared experts 1.808 / 1.806 / 1.811.
+"""
+
+from configs import base
+
+
+def setup(split: int = 4, shared: int = 1) -> base.Setup:
+    """16 standard FFNs in `split` parts each, 2 standard FFNs activated, `shared` parts always."""
+    total, activated = 16 * split, 2 * split
+    if split < 1 or not 0 <= shared < activated:
+        raise ValueError(
+            f"split={split}, shared={shared}: split must be > 0 and shared below the {activated}"
+            " activated experts"
+        )
+    name = "dsmoe_2b" + f"_split{split}" * (split != 4) + f"_shared{shared}" * (shared != 1)
+    return base.Setup(
+        name, base.PAPER_2B, shared=shared, routed=total - shared, top_k=activated - shared,
+        width=1 / split,
+    )  # fmt: skip
+
+
+def get_config(arg: str = "paper"):
+    scale, options = base.parse(arg, split=4, shared=1)
+    return base.build(setup(**options), scale)

@@ -1,0 +1,21 @@
+"""GShard 137B: 16 routed experts of standard width, 2 activated, first layer dense (V1 7.2).
+
+    python -m dsmoe_jax.train --config=configs/gshard_137b.py:demo --workdir=DIR
+
+An expert is 10944 wide (nominal 10922.67); the paper's FLOPs are at the nominal width.
+
+V1 table 6, 245B tokens: loss 1.961, 136.5B parameters, 21.6B activated, 572.7T FLOPs per 4K tokens.
+"""
+
+import dataclasses
+
+from configs import base, dsmoe_145b
+
+SETUP = dataclasses.replace(
+    dsmoe_145b.SETUP, name="gshard_137b", shared=0, routed=16, top_k=2, width=1.0,
+    released_width=10944, flops_at_released_width=False,
+)  # fmt: skip
+
+
+def get_config(arg: str = "paper"):
+    return base.build(SETUP, arg)

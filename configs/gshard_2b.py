@@ -1,0 +1,21 @@
+"""GShard 2B: 16 routed experts of standard width, 2 activated, none shared (V1 4.1; 2006.16668).
+
+    python -m dsmoe_jax.train --config=configs/gshard_2b.py:demo --workdir=DIR
+
+The gates are the softmax affinities, not renormalised over the two chosen: V1 writes its
+conventional MoE so (eqs. 3-5), unlike the original GShard.  It is also the first step of V1
+figure 3.
+
+V1 table 1, 100B tokens: Pile loss 1.867 with 2.0B parameters, 0.3B activated, 4.3T FLOPs per 2K
+tokens.
+"""
+
+import dataclasses
+
+from configs import base, dsmoe_2b
+
+SETUP = dataclasses.replace(dsmoe_2b.setup(split=1, shared=0), name="gshard_2b")
+
+
+def get_config(arg: str = "paper"):
+    return base.build(SETUP, arg)

@@ -1,0 +1,18 @@
+"""LLaMA2 7B, dense: the open model that DeepSeekMoE 16B is compared with (V1 table 4).
+
+    python -m dsmoe_jax.train --config=configs/llama2_7b.py:demo --workdir=DIR
+
+Sizes only: the training settings are DeepSeek 7B's, so that the architectures compare.
+
+V1: 6.7B parameters, 187.9T FLOPs per 4K tokens.
+"""
+
+import dataclasses
+
+from configs import base, deepseek_7b
+
+SETUP = dataclasses.replace(deepseek_7b.SETUP, name="llama2_7b", paper=base.PAPER_LLAMA2_7B)
+
+
+def get_config(arg: str = "paper"):
+    return base.build(SETUP, arg)
