@@ -76,8 +76,15 @@ class MoEConfig:
     def __post_init__(self) -> None:
         at, check = "model.moe.", _checker(self, "model.moe.")
         e, k = self.n_routed_experts, self.num_experts_per_tok
-        _not_negative(self, at, "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
-                      "expert_balance_factor", "router_z_factor")
+        _not_negative(
+            self,
+            at,
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "expert_balance_factor",
+            "router_z_factor",
+        )
         _positive(self, at, "moe_intermediate_size", "nominal_width")
         check("n_routed_experts", e + self.n_shared_experts > 0, "a layer needs an expert")
         check("num_experts_per_tok", k <= e, f"cannot exceed the n_routed_experts={e} there are")
@@ -109,14 +116,32 @@ class ModelConfig:
     def __post_init__(self) -> None:
         at, check = "model.", _checker(self, "model.")
         heads, layers = self.num_attention_heads, self.num_hidden_layers
-        _positive(self, at, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                  "num_key_value_heads", "head_dim", "intermediate_size", "nominal_dense_width",
-                  "rope_theta", "rms_norm_eps", "initializer_range")
-        check("num_key_value_heads", heads % self.num_key_value_heads == 0,
-              f"must divide num_attention_heads={heads}")
+        _positive(
+            self,
+            at,
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "nominal_dense_width",
+            "rope_theta",
+            "rms_norm_eps",
+            "initializer_range",
+        )
+        check(
+            "num_key_value_heads",
+            heads % self.num_key_value_heads == 0,
+            f"must divide num_attention_heads={heads}",
+        )
         check("head_dim", self.head_dim % 2 == 0, "must be even for RoPE")
-        check("first_k_dense_replace", 0 <= self.first_k_dense_replace < layers,
-              f"must be below num_hidden_layers={layers}; a dense model has n_routed_experts=0")
+        check(
+            "first_k_dense_replace",
+            0 <= self.first_k_dense_replace < layers,
+            f"must be below num_hidden_layers={layers}; a dense model has n_routed_experts=0",
+        )
         dtypes = ("auto", "float32", "bfloat16")
         check("compute_dtype", self.compute_dtype in dtypes, f"must be one of {dtypes}")
 
@@ -156,8 +181,11 @@ class OptimizerConfig:
         check("b1", self.b1 < 1, "must be below 1")
         check("b2", self.b2 < 1, "must be below 1")
         increasing = tuple(sorted(self.decay_at)) == self.decay_at
-        check("decay_at", increasing and all(0 < share < 1 for share in self.decay_at),
-              "must be increasing shares between 0 and 1")
+        check(
+            "decay_at",
+            increasing and all(0 < share < 1 for share in self.decay_at),
+            "must be increasing shares between 0 and 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,11 +204,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at, check = "train.", _checker(self, "train.")
-        _positive(self, at, "steps", "global_batch_size", "accumulation_steps", "log_every",
-                  "checkpoint_every", "keep_checkpoints")
+        _positive(
+            self,
+            at,
+            "steps",
+            "global_batch_size",
+            "accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
         _not_negative(self, at, "eval_every", "eval_batches", "seed")
-        check("accumulation_steps", self.global_batch_size % self.accumulation_steps == 0,
-              f"must divide global_batch_size={self.global_batch_size}")
+        check(
+            "accumulation_steps",
+            self.global_batch_size % self.accumulation_steps == 0,
+            f"must divide global_batch_size={self.global_batch_size}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""The MoE feed-forward layer: shared experts plus routed experts (V1 eqs. 9-11).
+
+    h_t = sum_{i <= Ks} FFN_i(u_t) + sum_{i in TopK} g_it FFN_i(u_t)
+
+(The residual of eq. 9 is added by the transformer block.)
+
+Shapes: B sequences, S their length, T = B*S tokens, D hidden, F expert width, E routed experts,
+K activated per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.moe import dispatch, experts, losses, routers
+from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
+from dsmoe_jax.nn.layers import SwiGLU, init_matrix
+
+
+class RouterStats(NamedTuple):
+    """What one MoE layer reports of a batch (all float32; padding counts nowhere).
+
+    Attributes:
+      load_E: assignments each routed expert received.
+      entropy: mean over tokens of the affinities' entropy in nats (ln E is undecided); None for a
+        router without affinities.
+      terms: unweighted balance terms by name, those whose weight is not 0.
+    """
+
+    load_E: jax.Array
+    entropy: jax.Array | None
+    terms: dict[str, jax.Array]
+
+
+class MoELayer(nnx.Module):
+    """Shared experts beside a router, a dispatcher and routed experts.
+
+    Raises:
+      ValueError: at construction, for an unknown router, dispatcher or expert backend, a router
+        that cannot serve the config, or a balance term without affinities to balance.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        moe = config.moe
+        d, e, f = config.hidden_size, moe.n_routed_experts, moe.moe_intermediate_size
+        self.config = moe
+        if moe.n_shared_experts:
+            # Shared experts all see every token: side by side they are one wide FFN.
+            self.shared = SwiGLU(d, moe.n_shared_experts * f, config.initializer_range, rngs=rngs)
+        if not e:
+            return
+        router = routers.get_router(moe)
+        dispatch.get_dispatcher(moe.dispatch)
+        experts.get_backend(moe.expert_backend)
+        terms = losses.active_terms(moe)
+        if terms and not router.learned:
+            name = next(iter(terms))
+            raise ValueError(
+                f"model.moe.{name}_factor={terms[name]}: the {moe.router} router has no affinities"
+                " to balance; must be 0"
+            )
+        matrix = lambda *shape: init_matrix(rngs, shape, config.initializer_range)  # noqa: E731
+        if router.learned:
+            self.router_ED = matrix(e, d)
+        self.gate_EFD = matrix(e, f, d)
+        self.up_EFD = matrix(e, f, d)
+        self.down_EDF = matrix(e, d, f)
+
+    def __call__(
+        self, x_BSD: jax.Array, token_ids_BS: jax.Array, valid_BS: jax.Array
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """Applies the layer.
+
+        Args:
+          x_BSD: activations, in the compute dtype.
+          token_ids_BS: int32.
+          valid_BS: bool, False for padding.
+
+        Returns:
+          y_BSD, and the router's statistics (None without routed experts).
+        """
+        y_BSD, stats = None, None
+        if self.config.n_routed_experts:
+            x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+            with jax.named_scope("router"):
+                logits_TE, routing = self.route(x_TD, token_ids_BS.reshape(-1))
+            y_BSD = self.routed(x_TD, routing).reshape(x_BSD.shape)
+            stats = self.stats(logits_TE, routing, valid_BS)
+        if self.config.n_shared_experts:
+            with jax.named_scope("shared_experts"):
+                shared_BSD = self.shared(x_BSD)
+            y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD
+        assert y_BSD is not None
+        return y_BSD, stats
+
+    def route(self, x_TD: jax.Array, token_ids_T: jax.Array) -> tuple[jax.Array | None, Routing]:
+        """Logits (None for a router that learns nothing) and routing, always in float32."""
+        router = routers.get_router(self.config)
+        logits_TE = None
+        if router.learned:
+            logits_TE = jnp.einsum(
+                "td,ed->te",
+                x_TD.astype(jnp.float32),
+                self.router_ED[...],
+                precision=jax.lax.Precision.HIGHEST,  # an accelerator's default would round to bf16
+            )
+        return logits_TE, router.route(logits_TE, RouterInputs(token_ids_T), self.config)
+
+    def routed(self, x_TD: jax.Array, routing: Routing) -> jax.Array:
+        """The routed experts' weighted sum y_TD for a given routing."""
+        moe = self.config
+        weights = experts.ExpertWeights(self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...])
+        weights = experts.ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+
+        def run(rows_ND: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+            with jax.named_scope("experts"):
+                return experts.run_experts(rows_ND, group_sizes_E, weights, moe.expert_backend)
+
+        with jax.named_scope("dispatch"):
+            dispatcher = dispatch.get_dispatcher(moe.dispatch)
+            return dispatcher(x_TD, routing, moe.n_routed_experts, run)
+
+    def stats(
+        self, logits_TE: jax.Array | None, routing: Routing, valid_BS: jax.Array
+    ) -> RouterStats:
+        """Load, entropy and balance terms of a routing."""
+        moe, valid_T = self.config, valid_BS.reshape(-1)
+        entropy = None
+        if routing.affinity_TE is not None:
+            s_TE = jax.lax.stop_gradient(routing.affinity_TE)
+            entropy_T = jax.scipy.special.entr(s_TE).sum(axis=-1)
+            entropy = (entropy_T * valid_T).sum() / jnp.maximum(valid_T.sum(), 1)
+        terms = {
+            name: losses.BALANCE_TERMS[name](logits_TE, routing, valid_BS, moe.balance_scope)
+            for name in losses.active_terms(moe)
+        }
+        load_E = count_load(routing.ids_TK, moe.n_routed_experts, valid_T)
+        return RouterStats(load_E, entropy, terms)

@@ -1,0 +1,50 @@
+"""The small parts that every layer is made of.
+
+Matrices are stored out x in, as torch and Hugging Face do; `x @ w.T` is also the faster layout for
+XLA on CPU.
+
+Shapes: D hidden, F feed-forward width, V vocabulary; `...` any leading axes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param[jax.Array]:
+    """A float32 parameter from N(0, std^2): the paper starts every matrix so (V1 section 4.1.3)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def linear(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+    """`x @ weight.T` in the dtype of x, for x of (..., in) and weight of (out, in)."""
+    return jnp.einsum("...i,oi->...o", x, weight[...].astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale (1910.07467), computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> (..., D), same dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale_D[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """The dense feed-forward network `down(silu(gate x) * up x)` (2002.05202)."""
+
+    def __init__(self, hidden: int, width: int, std: float, *, rngs: nnx.Rngs):
+        self.gate_FD = init_matrix(rngs, (width, hidden), std)
+        self.up_FD = init_matrix(rngs, (width, hidden), std)
+        self.down_DF = init_matrix(rngs, (hidden, width), std)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> (..., D), same dtype."""
+        return linear(jax.nn.silu(linear(x, self.gate_FD)) * linear(x, self.up_FD), self.down_DF)

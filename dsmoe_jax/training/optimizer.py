@@ -1,0 +1,75 @@
+"""AdamW, clipping and the paper's learning-rate schedules, all from optax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from dsmoe_jax.config import OptimizerConfig
+
+
+def multi_step(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then x `decay_factor` at each share `decay_at` of the steps (V1 4.1.3)."""
+    drops = {round(share * steps): config.decay_factor for share in config.decay_at}
+    plateau = optax.piecewise_constant_schedule(config.peak_learning_rate, drops)
+    return _warmed_up(plateau, config.warmup_steps)
+
+
+def constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant: the 145B setting (V1 section 7.1)."""
+    del steps
+    return _warmed_up(optax.constant_schedule(config.peak_learning_rate), config.warmup_steps)
+
+
+def _warmed_up(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
+    if not warmup_steps:
+        return schedule
+    ramp = optax.linear_schedule(0.0, 1.0, warmup_steps)
+    # +1: the first update is not wasted on a learning rate of 0.
+    return lambda step: ramp(step + 1) * schedule(step)
+
+
+SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
+    "multi_step": multi_step,
+    "constant": constant,
+}
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the number of updates made so far.
+
+    Raises:
+      ValueError: for an unknown schedule, or a warm-up that ends after the first decay.
+    """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"optimizer.schedule={config.schedule!r}: must be one of {sorted(SCHEDULES)}"
+        )
+    if config.warmup_steps > steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={config.warmup_steps}: must not exceed train.steps={steps}"
+        )
+    return SCHEDULES[config.schedule](config, steps)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW; norm scales are not decayed."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters weight decay pulls to zero: all but the norms' scales."""
+    return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)

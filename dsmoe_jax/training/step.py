@@ -1,0 +1,172 @@
+"""One optimizer step as a pure function of state and batch.
+
+Shapes: B sequences of the global batch, S positions, V vocabulary, L MoE layers, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.moe import losses
+from dsmoe_jax.moe.layer import RouterStats
+from dsmoe_jax.nn.transformer import Transformer
+from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32, updates made so far.
+      params: the model's `nnx.Param`s, float32.
+      opt_state: of the optax optimizer.
+      other: the model's variables that carry no gradient.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: Any
+    other: nnx.State
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, still on the device.
+
+    Attributes:
+      loss: cross-entropy in nats per predicted token.
+      total_loss: with the weighted balance terms: what is differentiated.
+      tokens: predicted tokens of the global batch.
+      bytes: UTF-8 bytes that those tokens stand for.
+      grad_norm: global norm before clipping.
+      learning_rate: of this update.
+      router: RouterStats with a leading layer axis, over the global batch; None without routed
+        experts.
+    """
+
+    loss: jax.Array
+    total_loss: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    router: RouterStats | None
+
+
+class Sums(NamedTuple):
+    """Sums over predicted tokens: their negative log-likelihood, number, and bytes."""
+
+    nll: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+
+
+def build_model(config: Config) -> Transformer:
+    """The model with freshly drawn parameters; call it under `jax.jit` or `nnx.eval_shape`."""
+    return Transformer(config.model, rngs=nnx.Rngs(config.train.seed))
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before the first step: parameters and moments made in one compiled call."""
+
+    @jax.jit
+    def init() -> TrainState:
+        _, params, other = nnx.split(build_model(config), nnx.Param, ...)
+        opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+        return TrainState(jnp.int32(0), params, opt_state, other)
+
+    return init()
+
+
+def abstract_model(config: Config) -> nnx.GraphDef:
+    """The model's structure without its arrays, to merge a state into."""
+    return nnx.split(nnx.eval_shape(lambda: build_model(config)), nnx.Param, ...)[0]
+
+
+def token_sums(logits_BSV: jax.Array, batch: Batch, bytes_V: jax.Array) -> tuple[jax.Array, Sums]:
+    """Negative log-likelihood of every target (B x S, 0 where masked) and the sums of a batch."""
+    mask_BS = batch["loss_mask_BS"].astype(jnp.float32)
+    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["targets_BS"])
+    nll_BS = nll_BS * mask_BS
+    n_bytes = (bytes_V[batch["targets_BS"]].astype(jnp.float32) * mask_BS).sum()
+    return nll_BS, Sums(nll_BS.sum(), mask_BS.sum(), n_bytes)
+
+
+def make_train_step(
+    config: Config, bytes_V: jax.Array
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Builds `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Args:
+      config: of the run.
+      bytes_V: UTF-8 bytes of each token, for bits per byte.
+    """
+    graph = abstract_model(config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    weights = losses.active_terms(config.model.moe)
+    n_micro = config.train.accumulation_steps
+
+    def loss_fn(params, other, batch: Batch, all_tokens):
+        """A micro-batch's part of the loss: the parts of all micro-batches add up to it."""
+        model = nnx.merge(graph, params, other)
+        output = model.forward(batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"])
+        _, sums = token_sums(output.logits_BSV, batch, bytes_V)
+        loss = sums.nll / all_tokens
+        if output.router_stats is not None:
+            terms = output.router_stats.terms  # each of shape (L,)
+            # A mean over sequences or tokens: training has no padding, so micro-batches are equal.
+            loss += sum(weights[name] * terms[name].sum() for name in terms) / n_micro
+        return loss, (sums, output.router_stats)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def micro_step(micro: Batch):
+            (loss, (sums, router)), grads = grad_fn(state.params, state.other, micro, all_tokens)
+            return (loss, sums, router), grads
+
+        if n_micro == 1:
+            (total, sums, router), grads = micro_step(batch)
+        else:
+            (total, sums, router), grads = _accumulate(micro_step, batch, n_micro)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss=sums.nll / sums.tokens,
+            total_loss=total,
+            tokens=sums.tokens,
+            bytes=sums.bytes,
+            grad_norm=optax.global_norm(grads),
+            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            router=router,
+        )
+        return TrainState(state.step + 1, params, opt_state, state.other), metrics
+
+    return train_step
+
+
+def _accumulate(micro_step, batch: Batch, n_micro: int):
+    """Scans over micro-batches, adding up gradients and sums; router statistics are merged."""
+    micros = jax.tree.map(lambda x: x.reshape(n_micro, -1, *x.shape[1:]), batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(micro_step, jax.tree.map(lambda x: x[0], micros)),
+    )
+
+    def body(total, micro):
+        return jax.tree.map(jnp.add, total, micro_step(micro)), None
+
+    ((loss, sums, router), grads), _ = jax.lax.scan(body, zeros, micros)
+    if router is not None:  # loads add up; entropy and terms are means
+        mean = lambda tree: jax.tree.map(lambda x: x / n_micro, tree)  # noqa: E731
+        router = router._replace(entropy=mean(router.entropy), terms=mean(router.terms))
+    return (loss, sums, router), grads
