@@ -44,5 +44,8 @@ def count_load(ids_TK: jax.Array, n_experts: int, valid_T: jax.Array | None = No
       n_experts: E.
       valid_T: tokens to count (False for padding); None counts all.
     """
-    weights = None if valid_T is None else jnp.repeat(valid_T, ids_TK.shape[1])
-    return jnp.bincount(ids_TK.reshape(-1), weights=weights, length=n_experts).astype(jnp.float32)
+    # Comparing and adding fuses into one pass; a bincount would be a slow scatter-add.
+    chosen_TE = (ids_TK[:, :, None] == jnp.arange(n_experts)).sum(axis=1, dtype=jnp.float32)
+    if valid_T is not None:
+        chosen_TE = jnp.where(valid_T[:, None], chosen_TE, 0.0)
+    return chosen_TE.sum(axis=0)
