@@ -126,13 +126,16 @@ BACKENDS: dict[str, Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]] 
 
 
 def get_backend(backend: str) -> Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]:
-    """The backend of that name.
+    """The backend of that name; "auto" is the one that suits the default device.
 
     Raises:
       ValueError: for an unknown name, or a backend whose library is not installed.
     """
+    if backend == "auto":
+        backend = "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
     if backend not in BACKENDS:
-        raise ValueError(f"model.moe.expert_backend={backend!r}: must be one of {sorted(BACKENDS)}")
+        known = ["auto", *sorted(BACKENDS)]
+        raise ValueError(f"model.moe.expert_backend={backend!r}: must be one of {known}")
     if backend == "tokamax" and find_spec("tokamax") is None:
         raise ValueError(
             "model.moe.expert_backend='tokamax': the tokamax library is not installed; "
