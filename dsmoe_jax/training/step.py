@@ -145,7 +145,7 @@ def make_train_step(
             total_loss=total,
             tokens=sums.tokens,
             bytes=sums.bytes,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             router=router,
         )
