@@ -1,0 +1,98 @@
+"""The dataclasses refuse what cannot be, in one line that names the key and the value."""
+
+import json
+
+import pytest
+
+from dsmoe_jax.config import (
+    Config,
+    MoEConfig,
+    differences,
+    from_config_dict,
+    replace,
+    to_config_dict,
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model.moe.num_experts_per_tok", 64, "n_routed_experts=63"),
+        ("model.moe.num_experts_per_tok", 0, "n_routed_experts=0"),
+        ("model.moe.balance_scope", "device", "global_batch"),
+        ("model.moe.moe_intermediate_size", 0, "> 0"),
+        ("model.moe.n_shared_experts", -1, ">= 0"),
+        ("model.num_key_value_heads", 3, "divide num_attention_heads=10"),
+        ("model.head_dim", 127, "even"),
+        ("model.first_k_dense_replace", 9, "num_hidden_layers=9"),
+        ("model.compute_dtype", "float16", "bfloat16"),
+        ("data.tokenizer_vocab_size", 9000, "vocab_size=8192"),
+        ("optimizer.decay_at", (0.9, 0.8), "increasing"),
+        ("optimizer.b2", 1.0, "below 1"),
+        ("train.accumulation_steps", 3, "divide global_batch_size=2048"),
+        ("train.seed", -1, ">= 0"),
+    ],
+)
+def test_impossible_values_are_refused(key, value, says):
+    with pytest.raises(ValueError) as error:
+        replace(Config(), **{key: value})
+    message = str(error.value)
+    assert message.startswith(f"{key}={value!r}: ")
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model.hiden_size", 4, "did you mean model.hidden_size?"),
+        ("model.moe.xyz", 4, "known: n_routed_experts"),
+        ("modle.hidden_size", 4, "no section"),
+        ("model.hidden_size", 4.0, "type int"),
+        ("model.hidden_size", True, "type int"),
+        ("model.moe.norm_topk_prob", 1, "type bool"),
+        ("data.domains", "en", "must be a list"),
+        ("model.moe", 3, "must be a section"),
+    ],
+)
+def test_wrong_keys_and_types_are_refused(key, value, says):
+    with pytest.raises(ValueError, match=key.rpartition(".")[2]) as error:
+        replace(Config(), **{key: value})
+    assert says in str(error.value)
+
+
+def test_a_missing_key_is_refused():
+    tree = to_config_dict(Config()).to_dict()
+    del tree["train"]["seed"]
+    with pytest.raises(ValueError, match=r"train\.seed"):
+        from_config_dict(tree)
+
+
+def test_round_trip_through_config_dict_and_json():
+    config = replace(Config(), **{"data.domains": ("en_books",), "model.moe.n_shared_experts": 2})
+    tree = to_config_dict(config)
+    assert from_config_dict(tree) == config
+    assert from_config_dict(json.loads(tree.to_json())) == config
+
+
+def test_whole_numbers_are_accepted_for_fractions():
+    tree = to_config_dict(Config()).to_dict()
+    tree["optimizer"]["clip_norm"] = 2
+    value = from_config_dict(tree).optimizer.clip_norm
+    assert isinstance(value, float)
+    assert value == 2.0
+
+
+def test_differences_name_the_changed_keys():
+    assert differences(Config(), replace(Config(), **{"train.seed": 3})) == {"train.seed": (0, 3)}
+
+
+def test_a_batch_wide_balance_loss_does_not_mix_with_accumulation():
+    tree = {"model.moe.balance_scope": "global_batch", "train.accumulation_steps": 2}
+    with pytest.raises(ValueError, match="accumulation_steps=2"):
+        replace(Config(), **tree)
+
+
+def test_a_layer_without_any_expert_is_refused():
+    with pytest.raises(ValueError, match="needs an expert"):
+        MoEConfig(n_routed_experts=0, n_shared_experts=0, num_experts_per_tok=0)
