@@ -1,0 +1,115 @@
+"""A prepared corpus on disk: what is in the directory, and how to load it.
+
+    manifest.json                           what the corpus is, by domain and split
+    tokenizer.json                          byte-level BPE, trained on the train split
+    train-00000-of-0000N.array_record       packed records, see packing.py
+    validation-00000-of-0000N.array_record  one domain a record, every held-out token once
+
+Shapes: V vocabulary.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsmoe_jax.data.packing import count_records
+from dsmoe_jax.data.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+FORMAT = 1
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A loaded corpus.
+
+    `fingerprint` is a sha256 over tokenizer and records: two runs with the same fingerprint,
+    seed and batch size see the same data. `domains` is what `domain_BS` indexes.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, the special ones included."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def sequence_length(self) -> int:
+        """Inputs per record: the S that the corpus was packed for."""
+        return self.manifest["sequence_length"]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, in the order of their indices."""
+        return [domain["name"] for domain in self.manifest["domains"]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 of the content."""
+        return self.manifest["fingerprint"]
+
+    @functools.cached_property
+    def bytes_per_token_V(self) -> np.ndarray:
+        """int32 [V], see `Tokenizer.bytes_per_token_V`."""
+        return self.tokenizer.bytes_per_token_V
+
+    def num_records(self, split: str) -> int:
+        """Number of sequences in 'train' or 'validation'."""
+        return self.manifest["splits"][split]["records"]
+
+    def shards(self, split: str) -> list[Path]:
+        """Paths of the ArrayRecord files of a split, in order."""
+        return [self.directory / name for name in self.manifest["splits"][split]["shards"]]
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """`manifest.json` of a corpus directory. Raises ValueError when it is not one of ours."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        what = "no such directory" if not directory.is_dir() else f"has no {MANIFEST}"
+        raise ValueError(
+            f"corpus directory {directory}: {what}; "
+            "python -m dsmoe_jax.prepare_data --out makes one"
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a dsmoe_jax corpus of format {FORMAT}; prepare it again")
+    return manifest
+
+
+def load_corpus(directory: str | Path) -> Corpus:
+    """Open a prepared corpus and check that it is whole.
+
+    Raises ValueError when a file is missing, cut, or has other contents than the manifest says.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    corpus = Corpus(directory, manifest, Tokenizer.load(directory / TOKENIZER))
+    if corpus.tokenizer.vocab_size != corpus.vocab_size:
+        raise ValueError(
+            f"{directory / TOKENIZER}: has {corpus.tokenizer.vocab_size} tokens, "
+            f"the manifest says {corpus.vocab_size}"
+        )
+    for split in SPLITS:
+        missing = [path for path in corpus.shards(split) if not path.is_file()]
+        if missing:
+            raise ValueError(f"shard {missing[0]}: missing; prepare the corpus again")
+        found = sum(map(count_records, corpus.shards(split)))
+        if found != corpus.num_records(split):
+            raise ValueError(
+                f"corpus {directory}: {split} has {found} records, "
+                f"the manifest says {corpus.num_records(split)}; prepare it again"
+            )
+    return corpus

@@ -1,0 +1,170 @@
+"""Batches: from the shards of a corpus to arrays for the training step, with Grain.
+
+Shapes: B sequences of the global batch (or of this host's part of it), S sequence.
+
+Row r of step t is record t*B + r of one endless stream: all records in a random order, then all
+of them in another order, and so on. The stream depends on the seed alone; a host reads its
+contiguous rows of each batch. Hence any number of hosts sees the same global batches, and the
+position is a single number, the step.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import grain
+import numpy as np
+
+from dsmoe_jax.data.corpus import Corpus, load_corpus
+from dsmoe_jax.data.packing import decode_record, read_records
+
+PREFETCH_BATCHES = 8
+READ_THREADS = 2
+
+
+class Batch(TypedDict):
+    """One batch of packed sequences.
+
+    Every token of every document, its end-of-text included, is a target once: an end-of-text
+    token is the last target of its document and the first input of the next one.
+    """
+
+    tokens_BS: np.ndarray
+    """int32 inputs."""
+    targets_BS: np.ndarray
+    """int32, the token that follows each input."""
+    segment_ids_BS: np.ndarray
+    """int32, 1, 2, ... per document within the sequence; 0 is padding. Attend only within one."""
+    positions_BS: np.ndarray
+    """int32, 0, 1, ... restarting with each document (and at the start of the sequence)."""
+    loss_mask_BS: np.ndarray
+    """float32, 1 where the target counts; 0 on padding."""
+    domain_BS: NotRequired[np.ndarray]
+    """int32 index into `Corpus.domains`; validation only, meaningless where loss_mask is 0."""
+
+
+def make_row(tokens: np.ndarray, sequence_length: int, eos_id: int, pad_id: int) -> Batch:
+    """The row (arrays of shape [S]) of one record of up to S + 1 tokens."""
+    n = len(tokens) - 1
+    assert 0 <= n <= sequence_length, (n, sequence_length)
+    row = np.full((2, sequence_length), pad_id, np.int32)
+    row[0, :n], row[1, :n] = tokens[:-1], tokens[1:]
+    # Text never encodes to eos, so an eos among the inputs always begins a document.
+    begins = row[0, :n] == eos_id
+    begins[:1] = True
+    place = np.arange(n, dtype=np.int32)
+    meta = np.zeros((2, sequence_length), np.int32)
+    meta[0, :n] = np.cumsum(begins)
+    meta[1, :n] = place - np.maximum.accumulate(np.where(begins, place, 0))
+    mask = np.zeros(sequence_length, np.float32)
+    mask[:n] = 1.0
+    return Batch(
+        tokens_BS=row[0],
+        targets_BS=row[1],
+        segment_ids_BS=meta[0],
+        positions_BS=meta[1],
+        loss_mask_BS=mask,
+    )
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # pyright: ignore
+
+
+def train_batches(
+    corpus_dir: str | Path,
+    sequence_length: int,
+    global_batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.DatasetIterator[Batch]":
+    """Endless shuffled batches of this host's `global_batch_size / process_count` rows.
+
+    The hosts' batches in process order, concatenated, are the global batch, which does not
+    depend on the number of hosts. `get_state()` gives a small JSON-able dict; `set_state()`
+    continues from it bit for bit, also with another number of hosts. Threads read ahead.
+    Raises ValueError when the sizes do not fit the corpus or the hosts.
+    """
+    corpus = load_corpus(corpus_dir)
+    local = _rows_per_process(global_batch_size, process_index, process_count)
+    if sequence_length != corpus.sequence_length:
+        raise ValueError(
+            f"sequence_length={sequence_length}: corpus {corpus.directory} is packed for "
+            f"{corpus.sequence_length}; prepare one for {sequence_length}"
+        )
+    if corpus.num_records("train") < global_batch_size:
+        raise ValueError(
+            f"global_batch_size={global_batch_size}: corpus {corpus.directory} has only "
+            f"{corpus.num_records('train')} training sequences"
+        )
+    source: Any = grain.sources.ArrayRecordDataSource([str(p) for p in corpus.shards("train")])
+    # Grain folds the epoch into the seed: every epoch has an order of its own.
+    records: Any = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    first_row = process_index * local
+    eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
+
+    def batch_of_step(step: int) -> Batch:
+        start = step * global_batch_size + first_row
+        tokens = [decode_record(records[i])[1] for i in range(start, start + local)]
+        return _stack([make_row(t, sequence_length, eos_id, pad_id) for t in tokens])
+
+    steps = grain.MapDataset.range(2**40).map(batch_of_step)
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+    return iter(steps.to_iter_dataset(options))
+
+
+def validation_batches(
+    corpus_dir: str | Path,
+    batch_size: int,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The held-out sequences in a fixed order, each once; with `domain_BS`.
+
+    The last batch is filled up with rows of padding (loss_mask 0). Domains are interleaved:
+    the first `max_batches` batches hold every domain in about its share. With several hosts
+    each gets its rows of every batch, as in `train_batches`.
+    """
+    corpus = load_corpus(corpus_dir)
+    local = _rows_per_process(batch_size, process_index, process_count)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches={max_batches}: must be at least 1, or None for all")
+    return _validation_batches(corpus, batch_size, max_batches, process_index * local, local)
+
+
+def _validation_batches(
+    corpus: Corpus, batch_size: int, max_batches: int | None, first_row: int, local: int
+) -> Iterator[Batch]:
+    empty = _validation_row(corpus, 0, np.array([corpus.tokenizer.pad_id], np.int32))
+    rows, made = [], 0
+    for record in read_records(corpus.shards("validation")):
+        rows.append(_validation_row(corpus, *decode_record(record)))
+        if len(rows) == batch_size:
+            yield _stack(rows[first_row : first_row + local])
+            rows, made = [], made + 1
+            if made == max_batches:
+                return
+    if rows:
+        rows += [empty] * (batch_size - len(rows))
+        yield _stack(rows[first_row : first_row + local])
+
+
+def _validation_row(corpus: Corpus, domain: int, tokens: np.ndarray) -> Batch:
+    tokenizer, length = corpus.tokenizer, corpus.sequence_length
+    row = make_row(tokens, length, tokenizer.eos_id, tokenizer.pad_id)
+    row["domain_BS"] = np.full(length, domain, np.int32)
+    return row
+
+
+def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
+    """Rows of each host. Raises ValueError when they are not a whole number."""
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"global batch size {batch_size} must be a positive multiple of "
+            f"process_count={process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must be in 0..{process_count - 1}")
+    return batch_size // process_count
