@@ -8,7 +8,9 @@ contiguous rows of each batch. Hence any number of hosts sees the same global ba
 position is a single number, the step.
 """
 
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -16,7 +18,7 @@ import grain
 import numpy as np
 
 from dsmoe_jax.data.corpus import Corpus, load_corpus
-from dsmoe_jax.data.packing import decode_record, read_records
+from dsmoe_jax.data.packing import decode_record, encode_record, read_records
 
 PREFETCH_BATCHES = 8
 READ_THREADS = 2
@@ -43,32 +45,29 @@ class Batch(TypedDict):
     """int32 index into `Corpus.domains`; validation only, meaningless where loss_mask is 0."""
 
 
-def make_row(tokens: np.ndarray, sequence_length: int, eos_id: int, pad_id: int) -> Batch:
-    """The row (arrays of shape [S]) of one record of up to S + 1 tokens."""
-    n = len(tokens) - 1
-    assert 0 <= n <= sequence_length, (n, sequence_length)
-    row = np.full((2, sequence_length), pad_id, np.int32)
-    row[0, :n], row[1, :n] = tokens[:-1], tokens[1:]
+def make_batch(records: Sequence[bytes], sequence_length: int, eos_id: int, pad_id: int) -> Batch:
+    """Decode records of up to S + 1 tokens into a batch, `domain_BS` included."""
+    decoded = [decode_record(record) for record in records]
+    rows, columns = len(decoded), sequence_length
+    stream_BS1 = np.full((rows, columns + 1), pad_id, np.int32)
+    lengths_B1 = np.zeros((rows, 1), np.int32)
+    for row, (_, tokens) in enumerate(decoded):
+        stream_BS1[row, : len(tokens)] = tokens
+        lengths_B1[row] = len(tokens) - 1
+    tokens_BS = stream_BS1[:, :-1]
+    place_S = np.arange(columns, dtype=np.int32)
+    real_BS = place_S < lengths_B1
     # Text never encodes to eos, so an eos among the inputs always begins a document.
-    begins = row[0, :n] == eos_id
-    begins[:1] = True
-    place = np.arange(n, dtype=np.int32)
-    meta = np.zeros((2, sequence_length), np.int32)
-    meta[0, :n] = np.cumsum(begins)
-    meta[1, :n] = place - np.maximum.accumulate(np.where(begins, place, 0))
-    mask = np.zeros(sequence_length, np.float32)
-    mask[:n] = 1.0
+    begins_BS = (tokens_BS == eos_id) | (place_S == 0)
+    start_BS = np.maximum.accumulate(np.where(begins_BS, place_S, 0), axis=1)
     return Batch(
-        tokens_BS=row[0],
-        targets_BS=row[1],
-        segment_ids_BS=meta[0],
-        positions_BS=meta[1],
-        loss_mask_BS=mask,
+        tokens_BS=np.where(real_BS, tokens_BS, pad_id),
+        targets_BS=np.where(real_BS, stream_BS1[:, 1:], pad_id),
+        segment_ids_BS=np.cumsum(begins_BS, axis=1, dtype=np.int32) * real_BS,
+        positions_BS=(place_S - start_BS) * real_BS,
+        loss_mask_BS=real_BS.astype(np.float32),
+        domain_BS=np.repeat(np.array([[d] for d, _ in decoded], np.int32), columns, axis=1),
     )
-
-
-def _stack(rows: list[Batch]) -> Batch:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # pyright: ignore
 
 
 def train_batches(
@@ -100,14 +99,16 @@ def train_batches(
         )
     source: Any = grain.sources.ArrayRecordDataSource([str(p) for p in corpus.shards("train")])
     # Grain folds the epoch into the seed: every epoch has an order of its own.
-    records: Any = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     first_row = process_index * local
     eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
 
     def batch_of_step(step: int) -> Batch:
         start = step * global_batch_size + first_row
-        tokens = [decode_record(records[i])[1] for i in range(start, start + local)]
-        return _stack([make_row(t, sequence_length, eos_id, pad_id) for t in tokens])
+        records = source.__getitems__([order[i] for i in range(start, start + local)])
+        batch = make_batch(records, sequence_length, eos_id, pad_id)
+        del batch["domain_BS"]  # the training step has no use for it
+        return batch
 
     steps = grain.MapDataset.range(2**40).map(batch_of_step)
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
@@ -137,25 +138,17 @@ def validation_batches(
 def _validation_batches(
     corpus: Corpus, batch_size: int, max_batches: int | None, first_row: int, local: int
 ) -> Iterator[Batch]:
-    empty = _validation_row(corpus, 0, np.array([corpus.tokenizer.pad_id], np.int32))
-    rows, made = [], 0
-    for record in read_records(corpus.shards("validation")):
-        rows.append(_validation_row(corpus, *decode_record(record)))
-        if len(rows) == batch_size:
-            yield _stack(rows[first_row : first_row + local])
-            rows, made = [], made + 1
-            if made == max_batches:
-                return
-    if rows:
-        rows += [empty] * (batch_size - len(rows))
-        yield _stack(rows[first_row : first_row + local])
-
-
-def _validation_row(corpus: Corpus, domain: int, tokens: np.ndarray) -> Batch:
-    tokenizer, length = corpus.tokenizer, corpus.sequence_length
-    row = make_row(tokens, length, tokenizer.eos_id, tokenizer.pad_id)
-    row["domain_BS"] = np.full(length, domain, np.int32)
-    return row
+    records = read_records(corpus.shards("validation"))
+    eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
+    no_targets = encode_record(0, np.array([pad_id], np.int32))
+    for _ in range(max_batches or sys.maxsize):
+        rows = list(itertools.islice(records, batch_size))
+        if not rows:
+            return
+        rows += [no_targets] * (batch_size - len(rows))
+        yield make_batch(
+            rows[first_row : first_row + local], corpus.sequence_length, eos_id, pad_id
+        )
 
 
 def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
