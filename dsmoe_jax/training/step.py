@@ -6,7 +6,7 @@ Shapes: B sequences of the global batch, S positions, V vocabulary, L MoE layers
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,15 @@ def init_state(config: Config) -> TrainState:
     return init()
 
 
+def abstract_state(config: Config) -> TrainState:
+    """The shapes of `init_state` on the default device, as a target to load a checkpoint into."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(config)),
+    )
+
+
 def abstract_model(config: Config) -> nnx.GraphDef:
     """The model's structure without its arrays, to merge a state into."""
     return nnx.split(nnx.eval_shape(lambda: build_model(config)), nnx.Param, ...)[0]
@@ -139,7 +148,7 @@ def make_train_step(
         else:
             (total, sums, router), grads = _accumulate(micro_step, batch, n_micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(nnx.State, optax.apply_updates(state.params, updates))
         metrics = StepMetrics(
             loss=sums.nll / sums.tokens,
             total_loss=total,

@@ -1,0 +1,113 @@
+"""Loss on held-out text: nats per token and bits per byte, overall and by domain.
+
+Bits per byte do not depend on the tokenizer, so models with different vocabularies compare.
+
+Shapes: B sequences, S positions, V vocabulary, G domains, L MoE layers, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.nn.transformer import Transformer
+from dsmoe_jax.training.metrics import bits_per_byte, load_summary
+from dsmoe_jax.training.step import token_sums
+
+
+class HeldOut:
+    """The held-out text of a corpus and the compiled step that measures a model on it.
+
+    Args:
+      graph: of the model, from `nnx.split(model, nnx.Param, ...)`.
+      corpus: prepared.
+      batch_size: sequences evaluated at once.
+      max_batches: look at this many only (every domain has its share); 0 is all of the text.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, corpus: Corpus, batch_size: int, max_batches: int = 0):
+        self._corpus, self._batch_size, self._max_batches = corpus, batch_size, max_batches
+        bytes_V = jnp.asarray(corpus.bytes_per_token_V)
+        n_domains = len(corpus.domains)
+
+        def step(params: nnx.State, other: nnx.State, batch: Batch):
+            model = nnx.merge(graph, params, other)
+            output = model.forward(
+                batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"]
+            )
+            nll_BS, _ = token_sums(output.logits_BSV, batch, bytes_V)
+            mask_BS = batch["loss_mask_BS"]
+            bytes_BS = bytes_V[batch["targets_BS"]] * mask_BS
+            assert "domain_BS" in batch, "held-out batches say their domain"
+            domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
+            sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
+            router = output.router_stats
+            return jnp.stack(sums), None if router is None else router.load_E
+
+        self._step = jax.jit(step)
+
+    @property
+    def n_batches(self) -> int:
+        """How many batches `measure` goes through."""
+        whole = -(-self._corpus.num_records("validation") // self._batch_size)
+        return min(self._max_batches, whole) if self._max_batches else whole
+
+    def measure(
+        self,
+        params: nnx.State,
+        other: nnx.State,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Any]:
+        """Goes through the text once, every held-out token a target exactly once.
+
+        Args:
+          params, other: the model's state.
+          on_batch: called with the number of batches done; what it raises ends the measurement.
+
+        Returns:
+          `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
+          `domains`; and for a model with routed experts `load`, `maxvio`, `dead_experts` by layer.
+        """
+        total_3G, load_LE = np.zeros((3, len(self._corpus.domains))), None
+        batches = validation_batches(
+            self._corpus.directory, self._batch_size, self._max_batches or None
+        )
+        for done, batch in enumerate(batches, start=1):
+            sums, load = jax.device_get(self._step(params, other, batch))
+            total_3G += sums  # float64 on the host: the sum over batches loses nothing
+            if load is not None:
+                load_LE = load.astype(np.float64) + (0 if load_LE is None else load_LE)
+            on_batch(done)
+        result: dict[str, Any] = _summary(*total_3G.sum(axis=1))
+        if load_LE is not None:
+            result |= load_summary(load_LE)
+        result["domains"] = {
+            name: _summary(*total_3G[:, g])
+            for g, name in enumerate(self._corpus.domains)
+            if total_3G[1, g]  # a short look may miss a small domain: then it has no numbers
+        }
+        return result
+
+
+def evaluate(
+    model: Transformer, corpus: Corpus, *, batch_size: int = 8, max_batches: int = 0
+) -> dict[str, Any]:
+    """Measures a model on the held-out text of a corpus: see `HeldOut.measure`."""
+    graph, params, other = nnx.split(model, nnx.Param, ...)
+    return HeldOut(graph, corpus, batch_size, max_batches).measure(params, other)
+
+
+def _summary(nll: float, tokens: float, n_bytes: float) -> dict[str, float]:
+    return {
+        "loss": float(nll / tokens),
+        "bits_per_byte": bits_per_byte(float(nll), float(n_bytes)),
+        "tokens": int(tokens),
+        "bytes": int(n_bytes),
+    }

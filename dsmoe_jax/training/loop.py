@@ -1,0 +1,277 @@
+"""The training loop: batches in, checkpoints and metrics out.
+
+Step n is handed to the device before the metrics of step n-1 are fetched, so the device never
+waits for the host to read, check or write numbers.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.accounting import train_flops_per_token
+from dsmoe_jax.config import Config
+from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.training import workdir as workdirs
+from dsmoe_jax.training.checkpoint import Checkpoints
+from dsmoe_jax.training.clock import DeviceClock
+from dsmoe_jax.training.hardware import peak_flops
+from dsmoe_jax.training.interrupt import Interrupts, Stopped
+from dsmoe_jax.training.metrics import (
+    MetricsLog,
+    first_non_finite,
+    read_rows,
+    training_row,
+    validation_row,
+)
+from dsmoe_jax.training.optimizer import make_schedule
+from dsmoe_jax.training.progress import ProgressLine, Silent
+from dsmoe_jax.training.run import check_same_corpus, open_corpus
+from dsmoe_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    abstract_model,
+    abstract_state,
+    init_state,
+    make_train_step,
+)
+
+
+class NonFinite(ValueError):
+    """The loss or the gradient of a step is not a number any more."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train` leaves behind.
+
+    Attributes:
+      step: updates made.
+      metrics: the last row of metrics.jsonl.
+      evaluation: held-out results after the last step, see `HeldOut.measure`.
+      resumed_from: the checkpoint that this call continued from (None: from the start).
+    """
+
+    step: int
+    metrics: dict[str, Any]
+    evaluation: dict[str, Any]
+    resumed_from: int | None
+
+
+def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Result:
+    """Trains a model, or goes on where the run in `workdir` stopped.
+
+    A finished run is returned as it is.  The same config gives the same losses bit for bit, however
+    often the run was interrupted.
+
+    Args:
+      config: of the run.
+      workdir: where everything is kept, see workdir.py.
+      progress: whether to show a progress line on stderr.
+
+    Raises:
+      ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
+      OSError: if the disk is full.
+      Stopped: after SIGTERM or Ctrl-C; everything is saved.
+    """
+    abstract_model(config)  # refuses an impossible model before anything is written
+    make_schedule(config.optimizer, config.train.steps)
+    line = ProgressLine(config.name, config.train.steps) if progress else Silent()
+    with workdirs.claim(workdir, config) as directory:
+        if (finished := _finished(directory, config)) is not None:
+            line.message(f"{config.name}: finished already ({config.train.steps} steps)")
+            return finished
+        corpus = open_corpus(config.data)
+        with Interrupts() as interrupts:
+            trainer = _Trainer(config, directory, corpus, line, interrupts)
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
+
+
+def _finished(directory: Path, config: Config) -> Result | None:
+    evaluation = workdirs.read_evaluation(directory)
+    if evaluation is None or evaluation.get("step") != config.train.steps:
+        return None
+    return Result(config.train.steps, read_rows(directory)[-1], evaluation, config.train.steps)
+
+
+class _Trainer:
+    """One call of `train`: the state, and what it is fed from and written to."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        corpus: Corpus,
+        line: ProgressLine,
+        interrupts: Interrupts,
+    ):
+        self.config, self.corpus, self.directory = config, corpus, directory
+        self.line, self.interrupts = line, interrupts
+        train = config.train
+        self.batches = train_batches(
+            corpus.directory,
+            config.data.sequence_length,
+            train.global_batch_size,
+            train.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        micro_batch = train.global_batch_size // train.accumulation_steps
+        self.held_out = HeldOut(abstract_model(config), corpus, micro_batch, train.eval_batches)
+        self.checkpoints = Checkpoints(directory / workdirs.CHECKPOINTS, train.keep_checkpoints)
+        self.log: MetricsLog | None = None
+        self.clock = DeviceClock()
+
+    def close(self) -> None:
+        """Lets everything go; a checkpoint that is being written is finished first."""
+        self.line.close()
+        self.clock.close()
+        if self.log is not None:
+            self.log.close()
+        self.checkpoints.close()
+
+    def run(self) -> Result:
+        """Trains to the last step and evaluates."""
+        state, first, resumed_from = self._start()
+        self.log = MetricsLog(self.directory, first)
+        self.logged_step = self.saved_step = first
+        bytes_V = jnp.asarray(self.corpus.bytes_per_token_V)
+        train_step = jax.jit(make_train_step(self.config, bytes_V), donate_argnums=0)
+        self._settle(first, state)  # a run that was killed while evaluating has that still to do
+        pending: tuple[int, StepMetrics] | None = None
+        for step in range(first + 1, self.config.train.steps + 1):
+            state, metrics = train_step(state, next(self.batches))
+            self.clock.dispatched(metrics.loss)
+            if pending is not None:
+                self._report(*pending)  # while the device is at work on this step
+            pending = (step, metrics)
+            if self._is_due(step):
+                self._report(*pending)
+                pending = None
+                self._settle(step, state)
+        evaluation = workdirs.read_evaluation(self.directory)
+        assert evaluation is not None, "the last step is always evaluated"
+        return Result(
+            self.config.train.steps, read_rows(self.directory)[-1], evaluation, resumed_from
+        )
+
+    def _start(self) -> tuple[TrainState, int, int | None]:
+        """The state to go on from, its step, and the checkpoint that it came from."""
+        saved = self.checkpoints.steps()
+        if not saved:
+            return init_state(self.config), 0, None
+        state, extra = self.checkpoints.restore(abstract_state(self.config), saved[-1])
+        check_same_corpus(self.corpus, extra["corpus"])
+        self.batches.set_state(extra["data"])
+        self.line.message(f"{self.config.name}: going on from step {saved[-1]}")
+        return state, saved[-1], saved[-1]
+
+    def _report(self, step: int, metrics: StepMetrics) -> None:
+        """Waits for a step, checks it, and writes its row if it is to be logged."""
+        if (found := first_non_finite(metrics)) is not None:
+            raise NonFinite(self._non_finite(step, *found))
+        self.checkpoints.check()
+        train = self.config.train
+        if step in (1, train.steps) or step % train.log_every == 0 or self._evaluates(step):
+            row = {"step": step, "tokens": step * self.config.tokens_per_step}
+            row |= training_row(metrics) | self._rates(step)
+            assert self.log is not None
+            self.log.write(row)
+            self.logged_step = step
+        self.line.update(step, loss=f"{float(metrics.loss):.4f}", **self._shown())
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """Speeds since the last row; no share of the peak on a machine whose peak is unknown."""
+        seconds, idle = self.clock.lap()
+        tokens = (step - self.logged_step) * self.config.tokens_per_step
+        flops = tokens * train_flops_per_token(self.config) / seconds
+        rates = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
+        if (peak := peak_flops()) is not None:
+            rates["flops_utilization"] = flops / peak
+        return rates | {"overhead": idle / seconds}
+
+    def _shown(self) -> dict[str, str]:
+        """What the progress line says besides the loss, from the last row."""
+        assert self.log is not None
+        row = next((r for r in reversed(self.log.rows) if "tokens_per_second" in r), {})
+        shown = {}
+        if "tokens_per_second" in row:
+            shown["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
+        if "maxvio" in row:
+            shown["MaxVio"] = f"{sum(row['maxvio']) / len(row['maxvio']):.2f}"
+        return shown
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return step == self.config.train.steps or bool(every and step and step % every == 0)
+
+    def _saves(self, step: int) -> bool:
+        train = self.config.train
+        stop = self.interrupts.signum is not None
+        return stop or step == train.steps or step % train.checkpoint_every == 0
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the step must be finished, and seen to be finite, before the next one begins."""
+        return self._evaluates(step) or self._saves(step)
+
+    def _settle(self, step: int, state: TrainState) -> None:
+        """Saves, stops and evaluates, each if it is due and not done."""
+        if self._saves(step):
+            self._save(step, state)
+        if self.interrupts.signum is not None:
+            self._stop(step, state)
+        if self._evaluates(step):
+            self._evaluate(step, state)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if step != self.saved_step:
+            extra = {"data": self.batches.get_state(), "corpus": self.corpus.fingerprint}
+            self.checkpoints.save(step, state, extra)
+            self.saved_step = step
+
+    def _stop(self, step: int, state: TrainState) -> None:
+        signum = self.interrupts.signum
+        assert signum is not None
+        self._save(step, state)
+        self.checkpoints.wait()
+        name = signal.Signals(signum).name
+        self.line.message(
+            f"{self.config.name}: stopped by {name} after step {step}, saved in {self.directory};"
+            " the same command goes on from there"
+        )
+        raise Stopped(signum)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Measures on held-out text, unless the log has it already."""
+        assert self.log is not None
+        last = step == self.config.train.steps
+        if last or not any(r["step"] == step and "validation_loss" in r for r in self.log.rows):
+            result = self._measure(step, state)
+            self.log.write(validation_row(step, result))
+            self.clock.restart()
+            if last:
+                self.checkpoints.wait()
+                workdirs.write_json(self.directory / workdirs.EVALUATION, {"step": step, **result})
+
+    def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
+        def stop_if_asked(done: int) -> None:
+            if self.interrupts.signum is not None:
+                self._stop(step, state)
+
+        return self.held_out.measure(state.params, state.other, stop_if_asked)
+
+    def _non_finite(self, step: int, name: str, value: float) -> str:
+        self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        good = f"step {saved[-1]}, in {self.checkpoints.directory}" if saved else "none"
+        return f"step {step}: {name}={value}; stopped. Last good checkpoint: {good}"

@@ -1,0 +1,77 @@
+"""The line that says how far a long job is and how long it will still take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+class ProgressLine:
+    """`name 120/250  loss 4.31  ...  ETA 1:05`, updated in place on a terminal.
+
+    Elsewhere (a log file) it is a plain line every now and then.
+    """
+
+    def __init__(self, name: str, total: int, stream: TextIO | None = None, every: float = 20.0):
+        """Args: name and total to show, where to write (None: stderr), seconds between lines."""
+        self._name, self._total = name, total
+        self._stream = sys.stderr if stream is None else stream
+        self._in_place = self._stream.isatty()
+        self._every = 0.1 if self._in_place else every
+        self._width, self._first, self._last = 0, None, 0.0
+
+    def update(self, done: int, **fields: str) -> None:
+        """Says that `done` of the total are done; fields are shown in the order given."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._last = (done, now), now  # the first one may have compiled
+        elif now - self._last >= self._every or done == self._total:
+            self._last = now
+            shown = "  ".join(f"{key} {value}" for key, value in fields.items())
+            self._write(f"{self._name} {done}/{self._total}  {shown}  ETA {self._eta(done, now)}")
+
+    def message(self, text: str) -> None:
+        """A line of its own that stays."""
+        self._end_line()
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leaves the cursor on a line of its own."""
+        self._end_line()
+
+    def _eta(self, done: int, now: float) -> str:
+        assert self._first is not None
+        start, since = self._first
+        seconds = round((self._total - done) * (now - since) / max(done - start, 1))
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+    def _write(self, line: str) -> None:
+        if self._in_place:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _end_line(self) -> None:
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
+class Silent(ProgressLine):
+    """Says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("", 0)
+
+    def _write(self, line: str) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        """Nothing."""

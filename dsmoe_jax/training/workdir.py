@@ -1,0 +1,125 @@
+"""A run's directory: whose it is, and where things lie in it.
+
+config.json       the run's config
+metrics.jsonl     one JSON object a line, see metrics.py
+checkpoints/      one directory a kept step
+tensorboard/      event files
+evaluation.json   held-out results after the last step: the run is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+EVALUATION = "evaluation.json"
+_LOCK = ".lock"
+
+# What may change between two calls of one run: it does not touch the numbers being trained.
+MAY_CHANGE = frozenset(
+    f"train.{key}"
+    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches")
+)
+
+
+@contextlib.contextmanager
+def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
+    """Makes or re-enters a workdir and keeps every other trainer out of it meanwhile.
+
+    Raises:
+      ValueError: if it cannot be written, is another program's directory, holds a run with another
+        config, or is in use.  Nothing in it was changed then.
+    """
+    directory = Path(workdir).expanduser().absolute()
+    _refuse_foreign(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / _LOCK, "a+")  # noqa: SIM115 - held below
+    except OSError as error:
+        raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(
+                f"--workdir={directory}: in use by process {lock.read().strip() or 'unknown'};"
+                " wait for it or choose another directory"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        if (directory / CONFIG).exists():
+            _refuse_other(directory, config)
+        write_json(directory / CONFIG, to_config_dict(config).to_dict())
+        yield directory
+
+
+def read_config(workdir: str | Path) -> Config:
+    """The config of the run in a workdir.
+
+    Raises:
+      ValueError: if there is none, or it cannot be read.
+    """
+    path = Path(workdir).expanduser().absolute() / CONFIG
+    if not path.exists():
+        raise ValueError(f"--workdir={path.parent}: holds no run (there is no {CONFIG})")
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: not the config of a run of this version: {error}") from error
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replaces a file as a whole: a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(tree, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_evaluation(workdir: str | Path) -> dict[str, Any] | None:
+    """The held-out results of a finished run; None before it is finished."""
+    path = Path(workdir) / EVALUATION
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if not directory.exists() or (directory / CONFIG).exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"--workdir={directory}: is a file; must be a directory")
+    ours = {_LOCK, f".{CONFIG}.tmp"}  # left by a run that was killed before its config was written
+    foreign = sorted(p.name for p in directory.iterdir() if p.name not in ours)
+    if foreign:
+        raise ValueError(
+            f"--workdir={directory}: holds {foreign[0]!r} but no run (no {CONFIG});"
+            " choose a new or empty directory"
+        )
+
+
+def _refuse_other(directory: Path, config: Config) -> None:
+    changed = differences(read_config(directory), config)
+    changed = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+    if changed:
+        listing = "; ".join(
+            f"{key}: {old!r} there, {new!r} here" for key, (old, new) in changed.items()
+        )
+        raise ValueError(
+            f"--workdir={directory}: holds a run with another config ({listing});"
+            " choose another directory"
+        )
