@@ -60,16 +60,22 @@ def interleave(records_by_domain: Sequence[list[bytes]]) -> list[bytes]:
 def write_shards(
     directory: Path, split: str, records: Sequence[bytes], shard_bytes: int = SHARD_BYTES
 ) -> list[str]:
-    """Write `SPLIT-0000i-of-0000N.array_record` files of about `shard_bytes`; their names."""
+    """Write `SPLIT-0000i-of-0000N.array_record` files of about `shard_bytes`; their names.
+
+    Raises OSError when the disk refuses.
+    """
     shards = max(1, math.ceil(sum(map(len, records)) / shard_bytes))
     names = []
     for shard in range(shards):
         name = f"{split}-{shard:05d}-of-{shards:05d}.array_record"
-        writer = ArrayRecordWriter(os.fspath(directory / name), WRITER_OPTIONS)
         first, last = (len(records) * i // shards for i in (shard, shard + 1))
-        for record in records[first:last]:
-            writer.write(record)
-        writer.close()
+        try:
+            writer = ArrayRecordWriter(os.fspath(directory / name), WRITER_OPTIONS)
+            for record in records[first:last]:
+                writer.write(record)
+            writer.close()
+        except RuntimeError as error:  # how the library reports what the system refused
+            raise OSError(f"cannot write {directory / name}: {error}") from error
         names.append(name)
     return names
 
@@ -78,10 +84,10 @@ def count_records(path: Path) -> int:
     """Number of records of one shard. Raises ValueError when it is not a whole ArrayRecord."""
     try:
         reader = ArrayRecordReader(os.fspath(path))
+        count = reader.num_records()
+        reader.close()
     except Exception as error:  # the library raises whatever the file leads it to
-        raise ValueError(f"shard {path}: not a readable ArrayRecord file ({error})") from error
-    count = reader.num_records()
-    reader.close()
+        raise ValueError(f"shard {path}: not a whole ArrayRecord file") from error
     return count
 
 

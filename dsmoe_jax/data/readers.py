@@ -75,8 +75,9 @@ def tagged_news(members: Members) -> Iterator[Document]:
     for _, content in members:
         lines = []
         for line in content.decode("utf-8").splitlines():
-            words = (re.sub(r"/[A-Za-z]+$", "", word) for word in line.split())
-            lines.append("".join(words).translate({ord("["): None, ord("]"): None}) + "\n")
+            # `word/tag`; a name of several words is `[word/tag word/tag]tag`.
+            words = (re.sub(r"^\[|/[A-Za-z]+(\][A-Za-z]+)?$", "", word) for word in line.split())
+            lines.append("".join(words) + "\n")
         for piece in cut("".join(lines)):
             yield Document(piece)
 

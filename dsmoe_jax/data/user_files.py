@@ -104,7 +104,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str | None, Document]]:
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(f"{path}: reading .parquet takes pyarrow: pip install pyarrow") from None
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise ValueError(f"{path}: not a Parquet file ({error})") from None
     columns = [name for name in ("text", "domain") if name in file.schema_arrow.names]
     number = 0
     for batch in file.iter_batches(columns=columns):

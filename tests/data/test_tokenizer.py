@@ -1,0 +1,71 @@
+"""Tokenizer: any Unicode text comes back, its bytes are accounted for, training repeats itself."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmoe_jax.data.corpus import load_corpus
+from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD, Tokenizer, train_tokenizer
+
+_TEXTS = [
+    "the quick brown fox jumps over the lazy dog\n",
+    "深度求索专家混合模型",
+    "def f(x): x",
+] * 9
+_TOKENIZER = train_tokenizer(_TEXTS, 300)
+# Everything but lone surrogates, which no UTF-8 text holds.
+_UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(_UNICODE)
+def test_round_trip_and_byte_count(text: str):
+    ids = _TOKENIZER.encode(text)
+    assert _TOKENIZER.decode(ids) == text
+    assert _TOKENIZER.bytes_per_token_V[ids].sum() == len(text.encode("utf-8"))
+    assert _TOKENIZER.encode_batch([text]) == [ids]
+
+
+def test_text_never_encodes_to_a_special_token(tmp_path: Path):
+    text = f"a {END_OF_TEXT} b {PAD}{END_OF_TEXT}"
+    path = tmp_path / "tokenizer.json"
+    path.write_text(_TOKENIZER.to_json(), "utf-8")
+    for tokenizer in (_TOKENIZER, Tokenizer.load(path)):
+        ids = tokenizer.encode(text)
+        assert {tokenizer.eos_id, tokenizer.pad_id}.isdisjoint(ids)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode_batch([text]) == [ids]
+
+
+def test_special_tokens_have_names_and_no_bytes():
+    eos, pad = _TOKENIZER.eos_id, _TOKENIZER.pad_id
+    assert eos != pad
+    assert (_TOKENIZER.token(eos), _TOKENIZER.token(pad)) == (END_OF_TEXT, PAD)
+    assert _TOKENIZER.decode([eos, *_TOKENIZER.encode("x"), pad]) == "x"
+    assert (_TOKENIZER.bytes_per_token_V == 0).sum() == 2
+
+
+def test_training_is_deterministic(tiny_corpus: Path):
+    texts = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    assert train_tokenizer(texts, 700).to_json() == train_tokenizer(texts, 700).to_json()
+    assert load_corpus(tiny_corpus).tokenizer.vocab_size == 512
+
+
+def test_training_refuses_impossible_sizes():
+    with pytest.raises(ValueError, match="vocab_size=257 is too small.* at least 258"):
+        train_tokenizer(_TEXTS, 257)
+    with pytest.raises(ValueError, match="vocab_size=5000 is too large.* only"):
+        train_tokenizer(_TEXTS, 5000)
+
+
+def test_load_names_what_is_wrong(tmp_path: Path):
+    with pytest.raises(ValueError, match="no such file"):
+        Tokenizer.load(tmp_path / "none.json")
+    (tmp_path / "cut.json").write_text(_TOKENIZER.to_json()[:999], "utf-8")
+    with pytest.raises(ValueError, match=r"cut\.json: not a tokenizers file"):
+        Tokenizer.load(tmp_path / "cut.json")
+    foreign = _TOKENIZER.to_json().replace(PAD, "[PAD]")
+    (tmp_path / "foreign.json").write_text(foreign, "utf-8")
+    with pytest.raises(ValueError, match="lacks the special token"):
+        Tokenizer.load(tmp_path / "foreign.json")
