@@ -1,0 +1,38 @@
+# `make demo` and `make test` set up what they need on a fresh machine with Python >= 3.11 and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test lint clean help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/installed  ## train the five models of V1's table 1 on two CPU cores and write a report
+	$(BIN)/python -m experiments.table1 --scale=demo $(ARGS)
+
+test: .venv/installed-test  ## run every test, and the notebooks
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-test  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11; say which one to use: make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# Stamps: a second call does nothing unless the requirements changed.
+.venv/installed: .venv/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:  ## remove the virtual environment and caches (results in runs/ stay)
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
