@@ -70,15 +70,14 @@ def _rows(members: Members) -> Iterator[dict[str, str]]:
                 yield from csv.DictReader(io.StringIO(text, newline=""))
 
 
+# `word/tag`; a name of several words is `[word/tag word/tag]tag`.
+_TAG = re.compile(r"(?m)^\[|/[A-Za-z]+(?:\][A-Za-z]+)?(?:[ \t]+\[?|[ \t\r]*$)")
+
+
 def tagged_news(members: Members) -> Iterator[Document]:
     """Chinese news with `word/tag` pairs: the tags and the blanks between words dropped."""
     for _, content in members:
-        lines = []
-        for line in content.decode("utf-8").splitlines():
-            # `word/tag`; a name of several words is `[word/tag word/tag]tag`.
-            words = (re.sub(r"^\[|/[A-Za-z]+(\][A-Za-z]+)?$", "", word) for word in line.split())
-            lines.append("".join(words) + "\n")
-        for piece in cut("".join(lines)):
+        for piece in cut(_TAG.sub("", content.decode("utf-8"))):
             yield Document(piece)
 
 
@@ -89,16 +88,26 @@ def one_per_line(members: Members) -> Iterator[Document]:
             yield Document(line.strip() + "\n" if line.strip() else "")
 
 
+_FORMULA = re.compile(r":math:|\.\. math::|\$")
+
+
 def docstrings_with_formulas(members: Members) -> Iterator[Document]:
     """Docstrings that hold LaTeX; those of one file stay on one side of the split."""
     for name, content in members:
-        if "tests" in PurePosixPath(name).parts:
-            continue
-        for node in ast.walk(ast.parse(content)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node) or ""
-                if ".. math" in text or ":math:" in text or "$" in text or "\\" in text:
+        source = content.decode("utf-8")
+        # Parsing is what takes the time: not for files without any formula.
+        if "tests" not in PurePosixPath(name).parts and _FORMULA.search(source):
+            for text in _docstrings(ast.parse(source)):
+                if _FORMULA.search(text):
                     yield Document(text + "\n", group=name)
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+    """Docstrings of a module, its classes and functions, in order."""
+    yield ast.get_docstring(node) or ""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield from _docstrings(child)
 
 
 def dialogues(members: Members) -> Iterator[Document]:

@@ -213,7 +213,7 @@ def test_demo_domains_come_from_archives(
     ]
     make_wheel(index, {"verse/0.md": "another text"})
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(ValueError, match="source verse==1.0: sha256"):
+    with pytest.raises(ValueError, match=r"source verse==1\.0: sha256"):
         prepare("demo", tmp_path / "other", **SIZES)
     assert not (tmp_path / "other").exists()
 

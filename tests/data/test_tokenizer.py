@@ -53,9 +53,9 @@ def test_training_is_deterministic(tiny_corpus: Path):
 
 
 def test_training_refuses_impossible_sizes():
-    with pytest.raises(ValueError, match="vocab_size=257 is too small.* at least 258"):
+    with pytest.raises(ValueError, match=r"vocab_size=257 is too small.* at least 258"):
         train_tokenizer(_TEXTS, 257)
-    with pytest.raises(ValueError, match="vocab_size=5000 is too large.* only"):
+    with pytest.raises(ValueError, match=r"vocab_size=5000 is too large.* only"):
         train_tokenizer(_TEXTS, 5000)
 
 
