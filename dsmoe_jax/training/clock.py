@@ -17,10 +17,11 @@ class DeviceClock:
     """
 
     def __init__(self) -> None:
-        self._dispatched: queue.Queue[tuple[float, jax.Array] | None] = queue.Queue()
-        self._idle = 0.0
-        self._ready: float | None = None  # when the device finished what it was last given
+        self._outputs: queue.Queue[jax.Array | None] = queue.Queue()
+        self._given = self._finished = 0  # steps
+        self._last_finished = 0.0  # when
         self._lap_started: float | None = None
+        self._idle = 0.0  # of this lap
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -29,31 +30,33 @@ class DeviceClock:
         now = time.perf_counter()
         if self._lap_started is None:
             self._lap_started = now
-        self._dispatched.put((now, output))
+        self._idle += self._gap(self._lap_started, now)
+        self._given += 1
+        self._outputs.put(output)
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them the device was idle.
-
-        Called when the last step but one at the latest is finished.
-        """
+        """Seconds since the last lap, and how many of them the device had nothing to do."""
         assert self._lap_started is not None, "no step was dispatched"
-        now, idle = time.perf_counter(), self._idle
-        seconds, self._lap_started, self._idle = now - self._lap_started, now, 0.0
+        now = time.perf_counter()
+        seconds, idle = now - self._lap_started, self._idle + self._gap(self._lap_started, now)
+        self._lap_started, self._idle = now, 0.0
         return seconds, idle
 
     def restart(self) -> None:
-        """Leaves out what happened since the last lap, when the device did something else."""
-        self._lap_started, self._ready, self._idle = None, None, 0.0
+        """The next lap begins with the next step: what the device did meanwhile was no training."""
+        self._lap_started, self._idle = None, 0.0
 
     def close(self) -> None:
         """Ends the thread."""
-        self._dispatched.put(None)
+        self._outputs.put(None)
         self._thread.join()
 
+    def _gap(self, since: float, now: float) -> float:
+        """How long, up to now, all that was handed to the device has been finished."""
+        return now - max(since, self._last_finished) if self._finished == self._given else 0.0
+
     def _watch(self) -> None:
-        while (item := self._dispatched.get()) is not None:
-            started, output = item
-            if self._ready is not None:
-                self._idle += max(0.0, started - self._ready)
+        while (output := self._outputs.get()) is not None:
             output.block_until_ready()
-            self._ready = time.perf_counter()
+            self._last_finished = time.perf_counter()
+            self._finished += 1

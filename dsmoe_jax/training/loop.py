@@ -148,6 +148,8 @@ class _Trainer:
         bytes_V = jnp.asarray(self.corpus.bytes_per_token_V)
         train_step = jax.jit(make_train_step(self.config, bytes_V), donate_argnums=0)
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
+        peak_flops()  # measured before the clock runs
+        self.line.note("compiling the training step")
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first + 1, self.config.train.steps + 1):
             state, metrics = train_step(state, next(self.batches))
@@ -178,6 +180,7 @@ class _Trainer:
 
     def _report(self, step: int, metrics: StepMetrics) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
+        metrics = jax.device_get(metrics)
         if (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
         self.checkpoints.check()
@@ -255,9 +258,11 @@ class _Trainer:
         """Measures on held-out text, unless the log has it already."""
         assert self.log is not None
         last = step == self.config.train.steps
-        if last or not any(r["step"] == step and "validation_loss" in r for r in self.log.rows):
+        logged = any(r["step"] == step and "validation_loss" in r for r in self.log.rows)
+        if last or not logged:
             result = self._measure(step, state)
-            self.log.write(validation_row(step, result))
+            if not logged:
+                self.log.write(validation_row(step, result))
             self.clock.restart()
             if last:
                 self.checkpoints.wait()
@@ -265,6 +270,7 @@ class _Trainer:
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         def stop_if_asked(done: int) -> None:
+            self.line.note(f"held-out text, {done}/{self.held_out.n_batches} batches")
             if self.interrupts.signum is not None:
                 self._stop(step, state)
 

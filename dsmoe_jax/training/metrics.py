@@ -94,14 +94,23 @@ class MetricsLog:
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
-        self._file = open(self.path, "a")  # noqa: SIM115 - lives as long as the log
+        # Unbuffered: what is written is safe from a kill, and a full disk is noticed here.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
         self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds one row, handed to the operating system at once."""
+        """Adds one row.
+
+        Raises:
+          OSError: naming the file, if the disk is full.
+        """
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        line = memoryview((json.dumps(row) + "\n").encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
         for tag, value in _scalars(row):
             self._board.add_scalar(tag, value, row["step"])
 

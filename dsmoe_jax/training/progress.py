@@ -31,6 +31,11 @@ class ProgressLine:
             shown = "  ".join(f"{key} {value}" for key, value in fields.items())
             self._write(f"{self._name} {done}/{self._total}  {shown}  ETA {self._eta(done, now)}")
 
+    def note(self, text: str) -> None:
+        """Says what goes on outside the steps, where the line is updated in place."""
+        if self._in_place:
+            self._write(f"{self._name}: {text}")
+
     def message(self, text: str) -> None:
         """A line of its own that stays."""
         self._end_line()
@@ -72,6 +77,11 @@ class Silent(ProgressLine):
 
     def _write(self, line: str) -> None:
         pass
+
+    def note(self, text: str) -> None:
+        """Says what goes on outside the steps, where the line is updated in place."""
+        if self._in_place:
+            self._write(f"{self._name}: {text}")
 
     def message(self, text: str) -> None:
         """Nothing."""
