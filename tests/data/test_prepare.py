@@ -109,6 +109,18 @@ def test_fingerprint_follows_what_is_asked(text: Path, tmp_path: Path):
     assert load_corpus(tmp_path / "domains").domains == ["code"]
 
 
+def test_fingerprint_follows_the_records_too(text: Path, tmp_path: Path):
+    one = prepare(str(text), tmp_path / "one", **SIZES)
+    for file in text.iterdir():
+        labels = {"prose": "code", "code": "prose"}
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        swapped = [{**row, "domain": labels[row["domain"]]} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in swapped), "utf-8")
+    other = prepare(str(text), tmp_path / "other", **SIZES)
+    assert other.tokenizer.to_json() == one.tokenizer.to_json()
+    assert other.fingerprint != one.fingerprint
+
+
 def test_two_at_once_build_once(text: Path, tmp_path: Path, builds: list[str]):
     found = []
     threads = [
