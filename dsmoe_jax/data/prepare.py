@@ -24,6 +24,8 @@ from dsmoe_jax.data.documents import Document, Split, choose, num_bytes
 from dsmoe_jax.data.progress import Progress
 from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
 
+# Raised whenever the same request would give other records: a reader, the split, the packing.
+RECIPE = 1
 DEFAULT_MAX_BYTES = {"demo": 2_000_000, "stdlib": 1_000_000}
 """Bytes of text kept per domain of a built-in corpus; the user's own text has no cap."""
 
@@ -81,6 +83,7 @@ def _request(
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes_per_domain={max_bytes}: must be at least 1")
     request: dict[str, Any] = {
+        "recipe": RECIPE,
         "corpus": corpus,
         "vocab_size": vocab_size,
         "sequence_length": sequence_length,

@@ -15,7 +15,7 @@ from dsmoe_jax.config import Config, DataConfig
 from dsmoe_jax.data import user_files
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import cache_directory
-from dsmoe_jax.data.prepare import prepare
+from dsmoe_jax.data.prepare import RECIPE, prepare
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
@@ -77,7 +77,14 @@ def _prepared_directory(config: DataConfig, source: str) -> Path:
     content = (
         platform.python_version() if source in BUILT_IN else user_files.fingerprint(Path(source))
     )
-    key = [source, content, config.tokenizer_vocab_size, config.sequence_length, config.domains]
+    key = [
+        RECIPE,
+        source,
+        content,
+        config.tokenizer_vocab_size,
+        config.sequence_length,
+        config.domains,
+    ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     return cache_directory() / "corpora" / f"{Path(source).stem}-{digest}"
 
