@@ -1,0 +1,544 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # DeepSeekMoE in ten minutes
+#
+# A mixture-of-experts layer replaces the feed-forward network (FFN) of a Transformer by many of
+# them, and sends each token to a few.  [DeepSeekMoE](https://arxiv.org/abs/2401.06066) changes two
+# things about it: it cuts the experts finer, and it sets some aside that every token uses.
+#
+# We build the layer from its three parts (**routing**, **dispatch**, **experts**), count what the
+# two changes cost, train a tiny model on text, and look at what its experts do.  All code is the
+# package's own; every claim below ends in an `assert`, and the tests of the project run this file.
+# It takes about a minute on two CPU cores.
+#
+# To open it: `pip install -e ".[notebooks]"` in the repository (in Colab: clone it, `%cd` into it,
+# the same), then open this file as a notebook (Jupyter with jupytext does), or convert it with
+# `jupytext --to notebook`.
+#
+# Shapes are suffixes of names: `T` tokens, `D` hidden, `E` routed experts, `K` activated ones per
+# token, `N = T*K` assignments, `F` width of an expert, `L` layers, `V` vocabulary.
+
+# %%
+import dataclasses
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, "..")  # the repository's configs/, when Jupyter was started here
+sys.path.insert(0, ".")
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from matplotlib.patches import Rectangle
+
+import configs
+from dsmoe_jax import accounting
+from dsmoe_jax.config import MoEConfig, from_config_dict, replace
+from dsmoe_jax.data.prepare import prepare
+from dsmoe_jax.evaluation.held_out import evaluate
+from dsmoe_jax.generation import generate
+from dsmoe_jax.moe import dispatch, experts, losses, routers
+from dsmoe_jax.moe.layer import MoELayer
+from dsmoe_jax.moe.types import RouterInputs, count_load
+from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.metrics import read_rows
+from dsmoe_jax.training.run import load_run
+from dsmoe_jax.training.step import abstract_model
+
+INK, GREY, BLUE, ORANGE, GREEN = "#202124", "#d5d2cb", "#2e78b5", "#d1440c", "#12a383"
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#73716c",
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+# %% [markdown]
+# ## 1. Routing: who goes where
+#
+# Each expert $i$ has a vector $e_i$.  A token $u_t$ has with it the **affinity**
+#
+# $$s_{i,t} = \mathrm{Softmax}_i(u_t^\top e_i)$$
+#
+# and goes to the $K$ experts of highest affinity, with the **gate**
+#
+# $$g_{i,t} = s_{i,t} \text{ if } s_{i,t} \in \mathrm{TopK}(\{s_{j,t}\}, K), \text{ else } 0.$$
+#
+# (V1 eqs. 3-5; "V1" is the paper above.)  In code a router is a pure function from logits
+# $u_t^\top e_i$ to a `Routing`: the chosen experts, their gates, all affinities.  Routers stand in
+# the table `ROUTERS`.  Six tokens, eight experts, two each:
+
+# %%
+T, E, K = 6, 8, 2
+toy = MoEConfig(n_routed_experts=E, n_shared_experts=0, num_experts_per_tok=K)
+logits_TE = 1.2 * jax.random.normal(jax.random.key(6), (T, E))
+inputs = RouterInputs(token_ids_T=jnp.arange(T))  # only a router that looks at the token needs it
+topk_softmax = routers.ROUTERS["topk_softmax"].route
+routing = topk_softmax(logits_TE, inputs, toy)
+for name in ("ids_TK", "gates_TK", "affinity_TE"):
+    print(f"{name}: {getattr(routing, name).dtype} {getattr(routing, name).shape}")
+
+s_TE = np.asarray(routing.affinity_TE)
+np.testing.assert_allclose(s_TE.sum(axis=1), 1, rtol=1e-6)
+np.testing.assert_array_equal(routing.ids_TK, np.argsort(-s_TE)[:, :K])  # the K best, best first
+np.testing.assert_array_equal(
+    routing.gates_TK, np.take_along_axis(s_TE, np.asarray(routing.ids_TK), 1)
+)
+assert (routing.gates_TK.sum(axis=1) < 1).all(), "V1 does not renormalise the chosen gates"
+
+# %%
+fig, ax = plt.subplots(figsize=(4.6, 2.9))
+image = ax.imshow(s_TE, cmap="Blues", vmin=0, vmax=1)
+for t in range(T):
+    for e in range(E):
+        chosen = e in routing.ids_TK[t]
+        ax.text(
+            e, t, f"{s_TE[t, e]:.2f}", ha="center", va="center", fontsize=7.5,
+            color="white" if s_TE[t, e] > 0.55 else INK, weight="bold" if chosen else "normal",
+        )  # fmt: skip
+        if chosen:
+            ax.add_patch(Rectangle((e - 0.47, t - 0.47), 0.94, 0.94, fill=False, ec=ORANGE, lw=1.6))
+ax.set(xlabel="expert", ylabel="token", xticks=range(E), yticks=range(T))
+ax.set_title("Affinities; framed: the two experts each token goes to")
+ax.spines[:].set_visible(False)
+ax.tick_params(length=0)
+plt.show()
+
+# %% [markdown]
+# ## 2. Balance: why a router needs a nudge
+#
+# Nothing in this keeps all tokens from choosing the same experts, which then learn everything while
+# the others learn nothing.  So a small term is added to the loss (V1 eqs. 12-14):
+#
+# $$\mathcal{L} = \alpha \sum_{i=1}^{E} f_i P_i, \qquad
+# f_i = \frac{E}{K T} \sum_t \mathbb{1}[t \text{ selects } i], \qquad
+# P_i = \frac{1}{T} \sum_t s_{i,t}.$$
+#
+# $f_i$ is the load of expert $i$ relative to its fair share, and only counts: the gradient flows
+# through $P_i$.  Perfect balance gives 1 (times $\alpha$).  The more the same experts are both
+# chosen and preferred, the larger it gets, up to $E/K$.
+
+# %%
+T = 4096
+noise_TE = jax.random.normal(jax.random.key(1), (T, E))
+favour_E = jnp.linspace(1.0, -1.0, E)  # the first experts are better liked by every token
+cases = {"no favourites": noise_TE, "favourites": noise_TE + favour_E}
+cases["collapsed"] = 0.1 * noise_TE + 40 * favour_E
+
+
+def balance(logits_TE):
+    """The unweighted balance term over all tokens as one sequence, and the routing."""
+    routing = topk_softmax(logits_TE, RouterInputs(jnp.zeros(len(logits_TE), int)), toy)
+    valid_BS = jnp.ones((1, len(logits_TE)), bool)
+    return losses.expert_balance(routing, valid_BS, toy), routing
+
+
+fig, axes = plt.subplots(1, 3, figsize=(7.2, 2.1), sharey=True)
+terms = {}
+for ax, (name, case_TE) in zip(axes, cases.items(), strict=True):
+    term, case_routing = balance(case_TE)
+    terms[name] = float(term)
+    load_E = np.asarray(count_load(case_routing.ids_TK, E))
+    assert load_E.sum() == T * K
+    ax.bar(range(E), load_E / load_E.mean(), color=BLUE)
+    ax.axhline(1, color=INK, lw=0.8, ls=":")
+    ax.set(title=f"{name}: $\\sum f_i P_i$ = {term:.2f}", xlabel="expert", xticks=range(E))
+axes[0].set_ylabel("load / fair share")
+plt.show()
+
+assert abs(terms["no favourites"] - 1) < 0.01
+assert terms["no favourites"] < terms["favourites"] < terms["collapsed"] <= E / K + 1e-4
+
+# Descending on the term lowers the logits of crowded experts and raises those of idle ones.
+slope_E = jax.grad(lambda logits_TE: balance(logits_TE)[0])(cases["favourites"]).sum(axis=0)
+assert slope_E[0] > 0 > slope_E[-1]
+
+# %% [markdown]
+# ## 3. Dispatch: sort by expert
+#
+# An expert wants its tokens in one block, to multiply them by its matrices at once.  So: write down
+# the $N = TK$ assignments (token, expert), sort them by expert, gather the rows.  The rows of
+# expert 0 come first, then those of expert 1, and so on, and `group_sizes` says how many each has.
+# Nothing is padded and no token is dropped.  Afterwards each token picks up its $K$ results,
+# multiplies them by its gates and adds them.
+#
+# A dispatcher does just this, around a function `run_experts(rows_ND, group_sizes_E)`.  To watch
+# it, we give the six tokens of part 1 rows that hold the token's number, and "experts" that change
+# nothing:
+
+# %%
+T = 6
+x_TD = jnp.arange(T, dtype=jnp.float32)[:, None]  # D = 1
+seen = {}
+
+
+def do_nothing(rows_ND, group_sizes_E):
+    seen.update(rows=np.asarray(rows_ND[:, 0], int), sizes=np.asarray(group_sizes_E))
+    return rows_ND
+
+
+y_TD = dispatch.local(x_TD, routing, E, do_nothing)
+start = 0
+for e, size in enumerate(seen["sizes"]):
+    print(f"expert {e}: tokens {seen['rows'][start : start + size].tolist()}")
+    start += size
+
+assert start == T * K
+np.testing.assert_allclose(y_TD[:, 0], x_TD[:, 0] * routing.gates_TK.sum(axis=1), rtol=1e-6)
+
+# %%
+token_N = np.repeat(np.arange(T), K)
+expert_N = np.asarray(routing.ids_TK).reshape(-1)
+order_N = np.argsort(expert_N, kind="stable")
+np.testing.assert_array_equal(seen["rows"], token_N[order_N])
+
+fig, ax = plt.subplots(figsize=(6.4, 2.0))
+colour = plt.get_cmap("Set2")
+for n in range(T * K):
+    place = int(np.flatnonzero(order_N == n)[0])
+    for x, y in ((n, 1.0), (place, 0.0)):
+        ax.add_patch(Rectangle((x, y), 0.92, 0.32, color=colour(expert_N[n])))
+        ax.text(x + 0.46, y + 0.15, f"{token_N[n]}", ha="center", va="center")
+    ax.plot([n + 0.46, place + 0.46], [0.98, 0.34], color=colour(expert_N[n]), lw=1.3)
+for e in np.unique(expert_N):
+    middle = np.flatnonzero(expert_N[order_N] == e).mean() + 0.46
+    ax.text(middle, -0.17, f"expert {e}", ha="center", fontsize=7.5)
+ax.text(-0.2, 1.16, "by token", ha="right", va="center")
+ax.text(-0.2, 0.16, "by expert", ha="right", va="center")
+ax.set(xlim=(-1.8, T * K), ylim=(-0.3, 1.4))
+ax.axis("off")
+ax.set_title("The 12 assignments before and after the sort (numbers: tokens, colours: experts)")
+plt.show()
+
+# %% [markdown]
+# ## 4. Experts: a grouped matrix product
+#
+# Each expert is a small SwiGLU network, $\mathrm{FFN}_i(x) = W^{down}_i(\mathrm{silu}(W^{gate}_i x)
+# \odot W^{up}_i x)$.  The obvious way is a loop in which every expert computes *all* rows and keeps
+# its own: $E$ times the work needed.  A grouped matrix product gives the same rows for the work of
+# the assignments alone.
+
+# %%
+D, F = 16, 24
+weights = experts.ExpertWeights(
+    *(
+        jax.random.normal(key, shape) / 4
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 3), [(E, F, D), (E, F, D), (E, D, F)], strict=True
+        )
+    )
+)
+rows_ND = jax.random.normal(jax.random.key(1), (T * K, D))
+sizes_E = jnp.asarray(seen["sizes"])
+grouped_ND = experts.run_experts(rows_ND, sizes_E, weights, "blocked")
+
+by_hand = [
+    experts.swiglu(rows_ND[n : n + 1], *(matrix[e] for matrix in weights))
+    for n, e in enumerate(expert_N[order_N])
+]
+np.testing.assert_allclose(grouped_ND, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
+
+# %% [markdown]
+# The layer puts the parts together and adds the **shared experts**, through which every token goes
+# whatever the router says (V1 eqs. 9-11; the $+\,u_t$ is the block's residual connection):
+#
+# $$h_t = u_t + \sum_{i=1}^{K_s} \mathrm{FFN}^{shared}_i(u_t)
+#             + \sum_{i=1}^{E} g_{i,t} \, \mathrm{FFN}_i(u_t)$$
+#
+# Written out as these two sums, for a small layer, with every expert on every token:
+
+# %%
+small = from_config_dict(configs.load("dsmoe_2b", "smoke")).model
+layer = MoELayer(small, rngs=nnx.Rngs(0))
+u_TD = jax.random.normal(jax.random.key(2), (5, small.hidden_size))
+got_BSD, stats = layer(u_TD[None], jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 5), bool))
+
+s_TE = jax.nn.softmax(u_TD @ layer.router_ED[...].T)
+best_TE = s_TE >= jnp.sort(s_TE)[:, -small.moe.num_experts_per_tok, None]
+gates_TE = jnp.where(best_TE, s_TE, 0)
+every_ffn = jax.vmap(experts.swiglu, in_axes=(None, 0, 0, 0))
+ffn_ETD = every_ffn(u_TD, layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...])
+want_TD = layer.shared(u_TD) + jnp.einsum("te,etd->td", gates_TE, ffn_ETD)
+np.testing.assert_allclose(got_BSD[0], want_TD, rtol=1e-3, atol=1e-6)
+assert stats.load_E.sum() == 5 * small.moe.num_experts_per_tok
+
+# %% [markdown]
+# ## 5. The idea: finer experts, and some of them shared
+#
+# A conventional MoE (GShard) has 16 experts as large as a standard FFN and activates 2.
+# DeepSeekMoE cuts each expert into $m = 4$ and activates $4 \times 2 = 8$ of the 64 quarters; one
+# of them is set aside as shared, so the router picks 7 of 63.  Parameters and FLOPs stay as they
+# were.  What grows is the number of ways to combine experts for a token:
+
+# %%
+combinations = {"gshard_2b": math.comb(16, 2), "dsmoe_2b": math.comb(63, 7)}
+assert combinations == {"gshard_2b": 120, "dsmoe_2b": 553_270_671}
+
+print(f"{'':10} {'total':>8} {'activated':>10} {'experts':>9} {'activated':>10} {'sets':>13}")
+counts = {}
+for name, sets in combinations.items():
+    counts[name] = accounting.count_parameters(from_config_dict(configs.load(name)).model)
+    total, activated, expert, expert_activated = dataclasses.astuple(counts[name])
+    print(
+        f"{name:10} {total / 1e9:7.3f}B {activated / 1e9:9.3f}B"
+        f" {expert / 1e9:8.3f}B {expert_activated / 1e9:9.3f}B {sets:13,}"
+    )
+for field in dataclasses.fields(accounting.Parameters):
+    ours, theirs = (getattr(counts[name], field.name) for name in ("dsmoe_2b", "gshard_2b"))
+    assert abs(ours / theirs - 1) < 0.002, field.name
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(6.4, 1.9))
+for ax, (title, n, shared, active) in zip(
+    axes,
+    (
+        ("GShard: 2 of 16 whole experts, 120 sets", 16, 0, (3, 11)),
+        (
+            "DeepSeekMoE: 1 shared + 7 of 63 quarters, 553,270,671 sets",
+            64,
+            1,
+            (4, 13, 22, 27, 40, 51, 58),
+        ),
+    ),
+    strict=True,
+):
+    for i in range(n):
+        kind = ORANGE if i < shared else BLUE if i in active else GREY
+        ax.add_patch(Rectangle((i * 64 / n + 0.1, 0), 64 / n - 0.2, 1, color=kind, lw=0))
+    ax.set(xlim=(0, 64), ylim=(0, 1))
+    ax.set_title(title)
+    ax.axis("off")
+axes[1].text(0, -0.5, "shared", color=ORANGE)
+axes[1].text(8, -0.5, "chosen by the router", color=BLUE)
+axes[1].text(30, -0.5, "idle for this token", color="#73716c")
+plt.show()
+
+# %% [markdown]
+# ## 6. Train one
+#
+# The same model at smoke scale: two layers, 1 shared + 63 routed experts in each, 7 activated,
+# hidden size 48.  It reads the text that comes with every Python: its library, its documentation,
+# the names of the Unicode characters.  150 steps are a matter of seconds, once they are compiled.
+# The config is the file `configs/dsmoe_2b.py`; we change a few of its keys.
+
+# %%
+folder = tempfile.TemporaryDirectory()
+corpus = prepare(
+    "stdlib", Path(folder.name) / "corpus", vocab_size=1024, sequence_length=64,
+    max_bytes_per_domain=400_000,
+)  # fmt: skip
+config = replace(
+    from_config_dict(configs.load("dsmoe_2b", "smoke")),
+    **{
+        "model.vocab_size": 1024,
+        "data.tokenizer_vocab_size": 1024,
+        "data.corpus": str(corpus.directory),
+        "train.steps": 150,
+        "train.global_batch_size": 16,
+        "train.checkpoint_every": 1000,
+        "train.eval_every": 30,
+        "optimizer.warmup_steps": 15,
+    },
+)
+workdir = Path(folder.name) / "run"
+result = train(config, workdir)
+print(f"held-out loss {result.evaluation['loss']:.3f} nats per token")
+
+# %%
+rows = read_rows(workdir)
+validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+assert abs(rows[0]["loss"] - math.log(config.model.vocab_size)) < 0.1, "knows nothing at first"
+assert result.evaluation["loss"] < rows[0]["loss"] - 1.5, "and then learns"
+
+fig, ax = plt.subplots(figsize=(5.2, 2.6))
+ax.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=BLUE, lw=1)
+ax.plot(*zip(*validation, strict=True), "o", color=ORANGE, ms=4.5)
+ax.axhline(math.log(config.model.vocab_size), color=INK, lw=0.8, ls=":")
+ax.text(config.train.steps, math.log(config.model.vocab_size), "$\\ln V$", ha="right", va="bottom")
+ax.text(18, rows[17]["loss"] + 0.25, "training batches", color=BLUE)
+ax.text(validation[1][0], validation[1][1] - 0.35, "held-out text", color=ORANGE, ha="right")
+ax.set(xlabel="step", ylabel="nats per token", title="Loss")
+plt.show()
+
+# %% [markdown]
+# And the balance?  Every training step reports the load of each expert in each layer; so does the
+# evaluation, here on held-out text.  The usual measure of the worst case is
+# MaxVio = (largest load - mean) / mean; 0 is perfect.
+
+# %%
+load_LE = np.array(result.evaluation["load"])
+L, E = load_LE.shape
+assert load_LE.shape == (config.model.num_hidden_layers, 63)
+relative_LE = load_LE / load_LE.mean(axis=1, keepdims=True)
+np.testing.assert_allclose(relative_LE.max(axis=1) - 1, result.evaluation["maxvio"])
+
+fig, axes = plt.subplots(1, L, figsize=(7.2, 2.5), sharey=True)
+for i, ax in enumerate(axes):
+    ax.bar(range(E), np.sort(relative_LE[i])[::-1], color=BLUE, width=0.85)
+    ax.axhline(1, color=INK, lw=0.8, ls=":")
+    ax.set(xlabel="experts, busiest first", xticks=[])
+    ax.set_title(f"Layer {i + 1}: MaxVio {result.evaluation['maxvio'][i]:.2f}")
+axes[0].set_ylabel("load / fair share")
+plt.show()
+assert (load_LE > 0).all(), "no expert is dead"
+
+# %% [markdown]
+# ## 7. What do experts like?
+#
+# To see which tokens go where we need the `Routing` of every layer.  Since a router is a function
+# in a table, we wrap it in one that also writes down what it sees, and run the trained parameters
+# in a model with that router.  (A new router, a balance term or a dispatcher is added in just this
+# way: a function and a line in a table.)
+
+# %%
+run = load_run(workdir)
+_, params, other = nnx.split(run.model, nnx.Param, ...)
+notes = []
+
+
+def write_down(logits_TE, inputs, moe):
+    routing = topk_softmax(logits_TE, inputs, moe)
+    note = lambda tokens_T, ids_TK: notes.append((np.array(tokens_T), np.array(ids_TK)))  # noqa: E731
+    jax.debug.callback(note, inputs.token_ids_T, routing.ids_TK, ordered=True)
+    return routing
+
+
+def variant(params=params, **overrides):
+    """The trained model with some keys of its config changed."""
+    return nnx.merge(abstract_model(replace(run.config, **overrides)), params, other)
+
+
+def held_out_loss(model):
+    return evaluate(model, corpus, batch_size=16, max_batches=20)["loss"]
+
+
+routers.ROUTERS["write_down"] = routers.Router(write_down)
+whole = held_out_loss(variant(**{"model.moe.router": "write_down"}))
+jax.effects_barrier()
+
+# count_LEV: how often expert e of layer l was chosen for token v (padding left out)
+count_LEV = np.zeros((L, E, corpus.vocab_size))
+for i, (tokens_T, ids_TK) in enumerate(notes):  # one note a layer and batch, layers in turn
+    np.add.at(count_LEV[i % L], (ids_TK, tokens_T[:, None]), 1)
+count_LEV[:, :, corpus.tokenizer.pad_id] = 0
+K = config.model.moe.num_experts_per_tok
+assert len(notes) == 20 * L
+np.testing.assert_array_equal(*count_LEV.sum(axis=1))  # each layer sees the same tokens, K times
+
+# %% [markdown]
+# Of the experts of the last layer that are not nearly idle, here are the three choosiest: those
+# whose five most frequent tokens make up the largest part of their load.  Beside each token its
+# part of the expert's load, and its part of the text.
+
+# %%
+share_EV = count_LEV[-1] / count_LEV[-1].sum(axis=1, keepdims=True)
+share_V = count_LEV[-1].sum(axis=0) / count_LEV[-1].sum()
+favourite_E5 = np.argsort(-share_EV, axis=1)[:, :5]
+choosy_E = np.take_along_axis(share_EV, favourite_E5, axis=1).sum(axis=1)
+busy_E = count_LEV[-1].sum(axis=1) > count_LEV[-1].sum() / E / 2  # half a fair share or more
+for e in np.argsort(-choosy_E * busy_E)[:3]:
+    of_text = share_V[favourite_E5[e]].sum()
+    print(f"expert {e}: {choosy_E[e]:.0%} of its load are five tokens ({of_text:.0%} of the text)")
+    for v in favourite_E5[e]:
+        token = repr(corpus.tokenizer.token(v))
+        print(f"    {token:14} {share_EV[e, v]:6.1%}   of the text {share_V[v]:6.1%}")
+    assert choosy_E[e] > 2 * of_text
+
+# %% [markdown]
+# ## 8. Take experts away
+#
+# Do the routed experts know different things, and does the shared one know what they do not?  Two
+# experiments of the paper (V1 section 4.5), on our model:
+#
+# - **Mask the best.**  For every token, the experts of highest affinity are forbidden, and the 7
+#   best of the rest do the work (their softmax is taken over the rest).  If experts were
+#   interchangeable, the loss would hardly rise.
+# - **No shared expert.**  It is turned off and an eighth routed expert is activated instead: the
+#   compute is the same.
+
+
+# %%
+def without_the_best(n):
+    """A router that forbids each token its n best experts."""
+
+    def route(logits_TE, inputs, moe):
+        worst_of_the_best_T1 = jax.lax.top_k(logits_TE, n)[0][:, -1:]
+        allowed_TE = jnp.where(logits_TE >= worst_of_the_best_T1, -jnp.inf, logits_TE)
+        return topk_softmax(allowed_TE, inputs, moe)
+
+    return routers.Router(route)
+
+
+found = {"as trained": whole}
+for n in (4, 16):
+    routers.ROUTERS[f"without_{n}"] = without_the_best(n)
+    model = variant(**{"model.moe.router": f"without_{n}"})
+    found[f"{n} best of 63 masked"] = held_out_loss(model)
+
+silent = jax.tree.map(lambda x: x, params)  # a copy: the trained parameters stay as they are
+silent["layers"]["moe"]["shared"]["down_DF"][...] *= 0
+found["no shared, 8 routed"] = held_out_loss(
+    variant(silent, **{"model.moe.num_experts_per_tok": 8})
+)
+
+fig, ax = plt.subplots(figsize=(5.6, 1.9))
+names = list(found)[::-1]
+colours = [GREY, BLUE, BLUE, ORANGE][::-1]
+bars = ax.barh(names, [found[name] - whole for name in names], color=colours, height=0.62)
+for name, bar in zip(names, bars, strict=True):
+    label = f" {found[name]:.3f}"
+    ax.text(bar.get_width(), bar.get_y() + bar.get_height() / 2, label, va="center")
+ax.set(xlabel="rise of the held-out loss, nats per token (numbers: the loss itself)")
+ax.set_title("What the model loses")
+ax.margins(x=0.15)
+ax.tick_params(axis="y", length=0)
+plt.show()
+
+assert all(found[f"{n} best of 63 masked"] > whole for n in (4, 16))
+assert found["no shared, 8 routed"] > whole + 0.05
+assert run.model.layers.moe.shared.down_DF[...].any(), "the model itself was left alone"
+
+# %% [markdown]
+# Both hurt.  That a routed expert cannot stand in for the shared one is what the paper found, too
+# (its loss goes from 1.808 to 2.414).  Do not read more into it: this is a model of two layers
+# after a few seconds of training, whose routed experts have hardly begun to differ; one seed, and
+# no rival beside it.  `make demo` trains the rivals.
+#
+# The trained model also writes, though not yet well:
+
+# %%
+prompt_P = [corpus.tokenizer.eos_id, *corpus.tokenizer.encode("    def __init__(self")]
+tokens_BG = generate(run.model, jnp.array([prompt_P]), 32, temperature=0.6, top_p=0.9, seed=0)
+print(corpus.tokenizer.decode(prompt_P + tokens_BG[0].tolist()))
+assert tokens_BG.shape == (1, 32)
+folder.cleanup()
+
+# %% [markdown]
+# ## Where to go on
+#
+# - `dsmoe_jax/moe/`: the parts of this notebook, about 600 lines; start with `layer.py`.
+# - `configs/`: the models of the paper from 2B to 145B, each a few lines.
+#   `python -m dsmoe_jax.count --config=configs/dsmoe_16b.py` counts them.
+# - `make demo`: DeepSeekMoE against Dense, Hash, Switch and GShard on real text.
