@@ -148,15 +148,16 @@ def _for_each_expert(group_sizes_E, n_rows: int, visit: Callable, carry):
 
 
 def window_heights(n_rows: int, n_experts: int) -> list[int]:
-    """The ladder: static window heights for loads around the mean, the last at most n_rows.
+    """The ladder: ascending static window heights, none above n_rows.
 
-    Steps of about a twelfth of the mean load up to twice the mean: every rung is compiled, so
-    fewer rungs compile faster and pad more.
+    Powers of two up to a third of the mean load, then steps of an eighth (of 8 rows at least) up to
+    twice the mean. Every rung is compiled: more of them compile longer, fewer pad more.
     """
     mean = -(-n_rows // n_experts)
-    step = max(8, mean // 12 // 8 * 8)
-    middle = max(step, mean // 2 // step * step)
-    heights = [*range(2 * step, middle, 2 * step), *range(middle, 2 * mean + step, step)]
+    heights = [8]
+    while heights[-1] < 2 * mean:
+        last = heights[-1]
+        heights.append(2 * last if 3 * last < mean else last + max(8, last // 64 * 8))
     return [h for h in heights if h < n_rows] or [n_rows]
 
 

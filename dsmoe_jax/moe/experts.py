@@ -88,6 +88,10 @@ def tokamax(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights
     needs `jax.default_device(...)` around the trace.
     """
     import tokamax as library
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # it would parse sys.argv itself and fail on others' flags
+        flags.FLAGS.mark_as_parsed()
 
     def grouped_matmul(x_NI, w_EOI):
         w_EIO = w_EOI.swapaxes(1, 2)

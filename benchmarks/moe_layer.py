@@ -1,0 +1,263 @@
+"""Speed of the routed MoE layer against a dense SwiGLU of the same activated FLOPs.
+
+    python -m benchmarks.moe_layer --size=2b
+    python -m benchmarks.moe_layer --size=all --hf --json=benchmarks/results/NAME.json
+
+One process, interleaved: in every round each case runs once, and a ratio is the median over rounds
+of (case / dense in the same round), so a machine that slows down slows both. The layer is the
+router's matmul, softmax, top-k, sort, gather, experts and weighted sum; nothing is dropped. Its
+dense rival has the width of the K activated experts. Gradients are those of tokens, router and all
+weights, and the output is computed too.
+
+Shape suffixes: T tokens, D hidden, F expert width, E routed experts, K activated experts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsmoe_jax.host_memory import keep_freed_memory
+from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.moe.types import Routing
+
+
+class Size(NamedTuple):
+    """One MoE layer and how many tokens it sees."""
+
+    tokens: int
+    hidden_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+
+    def gflop(self, with_gradients: bool) -> float:
+        """Multiply-adds of the activated matmuls, counted as 2 operations; backward is twice."""
+        d, k, f = self.hidden_size, self.num_experts_per_tok, self.moe_intermediate_size
+        return 6 * self.tokens * d * k * f * (3 if with_gradients else 1) / 1e9
+
+
+SIZES = {
+    "2b": Size(1024, 1280, 63, 7, 853),  # a layer of the paper's 2B model (V1 section 4.1)
+    "demo": Size(4096, 128, 63, 7, 85),
+    "demo256": Size(2048, 256, 63, 7, 171),
+}
+ROUTINGS = ("real", "balanced")
+REAL_SKEW = 1.7  # max load / mean load that trained routers show on real text
+
+
+class Case(NamedTuple):
+    """Something to time: `run()` returns when its results are there."""
+
+    name: str
+    routing: str
+    with_gradients: bool
+    run: Callable[[], object]
+    compile_s: float | None = None
+    temp_mb: float | None = None
+
+
+def routing_offsets_TE(size: Size, routing: str, logits_TE: np.ndarray) -> np.ndarray:
+    """What is added to the logits for the choice of experts (not for the gates).
+
+    `real`: a preference of each expert, scaled until max load / mean load is REAL_SKEW.
+    `balanced`: token t takes experts tK .. tK + K - 1 (mod E), every expert the same load.
+    """
+    t, e, k = size.tokens, size.n_routed_experts, size.num_experts_per_tok
+    if routing == "balanced":
+        chosen_TK = (np.arange(t * k) % e).reshape(t, k)
+        offsets_TE = np.zeros((t, e), np.float32)
+        np.put_along_axis(offsets_TE, chosen_TK, 1e4, axis=1)
+        return offsets_TE
+    preference_E = np.random.default_rng(1).standard_normal(e).astype(np.float32)
+    low, high = 0.0, 4.0
+    for _ in range(30):
+        scale = (low + high) / 2
+        ids_TK = np.argsort(-(logits_TE + scale * preference_E), axis=1)[:, :k]
+        skew = np.bincount(ids_TK.ravel(), minlength=e).max() / (t * k / e)
+        low, high = (scale, high) if skew < REAL_SKEW else (low, scale)
+    return np.broadcast_to(low * preference_E, (t, e))
+
+
+def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, backend: str):
+    """The routed experts of an MoE layer, whole: y_TD."""
+    logits_TE = x_TD.astype(jnp.float32) @ router_ED.T
+    affinity_TE = jax.nn.softmax(logits_TE, axis=-1)
+    _, ids_TK = jax.lax.top_k(logits_TE + offsets_TE, k)
+    gates_TK = jnp.take_along_axis(affinity_TE, ids_TK, axis=1)
+
+    def run_experts(rows_ND, group_sizes_E):
+        return experts.run_experts(rows_ND, group_sizes_E, weights, backend)
+
+    return dispatch.local(
+        x_TD, Routing(ids_TK, gates_TK, affinity_TE), router_ED.shape[0], run_experts
+    )
+
+
+def dense_layer(x_TD, gate_FD, up_FD, down_DF):
+    """The dense SwiGLU of the same activated FLOPs: y_TD."""
+    return (jax.nn.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
+
+
+def jax_case(name: str, routing: str, with_gradients: bool, layer: Callable, dy_TD, args) -> Case:
+    """Compile `layer(*args)`, or it and its gradients, and wrap it for timing."""
+
+    def with_grads(dy_TD, *args):
+        y_TD, transpose = jax.vjp(layer, *args)
+        return y_TD, transpose(dy_TD)
+
+    start = time.perf_counter()
+    if with_gradients:
+        args = (dy_TD, *args)
+        compiled = jax.jit(with_grads).lower(*args).compile()
+    else:
+        compiled = jax.jit(layer).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    temp_mb = None if memory is None else memory.temp_size_in_bytes / 1e6
+    run = lambda: jax.block_until_ready(compiled(*args))  # noqa: E731
+    return Case(name, routing, with_gradients, run, seconds, temp_mb)
+
+
+def build_cases(size: Size, backends: list[str], hf: bool, dtype: str) -> list[Case]:
+    """The dense rival first, then every backend x routing x {forward, with gradients}."""
+    t, d, e, k, f = size
+    rng = np.random.default_rng(0)
+    matrix = lambda *s: rng.standard_normal(s, np.float32) * s[-1] ** -0.5  # noqa: E731
+    x_TD, dy_TD, router_ED = rng.standard_normal((t, d), np.float32), matrix(t, d), matrix(e, d)
+    expert_weights = experts.ExpertWeights(matrix(e, f, d), matrix(e, f, d), matrix(e, d, f))
+    dense_weights = (matrix(k * f, d), matrix(k * f, d), matrix(d, k * f))
+    offsets = {r: routing_offsets_TE(size, r, x_TD @ router_ED.T) for r in ROUTINGS}
+    cases = []
+    if hf:
+        from benchmarks import moe_layer_hf
+
+        cases += moe_layer_hf.cases(x_TD, dy_TD, router_ED, expert_weights, offsets, k)
+    put = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)  # noqa: E731
+    x_TD, dy_TD, expert_weights, dense_weights = put((x_TD, dy_TD, expert_weights, dense_weights))
+    router_ED = jnp.asarray(router_ED)
+    jax_cases = []
+    for grads in (False, True):
+        args = (x_TD, *dense_weights)
+        jax_cases.append(jax_case("dense", "-", grads, dense_layer, dy_TD, args))
+        for backend in backends:
+            for routing in ROUTINGS:
+                offsets_TE = jnp.asarray(offsets[routing])
+
+                def layer(x_TD, router_ED, weights, offsets_TE=offsets_TE, backend=backend):
+                    return moe_layer(x_TD, router_ED, weights, offsets_TE, k, backend)
+
+                args = (x_TD, router_ED, expert_weights)
+                print(f"compiling {backend}, {routing}, gradients={grads}", file=sys.stderr)
+                jax_cases.append(jax_case(backend, routing, grads, layer, dy_TD, args))
+    return jax_cases + cases
+
+
+def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
+    """Time all cases interleaved; a row of results for each."""
+    seconds = {case: [] for case in cases}
+    for round_ in range(-1, repeats):  # round -1 warms up
+        for case in cases:
+            start = time.perf_counter()
+            case.run()
+            if round_ >= 0:
+                seconds[case].append(time.perf_counter() - start)
+        print(f"round {round_ + 1}/{repeats}", file=sys.stderr)
+    dense = {c.with_gradients: seconds[c] for c in cases if c.name == "dense"}
+    rows = []
+    for case in cases:
+        median = statistics.median(seconds[case])
+        pairs = zip(seconds[case], dense[case.with_gradients], strict=True)
+        rows.append(
+            {
+                "backend": case.name,
+                "routing": case.routing,
+                "pass": "forward+gradients" if case.with_gradients else "forward",
+                "ms": 1e3 * median,
+                "ratio_to_dense": statistics.median(a / b for a, b in pairs),
+                "gflop_per_s": size.gflop(case.with_gradients) / median,
+                "temp_mb": case.temp_mb,
+                "compile_s": case.compile_s,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table; a missing number is a dash."""
+    columns = list(rows[0])
+    show = lambda v: "-" if v is None else v if isinstance(v, str) else f"{v:.4g}"  # noqa: E731
+    lines = [columns, ["---"] * len(columns), *([show(row[c]) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Command-line flags; wrong ones end the program with one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.moe_layer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = "blocked" if jax.default_backend() == "cpu" else "ragged_dot,tokamax"
+    parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
+    parser.add_argument("--backends", default=default, help="comma-separated (default %(default)s)")
+    parser.add_argument("--tokens", type=int, help="tokens in place of those of the size")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (default %(default)s)")
+    parser.add_argument(
+        "--hf", action="store_true", help="also Hugging Face's DeepseekV3MoE on torch, CPU only"
+    )
+    parser.add_argument("--json", type=Path, help="write the results here; must not exist")
+    parser.add_argument(
+        "--malloc", choices=["keep", "system"], default="keep",
+        help="keep: freed memory stays in the process, see dsmoe_jax/host_memory.py (default)",
+    )  # fmt: skip
+    flags = parser.parse_args(argv)
+    try:
+        for backend in flags.backends.split(","):
+            experts.get_backend(backend)
+    except ValueError as error:
+        parser.error(f"--backends: {error}")
+    if flags.hf and jax.default_backend() != "cpu":
+        parser.error("--hf: torch runs on the CPU here, comparing it with an accelerator is no use")
+    if flags.json and flags.json.exists():
+        parser.error(f"--json={flags.json}: exists already; name a new file")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse_flags(argv)
+    kept = flags.malloc == "keep" and keep_freed_memory()
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "jax": jax.__version__,
+        "dtype": dtype,
+        "freed_memory_kept": kept,
+        "repeats": flags.repeats,
+        "sizes": {},
+    }
+    print({key: value for key, value in report.items() if key != "sizes"})
+    for name in SIZES if flags.size == "all" else [flags.size]:
+        size = SIZES[name]._replace(**({"tokens": flags.tokens} if flags.tokens else {}))
+        cases = build_cases(size, flags.backends.split(","), flags.hf, dtype)
+        rows = measure(size, cases, flags.repeats)
+        report["sizes"][name] = {**size._asdict(), "rows": rows}
+        print(f"\n{name}: {size}\n{table(rows)}", flush=True)
+    if flags.json:
+        flags.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Every expert backend against the dense loop, values and all gradients, and the loop itself."""
+
+import importlib.util
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsmoe_jax.moe import blocked, experts
+from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, run_experts
+
+FAST_BACKENDS = sorted(set(BACKENDS) - {"loop"})
+
+# What others' kernels got wrong: fill values, empty groups, sizes off the tile. All loads but the
+# last share one shape, so each backend compiles once for them.
+LOADS = {
+    "full and off the tile": ([25, 37, 1, 38], 101),
+    "on the tile": ([16, 32, 8, 40], 101),
+    "empty experts": ([0, 59, 0, 42], 101),
+    "one takes all": ([0, 0, 101, 0], 101),
+    "one takes most, trailing padding": ([2, 3, 70, 1], 101),
+    "nothing at all": ([0, 0, 0, 0], 101),
+    "fewer rows than experts": ([1, 0, 1, 0], 3),
+}
+
+
+def make(sizes, n_rows, hidden=6, width=5, dtype=jnp.float32, seed=0):
+    """Rows (NaN after the last group), sizes, weights and a cotangent (NaN there too)."""
+    rng = np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    rows_ND, dy_ND = (array(n_rows, hidden).at[sum(sizes) :].set(jnp.nan) for _ in range(2))
+    e = len(sizes)
+    weights = ExpertWeights(
+        array(e, width, hidden), array(e, width, hidden), array(e, hidden, width)
+    )
+    return rows_ND, jnp.asarray(sizes, jnp.int32), weights, dy_ND
+
+
+@jax.jit(static_argnames="backend")
+def value_and_gradients(rows_ND, sizes_E, weights, dy_ND, backend):
+    y_ND, transpose = jax.vjp(lambda x, w: run_experts(x, sizes_E, w, backend), rows_ND, weights)
+    return y_ND, transpose(dy_ND)
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=tolerance, atol=tolerance
+        )
+
+
+def numpy_experts(rows_ND, sizes, weights):
+    out_ND, start = np.zeros_like(rows_ND), 0
+    for size, gate_FD, up_FD, down_DF in zip(sizes, *weights, strict=True):
+        x_ND = rows_ND[start : start + size]
+        gate_NF = x_ND @ gate_FD.T
+        hidden_NF = gate_NF / (1 + np.exp(-gate_NF)) * (x_ND @ up_FD.T)
+        out_ND[start : start + size] = hidden_NF @ down_DF.T
+        start += size
+    return out_ND
+
+
+@pytest.mark.parametrize("loads", LOADS)
+def test_loop_is_the_formula(loads):
+    sizes, n_rows = LOADS[loads]
+    rows_ND, sizes_E, weights, _ = make(sizes, n_rows)
+    found_ND = run_experts(rows_ND, sizes_E, weights, "loop")
+    expected_ND = numpy_experts(np.asarray(rows_ND), sizes, [np.asarray(w) for w in weights])
+    np.testing.assert_allclose(found_ND, expected_ND, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loads", LOADS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_backend_equals_the_loop(backend, loads):
+    args = make(*LOADS[loads])
+    assert_close(value_and_gradients(*args, backend), value_and_gradients(*args, "loop"), 2e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_padding_is_exactly_zero_and_harmless(backend):
+    sizes, n_rows = LOADS["one takes most, trailing padding"]
+    args = make(sizes, n_rows)
+    y_ND, (dx_ND, d_weights) = value_and_gradients(*args, backend)
+    assert (y_ND[sum(sizes) :] == 0).all()
+    assert (dx_ND[sum(sizes) :] == 0).all()
+    assert all(jnp.isfinite(d).all() for d in d_weights)
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.given(
+    sizes=st.lists(st.integers(0, 25), min_size=4, max_size=4), seed=st.integers(0, 9)
+)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_backend_equals_the_loop_for_any_load(backend, sizes, seed):
+    args = make(sizes, 101, seed=seed)
+    assert_close(value_and_gradients(*args, backend), value_and_gradients(*args, "loop"), 5e-5)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_bfloat16_is_close_and_accumulates_in_float32(backend):
+    # 300 rows for one of 20 experts: `blocked` must add up several windows in float32.
+    sizes, n_rows, hidden, width = [0, 300, 5] + [0] * 17, 310, 64, 48
+    wide = make(sizes, n_rows, hidden, width)
+    wide = (wide[0] / 4, wide[1], jax.tree.map(lambda w: w / 8, wide[2]), wide[3] / 4)
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, wide)
+    exact = value_and_gradients(
+        *jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, narrow),
+        "loop",
+    )
+    found = value_and_gradients(*narrow, backend)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.bfloat16
+        error = jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max()
+        assert error < 0.015, "more than a few roundings to bfloat16 (2**-8 each)"
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_backend_in_a_checkpointed_scan_over_layers(backend):
+    rows_ND, sizes_E, weights, dy_ND = make([3, 0, 20, 1], 24)
+    layers = jax.tree.map(lambda w: jnp.stack([w, w[::-1] / 2]), weights)
+
+    @jax.jit(static_argnames="backend")
+    def gradients(layers, rows_ND, backend):
+        def layer(x_ND, w):
+            return x_ND + run_experts(x_ND, sizes_E, ExpertWeights(*w), backend) / 4, None
+
+        def loss(layers, rows_ND):
+            return (jax.lax.scan(jax.checkpoint(layer), rows_ND, layers)[0] * dy_ND).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(layers, rows_ND)
+
+    assert_close(gradients(layers, rows_ND, backend), gradients(layers, rows_ND, "loop"), 1e-4)
+
+
+def test_blocked_gives_the_same_bits_twice():
+    args = make([40, 0, 13, 43], 101)
+    first, second = (value_and_gradients(*args, "blocked") for _ in range(2))
+    assert all(
+        (np.asarray(a) == np.asarray(b)).all()
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+        if not np.isnan(a).any()
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_experts"), [(7168, 63), (28672, 63), (3, 4), (64, 16), (9, 1)]
+)
+def test_window_heights_are_a_short_ladder(n_rows, n_experts):
+    heights = blocked.window_heights(n_rows, n_experts)
+    assert heights == sorted(set(heights))
+    assert heights[-1] <= n_rows
+    assert len(heights) <= 20
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"expert_backend='blokced': must be one of .*'blocked'"):
+        experts.get_backend("blokced")
+
+
+def test_missing_tokamax_is_refused_in_one_sentence(monkeypatch):
+    real = importlib.util.find_spec
+    hide = lambda name, *a: None if name == "tokamax" else real(name, *a)  # noqa: E731
+    monkeypatch.setattr(experts, "find_spec", hide)
+    with pytest.raises(ValueError, match="tokamax library is not installed"):
+        experts.get_backend("tokamax")
