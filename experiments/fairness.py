@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe_jax import accounting
 from dsmoe_jax.config import Config, differences
+from experiments import results
 from experiments.results import Row
 from experiments.spec import QUANTITIES, Equal, Experiment
 
@@ -29,7 +29,7 @@ def check_configs(experiment: Experiment, configs: Mapping[str, Config]) -> None
                     f"{experiment.name}: unfair: {key} is {a!r} in {first} and {b!r} in {label};"
                     f" arms may differ only in {', '.join(experiment.may_differ)}"
                 )
-    sizes = {label: accounting.account(config) for label, config in configs.items()}
+    sizes = {label: results.sizes(config) for label, config in configs.items()}
     for rule in experiment.equal:
         _check_rule(experiment, rule, sizes)
 

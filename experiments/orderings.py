@@ -67,9 +67,9 @@ def common_seeds(losses: Mapping[str, Mapping[int, float]]) -> list[int]:
 def difference_half_width(losses: Mapping[str, Mapping[int, float]]) -> float | None:
     """Half the 95 % interval of a difference of two arms; None if it cannot be known."""
     seeds = common_seeds(losses)
-    degrees = (len(losses) - 1) * (len(seeds) - 1)
-    if degrees < 1:
+    if len(losses) < 2 or len(seeds) < 2:
         return None
+    degrees = (len(losses) - 1) * (len(seeds) - 1)
     table = np.array([[by_seed[seed] for seed in seeds] for by_seed in losses.values()])
     noise = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     variance = float((noise**2).sum()) / degrees

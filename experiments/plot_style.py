@@ -93,6 +93,7 @@ def axes(
 
 def label_ends(comparison: Comparison, ax: Axes, ends: dict[Arm, float]) -> None:
     """Writes each arm's name beside the end of its line, moved apart where they would touch."""
+    ax.set_xlim(right=max(float(np.max(line.get_xdata())) for line in ax.lines))
     low, high = ax.get_ylim()
     gap = 0.065
     order = sorted(ends, key=lambda arm: ends[arm])
@@ -104,8 +105,9 @@ def label_ends(comparison: Comparison, ax: Axes, ends: dict[Arm, float]) -> None
     for i in reversed(range(len(places) - 1)):
         places[i] = min(places[i], places[i + 1] - gap)
     for arm, y, place in zip(order, wanted, places, strict=True):
+        line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         ax.annotate(
             arm.label, (1.0, y), (1.06, float(place)), xycoords="axes fraction", va="center",
             color=colour(comparison, arm), annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colour(comparison, arm), "shrinkA": 1, "shrinkB": 0},  # noqa: E501
+            arrowprops={**line, "color": colour(comparison, arm)},
         )  # fmt: skip

@@ -76,7 +76,7 @@ def learning_curves(comparison: Comparison) -> Figure | None:
 
 
 def loss_difference(comparison: Comparison) -> Figure | None:
-    """Training loss minus the first arm's on the very same batches: the noise of the data cancels.
+    """Training loss minus the first arm's on the very same batches: their noise cancels.
 
     The mean over the seeds that both have; thin lines are single seeds.
     """
@@ -86,7 +86,8 @@ def loss_difference(comparison: Comparison) -> Figure | None:
     if not pairs:
         return None
     figure, ax = axes(right=0.75)
-    ax.axhline(0, color=colour(comparison, base), lw=1.1)
+    longest = max((found[0][0] for found in pairs.values()), key=len) / 1e6
+    ax.plot(longest[[0, -1]], [0, 0], color=colour(comparison, base), lw=1.1)
     ends, late = {base: 0.0}, [np.zeros(1)]
     for arm, found in pairs.items():
         style = {"color": colour(comparison, arm)}
@@ -153,7 +154,7 @@ def maxvio(comparison: Comparison) -> Figure | None:
 
 
 def expert_load(comparison: Comparison) -> Figure | None:
-    """Load of every expert in every layer at the end of training, of the first seed."""
+    """Load of every expert in every layer on the held-out text, of the first seed."""
     loads = {}
     for arm in comparison.arms:
         for history in comparison.histories_of(arm).values():
@@ -184,6 +185,7 @@ def expert_load(comparison: Comparison) -> Figure | None:
     bar = figure.colorbar(image, cax=figure.add_axes((0.885, 0.3, 0.022, 0.4)), ticks=[0, 1, 2, 3])
     bar.ax.set_yticklabels(["0", "1", "2", "≥ 3"])
     bar.outline.set_visible(False)  # pyright: ignore
+    bar.solids.set(rasterized=False, edgecolor="face")  # pyright: ignore
     return figure
 
 
@@ -219,8 +221,8 @@ PLOTS: dict[str, Plot] = {
     ),
     "expert_load": Plot(
         "Who does the work",
-        "Load of every routed expert in the last logged steps, relative to a perfectly even load"
-        " (1). Orange experts get too much, purple ones too little.",
+        "Load of every routed expert on the held-out text, relative to a perfectly even load (1);"
+        " first seed. Orange experts get too much, purple ones too little.",
         expert_load,
     ),
 }

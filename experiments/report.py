@@ -92,7 +92,7 @@ def findings(comparison: Comparison) -> list[str]:
         else:
             clear = "more" if next_low - low > half_width else "less"
             sentence += (
-                f" - {clear} than the ± {half_width:.3f} to which differences are known here."
+                f" – {clear} than the ± {half_width:.3f} to which differences are known here."
             )
         sentences.append(sentence)
     if found:
@@ -114,7 +114,9 @@ def _count_sentence(found: list[Ordering]) -> str:
     parts = [f"{counts[v]} {said[v]}" for v in said if counts[v]]
     listing = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
     plural = "orderings" if len(found) != 1 else "ordering"
-    return f"Of the paper's {len(found)} {plural} of two models, {listing} at this scale."
+    known = any(o.half_width is not None for o in found)
+    caution = "" if known else ", going by the bare signs of single differences"
+    return f"Of the paper's {len(found)} {plural} of two models, {listing} at this scale{caution}."
 
 
 def _results_note(comparison: Comparison) -> str:

@@ -9,6 +9,7 @@ Shapes: L MoE layers, E routed experts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax import accounting
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, replace
 from dsmoe_jax.training.metrics import read_rows
 from dsmoe_jax.training.workdir import read_evaluation
 from experiments.spec import Arm, Experiment
@@ -137,11 +138,19 @@ class Comparison:
         return {seed: h for (label, seed), h in self.histories.items() if label == arm.label}
 
 
+def sizes(config: Config) -> dict[str, Any]:
+    """`accounting.account` of a config, worked out once for all seeds."""
+    return _account(replace(config, **{"train.seed": 0}))
+
+
+_account = functools.cache(accounting.account)
+
+
 def read_row(cell: Cell) -> Row:
     """The row of a run, as far as it has come."""
-    sizes = accounting.account(cell.config)
     row = Row(
-        cell.arm.label, cell.seed, cell.config.name, config_sha256(cell.config), **sizes,
+        cell.arm.label, cell.seed, cell.config.name, config_sha256(cell.config),
+        **sizes(cell.config),
         seconds=_seconds(read_rows(cell.workdir)), **_read_json(cell.record),
     )  # fmt: skip
     held_out = _finished_evaluation(cell)

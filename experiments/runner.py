@@ -9,17 +9,20 @@ seed before any runs with the second, so that an early look compares like with l
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import os
 import pathlib
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax import cli
 from dsmoe_jax.config import Config, DataConfig, differences
@@ -115,7 +118,8 @@ def run(
         now = fingerprint(cells[0].config.data)  # the arms' data are equal, as was checked
         for cell in cells:
             _check_data(cell, now)
-        failed = _train_all(cells, todo, now, train)
+        with _compiling_once():
+            failed = _train_all(cells, todo, now, train)
     comparison = compare(experiment, options, cells)
     fairness.check_measured(experiment, list(comparison.rows))
     directory.mkdir(parents=True, exist_ok=True)
@@ -188,8 +192,8 @@ def _train_all(
     """Trains the runs in `todo`; returns what went wrong with those that lost their numbers."""
     failed, took = [], {}
     for done, cell in enumerate(todo):
-        left = _time_left(todo[done:], took)
         place = len(cells) - len(todo) + done + 1
+        left = _time_left(todo[done:], took)
         print(f"[{place}/{len(cells)}] {cell}{left}", file=sys.stderr, flush=True)
         start = time.monotonic()
         cell.record.parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +209,25 @@ def _train_all(
     return failed
 
 
+@contextlib.contextmanager
+def _compiling_once() -> Iterator[None]:
+    """Lets the seeds of an arm share their compiled steps, on disk while this process lives.
+
+    Not for longer: code compiled for one processor must not be found by another one.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
+        yield  # the user has a cache already
+        return
+    with tempfile.TemporaryDirectory(prefix="dsmoe_jax-compiled-") as directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
+
+
 def _time_left(todo: list[Cell], took: Mapping[str, list[float]]) -> str:
     """From how long the same arm took, or the mean of all; "" before the first is done."""
     known = {label: sum(times) / len(times) for label, times in took.items()}
@@ -212,7 +235,7 @@ def _time_left(todo: list[Cell], took: Mapping[str, list[float]]) -> str:
         return ""
     mean = sum(known.values()) / len(known)
     seconds = sum(known.get(cell.arm.label, mean) for cell in todo)
-    return f" (all {len(todo)} that are left: about {tables.duration(seconds)})"
+    return f", about {tables.duration(seconds)} to go"
 
 
 def compare(experiment: Experiment, options: Options, cells: list[Cell]) -> Comparison:

@@ -85,7 +85,7 @@ def same_activated(*arms: str) -> tuple[Equal, ...]:
     return (
         Equal("activated", arms, 0.04),
         Equal("expert_activated", arms, 0.001),
-        Equal("flops_per_sequence", arms, 1e-6),
+        Equal("flops_per_sequence", arms, 0.001),
     )
 
 

@@ -21,8 +21,8 @@ NONE = "–"
 def results_table(comparison: Comparison) -> Table:
     """One row an arm; means over seeds, ± the standard deviation where there are two or more."""
     head = [
-        "", "total parameters", "activated", "FLOPs / sequence", "tokens", "validation loss",
-        "bits / byte", "MaxVio", "dead experts", "seeds",
+        "", "validation loss", "bits / byte", "parameters", "activated", "FLOPs / sequence",
+        "tokens", "MaxVio", "dead experts", "seeds",
     ]  # fmt: skip
     rows, losses = [], mean_losses(comparison)
     for arm in comparison.arms:
@@ -31,15 +31,15 @@ def results_table(comparison: Comparison) -> Table:
         rows.append(
             [
                 arm.label,
+                _mean_of(done, lambda row: row.validation_loss, 3),
+                _mean_of(done, lambda row: row.validation_bits_per_byte, 3),
                 short(known and known.total),
                 short(known and known.activated),
                 short(known and known.flops_per_sequence),
                 short(done[0].tokens if done else None),
-                _mean_of(done, lambda row: row.validation_loss, 4),
-                _mean_of(done, lambda row: row.validation_bits_per_byte, 4),
-                _mean_of(done, lambda row: row.maxvio, 2),
+                _mean_of(done, lambda row: row.maxvio, 2, False),
                 _dead(done),
-                ", ".join(str(row.seed) for row in done) or NONE,
+                str(len(done) or NONE),
             ]
         )
     labels = [arm.label for arm in comparison.arms]
@@ -57,12 +57,12 @@ def paper_table(comparison: Comparison) -> Table:
             [
                 arm.label,
                 fixed(arm.paper_loss, 3),
-                _minus(arm.paper_loss, base.paper_loss),
+                _minus(arm.paper_loss, base.paper_loss) if arm != base else "",
                 fixed(ours, 3),
-                _minus(ours, reference),
+                _minus(ours, reference) if arm != base else "",
             ]
         )
-    head = ["", "paper: loss", f"paper: minus {base.label}", "here: loss", f"minus {base.label}"]
+    head = ["", "paper: loss", f"to {base.label}", "here: loss", f"to {base.label}"]
     return Table(head, rows)
 
 
@@ -71,8 +71,8 @@ def orderings_table(found: list[Ordering]) -> Table:
     rows = []
     for o in found:
         ours = signed(o.ours) + (f" ± {o.half_width:.3f}" if o.half_width is not None else "")
-        rows.append([f"{o.better.label} below {o.worse.label}", signed(o.paper), ours, o.verdict])
-    return Table(["the paper's ordering", "paper: by", "here: by", "verdict"], rows)
+        rows.append([f"{o.better.label} below {o.worse.label}", o.verdict, ours, signed(o.paper)])
+    return Table(["the paper's ordering", "here it", "here: by", "paper: by"], rows)
 
 
 def domains_table(comparison: Comparison) -> Table | None:

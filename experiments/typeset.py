@@ -173,7 +173,7 @@ def _html_table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    text = html.escape(text)
+    text = html.escape(text.replace("'", "’"))
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
 

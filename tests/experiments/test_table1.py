@@ -1,0 +1,81 @@
+"""Table 1 for real, at the smoke scale, through its command line."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+# The models are so small that compiling takes nearly all the time; what it makes need not be fast.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def table1(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.table1", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_trains_all_five_models_and_a_second_call_only_reports(tmp_path):
+    done = table1("--scale=smoke", f"--results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "table1-smoke"
+    text = (directory / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["arm"] for row in rows] == [
+        "Dense",
+        "Hash Layer",
+        "Switch",
+        "GShard",
+        "DeepSeekMoE",
+    ]
+    for row in rows:
+        assert 4.5 < row["validation_loss"] < 6.3  # ln 512 = 6.24 is knowing nothing
+        assert row["data_fingerprint"] == rows[0]["data_fingerprint"]
+        assert len(row["domains"]) >= 2
+        assert (row["maxvio"] is None) == (row["arm"] == "Dense")
+    assert (directory / "report.html").stat().st_size > 50_000
+    assert "Report:" in done.stdout
+
+    start = time.monotonic()
+    again = table1("--scale=smoke", f"--results={tmp_path}")
+    assert again.returncode == 0, again.stderr
+    assert "[1/5]" not in again.stderr, "nothing is trained"
+    assert time.monotonic() - start < 60
+    assert (directory / "results.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--scale=smokey", "smokey"),
+        ("--arms=gshrd", "--arms=gshrd: no such arm; there are dense, hash_layer"),
+        ("--set=train.stepz=3", "train.stepz=3: no such key; did you mean train.steps?"),
+        ("--set=train.steps", "--set='train.steps': must be KEY=VALUE"),
+        ("--set=train.seed=3", "--seeds says how many"),
+        ("--set=model.moe.router='nobody'", "nobody"),
+        ("--seeds=0", "--seeds=0: must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, argument, message):
+    done = table1("--scale=smoke", f"--results={tmp_path / 'runs'}", argument)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_lists_the_options():
+    done = table1("--help")
+    assert done.returncode == 0
+    for option in ("--scale", "--seeds", "--results", "--arms", "--set", "--report_only"):
+        assert option.removeprefix("--") in done.stdout
