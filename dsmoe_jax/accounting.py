@@ -78,7 +78,7 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     embedding_and_head = 2 * model.vocab_size * d
     norms = d * (2 * layers + 1)
     dense = model.first_k_dense_replace * 3 * d * model.intermediate_size
-    router = moe_layers * d * moe.n_routed_experts if _has_router(model) else 0
+    router = moe_layers * d * moe.n_routed_experts * _logits_per_expert(model)
     outside = layers * attention + embedding_and_head + norms + dense + router
     expert = moe_layers * 3 * d * moe.moe_intermediate_size
     expert_total = expert * (moe.n_shared_experts + moe.n_routed_experts)
@@ -88,8 +88,8 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     )
 
 
-def _has_router(model: ModelConfig) -> bool:
-    return model.moe.n_routed_experts > 0 and get_router(model.moe).learned
+def _logits_per_expert(model: ModelConfig) -> int:
+    return get_router(model.moe).logits_per_expert if model.moe.n_routed_experts else 0
 
 
 def flops_per_sequence(config: Config) -> float:

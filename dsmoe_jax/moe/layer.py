@@ -22,6 +22,13 @@ from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
+class RouterBias(nnx.Variable):
+    """The loss-free balance bias of each routed expert: state, but not a parameter.
+
+    The training step moves it once per optimizer step; no gradient and no weight decay does.
+    """
+
+
 class RouterStats(NamedTuple):
     """What one MoE layer reports of a batch (all float32; padding counts nowhere).
 
@@ -58,21 +65,27 @@ class MoELayer(nnx.Module):
         dispatch.get_dispatcher(moe.dispatch)
         experts.get_backend(moe.expert_backend)
         terms = losses.active_terms(moe)
-        if terms and not router.learned:
-            name = next(iter(terms))
-            raise ValueError(
-                f"model.moe.{name}_factor={terms[name]}: the {moe.router} router has no affinities"
-                " to balance; must be 0"
-            )
+        for name, weight in terms.items():
+            if not router.learned or (router.balanced and name != "router_z"):
+                raise ValueError(
+                    f"model.moe.{name}_factor={weight}: the {moe.router} router has no affinities"
+                    " to balance; must be 0"
+                )
         matrix = lambda *shape: init_matrix(rngs, shape, config.initializer_range)  # noqa: E731
         if router.learned:
-            self.router_ED = matrix(e, d)
+            self.router_ED = matrix(router.logits_per_expert * e, d)
+        if moe.bias_update_speed:
+            self.bias_E = RouterBias(jnp.zeros((e,), jnp.float32))
         self.gate_EFD = matrix(e, f, d)
         self.up_EFD = matrix(e, f, d)
         self.down_EDF = matrix(e, d, f)
 
     def __call__(
-        self, x_BSD: jax.Array, token_ids_BS: jax.Array, valid_BS: jax.Array
+        self,
+        x_BSD: jax.Array,
+        token_ids_BS: jax.Array,
+        valid_BS: jax.Array,
+        rng: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """Applies the layer.
 
@@ -80,6 +93,7 @@ class MoELayer(nnx.Module):
           x_BSD: activations, in the compute dtype.
           token_ids_BS: int32.
           valid_BS: bool, False for padding.
+          rng: random key in training; None is evaluation.
 
         Returns:
           y_BSD, and the router's statistics (None without routed experts).
@@ -88,9 +102,10 @@ class MoELayer(nnx.Module):
         if self.config.n_routed_experts:
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
             with jax.named_scope("router"):
-                logits_TE, routing = self.route(x_TD, token_ids_BS.reshape(-1))
+                inputs = RouterInputs(token_ids_BS.reshape(-1), valid_BS.reshape(-1), rng)
+                routing = self.route(x_TD, inputs)
             y_BSD = self.routed(x_TD, routing).reshape(x_BSD.shape)
-            stats = self.stats(logits_TE, routing, valid_BS)
+            stats = self.stats(routing, valid_BS)
         if self.config.n_shared_experts:
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
@@ -98,18 +113,27 @@ class MoELayer(nnx.Module):
         assert y_BSD is not None
         return y_BSD, stats
 
-    def route(self, x_TD: jax.Array, token_ids_T: jax.Array) -> tuple[jax.Array | None, Routing]:
-        """Logits (None for a router that learns nothing) and routing, always in float32."""
-        router = routers.get_router(self.config)
-        logits_TE = None
-        if router.learned:
-            logits_TE = jnp.einsum(
-                "td,ed->te",
-                x_TD.astype(jnp.float32),
-                self.router_ED[...],
-                precision=jax.lax.Precision.HIGHEST,  # an accelerator's default would round to bf16
-            )
-        return logits_TE, router.route(logits_TE, RouterInputs(token_ids_T), self.config)
+    def route(self, x_TD: jax.Array, inputs: RouterInputs) -> Routing:
+        """The routing of activations, always in float32; the layer adds its bias to the inputs."""
+        moe = self.config
+        router = routers.get_router(moe)
+        if not router.learned:
+            return router.route(None, inputs, moe)
+        x_TD = x_TD.astype(jnp.float32)
+        if moe.router_jitter and inputs.rng is not None:
+            jitter_rng, rng = jax.random.split(inputs.rng)
+            low, high = 1 - moe.router_jitter, 1 + moe.router_jitter
+            x_TD *= jax.random.uniform(jitter_rng, x_TD.shape, minval=low, maxval=high)
+            inputs = inputs._replace(rng=rng)
+        if moe.bias_update_speed:
+            inputs = inputs._replace(bias_E=self.bias_E[...])
+        logits = jnp.einsum(
+            "td,ed->te",
+            x_TD,
+            self.router_ED[...],
+            precision=jax.lax.Precision.HIGHEST,  # an accelerator's default would round to bf16
+        )
+        return router.route(logits, inputs, moe)
 
     def routed(self, x_TD: jax.Array, routing: Routing) -> jax.Array:
         """The routed experts' weighted sum y_TD for a given routing."""
@@ -125,9 +149,7 @@ class MoELayer(nnx.Module):
             dispatcher = dispatch.get_dispatcher(moe.dispatch)
             return dispatcher(x_TD, routing, moe.n_routed_experts, run)
 
-    def stats(
-        self, logits_TE: jax.Array | None, routing: Routing, valid_BS: jax.Array
-    ) -> RouterStats:
+    def stats(self, routing: Routing, valid_BS: jax.Array) -> RouterStats:
         """Load, entropy and balance terms of a routing."""
         moe, valid_T = self.config, valid_BS.reshape(-1)
         entropy = None
@@ -136,7 +158,7 @@ class MoELayer(nnx.Module):
             entropy_T = jax.scipy.special.entr(s_TE).sum(axis=-1)
             entropy = (entropy_T * valid_T).sum() / jnp.maximum(valid_T.sum(), 1)
         terms = {
-            name: losses.BALANCE_TERMS[name](logits_TE, routing, valid_BS, moe.balance_scope)
+            name: losses.BALANCE_TERMS[name](routing, valid_BS, moe)
             for name in losses.active_terms(moe)
         }
         load_E = count_load(routing.ids_TK, moe.n_routed_experts, valid_T)

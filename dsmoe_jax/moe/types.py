@@ -15,15 +15,19 @@ class Routing(NamedTuple):
     """Which experts each token goes to, and with what weight.
 
     Attributes:
-      ids_TK: int32, the chosen experts of each token, all different, best first.
+      ids_TK: int32, the chosen experts of each token, all different, best first.  E stands for
+        nobody: such an assignment is computed by no expert and has gate 0.
       gates_TK: float32, the weight of each chosen expert's output (V1 eq. 10).
-      affinity_TE: float32, the token-to-expert affinities s after softmax or sigmoid (V1 eq. 11),
-        from which the balance losses take their gradient; None for a router that has none.
+      affinity_TE: float32, how much each token leans to each expert, from which the balance losses
+        take their gradient.  Rows sum to 1: softmax (V1 eq. 11), or sigmoid scores divided by their
+        sum (V3 eq. 19).  None for a router that has none.
+      logits_TE: float32, what the affinities were made of (for the z-loss); None without.
     """
 
     ids_TK: jax.Array
     gates_TK: jax.Array
     affinity_TE: jax.Array | None
+    logits_TE: jax.Array | None = None
 
 
 class RouterInputs(NamedTuple):
@@ -31,9 +35,15 @@ class RouterInputs(NamedTuple):
 
     Attributes:
       token_ids_T: int32, for routers that look at the token itself (hash).
+      valid_T: bool, False for padding, for routers that compare tokens; None: all are valid.
+      rng: random key in training; None is evaluation: no noise, nothing balanced by force.
+      bias_E: float32, the loss-free balance bias, added to the scores that choose; None: no bias.
     """
 
     token_ids_T: jax.Array
+    valid_T: jax.Array | None = None
+    rng: jax.Array | None = None
+    bias_E: jax.Array | None = None
 
 
 def count_load(ids_TK: jax.Array, n_experts: int, valid_T: jax.Array | None = None) -> jax.Array:

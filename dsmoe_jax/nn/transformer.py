@@ -70,7 +70,7 @@ class Block(nnx.Module):
         else:
             self.moe = MoELayer(config, rngs=rngs)
 
-    def __call__(self, x_BSD, inputs: _Inputs, cache: KVCache | None):
+    def __call__(self, x_BSD, inputs: _Inputs, cache: KVCache | None, rng=None):
         """Returns the block's output, its router statistics (or None) and the updated cache."""
         with jax.named_scope("attention"):
             y_BSD, cache = self.attention(
@@ -82,7 +82,7 @@ class Block(nnx.Module):
         if self.dense:
             y_BSD = self.ffn(normed_BSD)
         else:
-            y_BSD, stats = self.moe(normed_BSD, inputs.token_ids_BS, inputs.valid_BS)
+            y_BSD, stats = self.moe(normed_BSD, inputs.token_ids_BS, inputs.valid_BS, rng)
         return x_BSD + y_BSD, stats, cache
 
 
@@ -130,6 +130,7 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
         cache: Cache | None = None,
+        rng: jax.Array | None = None,
     ) -> Output:
         """Runs the model.
 
@@ -139,6 +140,7 @@ class Transformer(nnx.Module):
             earlier tokens of their own document.  None: one document a sequence.
           positions_BS: int32, position within the document; None: 0, 1, 2, ...
           cache: to continue after the positions it holds (single-document sequences only).
+          rng: random key for routers that act at random in training; None is evaluation.
         """
         inputs = self._inputs(tokens_BS, segment_ids_BS, positions_BS, cache)
         x_BSD = self.embedding_VD[...][tokens_BS].astype(compute_dtype(self.config))
@@ -149,15 +151,16 @@ class Transformer(nnx.Module):
         graph, params = nnx.split(self.layers)
 
         def layer(x_BSD, scanned):
-            params, kv = scanned
-            x_BSD, stats, kv = nnx.merge(graph, params)(x_BSD, inputs, kv)
+            params, kv, rng = scanned
+            x_BSD, stats, kv = nnx.merge(graph, params)(x_BSD, inputs, kv, rng)
             return x_BSD, (stats, kv)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
-        x_BSD, (stats, stacked) = jax.lax.scan(
-            layer, x_BSD, (params, cache.stacked if cache else None)
-        )
+        n_scanned = self.config.num_hidden_layers - self.config.first_k_dense_replace
+        rngs_L = None if rng is None else jax.random.split(rng, n_scanned)
+        scanned: Any = (params, cache.stacked if cache else None, rngs_L)
+        x_BSD, (stats, stacked) = jax.lax.scan(layer, x_BSD, scanned)
         with jax.named_scope("head"):
             logits_BSV = linear(self.final_norm(x_BSD), self.head_VD).astype(jnp.float32)
         if cache is not None:

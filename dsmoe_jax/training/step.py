@@ -16,7 +16,7 @@ from flax import nnx
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.moe import losses
-from dsmoe_jax.moe.layer import RouterStats
+from dsmoe_jax.moe.layer import RouterBias, RouterStats
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
       step: int32, updates made so far.
       params: the model's `nnx.Param`s, float32.
       opt_state: of the optax optimizer.
-      other: the model's variables that carry no gradient.
+      other: the model's variables that carry no gradient: the routers' loss-free bias.
     """
 
     step: jax.Array
@@ -123,10 +123,12 @@ def make_train_step(
     weights = losses.active_terms(config.model.moe)
     n_micro = config.train.accumulation_steps
 
-    def loss_fn(params, other, batch: Batch, all_tokens):
+    def loss_fn(params, other, batch: Batch, all_tokens, rng):
         """A micro-batch's part of the loss: the parts of all micro-batches add up to it."""
         model = nnx.merge(graph, params, other)
-        output = model.forward(batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"])
+        output = model.forward(
+            batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"], rng=rng
+        )
         _, sums = token_sums(output.logits_BSV, batch, bytes_V)
         loss = sums.nll / all_tokens
         if output.router_stats is not None:
@@ -139,14 +141,17 @@ def make_train_step(
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def micro_step(micro: Batch):
-            (loss, (sums, router)), grads = grad_fn(state.params, state.other, micro, all_tokens)
+        def micro_step(micro: Batch, rng):
+            (loss, (sums, router)), grads = grad_fn(
+                state.params, state.other, micro, all_tokens, rng
+            )
             return (loss, sums, router), grads
 
+        rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         if n_micro == 1:
-            (total, sums, router), grads = micro_step(batch)
+            (total, sums, router), grads = micro_step(batch, rng)
         else:
-            (total, sums, router), grads = _accumulate(micro_step, batch, n_micro)
+            (total, sums, router), grads = _accumulate(micro_step, batch, rng, n_micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         metrics = StepMetrics(
@@ -158,21 +163,38 @@ def make_train_step(
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             router=router,
         )
-        return TrainState(state.step + 1, params, opt_state, state.other), metrics
+        other = state.other
+        if router is not None and (speed := config.model.moe.bias_update_speed):
+            other = move_bias(other, router.load_E, speed)
+        return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
 
 
-def _accumulate(micro_step, batch: Batch, n_micro: int):
+def move_bias(other: nnx.State, load_LE: jax.Array, speed: float) -> nnx.State:
+    """Loss-free balancing: `b_i += speed * sign(mean load - load_i)` (2408.15664 algorithm 1).
+
+    Args:
+      other: with one `RouterBias` of shape (L, E), that of the stacked MoE layers.
+      load_LE: assignments of the whole global batch.
+      speed: gamma.
+    """
+    bias, rest = nnx.split_state(other, RouterBias, ...)
+    below_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
+    return nnx.merge_state(jax.tree.map(lambda b_LE: b_LE + speed * below_LE, bias), rest)
+
+
+def _accumulate(micro_step, batch: Batch, rng, n_micro: int):
     """Scans over micro-batches, adding up gradients and sums; router statistics are merged."""
     micros = jax.tree.map(lambda x: x.reshape(n_micro, -1, *x.shape[1:]), batch)
+    micros = micros, jax.random.split(rng, n_micro)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(micro_step, jax.tree.map(lambda x: x[0], micros)),
+        jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], micros)),
     )
 
     def body(total, micro):
-        return jax.tree.map(jnp.add, total, micro_step(micro)), None
+        return jax.tree.map(jnp.add, total, micro_step(*micro)), None
 
     ((loss, sums, router), grads), _ = jax.lax.scan(body, zeros, micros)
     if router is not None:  # loads add up; entropy and terms are means

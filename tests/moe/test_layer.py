@@ -14,7 +14,7 @@ from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe import dispatch, experts
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers import ROUTERS
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.moe.types import RouterInputs, Routing
 
 
 def layer_config(e=6, k=2, shared=1, d=8, f=12, **moe):
@@ -32,7 +32,7 @@ def swiglu(x, gate, up, down):
 
 def dense_loop(layer, x_TD, token_ids_T):
     """Every expert on every token, weighted by a dense T x E gate matrix: no dispatch at all."""
-    _, routing = layer.route(x_TD, token_ids_T)
+    routing = layer.route(x_TD, RouterInputs(token_ids_T))
     y_TD = jnp.zeros_like(x_TD)
     for i in range(layer.config.n_routed_experts):
         gate_T = jnp.where(routing.ids_TK == i, routing.gates_TK, 0).sum(axis=1)
@@ -67,16 +67,20 @@ def run_oracle(layer, x_BSD, token_ids_BS):
     return y_TD.reshape(x_BSD.shape)
 
 
-@pytest.mark.parametrize("backend", list(experts.BACKENDS))
+# Every backend with a router of each kind of routing (K chosen, one fixed, "nobody" among the
+# chosen); every other router with the quickest backend.
+COMBINATIONS = [(r, b) for r in ("topk_softmax", "hash", "expert_choice") for b in experts.BACKENDS]
+COMBINATIONS += [(r, "loop") for r in ROUTERS if (r, "loop") not in COMBINATIONS]
+
+
 @pytest.mark.parametrize("dispatcher", list(dispatch.DISPATCHERS))
-@pytest.mark.parametrize("router", list(ROUTERS))
-def test_agrees_with_the_dense_loop(router, dispatcher, backend):
+@pytest.mark.parametrize(("router", "backend"), COMBINATIONS)
+def test_agrees_with_the_dense_loop(router, backend, dispatcher):
     if backend == "tokamax":
         pytest.importorskip("tokamax")
-    k = 1 if ROUTERS[router].top1 else 3
     config = layer_config(
-        k=k, router=router, dispatch=dispatcher, expert_backend=backend,
-        expert_balance_factor=0.01 if ROUTERS[router].learned else 0.0,
+        k=ROUTERS[router].top or 3, router=router, dispatch=dispatcher, expert_backend=backend,
+        expert_balance_factor=0.0 if ROUTERS[router].balanced else 0.01,
     )  # fmt: skip
     layer = MoELayer(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 9, 8))
@@ -135,8 +139,29 @@ def test_shared_experts_are_one_wide_ffn():
 
 def test_router_is_float32_even_when_activations_are_bfloat16():
     layer = MoELayer(layer_config(), rngs=nnx.Rngs(0))
-    logits, routing = layer.route(jnp.ones((3, 8), jnp.bfloat16), jnp.zeros(3, jnp.int32))
-    assert logits.dtype == routing.gates_TK.dtype == routing.affinity_TE.dtype == jnp.float32
+    inputs = RouterInputs(jnp.zeros(3, jnp.int32))
+    routing = layer.route(jnp.ones((3, 8), jnp.bfloat16), inputs)
+    assert (
+        routing.logits_TE.dtype
+        == routing.gates_TK.dtype
+        == routing.affinity_TE.dtype
+        == jnp.float32
+    )
+
+
+def test_jitter_is_for_training_only():
+    """The router's input is scaled by U(1 - x, 1 + x) (2101.03961 section 2.2)."""
+    layer = MoELayer(layer_config(router="switch", k=1, router_jitter=0.3), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (50, 8))
+    inputs = RouterInputs(jnp.zeros(50, jnp.int32))
+    calm = layer.route(x, inputs).logits_TE
+    np.testing.assert_allclose(calm, x @ layer.router_ED[...].T, atol=1e-5)
+    one = layer.route(x, inputs._replace(rng=jax.random.key(0))).logits_TE
+    other = layer.route(x, inputs._replace(rng=jax.random.key(1))).logits_TE
+    assert jnp.abs(one - calm).max() > 0.05
+    assert jnp.abs(one - other).max() > 0.05
+    bound = 0.3 * jnp.abs(x) @ jnp.abs(layer.router_ED[...]).T
+    assert (jnp.abs(one - calm) <= bound + 1e-5).all()
 
 
 def test_stats_of_a_batch():
@@ -156,6 +181,11 @@ def test_stats_of_a_batch():
         ({"dispatch": "nope"}, r"model\.moe\.dispatch='nope'"),
         ({"expert_backend": "nope"}, r"model\.moe\.expert_backend='nope'"),
         ({"router": "hash", "k": 1}, r"expert_balance_factor=0\.01: the hash router has no"),
+        ({"router": "expert_choice"}, r"expert_balance_factor=0\.01: the expert_choice router"),
+        (
+            {"router": "uniform", "expert_balance_factor": 0.0, "router_z_factor": 0.1},
+            r"router_z_factor=0\.1: the uniform router has no",
+        ),
     ],
 )
 def test_refused_at_construction(moe, message):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import ROUTERS, get_router, hash_expert
+from dsmoe_jax.moe.routers import ROUTERS, get_router
+from dsmoe_jax.moe.routers.fixed import hash_expert
 from dsmoe_jax.moe.types import RouterInputs, count_load
 
 
@@ -89,8 +90,32 @@ def test_load_counts_every_valid_assignment_once(seed, e):
     assert count_load(jnp.asarray(ids), e).sum() == ids.size
 
 
-def test_refusals_name_key_value_and_what_would_be_right():
-    with pytest.raises(ValueError, match=r"model\.moe\.router='topk_sofmax'.*topk_softmax"):
-        get_router(moe_config(router="topk_sofmax"))
-    with pytest.raises(ValueError, match=r"num_experts_per_tok=3.*switch.*exactly 1"):
-        get_router(moe_config(router="switch"))
+def test_uniform_is_exactly_balanced():
+    config = moe_config(k=3, router="uniform")
+    routing = get_router(config).route(None, RouterInputs(jnp.zeros(16, jnp.int32)), config)
+    np.testing.assert_array_equal(count_load(routing.ids_TK, 8), np.full(8, 6))
+    np.testing.assert_allclose(routing.gates_TK.sum(axis=1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"router": "topk_sofmax"}, r"model\.moe\.router='topk_sofmax'.*topk_softmax"),
+        ({"router": "switch"}, r"num_experts_per_tok=3.*switch.*exactly 1 expert"),
+        ({"router": "gshard"}, r"num_experts_per_tok=3.*gshard.*exactly 2 experts"),
+        ({"scoring_func": "sigmoid"}, r"scoring_func='sigmoid'.*topk_softmax router.*'topk'"),
+        ({"router": "uniform", "bias_update_speed": 0.1}, r"bias_update_speed=0\.1.*uniform"),
+        ({"router": "expert_choice", "n_group": 2, "topk_group": 2}, r"n_group=2.*expert_choice"),
+        ({"router": "topk", "random_second_expert": True}, r"random_second_expert=True.*gshard"),
+        ({"k": 1, "norm_topk_prob": True}, r"norm_topk_prob=True.*learn nothing"),
+    ],
+)
+def test_refusals_name_key_value_and_what_would_be_right(moe, message):
+    with pytest.raises(ValueError, match=message):
+        get_router(moe_config(**moe))
+
+
+def test_what_a_router_reads_is_in_the_config():
+    for name, router in ROUTERS.items():
+        for setting in router.reads:
+            assert hasattr(MoEConfig(), setting), f"{name} reads {setting}"

@@ -1,0 +1,130 @@
+"""Routers by which each token chooses the experts with the best scores.
+
+    logits --> scores s (softmax or sigmoid) --> [+ bias] --> [best groups only] --> top K --> ids
+                        s of the chosen ones --> gates
+
+The bias and the group restriction change who is chosen, never by how much an output counts.
+
+Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a token may use.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe.types import RouterInputs, Routing
+
+SUB_EXPERTS = 4  # logits that the dynamic specialised router has for each expert
+
+
+def topk(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    """The K experts with the largest scores (V1 eqs. 9-11; V3 eqs. 12-16).
+
+    The gates are the scores themselves, as in V1; with `norm_topk_prob` they are renormalised to
+    sum to one.  Ties go to the expert with the lower index.  With K = 1 this is Switch
+    (2101.03961 eq. 2).
+    """
+    return _from_scores(scores(logits_TE, config), logits_TE, inputs, config)
+
+
+def gshard(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    """Top-2 whose second expert may be left out at random in training (2006.16668 algorithm 1).
+
+    With `random_second_expert` the second one is kept with probability min(1, 2 g2 / (g1 + g2)):
+    in proportion to its gate.  GShard's own gates are those with `norm_topk_prob`.
+    """
+    routing = topk(logits_TE, inputs, config)
+    if not config.random_second_expert or inputs.rng is None:
+        return routing
+    share_T = routing.gates_TK[:, 1] / routing.gates_TK.sum(axis=1)
+    kept_T = 2.0 * share_T > jax.random.uniform(inputs.rng, share_T.shape)
+    kept_TK = jnp.stack([jnp.ones_like(kept_T), kept_T], axis=1)
+    return routing._replace(
+        ids_TK=jnp.where(kept_TK, routing.ids_TK, config.n_routed_experts),
+        gates_TK=jnp.where(kept_TK, routing.gates_TK, 0.0),
+    )
+
+
+def noisy_topk(logits: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    """Top-k of logits with noise of a learned scale (1701.06538 eqs. 3-5).
+
+        H = x W_g + StandardNormal * softplus(x W_noise)
+
+    The paper's gates, a softmax over the K kept, are those with `norm_topk_prob`.
+
+    Args:
+      logits: (T, 2E), x W_g beside x W_noise.
+      inputs: without an rng (evaluation) there is no noise.
+      config: of the layer.
+    """
+    logits_TE, scale_TE = jnp.split(logits, 2, axis=1)
+    if inputs.rng is not None:
+        noise_TE = jax.random.normal(inputs.rng, logits_TE.shape)
+        logits_TE = logits_TE + noise_TE * jax.nn.softplus(scale_TE)
+    return topk(logits_TE, inputs, config)
+
+
+def dynamic_specialised(logits: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    """Every expert has 4 sub-expert logits; its score is their share of one softmax over all 4E.
+
+    The blog that proposes it prints a softmax over each expert's own 4 and then their mean, which
+    is 1/4 for every expert and token and routes nothing (a test shows it); this is the reading
+    that works.
+
+    Args:
+      logits: (T, 4E), the 4 of an expert side by side.
+      inputs, config: as for `topk`.
+    """
+    shares = jax.nn.softmax(logits, axis=-1)
+    s_TE = shares.reshape(-1, config.n_routed_experts, SUB_EXPERTS).sum(axis=-1)
+    return _from_scores(s_TE, logits, inputs, config)
+
+
+def scores(logits_TE: jax.Array, config: MoEConfig) -> jax.Array:
+    """Scores s_TE of the experts by `scoring_func`."""
+    if config.scoring_func == "softmax":
+        return jax.nn.softmax(logits_TE, axis=-1)
+    return jax.nn.sigmoid(logits_TE)
+
+
+def affinities(s_TE: jax.Array, config: MoEConfig) -> jax.Array:
+    """The scores as a distribution over the experts: s' of V3 eq. 19."""
+    if config.scoring_func == "softmax":
+        return s_TE
+    return s_TE / s_TE.sum(axis=-1, keepdims=True)
+
+
+def gates(s_TK: jax.Array, config: MoEConfig) -> jax.Array:
+    """Gates of the chosen experts from their scores: V1 eq. 10, V3 eqs. 13 and 14."""
+    if config.norm_topk_prob:  # sigmoids may all underflow to 0, hence the tiny summand
+        s_TK = s_TK / (s_TK.sum(axis=-1, keepdims=True) + 1e-20)
+    return s_TK * config.routed_scaling_factor
+
+
+def limit_to_groups(choice_TE: jax.Array, config: MoEConfig) -> jax.Array:
+    """Leaves each token the experts of its M best groups; the others become -inf.
+
+    V2 (device-limited) scores a group by its best expert, V3 (node-limited) by the sum of its two
+    best.  Never 0 for the others: a biased score may be negative, and 0 would beat it.
+    """
+    t, e = choice_TE.shape
+    by_group = choice_TE.reshape(t, config.n_group, e // config.n_group)
+    best = 1 if config.group_score == "max" else 2
+    score_TG = jax.lax.top_k(by_group, best)[0].sum(axis=-1)
+    _, group_TM = jax.lax.top_k(score_TG, config.topk_group)
+    kept_TG = (group_TM[:, :, None] == jnp.arange(config.n_group)).any(axis=1)
+    return jnp.where(kept_TG[:, :, None], by_group, -jnp.inf).reshape(t, e)
+
+
+def _from_scores(s_TE, logits, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    choice_TE = s_TE
+    if inputs.bias_E is not None:
+        choice_TE = choice_TE + jax.lax.stop_gradient(inputs.bias_E)
+    if config.topk_group < config.n_group:
+        choice_TE = limit_to_groups(choice_TE, config)
+    s_TK, ids_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)
+    if choice_TE is not s_TE:  # what chose does not weigh
+        s_TK = jnp.take_along_axis(s_TE, ids_TK, axis=1)
+    return Routing(ids_TK, gates(s_TK, config), affinities(s_TE, config), logits)

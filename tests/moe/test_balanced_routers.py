@@ -1,0 +1,104 @@
+"""Sinkhorn and expert choice against plain numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe.routers import balanced, get_router
+from dsmoe_jax.moe.types import RouterInputs, count_load
+
+T, E, K = 64, 8, 2
+TOKENS = jnp.zeros(T, jnp.int32)
+
+
+def moe_config(**kwargs):
+    return MoEConfig(n_routed_experts=E, num_experts_per_tok=K, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=(2,))
+def run(logits, inputs, config):
+    return get_router(config).route(logits, inputs, config)
+
+
+def skewed_logits(seed=0):
+    """All tokens like the first experts best."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(T, E)) + np.linspace(3, 0, E)).astype(np.float32)
+
+
+def maxvio(ids_TK, valid_T=None):
+    load_E = count_load(ids_TK, E, valid_T)
+    return float(load_E.max() / load_E.mean() - 1)
+
+
+def test_sinkhorn_shares_are_fair():
+    logits = skewed_logits()
+    config = moe_config(router="sinkhorn", sinkhorn_iterations=30)
+    x = np.exp(logits.astype(np.float64))
+    for _ in range(30):
+        x = x / x.sum(axis=0, keepdims=True)
+        x = x / x.sum(axis=1, keepdims=True)
+    got = np.exp(balanced.balance(jnp.asarray(logits), None, config))
+    np.testing.assert_allclose(got, x, rtol=1e-3)
+    np.testing.assert_allclose(got.sum(axis=0), T / E, rtol=1e-2)
+
+
+def test_sinkhorn_evens_the_load_in_training_and_not_in_evaluation():
+    logits, config = skewed_logits(), moe_config(router="sinkhorn")
+    trained = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
+    evaluated = run(logits, RouterInputs(TOKENS), config)
+    plain = run(logits, RouterInputs(TOKENS), moe_config())
+    np.testing.assert_array_equal(evaluated.ids_TK, plain.ids_TK)
+    assert maxvio(plain.ids_TK) > 1.0
+    assert maxvio(trained.ids_TK) < 0.5
+    s = np.asarray(plain.affinity_TE)
+    want = np.take_along_axis(s, np.asarray(trained.ids_TK), axis=1)
+    np.testing.assert_allclose(trained.gates_TK, want, rtol=1e-5)  # the plain scores weigh
+
+
+def test_padding_does_not_take_part_in_sinkhorn():
+    logits, config = skewed_logits(), moe_config(router="sinkhorn")
+    padded = np.concatenate([logits, np.full((T, E), 7.0) * np.arange(E)]).astype(np.float32)
+    valid = jnp.arange(2 * T) < T
+    got = balanced.balance(jnp.asarray(padded), valid, config)[:T]
+    want = balanced.balance(jnp.asarray(logits), None, config)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def numpy_expert_choice(s, capacity, valid):
+    """2202.09368 section 3.2: each expert's best tokens, as a dense matrix of gates."""
+    gates = np.zeros_like(s)
+    for i in range(s.shape[1]):
+        order = [t for t in np.argsort(-s[:, i], kind="stable") if valid[t]][:capacity]
+        gates[order, i] = s[order, i]
+    return gates
+
+
+def test_expert_choice():
+    logits = skewed_logits(1)
+    valid = np.arange(T) % 4 != 3
+    config = moe_config(router="expert_choice", expert_balance_factor=0.0)
+    routing = run(logits, RouterInputs(TOKENS, jnp.asarray(valid)), config)
+    s = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    dense = np.zeros((T, E + 1), np.float32)
+    np.put_along_axis(dense, np.asarray(routing.ids_TK), np.asarray(routing.gates_TK), axis=1)
+    want = numpy_expert_choice(s, T * K // E, valid)
+    np.testing.assert_allclose(dense[:, :E], want, rtol=1e-5)
+    np.testing.assert_array_equal(dense[:, E], 0.0)
+    np.testing.assert_array_equal(count_load(routing.ids_TK, E), np.full(E, T * K / E))
+    assert (np.diff(np.asarray(routing.gates_TK), axis=1) <= 0).all(), "best first"
+
+
+def test_expert_choice_leaks_the_future():
+    """A later token changes who serves an earlier one: what its docstring warns of."""
+    logits, config = skewed_logits(1), moe_config(router="expert_choice", expert_balance_factor=0.0)
+    later = logits.copy()
+    later[T // 2 :] += 9.0 * (np.arange(E) == 0)
+    a, b = (run(x, RouterInputs(TOKENS), config).gates_TK[: T // 2] for x in (logits, later))
+    assert jnp.abs(a - b).max() > 0.01
+    plain = moe_config()
+    a, b = (run(x, RouterInputs(TOKENS), plain).gates_TK[: T // 2] for x in (logits, later))
+    np.testing.assert_array_equal(a, b)

@@ -1,0 +1,129 @@
+"""The loss-free balance bias as state: it moves by the global load, gets no gradient, survives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.moe.layer import RouterBias
+from dsmoe_jax.training.checkpoint import Checkpoints
+from dsmoe_jax.training.step import abstract_state, init_state, make_train_step
+
+B, S, V, E, GAMMA = 4, 16, 64, 8, 0.01
+BIASED = {
+    "model.vocab_size": V,
+    "model.hidden_size": 16,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 1,
+    "model.num_key_value_heads": 1,
+    "model.head_dim": 16,
+    "model.initializer_range": 0.1,
+    "model.moe.n_routed_experts": E,
+    "model.moe.num_experts_per_tok": 2,
+    "model.moe.moe_intermediate_size": 8,
+    "model.moe.router": "topk",
+    "model.moe.scoring_func": "sigmoid",
+    "model.moe.norm_topk_prob": True,
+    "model.moe.bias_update_speed": GAMMA,
+    "model.moe.expert_balance_factor": 0.0,
+    "model.moe.sequence_balance_factor": 1e-4,
+    "model.moe.expert_backend": "ragged_dot",
+    "data.tokenizer_vocab_size": V,
+    "train.global_batch_size": B,
+}
+
+
+@functools.cache
+def compiled(**overrides):
+    """The initial state (never donated) and the step of a config."""
+    config = replace(Config(), **{**BIASED, **overrides})
+    return init_state(config), jax.jit(make_train_step(config, jnp.ones(V)))
+
+
+def batch(seed):
+    tokens = np.random.default_rng(seed).integers(0, V, (B, S + 1)).astype(np.int32)
+    return {
+        "tokens_BS": tokens[:, :-1],
+        "targets_BS": tokens[:, 1:],
+        "loss_mask_BS": np.ones((B, S), bool),
+        "segment_ids_BS": np.ones((B, S), np.int32),
+        "positions_BS": np.tile(np.arange(S, dtype=np.int32), (B, 1)),
+    }
+
+
+def bias_of(state):
+    (bias_LE,) = jax.tree.leaves(nnx.filter_state(state.other, RouterBias))
+    return np.asarray(bias_LE)
+
+
+def expected(bias_LE, load_LE):
+    """2408.15664 algorithm 1 with the load of the whole batch."""
+    return bias_LE + GAMMA * np.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_moves_once_a_step_by_the_load_of_the_global_batch(micro_batches):
+    state, step = compiled(**{"train.accumulation_steps": micro_batches})
+    bias_LE = bias_of(state)
+    np.testing.assert_array_equal(bias_LE, np.zeros((2, E)))
+    for i in range(3):
+        state, metrics = step(state, batch(i))
+        load_LE = np.asarray(metrics.router.load_E)
+        assert (load_LE.sum(axis=1) == B * S * 2).all()
+        bias_LE = expected(bias_LE, load_LE)
+        np.testing.assert_allclose(bias_of(state), bias_LE, atol=1e-7)
+    assert np.abs(bias_LE).max() > GAMMA, "it moves"
+
+
+def test_accumulation_changes_nothing():
+    after = []
+    for micro_batches in (1, 2):
+        state, step = compiled(**{"train.accumulation_steps": micro_batches})
+        state, metrics = step(state, batch(0))
+        after.append((bias_of(state), metrics.total_loss, metrics.grad_norm))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *after)
+
+
+def test_is_no_parameter():
+    state, _ = compiled()
+    assert not jax.tree.leaves(nnx.filter_state(state.params, RouterBias))
+    assert bias_of(state).shape not in [x.shape for x in jax.tree.leaves(state.opt_state)]
+
+
+def test_evens_the_load():
+    """The same skewed batch again and again: the bias alone brings the busy experts down."""
+    state, step = compiled()
+    params, violations = state.params, []
+    for _ in range(60):
+        state, metrics = step(state._replace(params=params), batch(0))
+        load_LE = np.asarray(metrics.router.load_E)
+        violations.append((load_LE.max(axis=1) / load_LE.mean(axis=1) - 1).mean())
+    assert violations[0] > 0.5
+    assert np.mean(violations[-10:]) < violations[0] / 2
+
+
+def test_survives_a_checkpoint(tmp_path):
+    state, step = compiled()
+    state, _ = step(state, batch(0))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(abstract_state(replace(Config(), **BIASED)), 1)
+    checkpoints.close()
+    np.testing.assert_array_equal(bias_of(restored), bias_of(state))
+    assert np.abs(bias_of(restored)).max() > 0
+
+
+def test_random_routers_draw_anew_each_step_and_the_same_again():
+    """All randomness comes from the seed and the step."""
+    noisy = {"model.moe.router": "noisy_topk", "model.moe.scoring_func": "softmax"}
+    state, step = compiled(**noisy)
+    _, one = step(state, batch(0))
+    _, again = step(state, batch(0))
+    _, two = step(state._replace(step=state.step + 1), batch(0))
+    np.testing.assert_array_equal(one.router.load_E, again.router.load_E)
+    assert np.abs(one.router.load_E - two.router.load_E).max() > 0
