@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from experiments.results import Comparison
 from experiments.spec import Arm
@@ -91,9 +92,17 @@ def axes(
     return figure, ax
 
 
+def token_axis(ax: Axes) -> None:
+    """Tokens trained on, as 250k or 1.5G."""
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set_xlabel("tokens trained on")
+
+
 def label_ends(comparison: Comparison, ax: Axes, ends: dict[Arm, float]) -> None:
     """Writes each arm's name beside the end of its line, moved apart where they would touch."""
-    ax.set_xlim(right=max(float(np.max(line.get_xdata())) for line in ax.lines))
+    last = max(float(np.max(line.get_xdata())) for line in ax.lines)
+    ax.set_xlim(right=1.015 * last)  # room for a marker at the end
     low, high = ax.get_ylim()
     gap = 0.065
     order = sorted(ends, key=lambda arm: ends[arm])

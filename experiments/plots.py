@@ -15,7 +15,16 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from experiments.plot_style import WIDTH, axes, colour, label_ends, marker, smooth, styled
+from experiments.plot_style import (
+    WIDTH,
+    axes,
+    colour,
+    label_ends,
+    marker,
+    smooth,
+    styled,
+    token_axis,
+)
 from experiments.results import Comparison, History
 from experiments.spec import Arm
 
@@ -58,10 +67,10 @@ def learning_curves(comparison: Comparison) -> Figure | None:
     ends, points = {}, []
     for arm, (tokens, loss) in curves.items():
         style = {"color": colour(comparison, arm)}
-        ax.plot(tokens / 1e6, loss, lw=1.1, **style)  # pyright: ignore
+        ax.plot(tokens, loss, lw=1.1, **style)  # pyright: ignore
         for history in comparison.histories_of(arm).values():
             shape = marker(comparison, arm)
-            x, y = history.validation_tokens / 1e6, history.validation_loss
+            x, y = history.validation_tokens, history.validation_loss
             ax.plot(x, y, shape, ms=3.6, mew=0, alpha=0.85, **style)  # pyright: ignore
             points.append(y)
         ends[arm] = loss[-1]
@@ -69,7 +78,7 @@ def learning_curves(comparison: Comparison) -> Figure | None:
     late = np.concatenate([loss[len(loss) // 4 :] for _, loss in curves.values()])
     margin = 0.06 * (late.max() - every.min()) or 0.01
     ax.set_ylim(every.min() - margin, late.max() + margin)
-    ax.set_xlabel("million tokens trained on")
+    token_axis(ax)
     ax.set_ylabel("loss, nats per token")
     label_ends(comparison, ax, ends)
     return figure
@@ -86,7 +95,7 @@ def loss_difference(comparison: Comparison) -> Figure | None:
     if not pairs:
         return None
     figure, ax = axes(right=0.75)
-    longest = max((found[0][0] for found in pairs.values()), key=len) / 1e6
+    longest = max((found[0][0] for found in pairs.values()), key=len)
     ax.plot(longest[[0, -1]], [0, 0], color=colour(comparison, base), lw=1.1)
     ends, late = {base: 0.0}, [np.zeros(1)]
     for arm, found in pairs.items():
@@ -95,14 +104,14 @@ def loss_difference(comparison: Comparison) -> Figure | None:
         mean = np.mean([difference[:n] for _, difference in found], axis=0)
         if len(found) > 1:
             for tokens, difference in found:
-                ax.plot(tokens / 1e6, difference, lw=0.5, alpha=0.6, **style)  # pyright: ignore
-        ax.plot(found[0][0][:n] / 1e6, mean, **style)  # pyright: ignore
+                ax.plot(tokens, difference, lw=0.5, alpha=0.6, **style)  # pyright: ignore
+        ax.plot(found[0][0][:n], mean, **style)  # pyright: ignore
         ends[arm] = mean[-1]
         late.append(mean[len(mean) // 10 :])
     low, high = min(map(np.min, late)), max(map(np.max, late))
     margin = 0.12 * (high - low) or 0.01
     ax.set_ylim(low - margin, high + margin)
-    ax.set_xlabel("million tokens trained on")
+    token_axis(ax)
     ax.set_ylabel(f"training loss minus {base.label}'s")
     label_ends(comparison, ax, ends)
     return figure
@@ -145,9 +154,9 @@ def maxvio(comparison: Comparison) -> Figure | None:
         return None
     figure, ax = axes(right=0.75)
     for arm, (tokens, values) in curves.items():
-        ax.plot(tokens / 1e6, values, color=colour(comparison, arm))
+        ax.plot(tokens, values, color=colour(comparison, arm))
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("million tokens trained on")
+    token_axis(ax)
     ax.set_ylabel("MaxVio (0 is perfect balance)")
     label_ends(comparison, ax, {arm: values[-1] for arm, (_, values) in curves.items()})
     return figure

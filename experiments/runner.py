@@ -66,7 +66,7 @@ def main(experiment: Experiment) -> None:
 
     def parsed() -> None:
         f = cli.FLAGS
-        overrides = dict(_override(item) for item in f.set)
+        overrides = dict(parse_override(item) for item in f.set)
         run(
             experiment,
             Options(f.scale, f.seeds, f.results, tuple(f.arms), overrides, f.report_only),
@@ -75,7 +75,8 @@ def main(experiment: Experiment) -> None:
     cli.run(parsed)
 
 
-def _override(item: str) -> tuple[str, Any]:
+def parse_override(item: str) -> tuple[str, Any]:
+    """ "train.steps=100" -> ("train.steps", 100); what is no Python literal is a string."""
     key, found, value = item.partition("=")
     if not found:
         raise ValueError(f"--set={item!r}: must be KEY=VALUE, such as --set=train.steps=100")

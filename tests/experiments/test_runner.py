@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 from fakes import FakeTrain
 
 from dsmoe_jax.training import loop
-from experiments import fig3, plots, results, shared_ratio, table1
+from experiments import fig3, plots, results, runner, shared_ratio, table1
 from experiments.spec import Arm, Equal
 
 
@@ -182,6 +183,30 @@ def test_report_only_trains_nothing_and_shows_what_is_missing(fake_run, tmp_path
 def test_no_seed_is_refused(fake_run):
     with pytest.raises(ValueError, match=r"--seeds=0: must be at least 1"):
         fake_run(seeds=0)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("train.steps", r"--set='train.steps': must be KEY=VALUE"),
+        ("train.seed=3", r"--set='train.seed=3': seeds are 0, 1, ...; --seeds says how many"),
+    ],
+)
+def test_overrides_that_make_no_sense_are_refused(item, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner.parse_override(item)
+
+
+def test_overrides_are_literals_or_else_strings():
+    assert runner.parse_override("train.steps=5") == ("train.steps", 5)
+    assert runner.parse_override("data.domains=('a',)") == ("data.domains", ("a",))
+    assert runner.parse_override("data.corpus=some/path") == ("data.corpus", "some/path")
+
+
+def test_overrides_reach_every_arm_and_the_report(fake_run, tmp_path):
+    comparison = fake_run(overrides={"train.steps": 4})
+    assert all(row.tokens == 4 * 4 * 64 for row in comparison.rows)
+    assert "--set=train.steps=4" in (tmp_path / "runs/table1-smoke/report.md").read_text()
 
 
 @pytest.mark.parametrize("experiment", [table1, fig3, shared_ratio])
