@@ -84,6 +84,12 @@ class MoEConfig:
     balance_scope: str = "sequence"  # tokens over which f_i and P_i are taken: or "global_batch"
     expert_groups: int = 1  # D, the devices of the device and communication terms
 
+    # Dropping: what the busiest experts (or devices) get above capacity_factor x the mean is lost.
+    capacity_factor: float = 0.0  # in training; 0 is dropless
+    evaluation_capacity_factor: float = 0.0  # 0: evaluation drops nothing
+    drop_policy: str = "position"  # a name in dsmoe_jax/moe/capacity.py
+    protected_share: float = 0.1  # `device`: this share of the sequences never loses a token (V2)
+
     dispatch: str = "local"  # a name in dsmoe_jax/moe/dispatch.py
     expert_backend: str = "auto"  # a name in dsmoe_jax/moe/experts.py, or the best for the device
 
@@ -98,6 +104,9 @@ class MoEConfig:
             "num_experts_per_tok",
             "bias_update_speed",
             "router_jitter",
+            "capacity_factor",
+            "evaluation_capacity_factor",
+            "protected_share",
             *(f.name for f in dataclasses.fields(self) if f.name.endswith("_balance_factor")),
             "router_z_factor",
         )
@@ -115,6 +124,7 @@ class MoEConfig:
         check("num_experts_per_tok", k <= e, f"cannot exceed the n_routed_experts={e} there are")
         check("num_experts_per_tok", k > 0 or e == 0, f"0 is only for n_routed_experts=0, not {e}")
         check("router_jitter", self.router_jitter < 1, "must be below 1")
+        check("protected_share", self.protected_share <= 1, "must be a share, at most 1")
         for name, names in (
             ("balance_scope", ("sequence", "global_batch")),
             ("scoring_func", ("softmax", "sigmoid")),

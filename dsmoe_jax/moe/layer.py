@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.moe import dispatch, experts, losses, routers
+from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
 from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
@@ -37,11 +37,13 @@ class RouterStats(NamedTuple):
       entropy: mean over tokens of the affinities' entropy in nats (ln E is undecided); None for a
         router without affinities.
       terms: unweighted balance terms by name, those whose weight is not 0.
+      ledger: what was sent, computed and dropped; None for a dropless pass.
     """
 
     load_E: jax.Array
     entropy: jax.Array | None
     terms: dict[str, jax.Array]
+    ledger: capacity.Ledger | None = None
 
 
 class MoELayer(nnx.Module):
@@ -62,6 +64,13 @@ class MoELayer(nnx.Module):
         if not e:
             return
         router = routers.get_router(moe)
+        policy = capacity.get_policy(moe)
+        drops = moe.capacity_factor or moe.evaluation_capacity_factor
+        if drops and policy.by_score and not router.learned:
+            raise ValueError(
+                f"model.moe.drop_policy={moe.drop_policy!r}: the {moe.router} router has no"
+                " affinities to drop by; must be 'position'"
+            )
         dispatch.get_dispatcher(moe.dispatch)
         experts.get_backend(moe.expert_backend)
         terms = losses.active_terms(moe)
@@ -98,15 +107,19 @@ class MoELayer(nnx.Module):
         Returns:
           y_BSD, and the router's statistics (None without routed experts).
         """
-        y_BSD, stats = None, None
-        if self.config.n_routed_experts:
+        moe, y_BSD, stats = self.config, None, None
+        if moe.n_routed_experts:
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
             with jax.named_scope("router"):
                 inputs = RouterInputs(token_ids_BS.reshape(-1), valid_BS.reshape(-1), rng)
                 routing = self.route(x_TD, inputs)
-            y_BSD = self.routed(x_TD, routing).reshape(x_BSD.shape)
             stats = self.stats(routing, valid_BS)
-        if self.config.n_shared_experts:
+            factor = moe.evaluation_capacity_factor if rng is None else moe.capacity_factor
+            if factor:
+                routing, ledger = capacity.drop(routing, valid_BS, factor, moe)
+                stats = stats._replace(ledger=ledger)
+            y_BSD = self.routed(x_TD, routing).reshape(x_BSD.shape)
+        if moe.n_shared_experts:
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
             y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD

@@ -164,6 +164,7 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             logits_BSV = linear(self.final_norm(x_BSD), self.head_VD).astype(jnp.float32)
         if cache is not None:
+            assert stacked is not None
             cache = Cache(tuple(leading), stacked, cache.length + tokens_BS.shape[1])
         return Output(logits_BSV, stats, cache)
 

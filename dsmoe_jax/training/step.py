@@ -197,7 +197,7 @@ def _accumulate(micro_step, batch: Batch, rng, n_micro: int):
         return jax.tree.map(jnp.add, total, micro_step(*micro)), None
 
     ((loss, sums, router), grads), _ = jax.lax.scan(body, zeros, micros)
-    if router is not None:  # loads add up; entropy and terms are means
+    if router is not None:  # loads and ledgers add up; entropy and terms are means
         mean = lambda tree: jax.tree.map(lambda x: x / n_micro, tree)  # noqa: E731
         router = router._replace(entropy=mean(router.entropy), terms=mean(router.terms))
     return (loss, sums, router), grads

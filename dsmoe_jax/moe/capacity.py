@@ -1,0 +1,137 @@
+"""Dropping: assignments above a capacity are taken back, as pure functions of a routing.
+
+A dropped assignment goes to nobody (expert E, gate 0): its token keeps the residual stream, the
+shared experts and its other experts.  Every assignment is either computed or in the `Ledger`.
+The balance terms see the routing before anything is dropped.
+
+Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
+N = T*K assignments, G experts or devices that have a capacity, P position buckets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe.types import Routing, count_load
+
+POSITION_BUCKETS = 8  # equal parts of a sequence
+
+
+class Ledger(NamedTuple):
+    """What became of the assignments of valid tokens, all float32; sent = computed + dropped.
+
+    Attributes:
+      sent_E: to each expert by the router.
+      computed_E: that the expert really gets.
+      dropped_E: taken back because the expert, or its device, was over its capacity.
+      dropped_P: the same by the position of the token in its sequence.
+    """
+
+    sent_E: jax.Array
+    computed_E: jax.Array
+    dropped_E: jax.Array
+    dropped_P: jax.Array
+
+
+class Policy(NamedTuple):
+    """Who has a capacity, and who goes first.
+
+    Attributes:
+      by_device: the capacity is that of each of `expert_groups` devices, not of each expert.
+      by_score: the assignments with the largest affinities stay; else the earliest tokens, and all
+        tokens' first choices before any second choice.
+      protects: the sequences of `protected_share` lose nothing, even above the capacity.
+    """
+
+    by_device: bool = False
+    by_score: bool = False
+    protects: bool = False
+
+
+POLICIES: dict[str, Policy] = {
+    "position": Policy(),  # GShard (2006.16668 algorithm 1), Switch (2101.03961 section 2.2)
+    "probability": Policy(by_score=True),
+    "device": Policy(by_device=True, by_score=True, protects=True),  # V2 section 2.2.4
+}
+
+
+def get_policy(config: MoEConfig) -> Policy:
+    """The drop policy of a config.
+
+    Raises:
+      ValueError: for an unknown name, or a device budget without devices.
+    """
+    name = config.drop_policy
+    if name not in POLICIES:
+        raise ValueError(f"model.moe.drop_policy={name!r}: must be one of {sorted(POLICIES)}")
+    if POLICIES[name].by_device and config.expert_groups == 1:
+        raise ValueError(
+            "model.moe.expert_groups=1: with drop_policy='device' it is the number of devices,"
+            " must be > 1"
+        )
+    return POLICIES[name]
+
+
+def drop(
+    routing: Routing, valid_BS: jax.Array, factor: float, config: MoEConfig
+) -> tuple[Routing, Ledger]:
+    """Takes back what is above `factor` times the mean load of an expert or a device.
+
+    Padding competes for nothing: it gets what is left.
+
+    Args:
+      routing: of T tokens.
+      valid_BS: bool, False for padding.
+      factor: capacity factor, > 0; the capacity is `ceil(factor T K / G)` assignments.
+      config: of the layer: its `drop_policy`, `protected_share` and `expert_groups`.
+    """
+    policy, (b, s) = get_policy(config), valid_BS.shape
+    (t, k), e = routing.ids_TK.shape, config.n_routed_experts
+    n_groups = config.expert_groups if policy.by_device else e
+    capacity = int(-(-factor * t * config.num_experts_per_tok // n_groups))
+    group_TK = routing.ids_TK // (e // n_groups)  # nobody, E, is of group G
+    # Small keys stay: all first choices in order of position, then all second ones; or by affinity.
+    key_TK = jnp.arange(t * k, dtype=jnp.float32).reshape(k, t).T
+    if policy.by_score:
+        assert routing.affinity_TE is not None, "the router has no affinities"
+        key_TK = -jnp.take_along_axis(routing.affinity_TE, routing.ids_TK, axis=1, mode="clip")
+    key_TK = jnp.where(valid_BS.reshape(t, 1), key_TK, jnp.inf)
+    kept_TK = jnp.zeros((t, k), bool)
+    if policy.protects:
+        protected_T = jnp.repeat(jnp.arange(b) < round(config.protected_share * b), s)
+        kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
+        key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)
+    kept_TK |= rank_in_group(group_TK, key_TK, n_groups) < capacity
+    kept = routing._replace(
+        ids_TK=jnp.where(kept_TK, routing.ids_TK, e),
+        gates_TK=jnp.where(kept_TK, routing.gates_TK, 0.0),
+    )
+    return kept, ledger(routing.ids_TK, kept.ids_TK, valid_BS, e)
+
+
+def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.Array:
+    """How many assignments of the same group have a smaller key (ties: come earlier); int32."""
+    group_N, key_N = group_TK.reshape(-1), jax.lax.stop_gradient(key_TK).reshape(-1)
+    order_N = jnp.lexsort((key_N, group_N))  # by group, then by key; stable
+    sizes_G = count_load(group_TK, n_groups).astype(jnp.int32)
+    start_G = jnp.cumsum(jnp.append(0, sizes_G))  # the last one is that of nobody
+    rank_N = jnp.arange(group_N.size) - start_G[group_N[order_N]]
+    return jnp.zeros_like(rank_N).at[order_N].set(rank_N).reshape(group_TK.shape)
+
+
+def ledger(
+    sent_TK: jax.Array, computed_TK: jax.Array, valid_BS: jax.Array, n_experts: int
+) -> Ledger:
+    """Counts what became of the assignments; each column is counted by itself."""
+    valid_T, s = valid_BS.reshape(-1), valid_BS.shape[1]
+    lost_TK = (sent_TK != computed_TK) & valid_T[:, None]
+    dropped_E = count_load(jnp.where(lost_TK, sent_TK, n_experts), n_experts)
+    bucket_S = jnp.arange(s) * POSITION_BUCKETS // s
+    lost_S = lost_TK.sum(axis=1).reshape(-1, s).sum(axis=0).astype(jnp.float32)
+    dropped_P = jnp.zeros(POSITION_BUCKETS).at[bucket_S].add(lost_S)
+    sent_E, computed_E = (count_load(ids, n_experts, valid_T) for ids in (sent_TK, computed_TK))
+    return Ledger(sent_E, computed_E, dropped_E, dropped_P)

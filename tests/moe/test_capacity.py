@@ -1,0 +1,133 @@
+"""Drop policies against plain numpy, the ledger, and what evaluation may not see."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsmoe_jax.config import Config, MoEConfig, replace
+from dsmoe_jax.moe import capacity
+from dsmoe_jax.moe.layer import MoELayer
+from dsmoe_jax.moe.types import Routing
+
+B, S, E, K, D = 4, 16, 8, 2, 2
+T = B * S
+
+
+def moe_config(policy, **kwargs):
+    return MoEConfig(
+        n_routed_experts=E, num_experts_per_tok=K, drop_policy=policy, expert_groups=D,
+        protected_share=0.25, **kwargs,
+    )  # fmt: skip
+
+
+def skewed_routing(seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(T, E)) + np.linspace(3, 0, E)
+    s = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
+    gates, ids = jax.lax.top_k(s, K)
+    return Routing(ids, gates / gates.sum(axis=1, keepdims=True), jnp.asarray(s))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def run(routing, valid_BS, factor, config):
+    return capacity.drop(routing, valid_BS, factor, config)
+
+
+def numpy_kept(ids, affinity, valid, factor, policy):
+    """Fills experts or devices one assignment at a time, in the order of the policy."""
+    by_device = policy == "device"
+    size = E // D if by_device else 1
+    room = np.full(E // size, int(np.ceil(factor * T * K / (E // size))))
+    slots = [(t, k) for k in range(K) for t in range(T)]
+    if policy != "position":
+        slots = sorted(
+            ((t, k) for t in range(T) for k in range(K)), key=lambda a: -affinity[a[0], ids[a]]
+        )
+    protected = [a for a in slots if by_device and a[0] // S < 1]
+    slots = protected + [a for a in slots if a not in protected]
+    slots = [a for a in slots if valid[a[0]]] + [a for a in slots if not valid[a[0]]]
+    kept = np.zeros((T, K), bool)
+    for a in slots:
+        if room[ids[a] // size] > 0 or a in protected:
+            room[ids[a] // size] -= 1
+            kept[a] = True
+    return kept
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 1.25])
+@pytest.mark.parametrize("policy", list(capacity.POLICIES))
+def test_against_numpy(policy, factor):
+    routing = skewed_routing()
+    valid = np.arange(T) % S < 13
+    valid[:S] = True
+    kept, ledger = run(routing, jnp.asarray(valid).reshape(B, S), factor, moe_config(policy))
+    ids, gates = np.asarray(routing.ids_TK), np.asarray(routing.gates_TK)
+    want = numpy_kept(ids, np.asarray(routing.affinity_TE), valid, factor, policy)
+    np.testing.assert_array_equal(kept.ids_TK, np.where(want, ids, E))
+    np.testing.assert_array_equal(kept.gates_TK, np.where(want, gates, 0))
+    lost = ~want & valid[:, None]
+    np.testing.assert_array_equal(ledger.dropped_E, np.bincount(ids[lost], minlength=E))
+    np.testing.assert_array_equal(ledger.sent_E, ledger.computed_E + ledger.dropped_E)
+    by_bucket = lost.sum(axis=1).reshape(B, 8, S // 8).sum(axis=(0, 2))
+    np.testing.assert_array_equal(ledger.dropped_P, by_bucket)
+    assert ledger.dropped_E.sum() > 0
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5, 1.0])
+def test_protected_sequences_lose_nothing_at_any_budget(factor):
+    kept, _ = run(skewed_routing(1), jnp.ones((B, S), bool), factor, moe_config("device"))
+    lost_B = np.asarray(kept.ids_TK == E).reshape(B, -1).sum(axis=1)
+    assert lost_B[0] == 0
+    assert lost_B[1:].sum() > 0
+
+
+def test_nothing_is_dropped_when_there_is_room():
+    routing = skewed_routing(2)
+    for policy in capacity.POLICIES:
+        kept, ledger = run(routing, jnp.ones((B, S), bool), float(E), moe_config(policy))
+        np.testing.assert_array_equal(kept.ids_TK, routing.ids_TK)
+        np.testing.assert_array_equal(ledger.dropped_E, np.zeros(E))
+        np.testing.assert_array_equal(ledger.sent_E, ledger.computed_E)
+
+
+def test_evaluation_depends_on_the_other_sequences_only_if_it_drops():
+    def layer(**moe):
+        overrides = {
+            "hidden_size": 8, "initializer_range": 0.5, "moe.n_routed_experts": E,
+            "moe.num_experts_per_tok": K, "moe.moe_intermediate_size": 4,
+            "moe.expert_backend": "ragged_dot", **moe,
+        }  # fmt: skip
+        config = replace(Config(), **{f"model.{key}": v for key, v in overrides.items()})
+        return MoELayer(config.model, rngs=nnx.Rngs(0))
+
+    x = jax.random.normal(jax.random.key(0), (B, S, 8))
+    ids, valid = jnp.zeros((B, S), jnp.int32), jnp.ones((B, S), bool)
+
+    def last_sequence(layer, rng=None):
+        together = layer(x, ids, valid, rng)[0][-1]
+        alone = layer(x[-1:], ids[-1:], valid[-1:], rng)[0][0]
+        return np.abs(together - alone).max()
+
+    training_only = layer(**{"moe.capacity_factor": 0.5})
+    assert last_sequence(training_only) < 1e-5
+    assert training_only(x, ids, valid)[1].ledger is None
+    assert last_sequence(training_only, jax.random.key(0)) > 1e-3
+    assert last_sequence(layer(**{"moe.evaluation_capacity_factor": 0.5})) > 1e-3
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"drop_policy='nope': must be one of"):
+        capacity.get_policy(moe_config("nope"))
+    with pytest.raises(ValueError, match=r"expert_groups=1: with drop_policy='device'"):
+        capacity.get_policy(MoEConfig(drop_policy="device"))
+    hashed = {
+        "router": "hash", "num_experts_per_tok": 1, "expert_balance_factor": 0.0,
+        "capacity_factor": 1.0, "drop_policy": "probability",
+    }  # fmt: skip
+    config = replace(Config(), **{f"model.moe.{key}": v for key, v in hashed.items()})
+    with pytest.raises(ValueError, match=r"drop_policy='probability': the hash router has no"):
+        nnx.eval_shape(lambda: MoELayer(config.model, rngs=nnx.Rngs(0)))
