@@ -107,14 +107,15 @@ def expert_of_row(group_sizes_E: jax.Array, n_rows: int) -> jax.Array:
 
 
 def _grouped_swiglu(grouped_matmul, rows_ND, group_sizes_E, weights: ExpertWeights) -> jax.Array:
-    # A kernel may skip rows past the last group, leaving whatever memory held: mask both ends.
+    # A kernel may skip rows past the last group, leaving whatever memory held, or multiply them.
+    # So they are masked on the way into and out of each matmul: 0 * NaN is NaN in a gradient too.
     in_a_group_N1 = (jnp.arange(rows_ND.shape[0]) < group_sizes_E.sum())[:, None]
-    x_ND = jnp.where(in_a_group_N1, rows_ND, 0)
-    gate_NF = grouped_matmul(x_ND, weights.gate_EFD)
-    up_NF = grouped_matmul(x_ND, weights.up_EFD)
-    hidden_NF = jnp.where(in_a_group_N1, jax.nn.silu(gate_NF) * up_NF, 0).astype(x_ND.dtype)
-    y_ND = grouped_matmul(hidden_NF, weights.down_EDF).astype(x_ND.dtype)
-    return jnp.where(in_a_group_N1, y_ND, 0)
+    mask = lambda a_NX: jnp.where(in_a_group_N1, a_NX, 0)  # noqa: E731
+    x_ND = mask(rows_ND)
+    gate_NF = mask(grouped_matmul(x_ND, weights.gate_EFD))
+    up_NF = mask(grouped_matmul(x_ND, weights.up_EFD))
+    hidden_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_ND.dtype)
+    return mask(grouped_matmul(hidden_NF, weights.down_EDF)).astype(x_ND.dtype)
 
 
 def _matmul_f32(x_NI: jax.Array, w_OI: jax.Array) -> jax.Array:

@@ -90,6 +90,23 @@ def test_padding_is_exactly_zero_and_harmless(backend):
     assert all(jnp.isfinite(d).all() for d in d_weights)
 
 
+def test_grouped_swiglu_survives_a_careless_kernel():
+    # XLA on CPU fills padding with zeros; kernels elsewhere compute with it or leave NaN there.
+    sizes, n_rows = LOADS["one takes most, trailing padding"]
+    rows_ND, sizes_E, weights, dy_ND = make(sizes, n_rows)
+    owner_N = experts.expert_of_row(sizes_E, n_rows)
+
+    def careless(x_NI, w_EOI):
+        y_NO = jnp.einsum("ni,noi->no", x_NI, w_EOI[jnp.minimum(owner_N, len(sizes) - 1)])
+        return y_NO + jnp.where(owner_N < len(sizes), 0, jnp.nan)[:, None]
+
+    y_ND, transpose = jax.vjp(
+        lambda x, w: experts._grouped_swiglu(careless, x, sizes_E, w), rows_ND, weights
+    )
+    expected = value_and_gradients(rows_ND, sizes_E, weights, dy_ND, "loop")
+    assert_close((y_ND, transpose(dy_ND)), expected, 2e-5)
+
+
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 @hypothesis.given(
     sizes=st.lists(st.integers(0, 25), min_size=4, max_size=4), seed=st.integers(0, 9)
