@@ -51,7 +51,7 @@ def cases(
     found = []
     x_BSD = torch.tensor(x_TD[None], requires_grad=True)
     dy_BSD = torch.tensor(dy_TD[None])
-    config._experts_implementation = "eager"  # its loop over experts; the others are slower on CPU
+    config._experts_implementation = "eager"  # its loop over experts
     moe: Any = DeepseekV3MoE(config)
     moe.shared_experts = _NoSharedExpert()
     with torch.no_grad():
