@@ -57,9 +57,9 @@ class Sample(NamedTuple):
 
 def main() -> None:
     """Runs the command."""
-    _check_flags()
-    run = load_run(_WORKDIR.value, _STEP.value)
-    prompt_P = [run.corpus.tokenizer.eos_id, *run.corpus.tokenizer.encode(_PROMPT.value)]
+    workdir, prompt = _checked_flags()
+    run = load_run(workdir, _STEP.value)
+    prompt_P = [run.corpus.tokenizer.eos_id, *run.corpus.tokenizer.encode(prompt)]
     _note_length(run, len(prompt_P))
     tokens_BG = generate(
         run.model,
@@ -70,7 +70,7 @@ def main() -> None:
         seed=_SEED.value,
     )
     samples = [cut(tokens_G, run.corpus.tokenizer) for tokens_G in np.asarray(tokens_BG)]
-    print(json.dumps(_result(run, samples)) if _JSON.value else _texts(samples))
+    print(json.dumps(_result(run, prompt, samples)) if _JSON.value else _texts(prompt, samples))
 
 
 def cut(tokens_G: np.ndarray, tokenizer: Tokenizer) -> Sample:
@@ -80,8 +80,8 @@ def cut(tokens_G: np.ndarray, tokenizer: Tokenizer) -> Sample:
     return Sample(tokenizer.decode(kept.tolist()), len(kept), bool(ends.size))
 
 
-def _check_flags() -> None:
-    """Refuses what is wrong on the command line before anything is loaded."""
+def _checked_flags() -> tuple[str, str]:
+    """Workdir and prompt; refuses what is wrong on the command line before anything is loaded."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
     if _PROMPT.value is None:
@@ -101,6 +101,7 @@ def _check_flags() -> None:
                     f"--{flag}={value.value}: changes nothing at --temperature=0, which always"
                     " takes the most likely token; raise --temperature"
                 )
+    return _WORKDIR.value, _PROMPT.value
 
 
 def _note_length(run: Run, prompt_tokens: int) -> None:
@@ -113,17 +114,17 @@ def _note_length(run: Run, prompt_tokens: int) -> None:
         )
 
 
-def _result(run: Run, samples: list[Sample]) -> dict[str, Any]:
+def _result(run: Run, prompt: str, samples: list[Sample]) -> dict[str, Any]:
     return {
         "step": run.step,
-        "prompt": _PROMPT.value,
+        "prompt": prompt,
         "samples": [sample._asdict() for sample in samples],
     }
 
 
-def _texts(samples: list[Sample]) -> str:
+def _texts(prompt: str, samples: list[Sample]) -> str:
     """The prompt with its continuation; several are numbered."""
-    texts = [_PROMPT.value + sample.text for sample in samples]
+    texts = [prompt + sample.text for sample in samples]
     if len(texts) == 1:
         return texts[0]
     return "\n".join(f"[{i}/{len(texts)}]\n{text}" for i, text in enumerate(texts, start=1))
