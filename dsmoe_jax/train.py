@@ -13,6 +13,7 @@ from __future__ import annotations
 from absl import flags
 
 from dsmoe_jax import cli
+from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.training.loop import train
 
 cli.define_config()
@@ -23,6 +24,7 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
+    keep_freed_memory()
     result = train(cli.config(), _WORKDIR.value)
     held_out = result.evaluation
     print(

@@ -26,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax import cli
 from dsmoe_jax.config import Config, DataConfig, differences
+from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.training import loop, workdir
 from dsmoe_jax.training.run import open_corpus
 from experiments import fairness, report, results, tables, typeset
@@ -66,6 +67,7 @@ def main(experiment: Experiment) -> None:
 
     def parsed() -> None:
         f = cli.FLAGS
+        keep_freed_memory()
         overrides = dict(parse_override(item) for item in f.set)
         run(
             experiment,

@@ -1,0 +1,33 @@
+"""Checks of config sections: errors that name the key, the value and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def require(ok: bool, key: str, value: Any, want: str) -> None:
+    """Raises a ValueError that names the key, its value and what would be right, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{key}={value!r}: {want}")
+
+
+def checker(section: Any, prefix: str) -> Callable[[str, bool, str], None]:
+    """`check(name, ok, want)` for the fields of one section."""
+
+    def check(name: str, ok: bool, want: str) -> None:
+        require(ok, prefix + name, getattr(section, name), want)
+
+    return check
+
+
+def positive(section: Any, prefix: str, *names: str) -> None:
+    """Requires that the named fields of a section are > 0."""
+    for name in names:
+        require(getattr(section, name) > 0, prefix + name, getattr(section, name), "must be > 0")
+
+
+def not_negative(section: Any, prefix: str, *names: str) -> None:
+    """Requires that the named fields of a section are >= 0."""
+    for name in names:
+        require(getattr(section, name) >= 0, prefix + name, getattr(section, name), "must be >= 0")
