@@ -114,14 +114,17 @@ def test_changed_corpus_is_refused(fake_run):
     assert train.calls == []
 
 
-def test_runs_judged_on_different_text_are_refused(fake_run, tmp_path):
-    fake_run()
+def test_runs_judged_on_different_text_are_refused_before_training(fake_run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fake_run(FakeTrain(stop_after=4))
     path = tmp_path / "runs/table1-smoke/switch/seed0/evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": 999}))
+    train = FakeTrain()
     with pytest.raises(
         ValueError, match=r"validation_tokens is 1000 in Dense, seed 0, and 999 in Switch, seed 0"
     ):
-        fake_run()
+        fake_run(train)
+    assert train.calls == []
 
 
 def test_a_run_that_diverges_stays_missing_and_the_others_go_on(fake_run, tmp_path):
