@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dsmoe_jax.config import OptimizerConfig
@@ -27,9 +28,8 @@ def constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def _warmed_up(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
     if not warmup_steps:
         return schedule
-    ramp = optax.linear_schedule(0.0, 1.0, warmup_steps)
     # +1: the first update is not wasted on a learning rate of 0.
-    return lambda step: ramp(step + 1) * schedule(step)
+    return lambda step: jnp.minimum((step + 1) / warmup_steps, 1.0) * schedule(step)
 
 
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
