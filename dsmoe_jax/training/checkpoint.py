@@ -7,7 +7,9 @@ files, and a digest of every array, the same under every sharding.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +63,7 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
+        self._check_space(sum(x.nbytes for x in jax.tree.leaves(state)))
         meta = {**extra, "step": step, "digests": [int(d) for d in digests(state)]}
         try:
             self._manager.save(
@@ -75,20 +78,20 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises the OSError of a checkpoint that could not be written in the background."""
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._not_written(error) from error
         if not self._manager.is_saving_in_progress():
-            self._written()
+            self.wait()
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises like `check`."""
+        if self._saving is None:
+            return
         try:
             self._manager.wait_until_finished()
+            directory = self.directory / str(self._saving)
+            write_json(directory / _FILES, _sizes(directory))
         except Exception as error:
             raise self._not_written(error) from error
-        self._written()
+        self._saving = None
 
     def restore(self, abstract: TrainState, step: int) -> Restored:
         """Loads a step into the shapes (and shardings) of `abstract`.
@@ -114,22 +117,23 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written, and lets go; raises like `check`."""
-        try:
-            self.wait()
-        finally:
+        self.wait()
+        with contextlib.suppress(Exception):  # an error that `_not_written` has told already
             self._manager.close()
 
-    def _written(self) -> None:
-        """Lists the files of the checkpoint that was being written and now is whole."""
-        if self._saving is not None:
-            directory, self._saving = self.directory / str(self._saving), None
-            write_json(directory / _FILES, _sizes(directory))
+    def _check_space(self, needed: int) -> None:
+        """A disk that fills up while it is written to is noticed too, but less politely."""
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            error = OSError(f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
+            raise self._not_written(error)
 
     def _not_written(self, error: Exception) -> OSError:
         last = max((s for s in self.steps() if s != self._saving), default=None)
         good = "there is none before it" if last is None else f"the last good one is step {last}"
+        step, self._saving = self._saving, None
         return OSError(
-            f"{self.directory / str(self._saving)}: the checkpoint could not be written"
+            f"{self.directory / str(step)}: the checkpoint could not be written"
             f" ({_reason(error)}); {good}.  Make room, then run the same command again"
         )
 

@@ -1,0 +1,107 @@
+"""Held-out loss against a plain loop over the documents, in numpy."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.data.corpus import load_corpus
+from dsmoe_jax.data.packing import decode_record, read_records
+from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.training.step import build_model
+
+CONFIG = replace(
+    Config(),
+    **{
+        "model.vocab_size": 512,
+        "model.hidden_size": 16,
+        "model.num_hidden_layers": 1,
+        "model.num_attention_heads": 2,
+        "model.num_key_value_heads": 1,
+        "model.head_dim": 8,
+        "model.initializer_range": 0.2,
+        "model.moe.n_routed_experts": 4,
+        "model.moe.num_experts_per_tok": 2,
+        "model.moe.moe_intermediate_size": 8,
+        "model.moe.expert_backend": "loop",
+        "data.tokenizer_vocab_size": 512,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_corpus):
+    return load_corpus(tiny_corpus)
+
+
+@pytest.fixture(scope="module")
+def model():
+    graph, state = nnx.split(build_model(CONFIG))
+    return nnx.merge(graph, state)
+
+
+@pytest.fixture(scope="module")
+def held_out(model, corpus):
+    graph, params, other = nnx.split(model, nnx.Param, ...)
+    measured = HeldOut(graph, corpus, batch_size=8)
+    return lambda: measured.measure(params, other)
+
+
+@pytest.fixture(scope="module")
+def result(held_out):
+    return held_out()
+
+
+def plain_loop(model, corpus):
+    """Sums of (nats, tokens, bytes) by domain: one document of one record at a time."""
+
+    @nnx.jit
+    def forward(model, tokens_BS):
+        return model(tokens_BS)
+
+    sums = np.zeros((len(corpus.domains), 3))
+    for record in read_records(corpus.shards("validation")):
+        domain, tokens = decode_record(record)
+        # An end-of-text token is the first input of a document: it begins a new one.
+        begins = [0, *[i for i, t in enumerate(tokens[:-1]) if t == corpus.tokenizer.eos_id and i]]
+        for start, end in zip(begins, [*begins[1:], len(tokens) - 1], strict=True):
+            padded = np.zeros((1, 64), np.int32)  # to the right: causal attention never sees it
+            padded[0, : end - start] = tokens[start:end]
+            logits = np.asarray(forward(model, jnp.asarray(padded)), np.float64)[0]
+            for i, target in enumerate(tokens[start + 1 : end + 1]):
+                nats = np.log(np.exp(logits[i]).sum()) - logits[i, target]
+                sums[domain] += nats, 1, corpus.bytes_per_token_V[target]
+    return sums
+
+
+def test_equals_a_plain_loop_over_documents(model, corpus, result):
+    sums = plain_loop(model, corpus)
+    rows = [result, *[result["domains"][name] for name in corpus.domains]]
+    for row, (nats, tokens, n_bytes) in zip(rows, [sums.sum(axis=0), *sums], strict=True):
+        assert (row["tokens"], row["bytes"]) == (tokens, n_bytes)
+        np.testing.assert_allclose(row["loss"], nats / tokens, rtol=1e-5)
+        np.testing.assert_allclose(row["bits_per_byte"], nats / math.log(2) / n_bytes, rtol=1e-5)
+
+
+def test_every_held_out_token_once(corpus, result):
+    for domain in corpus.manifest["domains"]:
+        row = result["domains"][domain["name"]]
+        assert row["tokens"] == domain["tokens"]["validation"]
+        assert row["bytes"] == domain["bytes"]["validation"]
+    assert np.sum(result["load"]) == result["tokens"] * 2  # K = 2, padding counts nowhere
+
+
+def test_twice_the_same(held_out, result):
+    assert held_out() == result
+
+
+def test_a_look_at_some_batches(model, corpus, result):
+    graph, params, other = nnx.split(model, nnx.Param, ...)
+    some = HeldOut(graph, corpus, batch_size=8, max_batches=2)
+    seen = []
+    assert some.measure(params, other, seen.append)["tokens"] < result["tokens"]
+    assert seen == [1, 2]
+    assert some.n_batches == 2

@@ -1,0 +1,198 @@
+"""What a user can get wrong: one clear line, and nothing overwritten or lost."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dsmoe_jax.training import loop
+from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.run import load_run, open_corpus
+from dsmoe_jax.training.workdir import read_evaluation
+
+
+def refused(message, call, *args, **kwargs):
+    """Calls, and checks that the error is one line that matches."""
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def snapshot(directory):
+    """Content of every file."""
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Getting as far as the corpus is too far."""
+    monkeypatch.setattr(loop, "open_corpus", None)
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of the finished run, with its end forgotten."""
+    workdir = shutil.copytree(finished_run[0], tmp_path / "run")
+    (workdir / "evaluation.json").unlink()
+    return workdir
+
+
+class TestWorkdir:
+    def test_of_another_config(self, run, tiny_config, no_training):
+        before = snapshot(run)
+        config = tiny_config(**{"model.moe.n_shared_experts": 2, "train.seed": 1})
+        message = (
+            r"--workdir=.*run: holds a run with another config"
+            r" \(model.moe.n_shared_experts: 1 there, 2 here; train.seed: 0 there, 1 here\)"
+        )
+        refused(message, train, config, run, progress=False)
+        assert snapshot(run) == before
+
+    def test_what_does_not_touch_the_numbers_may_change(self, finished_run, tiny_config):
+        config = tiny_config(**{"train.log_every": 2, "train.keep_checkpoints": 5})
+        assert train(config, finished_run[0], progress=False).step == 10
+        train(tiny_config(), finished_run[0], progress=False)
+
+    def test_of_somebody_else(self, tmp_path, tiny_config, no_training):
+        (tmp_path / "thesis.tex").write_text("all of it")
+        before = snapshot(tmp_path)
+        refused(r"holds 'thesis.tex' but no run", train, tiny_config(), tmp_path)
+        assert snapshot(tmp_path) == before
+
+    def test_that_is_a_file(self, tmp_path, tiny_config, no_training):
+        (tmp_path / "file").write_text("")
+        refused(r"is a file; must be a directory", train, tiny_config(), tmp_path / "file")
+
+    def test_that_cannot_be_written(self, tmp_path, tiny_config, no_training, monkeypatch):
+        (tmp_path / "file").write_text("")
+        refused("cannot be written: Not a directory", train, tiny_config(), tmp_path / "file/run")
+        (tmp_path / "closed").mkdir(mode=0o555)
+        if os.access(tmp_path / "closed", os.W_OK):
+            pytest.skip("this user may write everywhere")
+        refused("cannot be written: Permission", train, tiny_config(), tmp_path / "closed/run")
+
+    def test_in_use(self, run, tiny_config, no_training):
+        before = snapshot(run)
+        with open(run / ".lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            refused(r"in use by process \d+", train, tiny_config(), run)
+        assert snapshot(run) == before
+
+    def test_with_a_broken_config(self, run, tiny_config, no_training):
+        (run / "config.json").write_text("{")
+        before = snapshot(run)
+        refused(r"config.json: not the config of a run", train, tiny_config(), run)
+        assert snapshot(run) == before
+
+
+class TestCheckpoint:
+    def largest(self, directory):
+        return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+    def test_truncated(self, run, tiny_config):
+        path = self.largest(run / "checkpoints/10")
+        path.write_bytes(path.read_bytes()[:-100])
+        before = snapshot(run / "checkpoints")
+        message = (
+            r"checkpoints/10: the checkpoint cannot be read \(state/.* has \d+ bytes, \d+ were"
+            r" written\); delete that directory to go on from step 9"
+        )
+        refused(message, train, tiny_config(), run, progress=False)
+        refused(message, load_run, run)
+        assert snapshot(run / "checkpoints") == before
+
+    def test_with_a_flipped_bit(self, run):
+        path = self.largest(run / "checkpoints/10")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0x10
+        path.write_bytes(bytes(content))
+        refused(r"checkpoints/10: the checkpoint cannot be read", load_run, run)
+        assert load_run(run, 9).step == 9
+
+    def test_and_the_advice_works(self, run, finished_run, tiny_config):
+        shutil.rmtree(run / "checkpoints/10")
+        result = train(tiny_config(), run, progress=False)
+        assert result.resumed_from == 9
+        assert result.evaluation["loss"] == finished_run[1].evaluation["loss"]
+
+    def test_missing(self, run):
+        refused(r"--step=4: no such checkpoint; there are \[9, 10\]", load_run, run, 4)
+        shutil.rmtree(run / "checkpoints")
+        refused(r"the run has no checkpoint yet", load_run, run)
+        refused(r"holds no run \(there is no config.json\)", load_run, run / "nothing")
+
+    def test_of_another_corpus(self, run, tiny_config, monkeypatch):
+        monkeypatch.setattr(loop.Corpus, "fingerprint", "0" * 64)
+        refused(r"has changed since the checkpoint was made", load_run, run)
+        refused(r"has changed since the checkpoint", train, tiny_config(), run, progress=False)
+
+
+def test_a_disk_without_room_for_a_checkpoint(tiny_config, finished_run, tmp_path, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    message = (
+        r"checkpoints/3: the checkpoint could not be written \(1 MB are needed, 0 MB are free\);"
+        r" there is none before it\.  Make room, then run the same command again"
+    )
+    refused(message, train, tiny_config(), tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    train(tiny_config(), tmp_path / "run", progress=False)
+    assert read_evaluation(tmp_path / "run") == read_evaluation(finished_run[0])
+
+
+def test_a_disk_that_fills_up(tiny_config, tmp_path):
+    """No file may grow beyond 30 KB.  The libraries add lines of their own, ours is the last."""
+    script = tmp_path / "tiny.py"
+    script.write_text(
+        "from dsmoe_jax.config import *\n"
+        f"def get_config():\n    return to_config_dict({tiny_config()!r})\n"
+    )
+    command = f"{sys.executable} -m dsmoe_jax.train --config={script} --workdir={tmp_path / 'run'}"
+    child = subprocess.run(
+        ["bash", "-c", f"ulimit -f 30; exec {command}"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert child.returncode == 2, child.stderr
+    last = child.stderr.splitlines()[-1]
+    assert "checkpoints/3: the checkpoint could not be written (" in last
+    assert "there is none before it" in last
+
+
+class TestCorpus:
+    def test_none(self, tiny_config):
+        refused(r"data.corpus='': must be", open_corpus, tiny_config(**{"data.corpus": ""}).data)
+
+    def test_missing(self, tiny_config):
+        config = tiny_config(**{"data.corpus": "/no/such/text"})
+        refused(r"data.corpus='/no/such/text': no such file", open_corpus, config.data)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"data.sequence_length": 32}, r"data.sequence_length=32: .* is packed for 64"),
+            ({"data.tokenizer_vocab_size": 300}, r"data.tokenizer_vocab_size=300: .* 512 tokens"),
+            ({"data.domains": ("de",)}, r"data.domains=\('de',\): .* leave data.domains empty"),
+        ],
+    )
+    def test_prepared_for_another_config(self, tiny_config, change, message):
+        refused(message, open_corpus, tiny_config(**change).data)
+
+    def test_of_ones_own_text(self, tiny_config, tmp_path, monkeypatch):
+        """Prepared once in the cache; a changed text is another corpus."""
+        monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
+        text = tmp_path / "text"
+        text.mkdir()
+        for i in range(20):
+            (text / f"{i}.txt").write_text(f"Document {i}. " + "The quick brown fox. " * 20)
+        data = tiny_config(**{"data.corpus": str(text), "data.tokenizer_vocab_size": 260}).data
+        first, second = open_corpus(data), open_corpus(data)
+        assert first.directory == second.directory
+        assert first.directory.is_relative_to(tmp_path / "cache")
+        (text / "0.txt").write_text("Another text. " * 30)
+        assert open_corpus(data).fingerprint != first.fingerprint

@@ -1,0 +1,65 @@
+"""Schedules against the paper's formulas, weight decay and clipping."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsmoe_jax.config import OptimizerConfig
+from dsmoe_jax.training.optimizer import decayed, make_optimizer, make_schedule
+
+
+def test_multi_step_is_the_schedule_of_the_paper():
+    """V1 section 4.1.3: 2K steps of warm-up, x 0.316 at 80 % and again at 90 % of 25K steps."""
+    schedule = make_schedule(OptimizerConfig(), steps=25_000)
+    peak = 1.08e-3
+    for step in (0, 1, 999, 1999, 2000, 12_345, 19_999, 20_000, 22_499, 22_500, 24_999):
+        warmup = min((step + 1) / 2000, 1.0)
+        drops = (step >= 20_000) + (step >= 22_500)
+        assert math.isclose(schedule(step), peak * warmup * 0.316**drops, rel_tol=1e-6), step
+
+
+def test_constant_is_the_schedule_of_the_145b():
+    """V1 section 7.1: warm-up, then constant."""
+    config = OptimizerConfig(peak_learning_rate=3e-4, schedule="constant", warmup_steps=2000)
+    schedule = make_schedule(config, steps=13_000)
+    for step in (0, 500, 1999, 2000, 12_999):
+        expected = 3e-4 * min((step + 1) / 2000, 1.0)
+        assert math.isclose(schedule(step), expected, rel_tol=1e-6), step
+
+
+def test_without_warmup_the_first_step_has_the_peak():
+    schedule = make_schedule(OptimizerConfig(warmup_steps=0), steps=10)
+    assert math.isclose(schedule(0), 1.08e-3, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig(schedule="cosin"), r"optimizer.schedule='cosin': must be one of"),
+        (OptimizerConfig(warmup_steps=11), r"optimizer.warmup_steps=11: .* train.steps=10"),
+    ],
+)
+def test_impossible_schedules_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(config, steps=10)
+
+
+def test_norm_scales_are_not_decayed():
+    tree = {"layers": {"attention_norm": {"scale_D": 1.0}, "moe": {"router_ED": 1.0}}, "head": 1.0}
+    assert decayed(tree) == {
+        "layers": {"attention_norm": {"scale_D": False}, "moe": {"router_ED": True}},
+        "head": True,
+    }
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(clip_norm=0.5, b1=0.0, warmup_steps=0)
+    optimizer = make_optimizer(config, steps=10)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}  # norm 5
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    (adam,) = [s for s in state[1] if hasattr(s, "mu")]  # with b1 = 0 the gradient itself
+    np.testing.assert_allclose(adam.mu["a"], [0.3, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(adam.mu["b"], [0.4], rtol=1e-6)
