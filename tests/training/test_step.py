@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
 from flax import nnx
+from tiny import TINY
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.training.step import init_state, make_train_step
