@@ -1,6 +1,5 @@
 """What a user can get wrong: one clear line, and nothing overwritten or lost."""
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.run import load_run, open_corpus
-from dsmoe_jax.training.workdir import read_evaluation
+from dsmoe_jax.training.workdir import claim, read_evaluation
 
 
 def refused(message, call, *args, **kwargs):
@@ -76,9 +75,9 @@ class TestWorkdir:
 
     def test_in_use(self, run, tiny_config, no_training):
         before = snapshot(run)
-        with open(run / ".lock", "a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            refused(r"in use by process \d+", train, tiny_config(), run)
+        with claim(run, tiny_config()):
+            refused(rf"in use by process {os.getpid()};", train, tiny_config(), run)
+        (run / ".lock").write_bytes(before[run / ".lock"])
         assert snapshot(run) == before
 
     def test_with_a_broken_config(self, run, tiny_config, no_training):

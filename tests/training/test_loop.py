@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.metrics import read_rows
 from dsmoe_jax.training.run import load_run
-from dsmoe_jax.training.workdir import read_config
+from dsmoe_jax.training.workdir import read_config, read_evaluation
 
 # Rows of the same step of two runs differ in how fast they were, and in nothing else.
 SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}
@@ -131,6 +132,15 @@ class TestInterruptions:
         assert "validation_loss" not in read_rows(tmp_path / "run")[-1]
         train(tiny_config(), tmp_path / "run", progress=False)
         assert_same_run(tmp_path / "run", finished_run[0])
+
+    def test_killed_just_before_the_end(self, finished_run, tiny_config, tmp_path):
+        """All is written but the evaluation: it is made again, its row is not written twice."""
+        workdir = shutil.copytree(finished_run[0], tmp_path / "run")
+        (workdir / "evaluation.json").unlink()
+        before = (workdir / "metrics.jsonl").read_bytes()
+        assert train(tiny_config(), workdir, progress=False).resumed_from == 10
+        assert (workdir / "metrics.jsonl").read_bytes() == before
+        assert read_evaluation(workdir) == read_evaluation(finished_run[0])
 
     def test_killed_at_random_moments(self, finished_run, tiny_config, compile_cache, tmp_path):
         """`kill -9` and SIGTERM from outside; then the same command, until it is done."""
