@@ -85,13 +85,15 @@ def communication_balance(routing: Routing, valid_BS: jax.Array, config: MoEConf
 def router_z(routing: Routing, valid_BS: jax.Array, config: MoEConfig) -> jax.Array:
     """Router z-loss `mean_t (log sum_i exp logits_ti)^2`, which keeps logits small (ST-MoE eq. 5).
 
-    The mean is over the valid tokens of the whole batch, whatever the scope of the balance terms.
+    The mean is over the valid tokens of each sequence and then over the sequences, whatever the
+    scope of the balance terms: so it is the same in any number of micro-batches, padding or not.
     """
     del config
     assert routing.logits_TE is not None, "the router has no logits"
-    z_T = jnp.square(jax.nn.logsumexp(routing.logits_TE, axis=-1))
-    valid_T = valid_BS.reshape(-1).astype(jnp.float32)
-    return (z_T * valid_T).sum() / jnp.maximum(valid_T.sum(), 1.0)
+    z_BS = jnp.square(jax.nn.logsumexp(routing.logits_TE, axis=-1)).reshape(valid_BS.shape)
+    tokens_B = valid_BS.sum(axis=1)
+    z_B = (z_BS * valid_BS).sum(axis=1) / jnp.maximum(tokens_B, 1)
+    return z_B.sum() / jnp.maximum((tokens_B > 0).sum(), 1)
 
 
 def _n_experts(routing: Routing) -> int:

@@ -133,7 +133,7 @@ def make_train_step(
         loss = sums.nll / all_tokens
         if output.router_stats is not None:
             terms = output.router_stats.terms  # each of shape (L,)
-            # A mean over sequences or tokens: training has no padding, so micro-batches are equal.
+            # Means over sequences, of which every micro-batch has the same number.
             loss += sum(weights[name] * terms[name].sum() for name in terms) / n_micro
         return loss, (sums, output.router_stats)
 
