@@ -2,12 +2,14 @@
 
     python -m benchmarks.moe_layer --size=2b
     python -m benchmarks.moe_layer --size=all --hf --json=benchmarks/results/NAME.json
+    python -m benchmarks.moe_layer --size=2b --shared=1
 
 One process, interleaved: in every round each case runs once, and a ratio is the median over rounds
 of (case / dense in the same round), so a machine that slows down slows both. The layer is the
 router's matmul, softmax, top-k, sort, gather, experts and weighted sum; nothing is dropped. Its
-dense rival has the width of the K activated experts. Gradients are those of tokens, router and all
-weights, and the output is computed too.
+dense rival has the width of the K activated experts. With --shared=Ks both have Ks shared experts
+more: the whole layer of a DeepSeekMoE model. Gradients are those of tokens, router and all weights,
+and the output is computed too.
 
 Shape suffixes: T tokens, D hidden, F expert width, E routed experts, K activated experts.
 """
@@ -39,16 +41,23 @@ class Size(NamedTuple):
     n_routed_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
+    n_shared_experts: int = 0
+
+    @property
+    def activated_width(self) -> int:
+        """Width of a dense FFN with the activated FLOPs of the layer."""
+        activated = self.num_experts_per_tok + self.n_shared_experts
+        return activated * self.moe_intermediate_size
 
     def gflop(self, with_gradients: bool) -> float:
         """Multiply-adds of the activated matmuls, counted as 2 operations; backward is twice."""
-        d, k, f = self.hidden_size, self.num_experts_per_tok, self.moe_intermediate_size
-        return 6 * self.tokens * d * k * f * (3 if with_gradients else 1) / 1e9
+        passes = 3 if with_gradients else 1
+        return 6 * self.tokens * self.hidden_size * self.activated_width * passes / 1e9
 
 
 SIZES = {
     "2b": Size(1024, 1280, 63, 7, 853),  # a layer of the paper's 2B model (V1 section 4.1)
-    "demo": Size(4096, 128, 63, 7, 85),
+    "demo": Size(2048, 48, 63, 7, 32),  # a layer of the demo scale in configs/base.py
     "demo256": Size(2048, 256, 63, 7, 171),
 }
 ROUTINGS = ("real", "balanced")
@@ -104,7 +113,7 @@ def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, backend: str):
 
 
 def dense_layer(x_TD, gate_FD, up_FD, down_DF):
-    """The dense SwiGLU of the same activated FLOPs: y_TD."""
+    """A dense SwiGLU, the rival and the shared experts: y_TD."""
     return (jax.nn.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
 
 
@@ -130,12 +139,13 @@ def jax_case(name: str, routing: str, with_gradients: bool, layer: Callable, dy_
 
 def build_cases(size: Size, backends: list[str], hf: bool, dtype: str) -> list[Case]:
     """The dense rival first, then every backend x routing x {forward, with gradients}."""
-    t, d, e, k, f = size
+    t, d, e, k, f, n_shared = size
     rng = np.random.default_rng(0)
-    matrix = lambda *s: rng.standard_normal(s, np.float32) * s[-1] ** -0.5  # noqa: E731
+    matrix = lambda *s: rng.standard_normal(s, np.float32) * max(s[-1], 1) ** -0.5  # noqa: E731
     x_TD, dy_TD, router_ED = rng.standard_normal((t, d), np.float32), matrix(t, d), matrix(e, d)
     expert_weights = experts.ExpertWeights(matrix(e, f, d), matrix(e, f, d), matrix(e, d, f))
-    dense_weights = (matrix(k * f, d), matrix(k * f, d), matrix(d, k * f))
+    wide = lambda width: (matrix(width, d), matrix(width, d), matrix(d, width))  # noqa: E731
+    dense_weights, shared_weights = wide(size.activated_width), wide(n_shared * f)
     offsets = {r: routing_offsets_TE(size, r, x_TD @ router_ED.T) for r in ROUTINGS}
     cases = []
     if hf:
@@ -143,7 +153,9 @@ def build_cases(size: Size, backends: list[str], hf: bool, dtype: str) -> list[C
 
         cases += moe_layer_hf.cases(x_TD, dy_TD, router_ED, expert_weights, offsets, k)
     put = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)  # noqa: E731
-    x_TD, dy_TD, expert_weights, dense_weights = put((x_TD, dy_TD, expert_weights, dense_weights))
+    x_TD, dy_TD, expert_weights, dense_weights, shared_weights = put(
+        (x_TD, dy_TD, expert_weights, dense_weights, shared_weights)
+    )
     router_ED = jnp.asarray(router_ED)
     jax_cases = []
     for grads in (False, True):
@@ -153,10 +165,11 @@ def build_cases(size: Size, backends: list[str], hf: bool, dtype: str) -> list[C
             for routing in ROUTINGS:
                 offsets_TE = jnp.asarray(offsets[routing])
 
-                def layer(x_TD, router_ED, weights, offsets_TE=offsets_TE, backend=backend):
-                    return moe_layer(x_TD, router_ED, weights, offsets_TE, k, backend)
+                def layer(x_TD, router_ED, weights, shared, offsets_TE=offsets_TE, backend=backend):
+                    y_TD = moe_layer(x_TD, router_ED, weights, offsets_TE, k, backend)
+                    return y_TD + dense_layer(x_TD, *shared) if n_shared else y_TD
 
-                args = (x_TD, router_ED, expert_weights)
+                args = (x_TD, router_ED, expert_weights, shared_weights)
                 print(f"compiling {backend}, {routing}, gradients={grads}", file=sys.stderr)
                 jax_cases.append(jax_case(backend, routing, grads, layer, dy_TD, args))
     return jax_cases + cases
@@ -211,6 +224,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
     parser.add_argument("--backends", default=default, help="comma-separated (default %(default)s)")
     parser.add_argument("--tokens", type=int, help="tokens in place of those of the size")
+    parser.add_argument("--shared", type=int, default=0, help="shared experts (default 0)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds (default %(default)s)")
     parser.add_argument(
         "--hf", action="store_true", help="also Hugging Face's DeepseekV3MoE on torch, CPU only"
@@ -228,6 +242,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--backends: {error}")
     if flags.hf and jax.default_backend() != "cpu":
         parser.error("--hf: torch runs on the CPU here, comparing it with an accelerator is no use")
+    if flags.hf and flags.shared:
+        parser.error("--hf: compares the routed experts; leave out --shared")
     if flags.json and flags.json.exists():
         parser.error(f"--json={flags.json}: exists already; name a new file")
     return flags
@@ -250,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     print({key: value for key, value in report.items() if key != "sizes"})
     for name in SIZES if flags.size == "all" else [flags.size]:
-        size = SIZES[name]._replace(**({"tokens": flags.tokens} if flags.tokens else {}))
+        size = SIZES[name]._replace(n_shared_experts=flags.shared)
+        size = size._replace(tokens=flags.tokens or size.tokens)
         cases = build_cases(size, flags.backends.split(","), flags.hf, dtype)
         rows = measure(size, cases, flags.repeats)
         report["sizes"][name] = {**size._asdict(), "rows": rows}

@@ -68,21 +68,27 @@ class Sums(NamedTuple):
     bytes: jax.Array
 
 
-def build_model(config: Config) -> Transformer:
-    """The model with freshly drawn parameters; call it under `jax.jit` or `nnx.eval_shape`."""
-    return Transformer(config.model, rngs=nnx.Rngs(config.train.seed))
+def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
+    """The model with freshly drawn parameters; call it under `jax.jit` or `nnx.eval_shape`.
+
+    Args:
+      config: of the run.
+      key: a random key; None is the key of the config's seed.
+    """
+    key = jax.random.key(config.train.seed) if key is None else key
+    return Transformer(config.model, rngs=nnx.Rngs(key))
 
 
 def init_state(config: Config) -> TrainState:
     """The state before the first step: parameters and moments made in one compiled call."""
 
     @jax.jit
-    def init() -> TrainState:
-        _, params, other = nnx.split(build_model(config), nnx.Param, ...)
+    def init(key: jax.Array) -> TrainState:
+        _, params, other = nnx.split(build_model(config, key), nnx.Param, ...)
         opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
         return TrainState(jnp.int32(0), params, opt_state, other)
 
-    return init()
+    return init(jax.random.key(config.train.seed))  # an argument: all seeds share one program
 
 
 def abstract_state(config: Config) -> TrainState:
