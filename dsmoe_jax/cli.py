@@ -57,8 +57,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main` and leaves the process.
 
     Exit code 0 if `main` returned; 2, with one line on stderr, for a wrong command line and for a
-    `ValueError` or `OSError` (both mean bad input; `--traceback` shows where).  Any other exception
-    is a bug and keeps its traceback.
+    `ValueError` or `OSError` (both mean bad input; `--traceback` shows where); 130 for Ctrl-C.  Any
+    other exception is a bug and keeps its traceback.
     """
     argv = sys.argv
     if any(re.fullmatch(r"--?(h|help|helpshort|helpfull)", arg) for arg in argv[1:]):
@@ -72,6 +72,9 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)
 
 

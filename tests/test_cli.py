@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from dsmoe_jax import cli
+
 FILE = "--config=configs/dsmoe_2b.py:smoke"
 MOE = "--config.model.moe."
 
@@ -87,3 +89,15 @@ def test_help_explains(results):
     _, out, _ = results["--help"]
     for text in ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--config.train.seed=1"):
         assert text in out
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(cli, "_parse", lambda argv: None)
+    with pytest.raises(SystemExit) as left:
+        cli.run(interrupted)
+    assert left.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
