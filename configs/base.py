@@ -101,7 +101,7 @@ SMALL = {
     "demo": Scale(
         hidden=48, layers=4, heads=2, head_dim=24, vocab=2048, sequence=128, batch=16,
         steps=480, lr=6e-3, warmup=48, init=0.03, corpus="demo", remat="none",
-        checkpoint_every=120, eval_every=120, eval_batches=80,
+        checkpoint_every=240, eval_every=240, eval_batches=80,
     ),
     # Seconds, for tests; needs no download.
     "smoke": Scale(
