@@ -95,9 +95,9 @@ SMALL = {
         steps=1200, lr=1.5e-3, warmup=120, init=0.008, accumulation=8, remat="none",
         checkpoint_every=200, eval_every=200, eval_batches=20,
     ),
-    # Two CPU cores, one to three minutes a model and seed.  As narrow as this because a narrow model runs
-    # out of capacity within the million tokens that fit: at hidden 96 the same minutes did not
-    # tell a dense model from a mixture of experts (experiments/LOG.md).
+    # Two CPU cores, one to three minutes a model and seed.  As narrow as this because a narrow
+    # model runs out of capacity within the million tokens that fit: at hidden 96 the same minutes
+    # did not tell a dense model from a mixture of experts (experiments/LOG.md).
     "demo": Scale(
         hidden=48, layers=4, heads=2, head_dim=24, vocab=2048, sequence=128, batch=16,
         steps=480, lr=6e-3, warmup=48, init=0.03, corpus="demo", remat="none",
