@@ -24,9 +24,11 @@ from typing import NoReturn
 
 from absl import flags
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from dsmoe_jax.config import Config, from_config_dict, to_config_dict
+from dsmoe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 
 FLAGS = flags.FLAGS
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from.")
@@ -51,6 +53,33 @@ def config() -> Config:
     if FLAGS.config is None:
         raise ValueError("--config: missing; for example --config=configs/dsmoe_2b.py:demo")
     return from_config_dict(FLAGS.config)
+
+
+def define_mesh() -> None:
+    """Declares `--mesh=fsdp=2,expert=4` for commands that load a run."""
+    flags.DEFINE_string(
+        "mesh",
+        "data=1,fsdp=-1",
+        "Devices along each axis (data, fsdp, expert, tensor), -1 for the rest; the run may have"
+        " been trained on another mesh.",
+    )
+
+
+def mesh() -> Mesh:
+    """The mesh of the command line.
+
+    Raises:
+      ValueError: if it is none, or does not divide the devices.
+    """
+    text, sizes = FLAGS.mesh, {}
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not re.fullmatch(r"-1|\d+", size):
+            raise ValueError(
+                f"--mesh={text}: {item!r} must be AXIS=NUMBER, the axis one of {', '.join(AXES)}"
+            )
+        sizes[axis] = int(size)
+    return make_mesh(MeshConfig(**sizes))
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -21,6 +21,7 @@ import ml_collections
 
 from dsmoe_jax.checks import checker, not_negative, positive, require
 from dsmoe_jax.moe.config import MoEConfig
+from dsmoe_jax.parallel.mesh import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         require(

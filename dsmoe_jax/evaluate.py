@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jax
 from absl import flags
 from flax import nnx
 
@@ -17,6 +18,7 @@ from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.training.progress import ProgressLine
 from dsmoe_jax.training.run import load_run
 
+cli.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at once.", lower_bound=1)
@@ -28,11 +30,12 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
-    run = load_run(_WORKDIR.value, _STEP.value)
-    graph, params, other = nnx.split(run.model, nnx.Param, ...)
-    held_out = HeldOut(graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value)
-    line = ProgressLine(run.config.name, held_out.n_batches)
-    result = {"step": run.step} | held_out.measure(params, other, line.update)
+    with jax.set_mesh(cli.mesh()):
+        run = load_run(_WORKDIR.value, _STEP.value)
+        graph, params, other = nnx.split(run.model, nnx.Param, ...)
+        held_out = HeldOut(graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value)
+        line = ProgressLine(run.config.name, held_out.n_batches)
+        result = {"step": run.step} | held_out.measure(params, other, line.update)
     line.close()
     print(json.dumps(result) if _JSON.value else table(result))
 

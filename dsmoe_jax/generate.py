@@ -19,6 +19,7 @@ import json
 import sys
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -28,6 +29,7 @@ from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.generation import generate
 from dsmoe_jax.training.run import Run, load_run
 
+cli.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; '' starts a new document.")
@@ -58,6 +60,11 @@ class Sample(NamedTuple):
 def main() -> None:
     """Runs the command."""
     workdir, prompt = _checked_flags()
+    with jax.set_mesh(cli.mesh()):
+        _generate(workdir, prompt)
+
+
+def _generate(workdir: str, prompt: str) -> None:
     run = load_run(workdir, _STEP.value)
     prompt_P = [run.corpus.tokenizer.eos_id, *run.corpus.tokenizer.encode(prompt)]
     _note_length(run, len(prompt_P))

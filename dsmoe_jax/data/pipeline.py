@@ -3,9 +3,9 @@
 Shapes: B sequences of the global batch (or of this host's part of it), S sequence.
 
 Row r of step t is record t*B + r of one endless stream: all records in a random order, then all
-of them in another order, and so on. The stream depends on the seed alone; a host reads its
-contiguous rows of each batch. Hence any number of hosts sees the same global batches, and the
-position is a single number, the step.
+of them in another order, and so on. The stream depends on the seed alone; a host reads only those
+rows of each batch that its devices need. Hence any number of hosts, on any mesh, sees the same
+global batches, and the position is a single number, the step.
 """
 
 import itertools
@@ -75,18 +75,15 @@ def train_batches(
     sequence_length: int,
     global_batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> "grain.DatasetIterator[Batch]":
-    """Endless shuffled batches of this host's `global_batch_size / process_count` rows.
+    """Endless shuffled batches, of which this host gets the given rows (None: all).
 
-    The hosts' batches in process order, concatenated, are the global batch, which does not
-    depend on the number of hosts. `get_state()` gives a small JSON-able dict; `set_state()`
-    continues from it bit for bit, also with another number of hosts. Threads read ahead.
-    Raises ValueError when the sizes do not fit the corpus or the hosts.
+    `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
+    with other rows. Threads read ahead. Raises ValueError when the sizes do not fit the corpus.
     """
     corpus = load_corpus(corpus_dir)
-    local = _rows_per_process(global_batch_size, process_index, process_count)
+    rows = _checked_rows(global_batch_size, rows)
     if sequence_length != corpus.sequence_length:
         raise ValueError(
             f"sequence_length={sequence_length}: corpus {corpus.directory} is packed for "
@@ -100,12 +97,11 @@ def train_batches(
     source: Any = grain.sources.ArrayRecordDataSource([str(p) for p in corpus.shards("train")])
     # Grain folds the epoch into the seed: every epoch has an order of its own.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    first_row = process_index * local
     eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
 
     def batch_of_step(step: int) -> Batch:
-        start = step * global_batch_size + first_row
-        records = source.__getitems__([order[i] for i in range(start, start + local)])
+        start = step * global_batch_size
+        records = source.__getitems__([order[start + row] for row in rows])
         batch = make_batch(records, sequence_length, eos_id, pad_id)
         del batch["domain_BS"]  # the training step has no use for it
         return batch
@@ -119,45 +115,39 @@ def validation_batches(
     corpus_dir: str | Path,
     batch_size: int,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """The held-out sequences in a fixed order, each once; with `domain_BS`.
 
     The last batch is filled up with rows of padding (loss_mask 0). Domains are interleaved:
-    the first `max_batches` batches hold every domain in about its share. With several hosts
-    each gets its rows of every batch, as in `train_batches`.
+    the first `max_batches` batches hold every domain in about its share. This host gets the
+    given rows of every batch (None: all), as in `train_batches`.
     """
     corpus = load_corpus(corpus_dir)
-    local = _rows_per_process(batch_size, process_index, process_count)
+    rows = _checked_rows(batch_size, rows)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches}: must be at least 1, or None for all")
-    return _validation_batches(corpus, batch_size, max_batches, process_index * local, local)
+    return _validation_batches(corpus, batch_size, max_batches, rows)
 
 
 def _validation_batches(
-    corpus: Corpus, batch_size: int, max_batches: int | None, first_row: int, local: int
+    corpus: Corpus, batch_size: int, max_batches: int | None, rows: Sequence[int]
 ) -> Iterator[Batch]:
     records = read_records(corpus.shards("validation"))
     eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
     no_targets = encode_record(0, np.array([pad_id], np.int32))
     for _ in range(max_batches or sys.maxsize):
-        rows = list(itertools.islice(records, batch_size))
-        if not rows:
+        batch = list(itertools.islice(records, batch_size))
+        if not batch:
             return
-        rows += [no_targets] * (batch_size - len(rows))
-        yield make_batch(
-            rows[first_row : first_row + local], corpus.sequence_length, eos_id, pad_id
-        )
+        batch += [no_targets] * (batch_size - len(batch))
+        yield make_batch([batch[row] for row in rows], corpus.sequence_length, eos_id, pad_id)
 
 
-def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
-    """Rows of each host. Raises ValueError when they are not a whole number."""
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"global batch size {batch_size} must be a positive multiple of "
-            f"process_count={process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index}: must be in 0..{process_count - 1}")
-    return batch_size // process_count
+def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    """The rows to read. Raises ValueError for a batch without rows."""
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: must be > 0")
+    rows = range(batch_size) if rows is None else rows
+    assert all(0 <= row < batch_size for row in rows)
+    return rows

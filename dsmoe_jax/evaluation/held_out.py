@@ -18,6 +18,7 @@ from flax import nnx
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.nn.transformer import Transformer
+from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.metrics import bits_per_byte, load_summary
 from dsmoe_jax.training.step import token_sums
 
@@ -34,7 +35,6 @@ class HeldOut:
 
     def __init__(self, graph: nnx.GraphDef, corpus: Corpus, batch_size: int, max_batches: int = 0):
         self._corpus, self._batch_size, self._max_batches = corpus, batch_size, max_batches
-        bytes_V = jnp.asarray(corpus.bytes_per_token_V)
         n_domains = len(corpus.domains)
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
@@ -42,6 +42,7 @@ class HeldOut:
             output = model.forward(
                 batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"]
             )
+            bytes_V = jnp.asarray(corpus.bytes_per_token_V)
             nll_BS, _ = token_sums(output.logits_BSV, batch, bytes_V)
             mask_BS = batch["loss_mask_BS"]
             bytes_BS = bytes_V[batch["targets_BS"]] * mask_BS
@@ -51,7 +52,8 @@ class HeldOut:
             router = output.router_stats
             return jnp.stack(sums), None if router is None else router.load_E
 
-        self._step = jax.jit(step)
+        self._step = jax.jit(step, out_shardings=sharding.whole())
+        self._rows = sharding.local_rows(batch_size)
 
     @property
     def n_batches(self) -> int:
@@ -77,9 +79,10 @@ class HeldOut:
         """
         total_3G, load_LE = np.zeros((3, len(self._corpus.domains))), None
         batches = validation_batches(
-            self._corpus.directory, self._batch_size, self._max_batches or None
+            self._corpus.directory, self._batch_size, self._max_batches or None, self._rows
         )
         for done, batch in enumerate(batches, start=1):
+            batch = sharding.global_batch(batch, self._rows, self._batch_size)
             sums, load = jax.device_get(self._step(params, other, batch))
             total_3G += sums  # float64 on the host: the sum over batches loses nothing
             if load is not None:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.nn.layers import init_matrix
+from dsmoe_jax.parallel.sharding import constrain
 
 
 class KVCache(NamedTuple):
@@ -83,5 +84,10 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice(cache.keys_BLMH, key, at)
             value = jax.lax.dynamic_update_slice(cache.values_BLMH, value, at)
             cache = KVCache(key, value)
+        query, key, value = (
+            constrain(query, "BSNH"),
+            constrain(key, "BSMH"),
+            constrain(value, "BSMH"),
+        )
         y_BSNH = jax.nn.dot_product_attention(query, key, value, mask=mask_BSL[:, None])
         return jnp.einsum("bsnh,dnh->bsd", y_BSNH, self.out_DNH[...].astype(dtype)), cache

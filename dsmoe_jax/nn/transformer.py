@@ -18,6 +18,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.moe.layer import MoELayer, RouterStats
 from dsmoe_jax.nn.attention import Attention, KVCache
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear
+from dsmoe_jax.parallel.sharding import constrain, gathered
 
 # What the backward pass recomputes instead of keeping.
 REMAT_POLICIES: dict[str, Any] = {
@@ -83,7 +84,7 @@ class Block(nnx.Module):
             y_BSD = self.ffn(normed_BSD)
         else:
             y_BSD, stats = self.moe(normed_BSD, inputs.token_ids_BS, inputs.valid_BS, rng)
-        return x_BSD + y_BSD, stats, cache
+        return constrain(x_BSD + y_BSD, "BSD"), stats, cache
 
 
 class _Inputs(NamedTuple):
@@ -143,7 +144,8 @@ class Transformer(nnx.Module):
           rng: random key for routers that act at random in training; None is evaluation.
         """
         inputs = self._inputs(tokens_BS, segment_ids_BS, positions_BS, cache)
-        x_BSD = self.embedding_VD[...][tokens_BS].astype(compute_dtype(self.config))
+        table_VD = gathered(self.embedding_VD[...], "VD")
+        x_BSD = constrain(table_VD[tokens_BS].astype(compute_dtype(self.config)), "BSD")
         leading = []
         for i, block in enumerate(self.leading):
             x_BSD, _, kv = block(x_BSD, inputs, cache.leading[i] if cache else None)
@@ -163,6 +165,7 @@ class Transformer(nnx.Module):
         x_BSD, (stats, stacked) = jax.lax.scan(layer, x_BSD, scanned)
         with jax.named_scope("head"):
             logits_BSV = linear(self.final_norm(x_BSD), self.head_VD).astype(jnp.float32)
+            logits_BSV = constrain(logits_BSV, "BSV")
         if cache is not None:
             assert stacked is not None
             cache = Cache(tuple(leading), stacked, cache.length + tokens_BS.shape[1])

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dsmoe_jax.accounting import train_flops_per_token
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
 from dsmoe_jax.training.clock import DeviceClock
@@ -33,14 +33,14 @@ from dsmoe_jax.training.metrics import (
 )
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.progress import ProgressLine, Silent
-from dsmoe_jax.training.run import check_same_corpus, open_corpus
+from dsmoe_jax.training.run import check_same_corpus, open_corpus, open_mesh
 from dsmoe_jax.training.step import (
     StepMetrics,
     TrainState,
     abstract_model,
     abstract_state,
     init_state,
-    make_train_step,
+    jit_train_step,
 )
 
 
@@ -84,7 +84,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
     abstract_model(config)  # refuses an impossible model before anything is written
     make_schedule(config.optimizer, config.train.steps)
     line = ProgressLine(config.name, config.train.steps) if progress else Silent()
-    with workdirs.claim(workdir, config) as directory:
+    with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config) as directory:
         if (finished := _finished(directory, config)) is not None:
             line.message(f"{config.name}: finished already ({config.train.steps} steps)")
             return finished
@@ -118,13 +118,13 @@ class _Trainer:
         self.config, self.corpus, self.directory = config, corpus, directory
         self.line, self.interrupts = line, interrupts
         train = config.train
+        self.rows = sharding.local_rows(train.global_batch_size)
         self.batches = train_batches(
             corpus.directory,
             config.data.sequence_length,
             train.global_batch_size,
             train.seed,
-            jax.process_index(),
-            jax.process_count(),
+            self.rows,
         )
         micro_batch = train.global_batch_size // train.accumulation_steps
         self.held_out = HeldOut(abstract_model(config), corpus, micro_batch, train.eval_batches)
@@ -145,14 +145,13 @@ class _Trainer:
         state, first, resumed_from = self._start()
         self.log = MetricsLog(self.directory, first)
         self.logged_step = self.saved_step = first
-        bytes_V = jnp.asarray(self.corpus.bytes_per_token_V)
-        train_step = jax.jit(make_train_step(self.config, bytes_V), donate_argnums=0)
+        train_step = jit_train_step(self.config, self.corpus.bytes_per_token_V)
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
         self.line.note("compiling the training step")
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first + 1, self.config.train.steps + 1):
-            state, metrics = train_step(state, next(self.batches))
+            state, metrics = train_step(state, self._next_batch())
             self.clock.dispatched(metrics.loss)
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
@@ -166,6 +165,10 @@ class _Trainer:
         return Result(
             self.config.train.steps, read_rows(self.directory)[-1], evaluation, resumed_from
         )
+
+    def _next_batch(self) -> Batch:
+        batch_size = self.config.train.global_batch_size
+        return sharding.global_batch(next(self.batches), self.rows, batch_size)
 
     def _start(self) -> tuple[TrainState, int, int | None]:
         """The state to go on from, its step, and the checkpoint that it came from."""

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
+from dsmoe_jax.checks import require
 from dsmoe_jax.config import Config, DataConfig
 from dsmoe_jax.data import user_files
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import cache_directory
 from dsmoe_jax.data.prepare import RECIPE, prepare
 from dsmoe_jax.nn.transformer import Transformer
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.parallel.mesh import BATCH_AXES, make_mesh
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
-from dsmoe_jax.training.step import abstract_model, abstract_state
+from dsmoe_jax.training.step import abstract_model, abstract_state, state_shapes
 
 BUILT_IN = ("demo", "stdlib")
 
@@ -89,6 +96,27 @@ def _prepared_directory(config: DataConfig, source: str) -> Path:
     return cache_directory() / "corpora" / f"{Path(source).stem}-{digest}"
 
 
+def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a config, on all devices of all processes unless others are given.
+
+    Raises:
+      ValueError: naming the key, if it does not divide the devices, the batch or the model.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    sharding.check(state_shapes(config), mesh.shape)
+    train = config.train
+    micro_batch = train.global_batch_size // train.accumulation_steps
+    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    require(
+        micro_batch % n_shards == 0,
+        "train.global_batch_size",
+        train.global_batch_size,
+        f"must be a multiple of {n_shards * train.accumulation_steps}: the mesh splits each of"
+        f" train.accumulation_steps={train.accumulation_steps} micro-batches {n_shards} ways",
+    )
+    return mesh
+
+
 class Run(NamedTuple):
     """A trained model with what it was trained by; `step` is that of the checkpoint."""
 
@@ -101,10 +129,14 @@ class Run(NamedTuple):
 def load_run(workdir: str | Path, step: int | None = None) -> Run:
     """Loads a checkpoint of a run: the newest, or that of a step.
 
+    Its arrays go straight to their shards on the ambient mesh, whatever mesh they were saved on.
+
     Raises:
       ValueError: if there is no run, no such checkpoint, or it is damaged.
     """
     config = workdirs.read_config(workdir)
+    if not (mesh := jax.sharding.get_mesh()).empty:
+        sharding.check(state_shapes(config), mesh.shape)
     directory = Path(workdir).expanduser().absolute() / workdirs.CHECKPOINTS
     if not directory.is_dir():
         raise ValueError(f"--workdir={workdir}: the run has no checkpoint yet")

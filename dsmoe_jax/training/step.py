@@ -1,10 +1,11 @@
-"""One optimizer step as a pure function of state and batch.
+"""One optimizer step as a pure function of state and batch, and how it is split over a mesh.
 
 Shapes: B sequences of the global batch, S positions, V vocabulary, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.layer import RouterBias, RouterStats
 from dsmoe_jax.nn.transformer import Transformer
+from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -79,24 +81,40 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
     return Transformer(config.model, rngs=nnx.Rngs(key))
 
 
+def _first_state(config: Config, key: jax.Array) -> TrainState:
+    _, params, other = nnx.split(build_model(config, key), nnx.Param, ...)
+    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    return TrainState(jnp.int32(0), params, opt_state, other)
+
+
 def init_state(config: Config) -> TrainState:
-    """The state before the first step: parameters and moments made in one compiled call."""
+    """The state before the first step: parameters and moments made in one compiled call.
 
-    @jax.jit
-    def init(key: jax.Array) -> TrainState:
-        _, params, other = nnx.split(build_model(config, key), nnx.Param, ...)
-        opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
-        return TrainState(jnp.int32(0), params, opt_state, other)
-
+    On a mesh every array is made in its shards: no device ever has the whole.
+    """
+    out_shardings = sharding.shardings(state_shapes(config))
+    init = jax.jit(functools.partial(_first_state, config), out_shardings=out_shardings)
     return init(jax.random.key(config.train.seed))  # an argument: all seeds share one program
 
 
+def state_shapes(config: Config) -> TrainState:
+    """The shapes of `init_state`, without devices."""
+    key = jax.random.key(config.train.seed)
+    return jax.eval_shape(functools.partial(_first_state, config), key)
+
+
 def abstract_state(config: Config) -> TrainState:
-    """The shapes of `init_state` on the default device, as a target to load a checkpoint into."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """The shapes of `init_state` with their shardings, as a target to load a checkpoint into.
+
+    They are those of the ambient mesh; without one, the default device.
+    """
+    shapes = state_shapes(config)
+    shardings = sharding.shardings(shapes)
+    if shardings is None:
+        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: default, shapes)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_state(config)),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 
@@ -105,19 +123,20 @@ def abstract_model(config: Config) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: build_model(config)), nnx.Param, ...)[0]
 
 
-def token_sums(logits_BSV: jax.Array, batch: Batch, bytes_V: jax.Array) -> tuple[jax.Array, Sums]:
+def token_sums(logits_BSV: jax.Array, batch: Batch, bytes_V: Any) -> tuple[jax.Array, Sums]:
     """Negative log-likelihood of every target (B x S, 0 where masked) and the sums of a batch."""
     mask_BS = batch["loss_mask_BS"].astype(jnp.float32)
     nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["targets_BS"])
     nll_BS = nll_BS * mask_BS
+    bytes_V = jnp.asarray(bytes_V)  # in here: a traced function may not close over global arrays
     n_bytes = (bytes_V[batch["targets_BS"]].astype(jnp.float32) * mask_BS).sum()
     return nll_BS, Sums(nll_BS.sum(), mask_BS.sum(), n_bytes)
 
 
 def make_train_step(
-    config: Config, bytes_V: jax.Array
+    config: Config, bytes_V: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Builds `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Builds the pure `(state, batch) -> (state, metrics)`; `jit_train_step` compiles it.
 
     Args:
       config: of the run.
@@ -177,6 +196,20 @@ def make_train_step(
     return train_step
 
 
+def jit_train_step(
+    config: Config, bytes_V: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """`make_train_step` jitted for the ambient mesh, with the state donated.
+
+    The state keeps its shardings, every device gets the metrics.  The batch is global: its rows
+    split over the mesh, as `sharding.global_batch` makes them.
+    """
+    train_step = make_train_step(config, bytes_V)
+    state = sharding.shardings(state_shapes(config))
+    out_shardings = None if state is None else (state, sharding.whole())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
 def move_bias(other: nnx.State, load_LE: jax.Array, speed: float) -> nnx.State:
     """Loss-free balancing: `b_i += speed * sign(mean load - load_i)` (2408.15664 algorithm 1).
 
@@ -192,7 +225,13 @@ def move_bias(other: nnx.State, load_LE: jax.Array, speed: float) -> nnx.State:
 
 def _accumulate(micro_step, batch: Batch, rng, n_micro: int):
     """Scans over micro-batches, adding up gradients and sums; router statistics are merged."""
-    micros = jax.tree.map(lambda x: x.reshape(n_micro, -1, *x.shape[1:]), batch)
+
+    def cut(x_B: jax.Array) -> jax.Array:
+        # Every n-th row, not a block of them: then no row leaves its device.
+        micros = x_B.reshape(-1, n_micro, *x_B.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(micros, "LB" + "S" * (x_B.ndim - 1))
+
+    micros = jax.tree.map(cut, batch)
     micros = micros, jax.random.split(rng, n_micro)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),

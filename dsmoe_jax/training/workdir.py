@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+from dsmoe_jax.parallel.mesh import AXES
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -26,11 +27,12 @@ TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"
 _LOCK = ".lock"
 
-# What may change between two calls of one run: it does not touch the numbers being trained.
+# What may change between two calls of one run: it does not touch the numbers being trained, but
+# for the order in which a mesh adds them up.
 MAY_CHANGE = frozenset(
     f"train.{key}"
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches")
-)
+) | frozenset(f"mesh.{axis}" for axis in AXES)
 
 
 @contextlib.contextmanager

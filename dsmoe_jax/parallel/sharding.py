@@ -1,0 +1,229 @@
+"""Which dimension of which array is split over which axes of the mesh: one table.
+
+Every parameter says its logical axes in its name: `down_EDF` has the axes E, D and F.  `LOGICAL`
+maps each letter to mesh axes.  An axis of the mesh splits an array once, and the letter that comes
+first has it:
+
+    query_NHD   heads over tensor, D over fsdp and expert
+    gate_FD     width over tensor, D over fsdp and expert (dense FFNs and shared experts)
+    gate_EFD    experts over expert, width over tensor, D over fsdp, which is all that is left
+    x_BSD       sequences over data, fsdp and expert; D is whole
+    scale_D     whole: a single vector is not worth a message
+
+Adam's moments have the names of their parameters, and so their shardings.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsmoe_jax.checks import require
+from dsmoe_jax.parallel.mesh import BATCH_AXES
+
+
+class LogicalAxis(NamedTuple):
+    """What a letter stands for, and the mesh axes that split it (outermost first)."""
+
+    meaning: str
+    axes: tuple[str, ...] = ()
+
+
+LOGICAL: dict[str, LogicalAxis] = {
+    "B": LogicalAxis("sequences", BATCH_AXES),
+    "T": LogicalAxis("tokens", BATCH_AXES),
+    "S": LogicalAxis("positions"),
+    "L": LogicalAxis("layers"),
+    "V": LogicalAxis("vocabulary", ("tensor",)),
+    "D": LogicalAxis("hidden size", ("fsdp", "expert")),
+    "E": LogicalAxis("routed experts", ("expert",)),
+    "F": LogicalAxis("feed-forward width", ("tensor",)),
+    "N": LogicalAxis("attention heads", ("tensor",)),
+    "M": LogicalAxis("key/value heads", ("tensor",)),
+    "H": LogicalAxis("head size"),
+}
+
+
+def split(letters: str) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dimension of an array with these logical axes.
+
+    Raises:
+      ValueError: for a letter that `LOGICAL` does not have.
+    """
+    taken: set[str] = set()
+    parts = []
+    for letter in letters:
+        if letter not in LOGICAL:
+            raise ValueError(f"logical axis {letter!r} of {letters!r}: must be one of {[*LOGICAL]}")
+        parts.append(tuple(axis for axis in LOGICAL[letter].axes if axis not in taken))
+        taken.update(parts[-1])
+    return parts
+
+
+def spec(letters: str) -> P:
+    """The partition of an activation with these logical axes: `spec("BSD")`."""
+    return P(*(axes or None for axes in split(letters)))
+
+
+def axes_of(path: tuple, shape: tuple[int, ...]) -> str:
+    """The logical axes of a state's array, from the name in its path: ("moe", "gate_EFD").
+
+    The parameters of stacked layers have a leading layer axis, L, which their names leave out.
+
+    Raises:
+      ValueError: if the name does not say them.
+    """
+    if not shape:
+        return ""
+    for key in reversed(path):
+        name = str(getattr(key, "key", getattr(key, "name", key)))
+        if (match := re.fullmatch(r"\w+_([A-Z]+)", name)) is None:
+            continue
+        letters = match[1]
+        if len(letters) + 1 == len(shape):
+            letters = f"L{letters}"
+        if len(letters) == len(shape):
+            return letters
+    raise ValueError(
+        f"{jax.tree_util.keystr(path)} of shape {shape}: its name must end in its logical axes, as"
+        " gate_FD does"
+    )
+
+
+def array_spec(path: tuple, shape: tuple[int, ...]) -> P:
+    """The partition of one array of a model or of its training state."""
+    letters = axes_of(path, shape)
+    return P() if _is_vector(letters) else spec(letters)
+
+
+def _is_vector(letters: str) -> bool:
+    return len(letters.removeprefix("L")) < 2
+
+
+def specs(tree: Any) -> Any:
+    """The partition of every array of a state, parameters and moments alike."""
+    return jax.tree.map_with_path(lambda path, x: array_spec(path, x.shape), tree)
+
+
+def shardings(tree: Any) -> Any:
+    """The sharding of every array of a state on the ambient mesh; None if there is no mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return None
+    is_spec = lambda x: isinstance(x, P)  # noqa: E731
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree), is_leaf=is_spec)
+
+
+def whole() -> NamedSharding | None:
+    """The sharding of what every device has all of (metrics); None if there is no mesh."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else NamedSharding(mesh, P())
+
+
+def check(tree: Any, sizes: Mapping[str, int]) -> None:
+    """Refuses a mesh that does not divide every array of a state.
+
+    Args:
+      tree: arrays or their shapes.
+      sizes: of the mesh's axes.
+
+    Raises:
+      ValueError: naming the axis, and the number that it would have to divide.
+    """
+    for path, x in jax.tree.leaves_with_path(tree):
+        letters = axes_of(path, x.shape)
+        if _is_vector(letters):
+            continue
+        for letter, length, axes in zip(letters, x.shape, split(letters), strict=True):
+            n_shards = math.prod(sizes[axis] for axis in axes)
+            if length % n_shards:
+                used = [axis for axis in axes if sizes[axis] > 1]
+                together = "" if len(used) == 1 else f" ({' x '.join(used)} = {n_shards})"
+                name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+                require(
+                    False,
+                    f"mesh.{used[-1]}",
+                    sizes[used[-1]],
+                    f"must divide{together} the {LOGICAL[letter].meaning} {length} of {name}",
+                )
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Asks for an activation to be split by its logical axes, at the borders of the layers.
+
+    Without a mesh nothing happens; a dimension that its axes do not divide (one prompt on eight
+    devices) stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = []
+    for axes, length in zip(split(letters), x.shape, strict=True):
+        n_shards = math.prod(mesh.shape[axis] for axis in axes)
+        parts.append(axes if axes and length % n_shards == 0 else None)
+    return jax.lax.with_sharding_constraint(x, P(*parts))
+
+
+def gathered(weight: jax.Array, letters: str) -> jax.Array:
+    """A weight as FSDP uses it: collected from the batch axes, still split over `tensor`.
+
+    XLA sees by itself that it must do so where a weight meets the batch in a matrix product, but
+    not in a lookup.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weight
+    parts = [tuple(axis for axis in axes if axis not in BATCH_AXES) for axes in split(letters)]
+    return jax.lax.with_sharding_constraint(weight, P(*(axes or None for axes in parts)))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """That of arrays whose first axis is the sequences of a batch."""
+    return NamedSharding(mesh, spec("B"))
+
+
+def local_rows(batch_size: int) -> list[int]:
+    """The sequences of a global batch that this process feeds to its devices, in order.
+
+    All of them without a mesh.  Which rows a device gets depends on the mesh, which row holds
+    which text does not: hence every mesh sees the same global batches.
+
+    Raises:
+      ValueError: if the batch cannot be split evenly.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return list(range(batch_size))
+    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % n_shards:
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
+        raise ValueError(
+            f"batch of {batch_size} sequences: must be a multiple of {n_shards}, over which the"
+            f" mesh splits it ({sizes})"
+        )
+    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in indices for row in range(batch_size)[rows]})
+
+
+def global_batch(batch: Mapping[str, object], rows: Sequence[int], batch_size: int) -> Any:
+    """The arrays of this process's rows of a batch (see `local_rows`) as global, sharded arrays."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return dict(batch)
+    place = {row: i for i, row in enumerate(rows)}
+    sharding = batch_sharding(mesh)
+
+    def put(x: Any) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            return x[[place[row] for row in range(batch_size)[index[0]]]]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
+
+    return {name: put(x) for name, x in batch.items()}
