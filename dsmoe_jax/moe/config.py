@@ -54,7 +54,11 @@ class MoEConfig:
     drop_policy: str = "position"  # a name in dsmoe_jax/moe/capacity.py
     protected_share: float = 0.1  # `device`: this share of the sequences never loses a token (V2)
 
-    dispatch: str = "local"  # a name in dsmoe_jax/moe/dispatch.py
+    dispatch: str = "local"  # a name in dsmoe_jax/moe/dispatch
+    # Rows that a device makes room for, relative to the mean: what does not fit is done in smaller
+    # chunks.  0: room for the worst case.
+    buffer_factor: float = 0.0
+    exchange_chunks: int = 1  # the tokens of a shard are dispatched in so many parts, for less room
     expert_backend: str = "auto"  # a name in dsmoe_jax/moe/experts.py, or the best for the device
 
     def __post_init__(self) -> None:
@@ -71,6 +75,7 @@ class MoEConfig:
             "capacity_factor",
             "evaluation_capacity_factor",
             "protected_share",
+            "buffer_factor",
             *(f.name for f in dataclasses.fields(self) if f.name.endswith("_balance_factor")),
             "router_z_factor",
         )
@@ -83,6 +88,7 @@ class MoEConfig:
             "topk_group",
             "expert_groups",
             "sinkhorn_iterations",
+            "exchange_chunks",
         )
         check("n_routed_experts", e + self.n_shared_experts > 0, "a layer needs an expert")
         check("num_experts_per_tok", k <= e, f"cannot exceed the n_routed_experts={e} there are")
@@ -95,6 +101,11 @@ class MoEConfig:
             ("group_score", ("max", "top2_sum")),
         ):
             check(name, getattr(self, name) in names, f"must be one of {names}")
+        check(
+            "buffer_factor",
+            self.buffer_factor == 0 or self.dispatch != "capacity",
+            "with dispatch='capacity' the capacity_factor says how much room there is; must be 0",
+        )
         self._check_groups(check)
 
     def _check_groups(self, check: Callable[[str, bool, str], None]) -> None:

@@ -38,12 +38,14 @@ class RouterStats(NamedTuple):
         router without affinities.
       terms: unweighted balance terms by name, those whose weight is not 0.
       ledger: what was sent, computed and dropped; None for a dropless pass.
+      exchange: what moving rows between devices took; None without a mesh.
     """
 
     load_E: jax.Array
     entropy: jax.Array | None
     terms: dict[str, jax.Array]
     ledger: capacity.Ledger | None = None
+    exchange: dispatch.Exchange | None = None
 
 
 class MoELayer(nnx.Module):
@@ -118,7 +120,8 @@ class MoELayer(nnx.Module):
             if factor:
                 routing, ledger = capacity.drop(routing, valid_BS, factor, moe)
                 stats = stats._replace(ledger=ledger)
-            y_BSD = self.routed(x_TD, routing).reshape(x_BSD.shape)
+            y_TD, exchange = self.routed(x_TD, routing)
+            y_BSD, stats = y_TD.reshape(x_BSD.shape), stats._replace(exchange=exchange)
         if moe.n_shared_experts:
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
@@ -148,19 +151,19 @@ class MoELayer(nnx.Module):
         )
         return router.route(logits, inputs, moe)
 
-    def routed(self, x_TD: jax.Array, routing: Routing) -> jax.Array:
-        """The routed experts' weighted sum y_TD for a given routing."""
+    def routed(
+        self, x_TD: jax.Array, routing: Routing
+    ) -> tuple[jax.Array, dispatch.Exchange | None]:
+        """The routed experts' weighted sum y_TD for a given routing, and what moving it took."""
         moe = self.config
         weights = experts.ExpertWeights(self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...])
-        weights = experts.ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
 
-        def run(rows_ND: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+        def run(rows_ND, group_sizes_E, weights):
             with jax.named_scope("experts"):
                 return experts.run_experts(rows_ND, group_sizes_E, weights, moe.expert_backend)
 
         with jax.named_scope("dispatch"):
-            dispatcher = dispatch.get_dispatcher(moe.dispatch)
-            return dispatcher(x_TD, routing, moe.n_routed_experts, run)
+            return dispatch.dispatch(x_TD, routing, weights, run, moe)
 
     def stats(self, routing: Routing, valid_BS: jax.Array) -> RouterStats:
         """Load, entropy and balance terms of a routing."""

@@ -1,0 +1,83 @@
+"""Dispatch: moves token rows to their experts and brings the results back.
+
+A dispatcher owns no parameters and knows neither how experts are chosen nor how they compute.
+Read `local` first; `expert_parallel` does the same between devices, by `exchange`, and `on_mesh`
+leads from the whole batch to one device's share of it.
+
+A new dispatcher is a function `(x_tD, routing, n_experts, run_experts, max_load) -> y_tD`, what one
+shard of a mesh does, and a line in `DISPATCHERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from dsmoe_jax.moe.config import MoEConfig
+from dsmoe_jax.moe.dispatch.expert_parallel import all_gather, all_to_all, capacity
+from dsmoe_jax.moe.dispatch.local import local
+from dsmoe_jax.moe.dispatch.on_mesh import Exchange, RunWeights, on_mesh
+from dsmoe_jax.moe.experts import ExpertWeights
+from dsmoe_jax.moe.types import Routing
+
+__all__ = ["DISPATCHERS", "Exchange", "dispatch", "get_dispatcher", "local"]
+
+DISPATCHERS: dict[str, Callable[..., jax.Array]] = {
+    "local": local,
+    "all_to_all": all_to_all,
+    "capacity": capacity,
+    "all_gather": all_gather,
+}
+
+
+def dispatch(
+    x_TD: jax.Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    run_experts: RunWeights,
+    config: MoEConfig,
+    limit: int | None = None,
+) -> tuple[jax.Array, Exchange | None]:
+    """The routed experts' weighted sum, on the ambient mesh (`jax.set_mesh`) if there is one.
+
+    Args:
+      x_TD: tokens, in the compute dtype.
+      routing: of those tokens.
+      weights: of all experts.
+      run_experts: computes rows grouped by expert: `(rows_ND, group_sizes_E, weights) -> rows_ND`.
+      config: of the layer: its `dispatch`, `buffer_factor` and `exchange_chunks`.
+      limit: the most assignments that one shard's tokens have on one device; None: no limit.
+
+    Returns:
+      y_TD, and what the exchange took (None without a mesh).
+
+    Raises:
+      ValueError: for a dispatcher that the mesh, or its absence, does not allow.
+    """
+    mesh, name = jax.sharding.get_abstract_mesh(), config.dispatch
+    others = sorted(set(DISPATCHERS) - {"local"})
+    if not mesh.empty:
+        if name == "local" and mesh.shape["expert"] > 1:
+            raise ValueError(
+                f"model.moe.dispatch='local': the mesh splits the experts over"
+                f" expert={mesh.shape['expert']} devices; must be one of {others}"
+            )
+        dispatcher = get_dispatcher(name)
+        return on_mesh(dispatcher, x_TD, routing, weights, run_experts, config, limit)
+    if name != "local":
+        raise ValueError(f"model.moe.dispatch={name!r}: there is no mesh; must be 'local'")
+    weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+    run = lambda rows_ND, sizes_E: run_experts(rows_ND, sizes_E, weights)  # noqa: E731
+    return local(x_TD, routing, weights.gate_EFD.shape[0], run), None
+
+
+def get_dispatcher(name: str) -> Callable[..., jax.Array]:
+    """The dispatcher of that name.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name not in DISPATCHERS:
+        raise ValueError(f"model.moe.dispatch={name!r}: must be one of {sorted(DISPATCHERS)}")
+    return DISPATCHERS[name]

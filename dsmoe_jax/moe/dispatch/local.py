@@ -1,0 +1,115 @@
+"""Dispatch on one shard, where all experts are: sort by expert, compute, weigh, add up.
+
+Shapes: T tokens, D hidden, E experts, K activated per token, N = T*K assignments (or the most of
+them that can be real).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.moe.types import Routing, count_load
+
+# (rows_ND grouped by expert, group_sizes_E) -> rows_ND
+RunExperts = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def local(
+    x_TD: jax.Array,
+    routing: Routing,
+    n_experts: int,
+    run_experts: RunExperts,
+    max_load: int | None = None,
+) -> jax.Array:
+    """Sorts the N assignments by expert, computes them, adds up each token's weighted results.
+
+    Nothing is dropped.  The sort is stable, so equal inputs give equal bits.
+
+    Args:
+      x_TD: tokens.
+      routing: of those tokens.
+      n_experts: E.
+      run_experts: computes rows that are grouped by expert.
+      max_load: at most this many assignments are not to nobody; None: all may be.
+    """
+    order_N, rank_TK, group_sizes_E = group(routing.ids_TK, n_experts)
+    order_N = order_N[:max_load]
+    rows_ND = gather_tokens(x_TD, order_N // routing.ids_TK.shape[1], rank_TK)
+    out_ND = run_experts(rows_ND, group_sizes_E)
+    return combine_rows(out_ND, routing.gates_TK, rank_TK, order_N)
+
+
+def group(ids_TK: jax.Array, n_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sorts assignments by what they go to; those to nobody (id `n_groups`) come last.
+
+    Returns:
+      order_N: int32, sorted row -> assignment.
+      rank_TK: int32, assignment -> sorted row.
+      sizes: int32 (n_groups,), rows of each group.
+    """
+    order_N = jnp.argsort(ids_TK.reshape(-1), stable=True)
+    rank_TK = jnp.argsort(order_N).reshape(ids_TK.shape)
+    return order_N, rank_TK, count_load(ids_TK, n_groups).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def gather_tokens(x_TD: jax.Array, token_N: jax.Array, rank_TK: jax.Array) -> jax.Array:
+    """`x_TD[token_N]`: each token's row once per assignment; 0 where there is no such token.
+
+    Its transpose would be a scatter-add, slow on every platform and in no fixed order; since we
+    know where each token's K copies went (`rank_TK`; past the last row: nowhere), the gradient is
+    a gather and a sum over K.
+    """
+    del rank_TK
+    return _take(x_TD, token_N)
+
+
+def _gather_tokens_fwd(x_TD, token_N, rank_TK):
+    return _take(x_TD, token_N), rank_TK
+
+
+def _gather_tokens_bwd(rank_TK, dy_ND):
+    dx_TD = _take(dy_ND, rank_TK).sum(axis=1, dtype=jnp.float32).astype(dy_ND.dtype)
+    return dx_TD, None, None
+
+
+gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
+
+
+@jax.custom_vjp
+def combine_rows(
+    out_ND: jax.Array, gates_TK: jax.Array, rank_TK: jax.Array, order_N: jax.Array
+) -> jax.Array:
+    """Adds each token's K expert outputs, weighted by its gates (V1 eq. 9), in float32.
+
+    Returns:
+      y_TD in the dtype of `out_ND`.
+    """
+    del order_N
+    rows_TKD = _take(out_ND, rank_TK)
+    y_TD = jnp.einsum("tkd,tk->td", rows_TKD, gates_TK, preferred_element_type=jnp.float32)
+    return y_TD.astype(out_ND.dtype)
+
+
+def _combine_rows_fwd(out_ND, gates_TK, rank_TK, order_N):
+    return combine_rows(out_ND, gates_TK, rank_TK, order_N), (out_ND, gates_TK, rank_TK, order_N)
+
+
+def _combine_rows_bwd(saved, dy_TD):
+    out_ND, gates_TK, rank_TK, order_N = saved
+    dy_ND = _take(dy_TD, order_N // gates_TK.shape[1]).astype(jnp.float32)
+    dgates_N = (out_ND.astype(jnp.float32) * dy_ND).sum(axis=1)
+    dgates_TK = _take(dgates_N, rank_TK).astype(gates_TK.dtype)
+    dout_ND = _take(gates_TK.reshape(-1), order_N)[:, None] * dy_ND
+    return dout_ND.astype(out_ND.dtype), dgates_TK, None, None
+
+
+combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+def _take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """`array[index]` along the first axis, 0 past its end."""
+    return array.at[index].get(mode="fill", fill_value=0)

@@ -1,0 +1,196 @@
+"""Run by test_dispatch.py in a process with eight virtual devices.
+
+The oracle is one dense loop over the experts on one device, in values and in every gradient.
+
+Shapes: T tokens, D hidden, F expert width, E experts, K activated.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.moe.types import Routing
+
+T, D, F, E, K = 48, 8, 8, 8, 3
+MESHES = {  # data, fsdp, expert, tensor
+    "data 8": (8, 1, 1, 1),
+    "fsdp 4, tensor 2": (1, 4, 1, 2),
+    "data 2, fsdp 2, expert 2": (2, 2, 2, 1),
+    "fsdp 2, expert 2, tensor 2": (1, 2, 2, 2),
+    "data 2, expert 4": (2, 1, 4, 1),
+    "expert 4, tensor 2": (1, 1, 4, 2),
+    "expert 8": (1, 1, 8, 1),
+}
+EXPERT_PARALLEL = [name for name in dispatch.DISPATCHERS if name != "local"]
+
+
+def set_mesh(name):
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    axes = ("data", "fsdp", "expert", "tensor")
+    return jax.set_mesh(jax.make_mesh(MESHES[name], axes, axis_types=auto))
+
+
+def routings():
+    """ids_TK by name: the shapes that break dispatchers."""
+    rng = np.random.default_rng(0)
+    draw = lambda p: np.stack([rng.choice(E, K, replace=False, p=p) for _ in range(T)])  # noqa: E731
+    skewed = np.array([0.5, 0.2, 0.1, 0.1, 0.04, 0.03, 0.02, 0.01])
+    some = draw(None)
+    return {
+        "uniform": draw(None),
+        "skewed": draw(skewed),
+        "one expert takes all": np.tile([5, E, E], (T, 1)),
+        "one device takes all": np.tile([1, 0, 2], (T, 1)),
+        "empty experts and devices": np.tile([7, 1, 3], (T, 1)),
+        "some to nobody": np.where(rng.random((T, K)) < 0.4, E, some),
+        "all to nobody": np.full((T, K), E),
+    }
+
+
+@functools.cache
+def arrays():
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    weights = experts.ExpertWeights(normal(E, F, D), normal(E, F, D), normal(E, D, F))
+    return normal(T, D), jax.nn.sigmoid(normal(T, K)), weights, normal(T, D)
+
+
+def with_gradients(apply):
+    """`(x, ids, gates, weights, dy) -> y, (dx, dgates, dweights)`, jitted."""
+
+    @jax.jit
+    def run(x, ids, gates, weights, dy):
+        gates = jnp.where(ids == E, 0, gates)
+        y, pull, aux = jax.vjp(lambda *a: apply(a[0], ids, *a[1:]), x, gates, weights, has_aux=True)
+        return (y, pull(dy)), aux
+
+    return run
+
+
+def dense_loop(x, ids, gates, weights):
+    y = jnp.zeros_like(x)
+    for i in range(E):
+        gate, up, down = (w[i] for w in weights)
+        hidden = jax.nn.silu(x @ gate.T) * (x @ up.T)
+        y += jnp.where(ids == i, gates, 0).sum(axis=1)[:, None] * (hidden @ down.T)
+    return y, None
+
+
+oracle = with_gradients(dense_loop)
+
+
+def by_name(result, ids):
+    y, (dx, dgates, dweights) = result
+    # A gate of nobody is 0 and stays so: its gradient is never used.
+    return {"y": y, "dx": dx, "dgates": np.where(ids == E, 0, dgates), **dweights._asdict()}
+
+
+def compare(got, want, routing):
+    for key, value in want.items():
+        np.testing.assert_allclose(
+            got[key], value, atol=1e-4, rtol=1e-4, err_msg=f"{key}, routing {routing!r}"
+        )
+
+
+def check(config, mesh):
+    """Compares with the oracle for every routing; returns what the exchanges took, by routing."""
+
+    def apply(x, ids, gates, weights):
+        run = functools.partial(experts.run_experts, backend=config.expert_backend)
+        return dispatch.dispatch(x, Routing(ids, gates, None), weights, run, config)
+
+    x, gates, weights, dy = arrays()
+    took = {}
+    with set_mesh(mesh):
+        run = with_gradients(apply)
+        for name, ids in routings().items():
+            ids = jnp.asarray(ids, jnp.int32)
+            got, took[name] = jax.device_get(run(x, ids, gates, weights, dy))
+            want, _ = jax.device_get(oracle(x, ids, gates, weights, dy))
+            compare(by_name(got, ids), by_name(want, ids), name)
+    return took
+
+
+def config(name, backend="ragged_dot", **moe):
+    return MoEConfig(E, 0, K, F, dispatch=name, expert_backend=backend, **moe)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", EXPERT_PARALLEL)
+def test_on_every_mesh(name, mesh):
+    check(config(name), mesh)
+
+
+@pytest.mark.parametrize("backend", ["loop", "blocked"])
+@pytest.mark.parametrize("name", EXPERT_PARALLEL)
+def test_every_backend(name, backend):
+    check(config(name, backend), "fsdp 2, expert 2, tensor 2")
+
+
+@pytest.mark.parametrize("backend", ["ragged_dot", "blocked"])
+def test_local_where_experts_are_not_split(backend):
+    check(config("local", backend), "fsdp 4, tensor 2")
+
+
+def test_rows_travel_once_to_a_device():
+    """Distinct (token, other device) pairs, counted in numpy, on two groups of four devices."""
+    took = check(config("all_to_all"), "data 2, expert 4")
+    home_T = np.arange(T) // (T // 8) % 4  # shards are data-major
+    for name, ids in routings().items():
+        pairs = {(t, i // 2) for t in range(T) for i in ids[t] if i < E}
+        assert took[name].rows == sum(device != home_T[t] for t, device in pairs), name
+
+
+@pytest.mark.parametrize("name", EXPERT_PARALLEL)
+def test_in_chunks(name):
+    took = check(config(name, exchange_chunks=3), "data 2, expert 4")
+    assert not any(t.retries for t in took.values())
+
+
+@pytest.mark.parametrize("name", ["all_to_all", "all_gather"])
+def test_small_buffers_lose_nothing(name):
+    """Room for twice the mean: only two of three choices on one device are more than that."""
+    took = check(config(name, buffer_factor=2.0), "data 2, expert 4")
+    for routing, t in took.items():
+        assert t.retries == (routing == "one device takes all"), routing
+
+
+def test_tokens_that_do_not_divide_evenly():
+    """One prompt on eight devices."""
+    x, gates, weights, _ = arrays()
+    ids = jnp.asarray(routings()["uniform"], jnp.int32)
+    routing = Routing(ids[:5], gates[:5], None)
+    run = functools.partial(experts.run_experts, backend="loop")
+    with set_mesh("expert 8"):
+        apply = jax.jit(
+            functools.partial(dispatch.dispatch, run_experts=run, config=config("all_to_all"))
+        )
+        y, _ = apply(x[:5], routing, weights)
+    np.testing.assert_allclose(y, dense_loop(x, ids, gates, weights)[0][:5], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "n_experts", "message"),
+    [
+        ("all_to_all", None, 8, r"model\.moe\.dispatch='all_to_all': .*no mesh; must be 'local'"),
+        ("local", "expert 8", 8, r"model\.moe\.dispatch='local': .*over expert=8 .*'all_to_all'"),
+        ("all_to_all", "expert 8", 6, r"mesh\.expert=8: must divide .*n_routed_experts=6"),
+        ("nope", "expert 8", 8, r"model\.moe\.dispatch='nope'"),
+    ],
+)
+def test_refused(name, mesh, n_experts, message):
+    x, gates, weights, _ = arrays()
+    weights = jax.tree.map(lambda w: w[:n_experts], weights)
+    routing = Routing(jnp.zeros((T, K), jnp.int32), gates, None)
+    run = functools.partial(experts.run_experts, backend="loop")
+    with (
+        set_mesh(mesh) if mesh else contextlib.nullcontext(),
+        pytest.raises(ValueError, match=message),
+    ):
+        dispatch.dispatch(x, routing, weights, run, config(name))
