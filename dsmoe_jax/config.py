@@ -172,13 +172,6 @@ class Config:
             self.data.tokenizer_vocab_size,
             f"must not exceed model.vocab_size={self.model.vocab_size}",
         )
-        require(
-            self.model.moe.balance_scope == "sequence" or self.train.accumulation_steps == 1,
-            "train.accumulation_steps",
-            self.train.accumulation_steps,
-            "must be 1 with model.moe.balance_scope='global_batch': a micro-batch does not know"
-            " the load of the others",
-        )
 
     @property
     def tokens_per_step(self) -> int:

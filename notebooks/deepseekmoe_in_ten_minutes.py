@@ -151,7 +151,7 @@ def balance(logits_TE):
     """The unweighted balance term over all tokens as one sequence, and the routing."""
     routing = topk_softmax(logits_TE, RouterInputs(jnp.zeros(len(logits_TE), int)), toy)
     valid_BS = jnp.ones((1, len(logits_TE)), bool)
-    return losses.expert_balance(routing, valid_BS, toy), routing
+    return losses.term("expert_balance", routing, valid_BS, toy), routing
 
 
 fig, axes = plt.subplots(1, 3, figsize=(7.2, 2.1), sharey=True)

@@ -19,7 +19,11 @@ from dsmoe_jax.config import (
     [
         ("model.moe.num_experts_per_tok", 64, "n_routed_experts=63"),
         ("model.moe.num_experts_per_tok", 0, "n_routed_experts=0"),
-        ("model.moe.balance_scope", "device", "global_batch"),
+        ("model.moe.device_balance_scope", "device", "global_batch"),
+        ("model.moe.expert_balance_schedule", ((0.5, 1.0), (0.2, 0.0)), "growing shares"),
+        ("model.moe.expert_balance_schedule", ((0.5, 1.0, 2.0),), "must be pairs"),
+        ("model.moe.expert_balance_schedule", ((0.5, -1.0),), "multiple >= 0"),
+        ("model.moe.router_z_schedule", ((1.5, 1.0),), "in 0..1"),
         ("model.moe.moe_intermediate_size", 0, "> 0"),
         ("model.moe.n_shared_experts", -1, ">= 0"),
         ("model.num_key_value_heads", 3, "divide num_attention_heads=10"),
@@ -85,12 +89,6 @@ def test_whole_numbers_are_accepted_for_fractions():
 
 def test_differences_name_the_changed_keys():
     assert differences(Config(), replace(Config(), **{"train.seed": 3})) == {"train.seed": (0, 3)}
-
-
-def test_a_batch_wide_balance_loss_does_not_mix_with_accumulation():
-    tree = {"model.moe.balance_scope": "global_batch", "train.accumulation_steps": 2}
-    with pytest.raises(ValueError, match="accumulation_steps=2"):
-        replace(Config(), **tree)
 
 
 def test_a_layer_without_any_expert_is_refused():

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from dsmoe_jax.checks import checker, not_negative, positive
 
+Schedule = tuple[tuple[float, ...], ...]
+SCHEDULE_FORM = "must be pairs (share of the steps, multiple >= 0) with growing shares in 0..1"
+
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
@@ -38,14 +41,27 @@ class MoEConfig:
     sinkhorn_iterations: int = 8  # `sinkhorn`: how often rows and columns are normalised
     hash_seed: int = 0  # of the fixed token -> expert table of the `hash` router
 
-    # Weights of the balance terms in dsmoe_jax/moe/losses.py; 0 leaves a term out.
+    # Balance terms (dsmoe_jax/moe/losses.py).  NAME_factor is a term's weight, 0 leaves it out;
+    # NAME_scope the tokens over which f and P are taken, "sequence" or "global_batch";
+    # NAME_schedule multiplies the weight: pairs (share of the steps, multiple) joined by straight
+    # lines, two pairs with the same share are a jump; () is 1 throughout.
     expert_balance_factor: float = 0.01
+    expert_balance_scope: str = "sequence"
+    expert_balance_schedule: Schedule = ()
     device_balance_factor: float = 0.0
+    device_balance_scope: str = "sequence"
+    device_balance_schedule: Schedule = ()
     communication_balance_factor: float = 0.0
-    sequence_balance_factor: float = 0.0
+    communication_balance_scope: str = "sequence"
+    communication_balance_schedule: Schedule = ()
+    sequence_balance_factor: float = 0.0  # its scope is the sequence
+    sequence_balance_schedule: Schedule = ()
     switch_balance_factor: float = 0.0
+    switch_balance_scope: str = "sequence"
+    switch_balance_schedule: Schedule = ()
     router_z_factor: float = 0.0
-    balance_scope: str = "sequence"  # tokens over which f_i and P_i are taken: or "global_batch"
+    router_z_scope: str = "sequence"
+    router_z_schedule: Schedule = ()
     expert_groups: int = 1  # D, the devices of the device and communication terms
 
     # Dropping: what the busiest experts (or devices) get above capacity_factor x the mean is lost.
@@ -72,12 +88,8 @@ class MoEConfig:
             "num_experts_per_tok",
             "bias_update_speed",
             "router_jitter",
-            "capacity_factor",
-            "evaluation_capacity_factor",
             "protected_share",
-            "buffer_factor",
-            *(f.name for f in dataclasses.fields(self) if f.name.endswith("_balance_factor")),
-            "router_z_factor",
+            *self._ending("_factor"),
         )
         positive(
             self,
@@ -96,7 +108,7 @@ class MoEConfig:
         check("router_jitter", self.router_jitter < 1, "must be below 1")
         check("protected_share", self.protected_share <= 1, "must be a share, at most 1")
         for name, names in (
-            ("balance_scope", ("sequence", "global_batch")),
+            *((name, ("sequence", "global_batch")) for name in self._ending("_scope")),
             ("scoring_func", ("softmax", "sigmoid")),
             ("group_score", ("max", "top2_sum")),
         ):
@@ -106,7 +118,12 @@ class MoEConfig:
             self.buffer_factor == 0 or self.dispatch != "capacity",
             "with dispatch='capacity' the capacity_factor says how much room there is; must be 0",
         )
+        for name in self._ending("_schedule"):
+            check(name, _is_schedule(getattr(self, name)), SCHEDULE_FORM)
         self._check_groups(check)
+
+    def _ending(self, suffix: str) -> list[str]:
+        return [f.name for f in dataclasses.fields(self) if f.name.endswith(suffix)]
 
     def _check_groups(self, check: Callable[[str, bool, str], None]) -> None:
         e, k, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
@@ -136,3 +153,8 @@ class MoEConfig:
             self.device_balance_factor == 0 or self.expert_groups > 1,
             "there is nothing to balance on one device; expert_groups must be > 1",
         )
+
+
+def _is_schedule(pairs: Schedule) -> bool:
+    shares = [pair[0] for pair in pairs if len(pair) == 2 and pair[1] >= 0]
+    return len(shares) == len(pairs) and [0, *shares, 1] == sorted([0, *shares, 1])

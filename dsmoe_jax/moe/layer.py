@@ -30,20 +30,26 @@ class RouterBias(nnx.Variable):
 
 
 class RouterStats(NamedTuple):
-    """What one MoE layer reports of a batch (all float32; padding counts nowhere).
+    """What one MoE layer reports of tokens: float32 sums over the valid ones (no padding).
+
+    Those of the parts of a batch add up to those of the batch.
 
     Attributes:
-      load_E: assignments each routed expert received.
-      entropy: mean over tokens of the affinities' entropy in nats (ln E is undecided); None for a
-        router without affinities.
-      terms: unweighted balance terms by name, those whose weight is not 0.
+      tokens: valid ones.
+      load_E: assignments that each routed expert received.
+      sums: over the tokens, of what is logged as a mean: `top_gate` (of the best expert),
+        `gate_sum` (of all K) and, if the router has affinities, `entropy` of these in nats (ln E
+        is undecided).
+      terms: what the tokens contribute to the balance terms, by name: those whose weight is not 0,
+        and `router_z` if the router has logits.
       ledger: what was sent, computed and dropped; None for a dropless pass.
       exchange: what moving rows between devices took; None without a mesh.
     """
 
+    tokens: jax.Array
     load_E: jax.Array
-    entropy: jax.Array | None
-    terms: dict[str, jax.Array]
+    sums: dict[str, jax.Array]
+    terms: dict[str, losses.Part]
     ledger: capacity.Ledger | None = None
     exchange: dispatch.Exchange | None = None
 
@@ -166,16 +172,18 @@ class MoELayer(nnx.Module):
             return dispatch.dispatch(x_TD, routing, weights, run, moe)
 
     def stats(self, routing: Routing, valid_BS: jax.Array) -> RouterStats:
-        """Load, entropy and balance terms of a routing."""
+        """What is reported of a routing."""
         moe, valid_T = self.config, valid_BS.reshape(-1)
-        entropy = None
+        of_token_T = {"top_gate": routing.gates_TK[:, 0], "gate_sum": routing.gates_TK.sum(axis=1)}
         if routing.affinity_TE is not None:
-            s_TE = jax.lax.stop_gradient(routing.affinity_TE)
-            entropy_T = jax.scipy.special.entr(s_TE).sum(axis=-1)
-            entropy = (entropy_T * valid_T).sum() / jnp.maximum(valid_T.sum(), 1)
-        terms = {
-            name: losses.BALANCE_TERMS[name](routing, valid_BS, moe)
-            for name in losses.active_terms(moe)
-        }
-        load_E = count_load(routing.ids_TK, moe.n_routed_experts, valid_T)
-        return RouterStats(load_E, entropy, terms)
+            of_token_T["entropy"] = jax.scipy.special.entr(routing.affinity_TE).sum(axis=1)
+        of_token_T = jax.lax.stop_gradient(of_token_T)
+        names = list(losses.active_terms(moe))
+        if routing.logits_TE is not None and "router_z" not in names:
+            names.append("router_z")  # weight 0: only to be seen
+        return RouterStats(
+            tokens=valid_T.sum(dtype=jnp.float32),
+            load_E=count_load(routing.ids_TK, moe.n_routed_experts, valid_T),
+            sums={name: (x_T * valid_T).sum() for name, x_T in of_token_T.items()},
+            terms={name: losses.part(name, routing, valid_BS, moe) for name in names},
+        )

@@ -9,7 +9,9 @@ without affinities, the share of an unknown machine's peak) has no key, it is ne
     tokens_per_second, flops_per_second, flops_utilization    since the last row
     overhead                         share of that time in which the device had nothing to do
     load                             [layer][expert]: assignments of the step's batch
-    maxvio, dead_experts, router_entropy, expert_balance, router_z    [layer]
+    maxvio, dead_experts             [layer]
+    router_entropy, router_top_gate, router_gate_sum    [layer], means over tokens
+    expert_balance, router_z, ...    [layer], unweighted; `router_z` also if its weight is 0
     validation_loss, validation_bits_per_byte, validation_tokens, validation_maxvio [layer],
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
 
@@ -44,9 +46,9 @@ def training_row(metrics: StepMetrics) -> dict[str, Any]:
         return row
     load_LE = np.asarray(metrics.router.load_E, np.float64)
     row |= load_summary(load_LE)
-    if metrics.router.entropy is not None:
-        row["router_entropy"] = np.asarray(metrics.router.entropy, np.float64).tolist()
-    for name, term_L in metrics.router.terms.items():
+    for name, sum_L in metrics.router.sums.items():
+        row[f"router_{name}"] = np.asarray(sum_L / metrics.router.tokens, np.float64).tolist()
+    for name, term_L in metrics.terms.items():
         row[name] = np.asarray(term_L, np.float64).tolist()
     return row
 
@@ -77,8 +79,7 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
 
 def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     """Name and value of the first metric that is not finite: causes before what they spoil."""
-    terms = metrics.router.terms if metrics.router is not None else {}
-    watched = {"loss": metrics.loss, **terms}
+    watched = {"loss": metrics.loss, **metrics.terms}
     watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}
     for name, value in watched.items():
         array = np.asarray(value).reshape(-1)

@@ -49,6 +49,7 @@ class StepMetrics(NamedTuple):
       bytes: UTF-8 bytes that those tokens stand for.
       grad_norm: global norm before clipping.
       learning_rate: of this update.
+      terms: unweighted value of each balance term, (L,); without a weight only `router_z`.
       router: RouterStats with a leading layer axis, over the global batch; None without routed
         experts.
     """
@@ -59,6 +60,7 @@ class StepMetrics(NamedTuple):
     bytes: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    terms: dict[str, jax.Array]
     router: RouterStats | None
 
 
@@ -133,6 +135,91 @@ def token_sums(logits_BSV: jax.Array, batch: Batch, bytes_V: Any) -> tuple[jax.A
     return nll_BS, Sums(nll_BS.sum(), mask_BS.sum(), n_bytes)
 
 
+class Parts(NamedTuple):
+    """What a micro-batch contributes; all of it adds up over the micro-batches.
+
+    Attributes:
+      total_loss: what is differentiated.
+      sums, terms, router: see `StepMetrics`.
+    """
+
+    total_loss: jax.Array
+    sums: Sums
+    terms: dict[str, jax.Array]
+    router: RouterStats | None
+
+
+def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, nnx.State]]:
+    """Builds `(params, other, batch, rng, weights) -> (Parts, gradients)` of a global batch.
+
+    Accumulation changes no number: every part of the loss knows the counts of the whole batch.
+    Balance terms of scope `global_batch` need the load of all micro-batches before the gradient of
+    the first one: it is counted in a forward pass of its own, which costs what a forward pass
+    costs, and only then.
+
+    Args:
+      config: of the run.
+      bytes_V: UTF-8 bytes of each token.
+    """
+    graph, n_micro, moe = abstract_model(config), config.train.accumulation_steps, config.model.moe
+
+    def forward(params, other, micro: Batch, rng):
+        model = nnx.merge(graph, params, other)
+        inputs = micro["tokens_BS"], micro["segment_ids_BS"], micro["positions_BS"]
+        return model.forward(*inputs, rng=rng)
+
+    def loss_fn(params, other, micro: Batch, rng, weights, all_tokens, whole):
+        output = forward(params, other, micro, rng)
+        _, sums = token_sums(output.logits_BSV, micro, bytes_V)
+        loss, terms, router = sums.nll / all_tokens, {}, output.router_stats
+        if router is not None:
+            terms = {name: losses.value(name, part, whole) for name, part in router.terms.items()}
+            loss += sum(weights[name] * terms[name].sum() for name in weights)
+        return loss, Parts(loss, sums, terms, router)
+
+    def sent(params, other, micro: Batch, rng):
+        router = forward(params, other, micro, rng).router_stats
+        assert router is not None
+        return {name: router.terms[name].sent_G for name in losses.counted_terms(moe)}
+
+    def gradients(params, other, batch: Batch, rng, weights):
+        micros, sent_LG = _split(batch, rng, n_micro), None
+        if n_micro > 1 and losses.counted_terms(moe):
+            sent_LG = _add_up(lambda micro: sent(params, other, *micro), micros)
+        all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
+        whole = losses.whole(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        grads, parts = _add_up(
+            lambda micro: grad_fn(params, other, *micro, weights, all_tokens, whole), micros
+        )
+        return parts, grads
+
+    return gradients
+
+
+def _split(batch: Batch, rng: jax.Array, n_micro: int) -> tuple[Batch, jax.Array]:
+    """The micro-batches, each with its random key, along a new leading axis."""
+    if n_micro == 1:
+        return jax.tree.map(lambda x: x[None], batch), rng[None]
+
+    def cut(x_B: jax.Array) -> jax.Array:
+        # Every n-th row, not a block of them: then no row leaves its device.
+        micros = x_B.reshape(-1, n_micro, *x_B.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(micros, "LB" + "S" * (x_B.ndim - 1))
+
+    return jax.tree.map(cut, batch), jax.random.split(rng, n_micro)
+
+
+def _add_up(part_of: Callable[[Any], Any], micros: Any) -> Any:
+    """The sum of `part_of` over the micro-batches, one after the other."""
+    first = jax.tree.map(lambda x: x[0], micros)
+    if len(jax.tree.leaves(micros)[0]) == 1:
+        return part_of(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_of, first))
+    add = lambda total, micro: (jax.tree.map(jnp.add, total, part_of(micro)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
 def make_train_step(
     config: Config, bytes_V: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -142,55 +229,29 @@ def make_train_step(
       config: of the run.
       bytes_V: UTF-8 bytes of each token, for bits per byte.
     """
-    graph = abstract_model(config)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    weights = losses.active_terms(config.model.moe)
-    n_micro = config.train.accumulation_steps
-
-    def loss_fn(params, other, batch: Batch, all_tokens, rng):
-        """A micro-batch's part of the loss: the parts of all micro-batches add up to it."""
-        model = nnx.merge(graph, params, other)
-        output = model.forward(
-            batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"], rng=rng
-        )
-        _, sums = token_sums(output.logits_BSV, batch, bytes_V)
-        loss = sums.nll / all_tokens
-        if output.router_stats is not None:
-            terms = output.router_stats.terms  # each of shape (L,)
-            # Means over sequences, of which every micro-batch has the same number.
-            loss += sum(weights[name] * terms[name].sum() for name in terms) / n_micro
-        return loss, (sums, output.router_stats)
+    gradients, steps = make_gradients(config, bytes_V), config.train.steps
+    optimizer = make_optimizer(config.optimizer, steps)
+    schedule = make_schedule(config.optimizer, steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-        def micro_step(micro: Batch, rng):
-            (loss, (sums, router)), grads = grad_fn(
-                state.params, state.other, micro, all_tokens, rng
-            )
-            return (loss, sums, router), grads
-
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        if n_micro == 1:
-            (total, sums, router), grads = micro_step(batch, rng)
-        else:
-            (total, sums, router), grads = _accumulate(micro_step, batch, rng, n_micro)
+        weights = losses.weights_at(config.model.moe, state.step / steps)
+        parts, grads = gradients(state.params, state.other, batch, rng, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
+        sums, other = parts.sums, state.other
         metrics = StepMetrics(
             loss=sums.nll / sums.tokens,
-            total_loss=total,
+            total_loss=parts.total_loss,
             tokens=sums.tokens,
             bytes=sums.bytes,
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            router=router,
+            terms=parts.terms,
+            router=parts.router,
         )
-        other = state.other
-        if router is not None and (speed := config.model.moe.bias_update_speed):
-            other = move_bias(other, router.load_E, speed)
+        if parts.router is not None and (speed := config.model.moe.bias_update_speed):
+            other = move_bias(other, parts.router.load_E, speed)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
@@ -221,28 +282,3 @@ def move_bias(other: nnx.State, load_LE: jax.Array, speed: float) -> nnx.State:
     bias, rest = nnx.split_state(other, RouterBias, ...)
     below_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
     return nnx.merge_state(jax.tree.map(lambda b_LE: b_LE + speed * below_LE, bias), rest)
-
-
-def _accumulate(micro_step, batch: Batch, rng, n_micro: int):
-    """Scans over micro-batches, adding up gradients and sums; router statistics are merged."""
-
-    def cut(x_B: jax.Array) -> jax.Array:
-        # Every n-th row, not a block of them: then no row leaves its device.
-        micros = x_B.reshape(-1, n_micro, *x_B.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(micros, "LB" + "S" * (x_B.ndim - 1))
-
-    micros = jax.tree.map(cut, batch)
-    micros = micros, jax.random.split(rng, n_micro)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], micros)),
-    )
-
-    def body(total, micro):
-        return jax.tree.map(jnp.add, total, micro_step(*micro)), None
-
-    ((loss, sums, router), grads), _ = jax.lax.scan(body, zeros, micros)
-    if router is not None:  # loads and ledgers add up; entropy and terms are means
-        mean = lambda tree: jax.tree.map(lambda x: x / n_micro, tree)  # noqa: E731
-        router = router._replace(entropy=mean(router.entropy), terms=mean(router.terms))
-    return (loss, sums, router), grads

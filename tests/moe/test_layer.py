@@ -170,7 +170,9 @@ def test_stats_of_a_batch():
     valid = jnp.arange(9)[None, :] < jnp.array([[9], [4]])
     _, stats = layer(x, jnp.zeros((2, 9), jnp.int32), valid)
     assert stats.load_E.sum() == 2 * 13  # K times the valid tokens
-    assert 0 < stats.entropy <= np.log(6)
+    assert stats.tokens == 13
+    assert 0 < stats.sums["entropy"] <= 13 * np.log(6)
+    assert stats.sums["top_gate"] < stats.sums["gate_sum"] < 13
     assert set(stats.terms) == {"expert_balance", "router_z"}
 
 

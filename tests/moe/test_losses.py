@@ -1,5 +1,7 @@
 """Balance terms against plain numpy written from the papers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +29,9 @@ def route(logits_TE):
 
 
 def scope(name, **kwargs):
-    return MoEConfig(
-        n_routed_experts=E, num_experts_per_tok=K, balance_scope=name, **{**GROUPS, **kwargs}
-    )
+    """A config in which every term has this scope."""
+    scopes = {f.name: name for f in dataclasses.fields(MoEConfig) if f.name.endswith("_scope")}
+    return MoEConfig(n_routed_experts=E, num_experts_per_tok=K, **{**GROUPS, **scopes, **kwargs})
 
 
 def numpy_expert_balance(s, ids):
@@ -49,10 +51,10 @@ def test_expert_balance_by_scope(seed):
         numpy_expert_balance(s[b * S : (b + 1) * S], ids[b * S : (b + 1) * S]) for b in range(B)
     ]
     np.testing.assert_allclose(
-        losses.expert_balance(routing, valid, scope("global_batch")), whole, rtol=1e-5
+        losses.term("expert_balance", routing, valid, scope("global_batch")), whole, rtol=1e-5
     )
     np.testing.assert_allclose(
-        losses.expert_balance(routing, valid, scope("sequence")), np.mean(each), rtol=1e-5
+        losses.term("expert_balance", routing, valid, scope("sequence")), np.mean(each), rtol=1e-5
     )
     assert abs(whole - np.mean(each)) > 1e-3  # the scopes are not the same thing
 
@@ -95,15 +97,15 @@ def test_terms_against_numpy(name, skew):
     routing = route(logits + skew * (np.arange(E) < 3))
     s, ids = np.asarray(routing.affinity_TE, np.float64), np.asarray(routing.ids_TK)
     each = [BY_SCOPE[name](s[b * S : b * S + S], ids[b * S : b * S + S]) for b in range(B)]
-    term = losses.BALANCE_TERMS[name]
     for tokens, want in (("sequence", np.mean(each)), ("global_batch", BY_SCOPE[name](s, ids))):
-        np.testing.assert_allclose(term(routing, valid, scope(tokens)), want, rtol=1e-5)
+        got = losses.term(name, routing, valid, scope(tokens))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_sequence_balance_is_by_sequence_whatever_the_scope():
     logits, valid = random_case(3)
-    values = [losses.sequence_balance(route(logits), valid, scope(s)) for s in SCOPES]
-    want = losses.expert_balance(route(logits), valid, scope("sequence"))
+    values = [losses.term("sequence_balance", route(logits), valid, scope(s)) for s in SCOPES]
+    want = losses.term("expert_balance", route(logits), valid, scope("sequence"))
     assert values == [want, want]
 
 
@@ -113,9 +115,9 @@ def test_uniform_routing_gives_exactly_one(name):
     ids = (jnp.arange(B * S)[:, None] + jnp.array([0, E // 2])) % E
     routing = Routing(ids, jnp.full((B * S, K), 1 / E), jnp.full((B * S, E), 1 / E))
     # With 8 tokens a sequence, 16 assignments cannot be even over 6 experts: one of 24 tokens.
-    assert losses.BALANCE_TERMS[name](
-        routing, jnp.ones((1, B * S), bool), scope("global_batch")
-    ) == pytest.approx(1.0, rel=1e-6)
+    for tokens in SCOPES:
+        value = losses.term(name, routing, jnp.ones((1, B * S), bool), scope(tokens))
+        assert value == pytest.approx(1.0, rel=1e-6)
 
 
 def test_uneven_devices_cost_more_even_if_no_expert_is_visited_twice():
@@ -125,15 +127,15 @@ def test_uneven_devices_cost_more_even_if_no_expert_is_visited_twice():
     together = Routing(jnp.array([[0, 1], [2, 3], [4, 5]]), jnp.ones((D, K)), affinity)
     valid = jnp.ones((1, D), bool)
     for routing, want in ((apart, 1.0), (together, 0.5)):
-        value = losses.communication_balance(routing, valid, scope("sequence"))
+        value = losses.term("communication_balance", routing, valid, scope("sequence"))
         np.testing.assert_allclose(value, want, rtol=1e-6)
-        expert = losses.expert_balance(routing, valid, scope("sequence"))
+        expert = losses.term("expert_balance", routing, valid, scope("sequence"))
         np.testing.assert_allclose(expert, 1.0, rtol=1e-6)
 
 
 def test_collapsed_routing_costs_more():
     logits = jnp.zeros((B * S, E)).at[:, :K].set(8.0)
-    value = losses.expert_balance(route(logits), jnp.ones((B, S), bool), scope("sequence"))
+    value = losses.term("expert_balance", route(logits), jnp.ones((B, S), bool), scope("sequence"))
     np.testing.assert_allclose(value, E / K, rtol=1e-2)
 
 
@@ -141,7 +143,7 @@ def test_gradient_flows_through_the_affinities_only():
     logits, valid = random_case(0)
 
     def value(logits):
-        return losses.expert_balance(route(logits), valid, scope("global_batch"))
+        return losses.term("expert_balance", route(logits), valid, scope("global_batch"))
 
     fixed = route(logits)
     f = np.asarray([E / (K * B * S) * np.sum(np.asarray(fixed.ids_TK) == i) for i in range(E)])
@@ -159,19 +161,66 @@ def test_gradient_flows_through_the_affinities_only():
 def test_padding_counts_nowhere(name, tokens):
     """A padded batch (with a sequence that is all padding) equals the batch without padding."""
     logits, _ = random_case(1)
-    term = losses.BALANCE_TERMS[name]
     short = logits.reshape(B, S, E)[:2, :5].reshape(-1, E)
-    want = term(route(short), jnp.ones((2, 5), bool), scope(tokens))
+    want = losses.term(name, route(short), jnp.ones((2, 5), bool), scope(tokens))
     valid = jnp.zeros((B, S), bool).at[:2, :5].set(True)
-    np.testing.assert_allclose(term(route(logits), valid, scope(tokens)), want, rtol=1e-5)
+    got = losses.term(name, route(logits), valid, scope(tokens))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_router_z_is_the_mean_squared_logsumexp():
-    logits, valid = random_case(2)
-    z = np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)) ** 2
-    np.testing.assert_allclose(
-        losses.router_z(route(logits), valid, scope("sequence")), z.mean(), rtol=1e-5
-    )
+    logits, _ = random_case(2)
+    valid = np.ones((B, S), bool)
+    valid[0, 3:] = False
+    z_BS = (np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)) ** 2).reshape(B, S)
+    by_sequence = np.mean([z_BS[0, :3].mean(), *z_BS[1:].mean(axis=1)])
+    for tokens, want in (("sequence", by_sequence), ("global_batch", z_BS[valid].mean())):
+        got = losses.term("router_z", route(logits), jnp.asarray(valid), scope(tokens))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(losses.BALANCE_TERMS))
+@pytest.mark.parametrize("tokens", SCOPES)
+def test_values_of_parts_add_up(name, tokens):
+    """A batch in three parts of a sequence each, one of them padded, one nothing but padding."""
+    logits, _ = random_case(5)
+    routing, config = route(logits), scope(tokens)
+    valid = jnp.ones((B, S), bool).at[1, 4:].set(False).at[2].set(False)
+    parts = []
+    for b in range(B):
+        own = Routing(*(x[b * S : b * S + S] for x in routing))
+        parts.append(losses.part(name, own, valid[b : b + 1], config))
+    sent = None if parts[0].sent_G is None else {name: sum(part.sent_G for part in parts)}
+    whole = losses.whole(valid, sent)
+    got = sum(losses.value(name, part, whole) for part in parts)
+    np.testing.assert_allclose(got, losses.term(name, routing, valid, config), rtol=1e-6)
+
+
+def test_each_term_has_its_own_scope():
+    logits, valid = random_case(4)
+    mixed = scope("sequence", device_balance_scope="global_batch")
+    for name, tokens in (("expert_balance", "sequence"), ("device_balance", "global_batch")):
+        got = losses.term(name, route(logits), valid, mixed)
+        assert got == losses.term(name, route(logits), valid, scope(tokens))
+    active = dataclasses.replace(mixed, device_balance_factor=0.1)
+    assert losses.counted_terms(active) == ["device_balance"]
+    assert losses.counted_terms(mixed) == []
+
+
+def test_weights_follow_their_schedules():
+    """Against numpy's interpolation; two pairs with the same share are a jump."""
+    ramp, stairs = ((0.1, 0.0), (0.5, 2.0)), ((0.5, 1.0), (0.5, 0.25))
+    config = scope(
+        "sequence", expert_balance_schedule=ramp, router_z_factor=0.5, router_z_schedule=stairs,
+        switch_balance_factor=0.3,
+    )  # fmt: skip
+    for share in (0.0, 0.1, 0.2, 0.4999, 0.5, 0.9, 1.0):
+        got = losses.weights_at(config, jnp.float32(share))
+        want = 0.01 * np.interp(share, [0.1, 0.5], [0.0, 2.0])
+        np.testing.assert_allclose(got["expert_balance"], want, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(got["router_z"], 0.5 if share < 0.5 else 0.125, rtol=1e-6)
+        np.testing.assert_allclose(got["switch_balance"], 0.3, rtol=1e-6)
+        assert set(got) == {"expert_balance", "router_z", "switch_balance"}
 
 
 def test_active_terms_are_those_with_a_weight():
@@ -182,3 +231,4 @@ def test_active_terms_are_those_with_a_weight():
     }
     for name in losses.BALANCE_TERMS:  # every term has its weight in the config
         assert hasattr(MoEConfig(), f"{name}_factor")
+        assert hasattr(MoEConfig(), f"{name}_schedule")

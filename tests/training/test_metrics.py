@@ -17,12 +17,13 @@ def step_metrics(**changes):
         loss=2.0, total_loss=2.0, tokens=10.0, bytes=25.0, grad_norm=0.5, learning_rate=1e-3
     )
     arrays = {key: np.float32(value) for key, value in numbers.items()}
-    return StepMetrics(**{**arrays, "router": None, **changes})
+    return StepMetrics(**{**arrays, "terms": {}, "router": None, **changes})
 
 
 def router_stats(**changes):
     load = np.array([[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
-    stats = {"load_E": load, "entropy": np.float32([0.5, 1.0]), "terms": {}}
+    tokens, sums = np.float32([5, 5]), {"entropy": np.float32([2.5, 5])}
+    stats = {"tokens": tokens, "load_E": load, "sums": sums, "terms": {}}
     return RouterStats(**{**stats, **changes})
 
 
@@ -34,13 +35,13 @@ def test_bits_per_byte():
 def test_what_is_missing_has_no_key():
     dense = m.training_row(step_metrics())
     assert not {"load", "maxvio", "router_entropy", "dead_experts"} & dense.keys()
-    hashed = m.training_row(step_metrics(router=router_stats(entropy=None)))
+    hashed = m.training_row(step_metrics(router=router_stats(sums={})))
     assert "router_entropy" not in hashed
     assert "load" in hashed
 
 
 def test_load_by_layer():
-    row = m.training_row(step_metrics(router=router_stats(terms={"x": np.float32([1, 2])})))
+    row = m.training_row(step_metrics(router=router_stats(), terms={"x": np.float32([1, 2])}))
     assert row["load"] == [[6, 2, 0, 0], [2, 2, 2, 2]]
     assert row["maxvio"] == [2.0, 0.0]  # (6 - 2) / 2
     assert row["dead_experts"] == [2, 0]
@@ -54,10 +55,7 @@ def test_load_by_layer():
         ({"grad_norm": np.float32("inf")}, "grad_norm"),
         ({"loss": np.float32("nan"), "total_loss": np.float32("nan")}, "loss"),
         (
-            {
-                "total_loss": np.float32("nan"),
-                "router": router_stats(terms={"router_z": np.float32([1, np.nan])}),
-            },
+            {"total_loss": np.float32("nan"), "terms": {"router_z": np.float32([1, np.nan])}},
             "router_z",
         ),
     ],

@@ -132,8 +132,10 @@ def test_accumulation_changes_no_gradient(padding, micro_batches):
             assert error < 1e-6, (key, error)
         np.testing.assert_allclose(other.total_loss, metrics.total_loss, rtol=1e-6)
         np.testing.assert_array_equal(other.router.load_E, metrics.router.load_E)
-        for name, term in metrics.router.terms.items():
-            np.testing.assert_allclose(other.router.terms[name], term, rtol=1e-6)
+        for name, term in metrics.terms.items():
+            np.testing.assert_allclose(other.terms[name], term, rtol=1e-6)
+        for name, sum_L in metrics.router.sums.items():
+            np.testing.assert_allclose(other.router.sums[name], sum_L, rtol=1e-6)
 
 
 def test_balance_terms_reach_the_router():

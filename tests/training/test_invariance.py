@@ -1,0 +1,129 @@
+"""The gradient of every balance term at a fixed scope does not depend on how the batch is computed.
+
+`gradients` takes what may not matter as arguments: how many micro-batches, and how the arrays are
+placed (a mesh).  All terms are in one compiled function, in which their weights are arguments.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.moe import losses
+from dsmoe_jax.training.step import init_state, make_gradients
+
+B, S, V, E = 8, 16, 64, 8
+SCOPES = ("sequence", "global_batch")
+ALL_TERMS = {
+    "model.vocab_size": V,
+    "model.hidden_size": 16,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 2,
+    "model.num_key_value_heads": 2,
+    "model.head_dim": 8,
+    "model.initializer_range": 0.1,
+    "model.moe.n_routed_experts": E,
+    "model.moe.num_experts_per_tok": 2,
+    "model.moe.n_group": 4,
+    "model.moe.topk_group": 2,
+    "model.moe.expert_groups": 4,
+    "model.moe.moe_intermediate_size": 8,
+    "model.moe.expert_backend": "loop",
+    **{f"model.moe.{name}_factor": 1.0 for name in losses.BALANCE_TERMS},
+    "data.tokenizer_vocab_size": V,
+    "train.global_batch_size": B,
+}
+
+
+def batch():
+    """Two documents a sequence; one sequence is padded and one is nothing but padding.
+
+    Most tokens are the same, so that the load is uneven: with f = 1 there would be no gradient, and
+    with f near 1 little of it but rounding.
+    """
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random((B, S + 1)) < 0.7, 7, rng.integers(0, V, (B, S + 1)))
+    tokens = tokens.astype(np.int32)
+    valid = np.ones((B, S), bool)
+    valid[1, 5:] = valid[6] = False
+    return {
+        "tokens_BS": tokens[:, :-1],
+        "targets_BS": tokens[:, 1:],
+        "loss_mask_BS": valid.astype(np.float32),
+        "segment_ids_BS": (np.where(np.arange(S) < 9, 1, 2) * valid).astype(np.int32),
+        "positions_BS": np.tile(np.arange(S, dtype=np.int32) % 9, (B, 1)),
+    }
+
+
+def config_of(scope, micro_batches):
+    scopes = {
+        f"model.moe.{name}_scope": scope for name in losses.BALANCE_TERMS if "sequence" not in name
+    }
+    return replace(Config(), **ALL_TERMS, **scopes, **{"train.accumulation_steps": micro_batches})
+
+
+@functools.cache
+def initial_state():
+    return init_state(config_of("sequence", 1))
+
+
+@functools.cache
+def compiled(scope, micro_batches):
+    return jax.jit(make_gradients(config_of(scope, micro_batches), jnp.ones(V)))
+
+
+def gradients(scope, term, micro_batches, place=lambda state, batch: (state, batch)):
+    """The gradient with a weight on one term, far above the language model's, and what adds up.
+
+    Args:
+      scope, term: which.
+      micro_batches: how many the batch of `B` sequences is computed in.
+      place: puts the state and the batch on devices, for instance on a mesh.
+    """
+    state, inputs = place(initial_state(), batch())
+    weights = {name: jnp.float32(1e3 * (name == term)) for name in losses.BALANCE_TERMS}
+    run = compiled(scope, micro_batches)
+    parts, grads = run(state.params, state.other, inputs, jax.random.key(0), weights)
+    return {
+        jax.tree_util.keystr(k): np.asarray(g) for k, g in jax.tree.leaves_with_path(grads)
+    }, parts
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_over_micro_batches(scope, micro_batches):
+    for term in losses.BALANCE_TERMS:
+        want, whole = gradients(scope, term, 1)
+        got, parts = gradients(scope, term, micro_batches)
+        for key in want:
+            error = np.linalg.norm(got[key] - want[key]) / np.linalg.norm(want[key])
+            assert error < 1e-6, (term, key, error)
+        np.testing.assert_array_equal(parts.router.load_E, whole.router.load_E)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), parts.terms, whole.terms
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6),
+            (parts.total_loss, parts.router.sums), (whole.total_loss, whole.router.sums),
+        )  # fmt: skip
+
+
+def test_the_terms_move_the_router_and_differ():
+    """No term's gradient is nothing, and none is another's; nor are the two scopes the same."""
+    router = "['layers']['moe']['router_ED'].value"
+    found = {
+        (scope, term): gradients(scope, term, 1)[0][router]
+        for scope in SCOPES
+        for term in losses.BALANCE_TERMS
+    }
+    same = {(s, "sequence_balance") for s in SCOPES} | {
+        ("sequence", "expert_balance")
+    }  # as defined
+    for a in found:
+        assert np.linalg.norm(found[a]) > 0.1, a
+        for b in found:
+            if a != b and not {a, b} <= same:
+                assert np.linalg.norm(found[a] - found[b]) > 1e-3 * np.linalg.norm(found[a]), (a, b)
