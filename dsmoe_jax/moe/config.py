@@ -70,7 +70,8 @@ class MoEConfig:
     drop_policy: str = "position"  # a name in dsmoe_jax/moe/capacity.py
     protected_share: float = 0.1  # `device`: this share of the sequences never loses a token (V2)
 
-    dispatch: str = "local"  # a name in dsmoe_jax/moe/dispatch
+    # A name in dsmoe_jax/moe/dispatch, or "auto": "all_to_all" where a mesh splits the experts.
+    dispatch: str = "auto"
     # Rows that a device makes room for, relative to the mean: what does not fit is done in smaller
     # chunks.  0: room for the worst case.
     buffer_factor: float = 0.0

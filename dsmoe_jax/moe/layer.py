@@ -79,7 +79,7 @@ class MoELayer(nnx.Module):
                 f"model.moe.drop_policy={moe.drop_policy!r}: the {moe.router} router has no"
                 " affinities to drop by; must be 'position'"
             )
-        dispatch.get_dispatcher(moe.dispatch)
+        dispatch.check_name(moe.dispatch)
         experts.get_backend(moe.expert_backend)
         terms = losses.active_terms(moe)
         for name, weight in terms.items():

@@ -72,8 +72,9 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 def leaves(tree: object) -> dict[str, jax.Array]:
-    """Arrays by path."""
-    return {jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(tree)}
+    """Arrays by path, but for what is meant to depend on the mesh: rows between devices."""
+    arrays = {jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(tree)}
+    return {key: x for key, x in arrays.items() if ".exchange." not in key}
 
 
 class OnMesh:

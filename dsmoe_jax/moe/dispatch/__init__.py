@@ -21,7 +21,7 @@ from dsmoe_jax.moe.dispatch.on_mesh import Exchange, RunWeights, on_mesh
 from dsmoe_jax.moe.experts import ExpertWeights
 from dsmoe_jax.moe.types import Routing
 
-__all__ = ["DISPATCHERS", "Exchange", "dispatch", "get_dispatcher", "local"]
+__all__ = ["DISPATCHERS", "Exchange", "check_name", "dispatch", "local"]
 
 DISPATCHERS: dict[str, Callable[..., jax.Array]] = {
     "local": local,
@@ -55,29 +55,34 @@ def dispatch(
     Raises:
       ValueError: for a dispatcher that the mesh, or its absence, does not allow.
     """
-    mesh, name = jax.sharding.get_abstract_mesh(), config.dispatch
-    others = sorted(set(DISPATCHERS) - {"local"})
+    check_name(config.dispatch)
+    mesh = jax.sharding.get_abstract_mesh()
+    n_devices = 1 if mesh.empty else mesh.shape["expert"]
+    name = config.dispatch
+    if name == "auto":
+        name = "local" if n_devices == 1 else "all_to_all"
+    if name == "local" and n_devices > 1:
+        raise ValueError(
+            f"model.moe.dispatch='local': the mesh splits the experts over expert={n_devices}"
+            f" devices; must be one of {sorted({'auto', *DISPATCHERS} - {'local'})}"
+        )
     if not mesh.empty:
-        if name == "local" and mesh.shape["expert"] > 1:
-            raise ValueError(
-                f"model.moe.dispatch='local': the mesh splits the experts over"
-                f" expert={mesh.shape['expert']} devices; must be one of {others}"
-            )
-        dispatcher = get_dispatcher(name)
-        return on_mesh(dispatcher, x_TD, routing, weights, run_experts, config, limit)
+        return on_mesh(DISPATCHERS[name], x_TD, routing, weights, run_experts, config, limit)
     if name != "local":
-        raise ValueError(f"model.moe.dispatch={name!r}: there is no mesh; must be 'local'")
+        raise ValueError(
+            f"model.moe.dispatch={name!r}: there is no mesh; must be 'auto' or 'local'"
+        )
     weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
     run = lambda rows_ND, sizes_E: run_experts(rows_ND, sizes_E, weights)  # noqa: E731
     return local(x_TD, routing, weights.gate_EFD.shape[0], run), None
 
 
-def get_dispatcher(name: str) -> Callable[..., jax.Array]:
-    """The dispatcher of that name.
+def check_name(name: str) -> None:
+    """Refuses what is neither a dispatcher nor "auto".
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: with the names there are.
     """
-    if name not in DISPATCHERS:
-        raise ValueError(f"model.moe.dispatch={name!r}: must be one of {sorted(DISPATCHERS)}")
-    return DISPATCHERS[name]
+    if name not in ("auto", *DISPATCHERS):
+        names = ["auto", *sorted(DISPATCHERS)]
+        raise ValueError(f"model.moe.dispatch={name!r}: must be one of {names}")
