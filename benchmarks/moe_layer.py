@@ -107,9 +107,8 @@ def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, backend: str):
     def run_experts(rows_ND, group_sizes_E):
         return experts.run_experts(rows_ND, group_sizes_E, weights, backend)
 
-    return dispatch.local(
-        x_TD, Routing(ids_TK, gates_TK, affinity_TE), router_ED.shape[0], run_experts
-    )
+    routing = Routing(ids_TK, gates_TK, affinity_TE)
+    return dispatch.local(x_TD, routing, router_ED.shape[0], run_experts)[0]
 
 
 def dense_layer(x_TD, gate_FD, up_FD, down_DF):

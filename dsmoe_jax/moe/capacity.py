@@ -2,6 +2,7 @@
 
 A dropped assignment goes to nobody (expert E, gate 0): its token keeps the residual stream, the
 shared experts and its other experts.  Every assignment is either computed or in the `Ledger`.
+What is computed is counted where the experts do it: sent = computed + dropped is no definition.
 The balance terms see the routing before anything is dropped.
 
 Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
@@ -19,6 +20,7 @@ from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.types import Routing, count_load
 
 POSITION_BUCKETS = 8  # equal parts of a sequence
+REASONS = ("expert_capacity", "device_capacity")  # what was full
 
 
 class Ledger(NamedTuple):
@@ -26,15 +28,19 @@ class Ledger(NamedTuple):
 
     Attributes:
       sent_E: to each expert by the router.
-      computed_E: that the expert really gets.
+      computed_E: that reached the expert.
       dropped_E: taken back because the expert, or its device, was over its capacity.
-      dropped_P: the same by the position of the token in its sequence.
+      dropped_D: the same by device (of `expert_groups`);
+      dropped_P: by the position of the token in its sequence;
+      dropped_R: by reason, see `REASONS`.
     """
 
     sent_E: jax.Array
     computed_E: jax.Array
     dropped_E: jax.Array
+    dropped_D: jax.Array
     dropped_P: jax.Array
+    dropped_R: jax.Array
 
 
 class Policy(NamedTuple):
@@ -110,7 +116,7 @@ def drop(
         ids_TK=jnp.where(kept_TK, routing.ids_TK, e),
         gates_TK=jnp.where(kept_TK, routing.gates_TK, 0.0),
     )
-    return kept, ledger(routing.ids_TK, kept.ids_TK, valid_BS, e)
+    return kept, ledger(routing.ids_TK, kept.ids_TK, valid_BS, config)
 
 
 def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.Array:
@@ -124,14 +130,30 @@ def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.
 
 
 def ledger(
-    sent_TK: jax.Array, computed_TK: jax.Array, valid_BS: jax.Array, n_experts: int
+    sent_TK: jax.Array, kept_TK: jax.Array, valid_BS: jax.Array, config: MoEConfig
 ) -> Ledger:
-    """Counts what became of the assignments; each column is counted by itself."""
-    valid_T, s = valid_BS.reshape(-1), valid_BS.shape[1]
-    lost_TK = (sent_TK != computed_TK) & valid_T[:, None]
-    dropped_E = count_load(jnp.where(lost_TK, sent_TK, n_experts), n_experts)
+    """Counts what became of the assignments, for now with the kept ones as the computed ones.
+
+    Args:
+      sent_TK, kept_TK: experts before and after dropping; the same array: nothing is dropped.
+      valid_BS: bool, False for padding.
+      config: of the layer.
+    """
+    e, d, valid_T = config.n_routed_experts, config.expert_groups, valid_BS.reshape(-1)
+    sent_E, none = count_load(sent_TK, e, valid_T), jnp.zeros
+    if kept_TK is sent_TK:
+        return Ledger(sent_E, sent_E, none(e), none(d), none(POSITION_BUCKETS), none(len(REASONS)))
+    s = valid_BS.shape[1]
+    lost_TK = (sent_TK != kept_TK) & valid_T[:, None]
+    lost_ids_TK = jnp.where(lost_TK, sent_TK, e)
     bucket_S = jnp.arange(s) * POSITION_BUCKETS // s
     lost_S = lost_TK.sum(axis=1).reshape(-1, s).sum(axis=0).astype(jnp.float32)
-    dropped_P = jnp.zeros(POSITION_BUCKETS).at[bucket_S].add(lost_S)
-    sent_E, computed_E = (count_load(ids, n_experts, valid_T) for ids in (sent_TK, computed_TK))
-    return Ledger(sent_E, computed_E, dropped_E, dropped_P)
+    reason = int(get_policy(config).by_device)
+    return Ledger(
+        sent_E,
+        count_load(kept_TK, e, valid_T),
+        dropped_E=count_load(lost_ids_TK, e),
+        dropped_D=count_load(lost_ids_TK // (e // d), d),
+        dropped_P=none(POSITION_BUCKETS).at[bucket_S].add(lost_S),
+        dropped_R=none(len(REASONS)).at[reason].set(lost_TK.sum(dtype=jnp.float32)),
+    )

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
-from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
+from dsmoe_jax.moe.types import RouterInputs, Routing
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
@@ -42,16 +42,19 @@ class RouterStats(NamedTuple):
         is undecided).
       terms: what the tokens contribute to the balance terms, by name: those whose weight is not 0,
         and `router_z` if the router has logits.
-      ledger: what was sent, computed and dropped; None for a dropless pass.
-      exchange: what moving rows between devices took; None without a mesh.
+      ledger: what was sent, computed and dropped.
+      device_rows_D: tokens that go to each of the `expert_groups` devices, each token once however
+        many of its experts are there; after dropping.
+      exchange: what the dispatch did.
     """
 
     tokens: jax.Array
     load_E: jax.Array
     sums: dict[str, jax.Array]
     terms: dict[str, losses.Part]
-    ledger: capacity.Ledger | None = None
-    exchange: dispatch.Exchange | None = None
+    ledger: capacity.Ledger
+    device_rows_D: jax.Array
+    exchange: dispatch.Exchange
 
 
 class MoELayer(nnx.Module):
@@ -121,13 +124,15 @@ class MoELayer(nnx.Module):
             with jax.named_scope("router"):
                 inputs = RouterInputs(token_ids_BS.reshape(-1), valid_BS.reshape(-1), rng)
                 routing = self.route(x_TD, inputs)
-            stats = self.stats(routing, valid_BS)
             factor = moe.evaluation_capacity_factor if rng is None else moe.capacity_factor
+            kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
+            ledger = capacity.ledger(kept.ids_TK, kept.ids_TK, valid_BS, moe)
             if factor:
-                routing, ledger = capacity.drop(routing, valid_BS, factor, moe)
-                stats = stats._replace(ledger=ledger)
-            y_TD, exchange = self.routed(x_TD, routing)
-            y_BSD, stats = y_TD.reshape(x_BSD.shape), stats._replace(exchange=exchange)
+                kept, ledger = capacity.drop(kept, valid_BS, factor, moe)
+            y_TD, exchange = self.routed(x_TD, kept)
+            y_BSD = y_TD.reshape(x_BSD.shape)
+            ledger = ledger._replace(computed_E=exchange.computed_E)
+            stats = self.stats(routing, kept.ids_TK, valid_BS, ledger, exchange)
         if moe.n_shared_experts:
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
@@ -157,10 +162,8 @@ class MoELayer(nnx.Module):
         )
         return router.route(logits, inputs, moe)
 
-    def routed(
-        self, x_TD: jax.Array, routing: Routing
-    ) -> tuple[jax.Array, dispatch.Exchange | None]:
-        """The routed experts' weighted sum y_TD for a given routing, and what moving it took."""
+    def routed(self, x_TD: jax.Array, routing: Routing) -> tuple[jax.Array, dispatch.Exchange]:
+        """The routed experts' weighted sum y_TD for a given routing, and what the dispatch did."""
         moe = self.config
         weights = experts.ExpertWeights(self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...])
 
@@ -171,8 +174,15 @@ class MoELayer(nnx.Module):
         with jax.named_scope("dispatch"):
             return dispatch.dispatch(x_TD, routing, weights, run, moe)
 
-    def stats(self, routing: Routing, valid_BS: jax.Array) -> RouterStats:
-        """What is reported of a routing."""
+    def stats(
+        self,
+        routing: Routing,
+        kept_TK: jax.Array,
+        valid_BS: jax.Array,
+        ledger: capacity.Ledger,
+        exchange: dispatch.Exchange,
+    ) -> RouterStats:
+        """What is reported of a routing, of which only the assignments `kept_TK` were computed."""
         moe, valid_T = self.config, valid_BS.reshape(-1)
         of_token_T = {"top_gate": routing.gates_TK[:, 0], "gate_sum": routing.gates_TK.sum(axis=1)}
         if routing.affinity_TE is not None:
@@ -183,7 +193,26 @@ class MoELayer(nnx.Module):
             names.append("router_z")  # weight 0: only to be seen
         return RouterStats(
             tokens=valid_T.sum(dtype=jnp.float32),
-            load_E=count_load(routing.ids_TK, moe.n_routed_experts, valid_T),
+            load_E=ledger.sent_E,
             sums={name: (x_T * valid_T).sum() for name, x_T in of_token_T.items()},
             terms={name: losses.part(name, routing, valid_BS, moe) for name in names},
+            ledger=ledger,
+            device_rows_D=device_rows(kept_TK, moe),
+            exchange=exchange,
         )
+
+
+def nobody_computes_padding(routing: Routing, valid_BS: jax.Array, n_experts: int) -> Routing:
+    """Sends padding to nobody (expert E): nobody looks at what the routed experts made of it."""
+    valid_T1 = valid_BS.reshape(-1, 1)
+    return routing._replace(
+        ids_TK=jnp.where(valid_T1, routing.ids_TK, n_experts),
+        gates_TK=jnp.where(valid_T1, routing.gates_TK, 0.0),
+    )
+
+
+def device_rows(ids_TK: jax.Array, config: MoEConfig) -> jax.Array:
+    """Tokens that go to each of the `expert_groups` devices, each once, float32 (D,)."""
+    d = config.expert_groups
+    device_TK = ids_TK // (config.n_routed_experts // d)
+    return (device_TK[:, :, None] == jnp.arange(d)).any(axis=1).sum(axis=0, dtype=jnp.float32)

@@ -26,6 +26,7 @@ from dsmoe_jax.training.hardware import peak_flops
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.metrics import (
     MetricsLog,
+    RunningLoad,
     first_non_finite,
     read_rows,
     training_row,
@@ -130,6 +131,7 @@ class _Trainer:
         self.held_out = HeldOut(abstract_model(config), corpus, micro_batch, train.eval_batches)
         self.checkpoints = Checkpoints(directory / workdirs.CHECKPOINTS, train.keep_checkpoints)
         self.log: MetricsLog | None = None
+        self.running_load = RunningLoad()
         self.clock = DeviceClock()
 
     def close(self) -> None:
@@ -178,6 +180,7 @@ class _Trainer:
         state, extra = self.checkpoints.restore(abstract_state(self.config), saved[-1])
         check_same_corpus(self.corpus, extra["corpus"])
         self.batches.set_state(extra["data"])
+        self.running_load = RunningLoad(extra["running_load"])
         self.line.message(f"{self.config.name}: going on from step {saved[-1]}")
         return state, saved[-1], saved[-1]
 
@@ -186,11 +189,13 @@ class _Trainer:
         metrics = jax.device_get(metrics)
         if (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
+        self.running_load.add(metrics)
         self.checkpoints.check()
         train = self.config.train
         if step in (1, train.steps) or step % train.log_every == 0 or self._evaluates(step):
             row = {"step": step, "tokens": step * self.config.tokens_per_step}
-            row |= training_row(metrics) | self._rates(step)
+            row |= training_row(metrics, self.config.model)
+            row |= self.running_load.row() | self._rates(step)
             assert self.log is not None
             self.log.write(row)
             self.logged_step = step
@@ -242,6 +247,7 @@ class _Trainer:
     def _save(self, step: int, state: TrainState) -> None:
         if step != self.saved_step:
             extra = {"data": self.batches.get_state(), "corpus": self.corpus.fingerprint}
+            extra["running_load"] = self.running_load.saved()
             self.checkpoints.save(step, state, extra)
             self.saved_step = step
 

@@ -9,9 +9,17 @@ without affinities, the share of an unknown machine's peak) has no key, it is ne
     tokens_per_second, flops_per_second, flops_utilization    since the last row
     overhead                         share of that time in which the device had nothing to do
     load                             [layer][expert]: assignments of the step's batch
-    maxvio, dead_experts             [layer]
+    maxvio, gini, dead_experts       [layer]: how uneven it is, see `load_summary`
+    maxvio_running                   [layer]: of the load of the last 100 steps or so, `RunningLoad`
     router_entropy, router_top_gate, router_gate_sum    [layer], means over tokens
     expert_balance, router_z, ...    [layer], unweighted; `router_z` also if its weight is 0
+    dropped                          [layer]: assignments sent to an expert that did not compute
+                                     them; sent = computed + dropped was checked
+    dropped_by_expert, dropped_by_device, dropped_by_position, dropped_by_reason
+                                     [layer][...]: the same (without a capacity there are none)
+    device_rows, device_megabytes    [layer][device]: what travels to each of `expert_groups`
+                                     devices, a token once, one way (none with one device)
+    exchange_rows, exchange_retries  [layer]: on a mesh, see `dispatch.Exchange`
     validation_loss, validation_bits_per_byte, validation_tokens, validation_maxvio [layer],
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
 
@@ -28,12 +36,47 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.moe.capacity import Ledger
+from dsmoe_jax.nn.transformer import compute_dtype
 from dsmoe_jax.training.step import StepMetrics
 from dsmoe_jax.training.workdir import METRICS, TENSORBOARD
 
+RUNNING_DECAY = 0.99  # a step's weight in the running load after one more step
 
-def training_row(metrics: StepMetrics) -> dict[str, Any]:
-    """The numbers of one step, fetched from the device."""
+
+class RunningLoad:
+    """The load of the last 100 steps or so: each weighs 0.99 of the one after it.
+
+    Attributes:
+      load_LE: weighted sum; None before the first step.  Saved with a checkpoint.
+    """
+
+    def __init__(self, load_LE: Any = None):
+        self.load_LE = None if load_LE is None else np.asarray(load_LE, np.float64)
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Counts a step."""
+        if metrics.router is not None:
+            load_LE = np.asarray(metrics.router.load_E, np.float64)
+            before = 0.0 if self.load_LE is None else RUNNING_DECAY * self.load_LE
+            self.load_LE = load_LE + before
+
+    def row(self) -> dict[str, Any]:
+        """What of it is logged."""
+        return {} if self.load_LE is None else {"maxvio_running": maxvio(self.load_LE)}
+
+    def saved(self) -> list[list[float]] | None:
+        """For the checkpoint (JSON)."""
+        return None if self.load_LE is None else self.load_LE.tolist()
+
+
+def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
+    """The numbers of one step, fetched from the device.
+
+    Raises:
+      RuntimeError: if assignments are missing: neither computed nor in the drop ledger.
+    """
     loss, tokens, n_bytes = (float(x) for x in (metrics.loss, metrics.tokens, metrics.bytes))
     row = {
         "loss": loss,
@@ -44,13 +87,56 @@ def training_row(metrics: StepMetrics) -> dict[str, Any]:
     }
     if metrics.router is None:
         return row
-    load_LE = np.asarray(metrics.router.load_E, np.float64)
-    row |= load_summary(load_LE)
-    for name, sum_L in metrics.router.sums.items():
-        row[f"router_{name}"] = np.asarray(sum_L / metrics.router.tokens, np.float64).tolist()
-    for name, term_L in metrics.terms.items():
-        row[name] = np.asarray(term_L, np.float64).tolist()
+    stats = metrics.router
+    row |= load_summary(np.asarray(stats.load_E, np.float64))
+    row |= {f"router_{name}": _list(sum_L / stats.tokens) for name, sum_L in stats.sums.items()}
+    row |= {name: _list(term_L) for name, term_L in metrics.terms.items()}
+    row |= drop_summary(stats.ledger, detailed=bool(model.moe.capacity_factor))
+    if model.moe.expert_groups > 1:
+        bytes_of_row = model.hidden_size * compute_dtype(model).itemsize
+        row["device_rows"] = _list(stats.device_rows_D, int)
+        row["device_megabytes"] = _list(stats.device_rows_D * (bytes_of_row / 1e6))
+    if stats.exchange.rows is not None:
+        row["exchange_rows"] = _list(stats.exchange.rows, int)
+        row["exchange_retries"] = _list(stats.exchange.retries, int)
     return row
+
+
+def drop_summary(ledger: Ledger, *, detailed: bool) -> dict[str, Any]:
+    """What was dropped by layer, after checking that nothing is missing.
+
+    Raises:
+      RuntimeError: naming layer and expert, if sent is not computed + dropped.
+    """
+    dropped_LE = np.asarray(ledger.dropped_E)
+    missing_LE = np.asarray(ledger.sent_E) - np.asarray(ledger.computed_E) - dropped_LE
+    for layer, expert in np.argwhere(missing_LE)[:1]:
+        sent, computed, dropped = (
+            int(column[layer, expert])
+            for column in (ledger.sent_E, ledger.computed_E, ledger.dropped_E)
+        )
+        raise RuntimeError(
+            f"layer {layer}, expert {expert}: {sent} assignments sent, {computed} computed and"
+            f" {dropped} dropped: the dispatch lost some or computed too many"
+        )
+    dropped_L = dropped_LE.sum(axis=-1)
+    columns = {
+        "expert": ledger.dropped_E,
+        "device": ledger.dropped_D,
+        "position": ledger.dropped_P,
+        "reason": ledger.dropped_R,
+    }
+    for name, column in columns.items():
+        if (np.asarray(column).sum(axis=-1) != dropped_L).any():
+            raise RuntimeError(f"dropped by {name}: {column.sum(axis=-1)}, in all {dropped_L}")
+    row = {"dropped": _list(dropped_L, int)}
+    if detailed:
+        row |= {f"dropped_by_{name}": _list(column, int) for name, column in columns.items()}
+    return row
+
+
+def _list(array: Any, kind: type = float) -> list[Any]:
+    return np.asarray(array).astype(kind).tolist()
 
 
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -63,13 +149,24 @@ def load_summary(load_LE: np.ndarray) -> dict[str, Any]:
     """Load of the experts of each layer, how uneven it is, and how many got nothing.
 
     maxvio = (max load - mean load) / mean load (2408.15664 section 4.1); 0 is perfect balance.
+    gini = mean difference of two experts' loads / (2 mean load); 0 is perfect balance, 1 - 1/E one
+    expert for everything.
     """
-    mean_L = load_LE.mean(axis=1)
+    n = load_LE.shape[1]
+    rank_E = 2 * np.arange(1, n + 1) - n - 1
+    differences_L = (np.sort(load_LE, axis=1) * rank_E).sum(axis=1)
     return {
         "load": load_LE.astype(np.int64).tolist(),
-        "maxvio": ((load_LE.max(axis=1) - mean_L) / mean_L).tolist(),
+        "maxvio": maxvio(load_LE),
+        "gini": (differences_L / (n * load_LE.sum(axis=1))).tolist(),
         "dead_experts": (load_LE == 0).sum(axis=1).tolist(),
     }
+
+
+def maxvio(load_LE: np.ndarray) -> list[float]:
+    """(max load - mean load) / mean load by layer."""
+    mean_L = load_LE.mean(axis=1)
+    return ((load_LE.max(axis=1) - mean_L) / mean_L).tolist()
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -114,6 +211,9 @@ class MetricsLog:
             raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
         for tag, value in _scalars(row):
             self._board.add_scalar(tag, value, row["step"])
+        for i, load_E in enumerate(row.get("load", [])):
+            fair_shares = np.array(load_E) / np.mean(load_E)
+            self._board.add_histogram(f"load/layer_{i}", fair_shares, row["step"])
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -114,6 +114,8 @@ def check(config, mesh):
             got, took[name] = jax.device_get(run(x, ids, gates, weights, dy))
             want, _ = jax.device_get(oracle(x, ids, gates, weights, dy))
             compare(by_name(got, ids), by_name(want, ids), name)
+            load_E = np.bincount(ids.reshape(-1), minlength=E + 1)[:E]
+            np.testing.assert_array_equal(took[name].computed_E, load_E, name)
     return took
 
 

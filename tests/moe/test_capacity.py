@@ -74,6 +74,9 @@ def test_against_numpy(policy, factor):
     np.testing.assert_array_equal(ledger.sent_E, ledger.computed_E + ledger.dropped_E)
     by_bucket = lost.sum(axis=1).reshape(B, 8, S // 8).sum(axis=(0, 2))
     np.testing.assert_array_equal(ledger.dropped_P, by_bucket)
+    np.testing.assert_array_equal(ledger.dropped_D, np.bincount(ids[lost] // (E // D), minlength=D))
+    by_reason = [0, lost.sum()] if policy == "device" else [lost.sum(), 0]
+    np.testing.assert_array_equal(ledger.dropped_R, by_reason)
     assert ledger.dropped_E.sum() > 0
 
 
@@ -114,7 +117,9 @@ def test_evaluation_depends_on_the_other_sequences_only_if_it_drops():
 
     training_only = layer(**{"moe.capacity_factor": 0.5})
     assert last_sequence(training_only) < 1e-5
-    assert training_only(x, ids, valid)[1].ledger is None
+    ledger = training_only(x, ids, valid)[1].ledger
+    np.testing.assert_array_equal(ledger.computed_E, ledger.sent_E)
+    assert ledger.dropped_E.sum() == 0 < ledger.sent_E.sum()
     assert last_sequence(training_only, jax.random.key(0)) > 1e-3
     assert last_sequence(layer(**{"moe.evaluation_capacity_factor": 0.5})) > 1e-3
 

@@ -99,7 +99,7 @@ def by_dispatch(x, gates, ids, n_experts):
         factor = jnp.repeat(jnp.arange(1.0, n_experts + 1), sizes, total_repeat_length=len(rows))
         return rows * factor[:, None]
 
-    return dispatch.local(x, Routing(ids, gates, None), n_experts, run)
+    return dispatch.local(x, Routing(ids, gates, None), n_experts, run)[0]
 
 
 def by_formula(x, gates, ids, n_experts):

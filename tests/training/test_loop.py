@@ -73,6 +73,12 @@ class TestWhatARunLeaves:
             # A short last record of a domain is filled with padding, which counts nowhere.
             assert all(assignments * 0.7 < sum(layer) <= assignments for layer in row["load"])
             assert all(0 < h <= math.log(4) + 1e-6 for h in row["router_entropy"])
+            assert row["dropped"] == [0, 0]
+            assert all(
+                0.25 < top < total <= 1
+                for top, total in zip(row["router_top_gate"], row["router_gate_sum"], strict=True)
+            )
+            assert all(0 <= g <= 0.75 for g in row["gini"])
             weighted = 0.01 * sum(row["expert_balance"]) + 0.001 * sum(row["router_z"])
             assert math.isclose(row["total_loss"], row["loss"] + weighted, rel_tol=1e-5)
             assert row["tokens_per_second"] > 0
@@ -101,11 +107,11 @@ class TestInterruptions:
     ):
         original, seen = loop.training_row, []
 
-        def row_then_signal(metrics):
+        def row_then_signal(*arguments):
             seen.append(1)
             if len(seen) == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(metrics)
+            return original(*arguments)
 
         monkeypatch.setattr(loop, "training_row", row_then_signal)
         with pytest.raises(Stopped) as stopped:

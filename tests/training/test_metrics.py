@@ -6,6 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from dsmoe_jax.config import Config, ModelConfig, replace
+from dsmoe_jax.moe.capacity import Ledger
+from dsmoe_jax.moe.dispatch import Exchange
 from dsmoe_jax.moe.layer import RouterStats
 from dsmoe_jax.training import metrics as m
 from dsmoe_jax.training.step import StepMetrics
@@ -24,29 +27,84 @@ def router_stats(**changes):
     load = np.array([[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
     tokens, sums = np.float32([5, 5]), {"entropy": np.float32([2.5, 5])}
     stats = {"tokens": tokens, "load_E": load, "sums": sums, "terms": {}}
-    return RouterStats(**{**stats, **changes})
+    nothing = np.zeros((2, 2), np.float32)
+    stats["ledger"] = Ledger(load, load, 0 * load, nothing, nothing, nothing)
+    stats["device_rows_D"] = np.float32([[4, 1], [3, 2]])
+    return RouterStats(**{**stats, "exchange": Exchange(load), **changes})
+
+
+MODEL = ModelConfig(hidden_size=1000, compute_dtype="bfloat16")
+
+
+def training_row(metrics, **moe):
+    return m.training_row(metrics, replace(Config(model=MODEL), **moe).model)
 
 
 def test_bits_per_byte():
-    row = m.training_row(step_metrics())
+    row = training_row(step_metrics())
     assert math.isclose(row["bits_per_byte"], 10 * 2.0 / math.log(2) / 25)
 
 
 def test_what_is_missing_has_no_key():
-    dense = m.training_row(step_metrics())
+    dense = training_row(step_metrics())
     assert not {"load", "maxvio", "router_entropy", "dead_experts"} & dense.keys()
-    hashed = m.training_row(step_metrics(router=router_stats(sums={})))
+    hashed = training_row(step_metrics(router=router_stats(sums={})))
     assert "router_entropy" not in hashed
     assert "load" in hashed
 
 
 def test_load_by_layer():
-    row = m.training_row(step_metrics(router=router_stats(), terms={"x": np.float32([1, 2])}))
+    row = training_row(step_metrics(router=router_stats(), terms={"x": np.float32([1, 2])}))
     assert row["load"] == [[6, 2, 0, 0], [2, 2, 2, 2]]
     assert row["maxvio"] == [2.0, 0.0]  # (6 - 2) / 2
+    mean_difference = (4 * 4 + 6 * 4 + 2 * 4) / 16  # over all pairs, each both ways
+    np.testing.assert_allclose(row["gini"], [mean_difference / (2 * 2), 0.0])
+    assert row["dropped"] == [0, 0]
+    assert not {"dropped_by_expert", "device_rows", "exchange_rows"} & row.keys()
     assert row["dead_experts"] == [2, 0]
     assert row["router_entropy"] == [0.5, 1.0]
     assert row["x"] == [1.0, 2.0]
+
+
+def test_communication_volume():
+    """A row of 1000 numbers of two bytes."""
+    row = training_row(step_metrics(router=router_stats()), **{"model.moe.expert_groups": 3})
+    assert row["device_rows"] == [[4, 1], [3, 2]]
+    np.testing.assert_allclose(row["device_megabytes"], [[0.008, 0.002], [0.006, 0.004]])
+
+
+def test_drops_are_checked():
+    load = router_stats().load_E
+    dropped = np.float32([[2, 0, 0, 0], [0, 0, 0, 0]])
+    by = np.float32([[2, 0], [0, 0]])
+    good = Ledger(load, load - dropped, dropped, by, by, by)
+    row = training_row(
+        step_metrics(router=router_stats(ledger=good)), **{"model.moe.capacity_factor": 1.0}
+    )
+    assert row["dropped"] == [2, 0]
+    assert row["dropped_by_expert"] == [[2, 0, 0, 0], [0, 0, 0, 0]]
+    assert row["dropped_by_reason"] == row["dropped_by_device"] == [[2, 0], [0, 0]]
+    for bad, says in (
+        (good._replace(computed_E=load), "layer 0, expert 0: 6 assignments sent, 6 computed and 2"),
+        (good._replace(dropped_E=0 * load), "4 computed and 0 dropped"),
+        (good._replace(dropped_R=0 * by), "dropped by reason"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            training_row(step_metrics(router=router_stats(ledger=bad)))
+
+
+def test_running_load_forgets_and_survives():
+    """Against the sum over all steps with weights 0.99^age."""
+    rng, running, sum_LE = np.random.default_rng(0), m.RunningLoad(), 0.0
+    for step in range(300):
+        load = rng.integers(1, 100, (2, 4)).astype(np.float32)
+        running.add(step_metrics(router=router_stats(load_E=load)))
+        sum_LE = sum_LE + 0.99 ** (299 - step) * load.astype(np.float64)
+        if step == 200:
+            running = m.RunningLoad(json.loads(json.dumps(running.saved())))
+    want = sum_LE.max(axis=1) / sum_LE.mean(axis=1) - 1
+    np.testing.assert_allclose(running.row()["maxvio_running"], want, rtol=1e-6)
+    assert m.RunningLoad().row() == {}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ A dispatcher owns no parameters and knows neither how experts are chosen nor how
 Read `local` first; `expert_parallel` does the same between devices, by `exchange`, and `on_mesh`
 leads from the whole batch to one device's share of it.
 
-A new dispatcher is a function `(x_tD, routing, n_experts, run_experts, max_load) -> y_tD`, what one
-shard of a mesh does, and a line in `DISPATCHERS`.
+A new dispatcher is a function `(x_tD, routing, n_experts, run_experts, max_load) -> (y_tD,
+computed_e)`, what one shard of a mesh does, and a line in `DISPATCHERS`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.moe.dispatch.expert_parallel import all_gather, all_to_all, capacity
@@ -23,7 +24,7 @@ from dsmoe_jax.moe.types import Routing
 
 __all__ = ["DISPATCHERS", "Exchange", "check_name", "dispatch", "local"]
 
-DISPATCHERS: dict[str, Callable[..., jax.Array]] = {
+DISPATCHERS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "local": local,
     "all_to_all": all_to_all,
     "capacity": capacity,
@@ -38,7 +39,7 @@ def dispatch(
     run_experts: RunWeights,
     config: MoEConfig,
     limit: int | None = None,
-) -> tuple[jax.Array, Exchange | None]:
+) -> tuple[jax.Array, Exchange]:
     """The routed experts' weighted sum, on the ambient mesh (`jax.set_mesh`) if there is one.
 
     Args:
@@ -50,7 +51,7 @@ def dispatch(
       limit: the most assignments that one shard's tokens have on one device; None: no limit.
 
     Returns:
-      y_TD, and what the exchange took (None without a mesh).
+      y_TD, and what the dispatch did.
 
     Raises:
       ValueError: for a dispatcher that the mesh, or its absence, does not allow.
@@ -74,7 +75,8 @@ def dispatch(
         )
     weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
     run = lambda rows_ND, sizes_E: run_experts(rows_ND, sizes_E, weights)  # noqa: E731
-    return local(x_TD, routing, weights.gate_EFD.shape[0], run), None
+    y_TD, computed_E = local(x_TD, routing, weights.gate_EFD.shape[0], run)
+    return y_TD, Exchange(computed_E.astype(jnp.float32))
 
 
 def check_name(name: str) -> None:

@@ -27,7 +27,7 @@ AXIS = "expert"
 
 def all_to_all(
     x_tD: jax.Array, routing: Routing, n_experts: int, run_experts: RunExperts, max_load: int
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Ragged exchange: what is sent is what is needed, nothing is padded.
 
     Args:
@@ -38,7 +38,7 @@ def all_to_all(
       max_load: the most assignments that one device gets from all P; its buffers have that size.
 
     Returns:
-      y_tD.
+      y_tD, and the rows that each of this device's experts computed, int32 (e,).
     """
     n_devices, (t, k) = jax.lax.axis_size(AXIS), routing.ids_TK.shape
     device_tK = distinct(routing.ids_TK // (n_experts // n_devices), n_devices)
@@ -55,7 +55,7 @@ def all_to_all(
 
 def capacity(
     x_tD: jax.Array, routing: Routing, n_experts: int, run_experts: RunExperts, max_load: int
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Exchange of fixed size: each device has `max_load / P` slots for each other one.
 
     It is for routings out of which moe/capacity.py has dropped what would not fit.  Arguments and
@@ -83,7 +83,7 @@ def capacity(
 
 def all_gather(
     x_tD: jax.Array, routing: Routing, n_experts: int, run_experts: RunExperts, max_load: int
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Every device sees all tokens, computes its own experts, and the results are added up.
 
     Arguments and result are those of `all_to_all`.
@@ -93,8 +93,8 @@ def all_gather(
         jax.lax.all_gather(a, AXIS, tiled=True) for a in (x_tD, routing.ids_TK, routing.gates_TK)
     )
     choices_TW, gates_TW = choices_on(jnp.full(x_TD.shape[0], me), ids_TK, gates_TK, e)
-    y_TD = _run_choices(x_TD, choices_TW, gates_TW, e, run_experts, max_load)
-    return jax.lax.psum_scatter(y_TD, AXIS, tiled=True)
+    y_TD, computed_e = _run_choices(x_TD, choices_TW, gates_TW, e, run_experts, max_load)
+    return jax.lax.psum_scatter(y_TD, AXIS, tiled=True), computed_e
 
 
 def _visit(
@@ -108,7 +108,7 @@ def _visit(
     rank_tK: jax.Array,
     send: Callable[[jax.Array], jax.Array],
     send_back: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Rows go out by `send` with their choices and gates, are computed, and `send_back` home.
 
     `device_tK`, `order_N` (row -> assignment) and `rank_tK` (assignment -> row) say which
@@ -126,9 +126,10 @@ def _visit(
     labels_NW2 = jnp.concatenate([gates_NW, choices_NW.astype(jnp.float32)], axis=1)
     rows_RD, labels_RW2 = send(rows_ND), send(labels_NW2)
     gates_RW, choices_RW = labels_RW2[:, :w], labels_RW2[:, w:].astype(jnp.int32)
-    out_RD = _run_choices(rows_RD, choices_RW, gates_RW, e, run_experts, max_load)
+    out_RD, computed_e = _run_choices(rows_RD, choices_RW, gates_RW, e, run_experts, max_load)
     travels_tK = (rank_tK < order_N.size) & (device_tK < jax.lax.axis_size(AXIS))
-    return combine_rows(send_back(out_RD), travels_tK.astype(jnp.float32), rank_tK, order_N)
+    travels_tK = travels_tK.astype(jnp.float32)
+    return combine_rows(send_back(out_RD), travels_tK, rank_tK, order_N), computed_e
 
 
 def _run_choices(x_RD, choices_RW, gates_RW, e: int, run_experts: RunExperts, max_load: int):

@@ -23,7 +23,7 @@ def local(
     n_experts: int,
     run_experts: RunExperts,
     max_load: int | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Sorts the N assignments by expert, computes them, adds up each token's weighted results.
 
     Nothing is dropped.  The sort is stable, so equal inputs give equal bits.
@@ -34,12 +34,17 @@ def local(
       n_experts: E.
       run_experts: computes rows that are grouped by expert.
       max_load: at most this many assignments are not to nobody; None: all may be.
+
+    Returns:
+      y_TD, and the rows that each expert computed, int32 (E,).
     """
     order_N, rank_TK, group_sizes_E = group(routing.ids_TK, n_experts)
     order_N = order_N[:max_load]
     rows_ND = gather_tokens(x_TD, order_N // routing.ids_TK.shape[1], rank_TK)
     out_ND = run_experts(rows_ND, group_sizes_E)
-    return combine_rows(out_ND, routing.gates_TK, rank_TK, order_N)
+    end_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows_ND.shape[0])  # no row is past the last one
+    computed_E = jnp.diff(end_E, prepend=0)
+    return combine_rows(out_ND, routing.gates_TK, rank_TK, order_N), computed_E
 
 
 def group(ids_TK: jax.Array, n_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -39,17 +39,19 @@ RunWeights = Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]
 
 
 class Exchange(NamedTuple):
-    """What the dispatch of one batch took, float32, summed over the mesh.
+    """What the dispatch of one batch did, float32, summed over the mesh.
 
     Attributes:
+      computed_E: rows that reached each expert, counted where it computes them.
       rows: distinct (token, device) pairs other than the token's own device: what has to travel, in
-        each direction, if a row goes to a device once.
+        each direction, if a row goes to a device once.  None without a mesh.
       retries: dispatches (0 or 1 a layer and micro-batch) for which a buffer was too small and that
-        were done in smaller chunks instead.
+        were done in smaller chunks instead.  None without a mesh.
     """
 
-    rows: jax.Array
-    retries: jax.Array
+    computed_E: jax.Array
+    rows: jax.Array | None = None
+    retries: jax.Array | None = None
 
 
 def on_mesh(
@@ -73,7 +75,7 @@ def on_mesh(
         says so (`capacity.most_kept`); None: no limit.
 
     Returns:
-      y_TD, and what the exchange took.
+      y_TD, and what the dispatch did.
 
     Raises:
       ValueError: for a mesh that does not divide experts or weights.
@@ -91,15 +93,16 @@ def on_mesh(
             run = lambda rows_ND, sizes: run_experts(rows_ND, sizes, weights)  # noqa: E731
             return dispatcher(x_tD, Routing(ids_tK, gates_tK, None), e, run, max_load)
 
-        y_tD, retries = in_buffers(dispatch, x_tD, ids_tK, gates_tK, e, config, limit)
+        y_tD, computed_e, retries = in_buffers(dispatch, x_tD, ids_tK, gates_tK, e, config, limit)
+        computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
         rows = jax.lax.psum(travelling_rows(ids_tK, e), TOKEN_AXES)
-        return jax.lax.psum(y_tD, "tensor"), Exchange(rows, retries)
+        return jax.lax.psum(y_tD, "tensor"), Exchange(computed_e, rows, retries)
 
     # Without check_vma: the backends' loops start from zeros that it would take for replicated.
     y_TD, exchange = jax.shard_map(
         on_shard,
         in_specs=(tokens, tokens, tokens, WEIGHT_SPECS),
-        out_specs=(tokens, PartitionSpec()),
+        out_specs=(tokens, Exchange(PartitionSpec("expert"), PartitionSpec(), PartitionSpec())),
         check_vma=False,
     )(fill(x_TD, 0), fill(routing.ids_TK, e), fill(routing.gates_TK, 0), weights)
     return y_TD[:t], jax.lax.stop_gradient(exchange)
@@ -113,19 +116,20 @@ def in_buffers(
     n_experts: int,
     config: MoEConfig,
     limit: int | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Dispatches with buffers for what may come at worst, or for `buffer_factor` times the mean.
 
     If the mean times the factor is too small for any device of the mesh, all do the exchange in
     chunks that are small enough for their worst case: slower, but exact and in the same memory.
 
     Args:
-      dispatch: `(max_load, x_tD, ids_tK, gates_tK) -> y_tD`.
+      dispatch: `(max_load, x_tD, ids_tK, gates_tK) -> (y_tD, computed_e)`.
       x_tD, ids_tK, gates_tK: tokens of this shard and their routing.
       n_experts, config, limit: as for `on_mesh`.
 
     Returns:
-      y_tD, and 1.0 if it took the smaller chunks.
+      y_tD, the rows that each expert of this device computed, and 1.0 if it took the smaller
+      chunks.
     """
     n_devices, (t, k) = jax.lax.axis_size("expert"), ids_tK.shape
     n_chunks, choices = config.exchange_chunks, min(k, n_experts // jax.lax.axis_size("expert"))
@@ -140,29 +144,31 @@ def in_buffers(
     arrays = (x_tD, ids_tK, gates_tK)
     budget = math.ceil(config.buffer_factor * (t // n_chunks) * k)
     if not budget or budget >= worst(n_chunks):
-        return exact(n_chunks, *arrays), jnp.float32(0)
+        return *exact(n_chunks, *arrays), jnp.float32(0)
     # From all shards of this group, chunk by chunk, to each device:
     ids_QTK = ids_tK.reshape(n_chunks, -1, k) // (n_experts // n_devices)
     load_QP = jax.lax.psum(jax.vmap(lambda ids: count_load(ids, n_devices))(ids_QTK), "expert")
     retry = jax.lax.pmax((load_QP > budget).any().astype(jnp.float32), TOKEN_AXES)
     fitting = [n for n in range(n_chunks, t + 1) if t % n == 0 and worst(n) <= budget]
-    y_tD = jax.lax.cond(
+    y_tD, computed_e = jax.lax.cond(
         retry > 0,
         lambda *arrays: exact(fitting[0] if fitting else t, *arrays),
         lambda *arrays: in_chunks(n_chunks, lambda *chunk: dispatch(budget, *chunk), *arrays),
         *arrays,
     )
-    return y_tD, retry
+    return y_tD, computed_e, retry
 
 
-def in_chunks(n_chunks: int, dispatch: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def in_chunks(
+    n_chunks: int, dispatch: Callable[..., tuple[jax.Array, jax.Array]], *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """One chunk of the tokens after the other; in the backward pass too, each computed anew."""
     if n_chunks == 1:
         return dispatch(*arrays)
     chunks = [a.reshape(n_chunks, -1, *a.shape[1:]) for a in arrays]
     one = jax.checkpoint(lambda _, chunk: (None, dispatch(*chunk)))
-    y_QtD = jax.lax.scan(one, None, chunks)[1]
-    return y_QtD.reshape(arrays[0].shape)
+    y_QtD, computed_Qe = jax.lax.scan(one, None, chunks)[1]
+    return y_QtD.reshape(arrays[0].shape), computed_Qe.sum(axis=0)
 
 
 def gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
