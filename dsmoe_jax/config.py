@@ -12,13 +12,11 @@ Field names follow the released Hugging Face configs of DeepSeekMoE / V2 / V3.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
+from dsmoe_jax import trees
 from dsmoe_jax.checks import checker, not_negative, positive, require
 from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.parallel.mesh import MeshConfig
@@ -120,6 +118,51 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StagesConfig:
+    """Stages of a run, as columns: entry i of each is for stage i, () keeps the run's own value.
+
+    A column sets the key of its name in `train`, `optimizer` or `model.moe`.  All stages read one
+    stream of data: each goes on with the sequence after the last one of the stage before.
+    """
+
+    share: tuple[float, ...] = ()  # of the steps; () is a run without stages
+    global_batch_size: tuple[int, ...] = ()
+    accumulation_steps: tuple[int, ...] = ()
+    peak_learning_rate: tuple[float, ...] = ()
+    num_experts_per_tok: tuple[int, ...] = ()
+    topk_group: tuple[int, ...] = ()
+    expert_balance_factor: tuple[float, ...] = ()
+    device_balance_factor: tuple[float, ...] = ()
+    communication_balance_factor: tuple[float, ...] = ()
+    sequence_balance_factor: tuple[float, ...] = ()
+    switch_balance_factor: tuple[float, ...] = ()
+    router_z_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        at, check = "train.stages.", checker(self, "train.stages.")
+        for name, column in dataclasses.asdict(self).items():
+            fits = len(column) in (0, len(self.share))
+            require(fits, at + name, column, f"must have {len(self.share)} entries, as share has")
+        shares = not self.share or (abs(sum(self.share) - 1) < 1e-6 and min(self.share) > 0)
+        check("share", shares, "must be shares > 0 that sum to 1")
+
+
+class Stage(NamedTuple):
+    """A part of a run.
+
+    Attributes:
+      first, end: updates made before it and after it.
+      sequences: of the stages before it.
+      config: in force; without stages of its own.
+    """
+
+    first: int
+    end: int
+    sequences: int
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long, how much at a time, and what is kept."""
 
@@ -132,6 +175,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0  # 0: only after the last step
     eval_batches: int = 0  # 0: the whole validation split
+    stages: StagesConfig = StagesConfig()
 
     def __post_init__(self) -> None:
         at, check = "train.", checker(self, "train.")
@@ -173,10 +217,54 @@ class Config:
             f"must not exceed model.vocab_size={self.model.vocab_size}",
         )
 
+        self.stages()
+
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
+        """Tokens of one optimizer step (of a run without stages)."""
         return self.train.global_batch_size * self.data.sequence_length
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the first `step` updates."""
+        *_, stage = (s for s in self.stages() if s.first < max(step, 1))
+        batch_size = stage.config.train.global_batch_size
+        return (stage.sequences + (step - stage.first) * batch_size) * self.data.sequence_length
+
+    def stage_of(self, step: int) -> Stage:
+        """The stage that update number `step` (1 is the first) belongs to."""
+        return next(s for s in self.stages() if step <= s.end)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What is in force when; one stage if the run has none.
+
+        Raises:
+          ValueError: for a stage that cannot be.
+        """
+        columns, steps = dataclasses.asdict(self.train.stages), self.train.steps
+        share = columns.pop("share")
+        if not share:
+            return (Stage(0, steps, 0, self),)
+        stages, first, sequences = [], 0, 0
+        for i in range(len(share)):
+            end = steps if i + 1 == len(share) else round(sum(share[: i + 1]) * steps)
+            require(end > first, "train.stages.share", share, f"leaves stage {i} without a step")
+            try:
+                config = _stage_config(self, {k: v[i] for k, v in columns.items() if v})
+            except ValueError as error:
+                raise ValueError(f"train.stages: stage {i}: {error}") from None
+            stages.append(Stage(first, end, sequences, config))
+            sequences += (end - first) * config.train.global_batch_size
+            first = end
+        return tuple(stages)
+
+
+def _stage_config(config: Config, values: dict[str, Any]) -> Config:
+    """The config with the values of one stage, each in the section that has its key."""
+    tree = dataclasses.asdict(config)
+    tree["train"]["stages"] = dataclasses.asdict(StagesConfig())
+    for section in (tree["train"], tree["optimizer"], tree["model"]["moe"]):
+        section |= {key: value for key, value in values.items() if key in section}
+    return from_config_dict(tree)
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -192,7 +280,7 @@ def from_config_dict(tree: Any) -> Config:
     """
     if isinstance(tree, ml_collections.ConfigDict):
         tree = tree.to_dict()
-    return _build(Config, tree, "")
+    return trees.build(Config, tree)
 
 
 def replace(config: Config, **overrides: Any) -> Config:
@@ -210,37 +298,5 @@ def replace(config: Config, **overrides: Any) -> Config:
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ: `{key: (value in a, value in b)}`."""
-    flat_a, flat_b = (dict(_flatten(dataclasses.asdict(c))) for c in (a, b))
+    flat_a, flat_b = (dict(trees.flatten(dataclasses.asdict(c))) for c in (a, b))
     return {k: (flat_a[k], flat_b[k]) for k in flat_a if flat_a[k] != flat_b[k]}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    require(isinstance(tree, dict), prefix.rstrip(".") or "config", tree, "must be a section")
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        close = difflib.get_close_matches(key, hints, n=1)
-        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
-        require(key in hints, prefix + key, tree[key], f"no such key; {hint}")
-    for key in hints:
-        require(key in tree, prefix + key, None, "missing")
-    return cls(**{key: _convert(hints[key], tree[key], prefix + key) for key in hints})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, key + ".")
-    if isinstance(hint, types.GenericAlias):  # tuple[X, ...]
-        require(isinstance(value, (list, tuple)), key, value, "must be a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    require(type(value) is hint, key, value, f"must be of type {hint.__name__}")
-    return value

@@ -156,7 +156,7 @@ def facts(comparison: Comparison) -> Facts:
     prints = sorted({row.data_fingerprint for row in rows if row.data_fingerprint})
     held_out = {row.validation_tokens for row in rows if row.validation_tokens}
     finished = sum(row.finished for row in rows)
-    tokens = tables.short(train.steps * config.tokens_per_step)
+    tokens = tables.short(config.tokens_after(train.steps))
     return Facts(
         {
             "scale": f"{comparison.scale}: {model.num_hidden_layers} layers, hidden size"

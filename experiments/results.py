@@ -159,7 +159,7 @@ def read_row(cell: Cell) -> Row:
     maxvio, dead = held_out.get("maxvio"), held_out.get("dead_experts")
     return dataclasses.replace(
         row,
-        tokens=cell.config.train.steps * cell.config.tokens_per_step,
+        tokens=cell.config.tokens_after(cell.config.train.steps),
         validation_tokens=held_out["tokens"],
         validation_loss=held_out["loss"],
         validation_bits_per_byte=held_out["bits_per_byte"],

@@ -76,9 +76,12 @@ def train_batches(
     global_batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
+    start: tuple[int, int] = (0, 0),
 ) -> "grain.DatasetIterator[Batch]":
     """Endless shuffled batches, of which this host gets the given rows (None: all).
 
+    `start` is a step, and how many records the steps before it took where their batches had other
+    sizes: from that step on record follows record, so none is left out or read twice.
     `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
     with other rows. Threads read ahead. Raises ValueError when the sizes do not fit the corpus.
     """
@@ -100,8 +103,8 @@ def train_batches(
     eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
 
     def batch_of_step(step: int) -> Batch:
-        start = step * global_batch_size
-        records = source.__getitems__([order[start + row] for row in rows])
+        first = start[1] + (step - start[0]) * global_batch_size
+        records = source.__getitems__([order[first + row] for row in rows])
         batch = make_batch(records, sequence_length, eos_id, pad_id)
         del batch["domain_BS"]  # the training step has no use for it
         return batch

@@ -16,9 +16,6 @@ import jax
 from dsmoe_jax.accounting import train_flops_per_token
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.pipeline import Batch, train_batches
-from dsmoe_jax.evaluation.held_out import HeldOut
-from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
 from dsmoe_jax.training.clock import DeviceClock
@@ -35,13 +32,13 @@ from dsmoe_jax.training.metrics import (
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.progress import ProgressLine, Silent
 from dsmoe_jax.training.run import check_same_corpus, open_corpus, open_mesh
+from dsmoe_jax.training.stages import StageRun
 from dsmoe_jax.training.step import (
     StepMetrics,
     TrainState,
     abstract_model,
     abstract_state,
     init_state,
-    jit_train_step,
 )
 
 
@@ -82,8 +79,9 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
-    abstract_model(config)  # refuses an impossible model before anything is written
-    make_schedule(config.optimizer, config.train.steps)
+    for stage in config.stages():  # refuses the impossible before anything is written
+        abstract_model(stage.config)
+        make_schedule(stage.config.optimizer, config.train.steps)
     line = ProgressLine(config.name, config.train.steps) if progress else Silent()
     with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config) as directory:
         if (finished := _finished(directory, config)) is not None:
@@ -119,16 +117,6 @@ class _Trainer:
         self.config, self.corpus, self.directory = config, corpus, directory
         self.line, self.interrupts = line, interrupts
         train = config.train
-        self.rows = sharding.local_rows(train.global_batch_size)
-        self.batches = train_batches(
-            corpus.directory,
-            config.data.sequence_length,
-            train.global_batch_size,
-            train.seed,
-            self.rows,
-        )
-        micro_batch = train.global_batch_size // train.accumulation_steps
-        self.held_out = HeldOut(abstract_model(config), corpus, micro_batch, train.eval_batches)
         self.checkpoints = Checkpoints(directory / workdirs.CHECKPOINTS, train.keep_checkpoints)
         self.log: MetricsLog | None = None
         self.running_load = RunningLoad()
@@ -144,16 +132,17 @@ class _Trainer:
 
     def run(self) -> Result:
         """Trains to the last step and evaluates."""
-        state, first, resumed_from = self._start()
+        state, first, resumed_from = self._start()  # and the stage that it belongs to
         self.log = MetricsLog(self.directory, first)
         self.logged_step = self.saved_step = first
-        train_step = jit_train_step(self.config, self.corpus.bytes_per_token_V)
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
         self.line.note("compiling the training step")
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first + 1, self.config.train.steps + 1):
-            state, metrics = train_step(state, self._next_batch())
+            if step > self.now.stage.end:
+                self._next_stage(step)
+            state, metrics = self.now.train_step(state, self.now.next_batch())
             self.clock.dispatched(metrics.loss)
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
@@ -168,18 +157,20 @@ class _Trainer:
             self.config.train.steps, read_rows(self.directory)[-1], evaluation, resumed_from
         )
 
-    def _next_batch(self) -> Batch:
-        batch_size = self.config.train.global_batch_size
-        return sharding.global_batch(next(self.batches), self.rows, batch_size)
+    def _next_stage(self, step: int) -> None:
+        self.now = StageRun(self.config.stage_of(step), self.corpus, self.now.position())
+        self.line.note(f"compiling the training step of the stage from step {step}")
+        self.clock.restart()
 
     def _start(self) -> tuple[TrainState, int, int | None]:
         """The state to go on from, its step, and the checkpoint that it came from."""
         saved = self.checkpoints.steps()
         if not saved:
+            self.now = StageRun(self.config.stage_of(0), self.corpus)
             return init_state(self.config), 0, None
         state, extra = self.checkpoints.restore(abstract_state(self.config), saved[-1])
         check_same_corpus(self.corpus, extra["corpus"])
-        self.batches.set_state(extra["data"])
+        self.now = StageRun(self.config.stage_of(saved[-1]), self.corpus, extra["data"])
         self.running_load = RunningLoad(extra["running_load"])
         self.line.message(f"{self.config.name}: going on from step {saved[-1]}")
         return state, saved[-1], saved[-1]
@@ -192,9 +183,10 @@ class _Trainer:
         self.running_load.add(metrics)
         self.checkpoints.check()
         train = self.config.train
-        if step in (1, train.steps) or step % train.log_every == 0 or self._evaluates(step):
-            row = {"step": step, "tokens": step * self.config.tokens_per_step}
-            row |= training_row(metrics, self.config.model)
+        asked = step == 1 or step % train.log_every == 0
+        if asked or step == self.now.stage.end or self._evaluates(step):
+            row = {"step": step, "tokens": self.config.tokens_after(step)}
+            row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step)
             assert self.log is not None
             self.log.write(row)
@@ -204,8 +196,8 @@ class _Trainer:
     def _rates(self, step: int) -> dict[str, float]:
         """Speeds since the last row; no share of the peak on a machine whose peak is unknown."""
         seconds, idle = self.clock.lap()
-        tokens = (step - self.logged_step) * self.config.tokens_per_step
-        flops = tokens * train_flops_per_token(self.config) / seconds
+        tokens = self.config.tokens_after(step) - self.config.tokens_after(self.logged_step)
+        flops = tokens * train_flops_per_token(self.now.stage.config) / seconds
         rates = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
         if (peak := peak_flops()) is not None:
             rates["flops_utilization"] = flops / peak
@@ -233,7 +225,7 @@ class _Trainer:
 
     def _is_due(self, step: int) -> bool:
         """Whether the step must be finished, and seen to be finite, before the next one begins."""
-        return self._evaluates(step) or self._saves(step)
+        return self._evaluates(step) or self._saves(step) or step == self.now.stage.end
 
     def _settle(self, step: int, state: TrainState) -> None:
         """Saves, stops and evaluates, each if it is due and not done."""
@@ -246,7 +238,7 @@ class _Trainer:
 
     def _save(self, step: int, state: TrainState) -> None:
         if step != self.saved_step:
-            extra = {"data": self.batches.get_state(), "corpus": self.corpus.fingerprint}
+            extra = {"data": self.now.position(), "corpus": self.corpus.fingerprint}
             extra["running_load"] = self.running_load.saved()
             self.checkpoints.save(step, state, extra)
             self.saved_step = step
@@ -279,11 +271,11 @@ class _Trainer:
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         def stop_if_asked(done: int) -> None:
-            self.line.note(f"held-out text, {done}/{self.held_out.n_batches} batches")
+            self.line.note(f"held-out text, {done}/{self.now.held_out.n_batches} batches")
             if self.interrupts.signum is not None:
                 self._stop(step, state)
 
-        return self.held_out.measure(state.params, state.other, stop_if_asked)
+        return self.now.held_out.measure(state.params, state.other, stop_if_asked)
 
     def _non_finite(self, step: int, name: str, value: float) -> str:
         self.checkpoints.wait()

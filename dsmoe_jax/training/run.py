@@ -104,16 +104,16 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     mesh = make_mesh(config.mesh, devices)
     sharding.check(state_shapes(config), mesh.shape)
-    train = config.train
-    micro_batch = train.global_batch_size // train.accumulation_steps
     n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    require(
-        micro_batch % n_shards == 0,
-        "train.global_batch_size",
-        train.global_batch_size,
-        f"must be a multiple of {n_shards * train.accumulation_steps}: the mesh splits each of"
-        f" train.accumulation_steps={train.accumulation_steps} micro-batches {n_shards} ways",
-    )
+    for train in (stage.config.train for stage in config.stages()):
+        micro_batch = train.global_batch_size // train.accumulation_steps
+        require(
+            micro_batch % n_shards == 0,
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"must be a multiple of {n_shards * train.accumulation_steps}: the mesh splits each of"
+            f" train.accumulation_steps={train.accumulation_steps} micro-batches {n_shards} ways",
+        )
     return mesh
 
 
@@ -153,7 +153,8 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
         checkpoints.close()
     corpus = open_corpus(config.data)
     check_same_corpus(corpus, extra["corpus"])
-    model = nnx.merge(abstract_model(config), state.params, state.other)
+    graph = abstract_model(config.stage_of(step).config)
+    model = nnx.merge(graph, state.params, state.other)
     return Run(config, model, corpus, step)
 
 

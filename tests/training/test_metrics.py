@@ -57,8 +57,8 @@ def test_load_by_layer():
     row = training_row(step_metrics(router=router_stats(), terms={"x": np.float32([1, 2])}))
     assert row["load"] == [[6, 2, 0, 0], [2, 2, 2, 2]]
     assert row["maxvio"] == [2.0, 0.0]  # (6 - 2) / 2
-    mean_difference = (4 * 4 + 6 * 4 + 2 * 4) / 16  # over all pairs, each both ways
-    np.testing.assert_allclose(row["gini"], [mean_difference / (2 * 2), 0.0])
+    differences = [abs(a - b) for a in (6, 2, 0, 0) for b in (6, 2, 0, 0)]
+    np.testing.assert_allclose(row["gini"], [np.mean(differences) / (2 * 2), 0.0])
     assert row["dropped"] == [0, 0]
     assert not {"dropped_by_expert", "device_rows", "exchange_rows"} & row.keys()
     assert row["dead_experts"] == [2, 0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Exchange(NamedTuple):
 
 
 def on_mesh(
-    dispatcher: Callable[..., jax.Array],
+    dispatcher: Callable[..., tuple[jax.Array, jax.Array]],
     x_TD: jax.Array,
     routing: Routing,
     weights: ExpertWeights,
@@ -98,18 +98,20 @@ def on_mesh(
         rows = jax.lax.psum(travelling_rows(ids_tK, e), TOKEN_AXES)
         return jax.lax.psum(y_tD, "tensor"), Exchange(computed_e, rows, retries)
 
+    everywhere = PartitionSpec()
+    specs: Any = Exchange(PartitionSpec("expert"), everywhere, everywhere)  # pyright: ignore
     # Without check_vma: the backends' loops start from zeros that it would take for replicated.
     y_TD, exchange = jax.shard_map(
         on_shard,
         in_specs=(tokens, tokens, tokens, WEIGHT_SPECS),
-        out_specs=(tokens, Exchange(PartitionSpec("expert"), PartitionSpec(), PartitionSpec())),
+        out_specs=(tokens, specs),
         check_vma=False,
     )(fill(x_TD, 0), fill(routing.ids_TK, e), fill(routing.gates_TK, 0), weights)
     return y_TD[:t], jax.lax.stop_gradient(exchange)
 
 
 def in_buffers(
-    dispatch: Callable[..., jax.Array],
+    dispatch: Callable[..., tuple[jax.Array, jax.Array]],
     x_tD: jax.Array,
     ids_tK: jax.Array,
     gates_tK: jax.Array,

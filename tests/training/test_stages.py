@@ -1,0 +1,133 @@
+"""Staged training: what a stage changes, the stream of data, stopping at and around a border."""
+
+import itertools
+import os
+import signal
+
+import numpy as np
+import pytest
+from test_loop import assert_same_run
+
+from dsmoe_jax.config import Config, from_config_dict, replace, to_config_dict
+from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.training import loop
+from dsmoe_jax.training.interrupt import Stopped
+from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.metrics import read_rows
+from dsmoe_jax.training.run import load_run
+
+S = 64
+STAGES = {  # steps 1-3, 4-7, 8-10
+    "train.stages.share": (0.3, 0.4, 0.3),
+    "train.stages.global_batch_size": (4, 2, 4),
+    "train.stages.accumulation_steps": (1, 1, 2),
+    "train.stages.peak_learning_rate": (0.01, 0.003, 0.001),
+    "train.stages.num_experts_per_tok": (1, 2, 3),
+    "train.stages.router_z_factor": (0.0, 0.001, 0.01),
+}
+
+
+def test_a_stage_is_the_config_with_its_values():
+    config = replace(Config(), **{**STAGES, "train.steps": 10})
+    assert from_config_dict(to_config_dict(config)) == config
+    stages = config.stages()
+    assert [(s.first, s.end, s.sequences) for s in stages] == [(0, 3, 0), (3, 7, 12), (7, 10, 20)]
+    assert stages[1].config == replace(
+        Config(),
+        **{
+            "train.steps": 10, "train.global_batch_size": 2, "train.accumulation_steps": 1,
+            "optimizer.peak_learning_rate": 0.003, "model.moe.num_experts_per_tok": 2,
+            "model.moe.router_z_factor": 0.001,
+        },
+    )  # fmt: skip
+    assert [config.stage_of(step).first for step in (0, 1, 3, 4, 7, 8, 10)] == [0, 0, 0, 3, 3, 7, 7]
+    in_sequences = [0, 4, 8, 12, 14, 16, 18, 20, 24, 28, 32]
+    assert [config.tokens_after(step) for step in range(11)] == [n * 2048 for n in in_sequences]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"share": (0.5, 0.4)}, r"train.stages.share=\(0.5, 0.4\): must be shares > 0 that sum"),
+        ({"share": (1.5, -0.5)}, r"train.stages.share=.*: must be shares > 0 that sum to 1"),
+        ({"share": (0.5, 0.5), "global_batch_size": (4,)}, r"global_batch_size=.* 2 entries"),
+        ({"num_experts_per_tok": (2,)}, r"num_experts_per_tok=\(2,\): must have 0 entries"),
+        ({"share": (0.99, 0.01)}, r"share=\(0.99, 0.01\): leaves stage 1 without a step"),
+        (
+            {"share": (0.5, 0.5), "num_experts_per_tok": (7, 64)},
+            r"train.stages: stage 1: model.moe.num_experts_per_tok=64: .* n_routed_experts=63",
+        ),
+        (
+            {"share": (0.5, 0.5), "accumulation_steps": (1, 3)},
+            r"stage 1: train.accumulation_steps=3: must divide global_batch_size=2048",
+        ),
+    ],
+)
+def test_impossible_stages_are_refused(overrides, says):
+    keys = {f"train.stages.{key}": value for key, value in overrides.items()}
+    with pytest.raises(ValueError, match=says):
+        replace(Config(), **{"train.steps": 10, **keys})
+
+
+def test_all_stages_read_one_stream(tiny_corpus):
+    """Batches of 8, then of 4, then of 16: the records of batches of 1, none twice, none lost."""
+
+    def rows(size, n_batches, start=(0, 0), position=None):
+        batches = train_batches(tiny_corpus, S, size, 3, start=start)
+        if position is not None:
+            batches.set_state(position)
+        found = [b["tokens_BS"] for b in itertools.islice(batches, n_batches)]
+        return list(np.concatenate(found)), batches.get_state()
+
+    first, position = rows(8, 3)
+    second, position = rows(4, 5, (3, 24), position)
+    third, _ = rows(16, 2, (8, 44), position)
+    want, _ = rows(1, 76)
+    np.testing.assert_array_equal(first + second + third, want)
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_config, tmp_path_factory):
+    """The config and the workdir of a staged run that nothing disturbed."""
+    config, workdir = tiny_config(**STAGES), tmp_path_factory.mktemp("runs") / "staged"
+    train(config, workdir, progress=False)
+    return config, workdir
+
+
+def test_rows_show_the_stages(staged):
+    config, workdir = staged
+    for row in read_rows(workdir):
+        step, stage = row["step"], config.stage_of(row["step"]).config
+        assert row["tokens"] == config.tokens_after(step)
+        sequences, k = stage.train.global_batch_size, stage.model.moe.num_experts_per_tok
+        # A short last record of a domain is filled with padding, which counts nowhere.
+        assert all(0.7 < sum(load) / (sequences * S * k) <= 1 for load in row["load"]), step
+        warmup = min(step / config.optimizer.warmup_steps, 1)
+        drops = 0.316 ** ((step > 8) + (step > 9))
+        rate = stage.optimizer.peak_learning_rate * warmup * drops
+        np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-6)
+        weighted = 0.01 * sum(row["expert_balance"])
+        weighted += stage.model.moe.router_z_factor * sum(row["router_z"])
+        np.testing.assert_allclose(row["total_loss"], row["loss"] + weighted, rtol=1e-5)
+    assert load_run(workdir).model.config.moe.num_experts_per_tok == 3
+
+
+def test_stopping_at_and_around_a_border(staged, tmp_path, monkeypatch):
+    """Before the border, at it and after it, in one run: bit for bit as if nothing had been."""
+    config, undisturbed = staged
+    original, stop_at = loop.training_row, [1]
+
+    def row_then_signal(*arguments):
+        if stop_at and len(read_rows(tmp_path / "run")) + 1 == stop_at[0]:
+            stop_at.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "training_row", row_then_signal)
+    for row, step in ((1, 2), (3, 3), (4, 5), (7, 7)):  # of the row written, and of the stop
+        stop_at[:] = [row]
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "run", progress=False)
+        assert (tmp_path / f"run/checkpoints/{step}").is_dir()
+    train(config, tmp_path / "run", progress=False)
+    assert_same_run(tmp_path / "run", undisturbed)
