@@ -1,0 +1,63 @@
+"""The planner counts the state by its shards, takes what fits, and refuses with the numbers."""
+
+import math
+
+import jax
+import pytest
+
+from configs import dsmoe_2b, dsmoe_145b
+from dsmoe_jax.config import from_config_dict
+from dsmoe_jax.parallel import planner, sharding
+from dsmoe_jax.training.step import state_shapes
+
+
+@pytest.fixture(scope="module")
+def small():
+    return from_config_dict(dsmoe_2b.get_config("proxy"))
+
+
+def test_state_is_counted_by_the_shards(small):
+    """Against the shapes that JAX itself cuts."""
+    state = state_shapes(small)
+    sizes = {"data": 2, "fsdp": 2, "expert": 3, "tensor": 2}
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    local = 0
+    for path, x in jax.tree.leaves_with_path(state.params):
+        spec = sharding.array_spec(path, x.shape)
+        local += math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape))
+    memory = planner.estimate(small, state, sizes, 1).memory
+    assert memory["parameters"] == pytest.approx(4 * local / 1e9)
+    assert memory["moments"] == pytest.approx(8 * local / 1e9)
+
+
+def test_one_chip_moves_nothing(small):
+    plan, _ = planner.propose(small, "h100", 1)
+    assert plan.sizes == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert plan.traffic == {}
+
+
+def test_the_proposal_fits_and_no_other_that_fits_moves_less(small):
+    plan, plans = planner.propose(small, "v5e", 16)
+    limit = planner.USABLE * planner.HBM_GB["v5e"]
+    assert plan.used <= limit
+    assert math.prod(plan.sizes.values()) == 16
+    assert all(other.moved >= plan.moved for other in plans if other.used <= limit)
+    text = planner.describe(small, plan, plans, "v5e")
+    assert f"--config.mesh.fsdp={plan.sizes['fsdp']}" in text
+    assert "without" in text
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers():
+    """145B: 2.3 TB of parameters, moments and gradients alone, on 256 GB."""
+    config = from_config_dict(dsmoe_145b.get_config())
+    with pytest.raises(ValueError, match=r"does not fit 16 v5e of 16 GB .*parameters \d") as caught:
+        planner.propose(config, "v5e", 16)
+    least = float(str(caught.value).split("the least is ")[1].split(" GB")[0])
+    assert least > 144e9 * 16 / 16 / 1e9
+
+
+def test_other_bad_input(small):
+    with pytest.raises(ValueError, match=r"--chip=v9: must be one of v4, v5e"):
+        planner.propose(small, "v9", 1)
+    with pytest.raises(ValueError, match=r"--chips=7: no mesh of 7 divides"):
+        planner.propose(small, "v5p", 7)
