@@ -139,10 +139,10 @@ class StagesConfig:
     router_z_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        at, check = "train.stages.", checker(self, "train.stages.")
+        check = checker(self, "train.stages.")
         for name, column in dataclasses.asdict(self).items():
-            fits = len(column) in (0, len(self.share))
-            require(fits, at + name, column, f"must have {len(self.share)} entries, as share has")
+            n = len(self.share)
+            check(name, len(column) in (0, n), f"must have {n} entries, as share has")
         shares = not self.share or (abs(sum(self.share) - 1) < 1e-6 and min(self.share) > 0)
         check("share", shares, "must be shares > 0 that sum to 1")
 
@@ -216,8 +216,7 @@ class Config:
             self.data.tokenizer_vocab_size,
             f"must not exceed model.vocab_size={self.model.vocab_size}",
         )
-
-        self.stages()
+        self.stages()  # refuses those that cannot be
 
     @property
     def tokens_per_step(self) -> int:
@@ -241,8 +240,7 @@ class Config:
           ValueError: for a stage that cannot be.
         """
         columns, steps = dataclasses.asdict(self.train.stages), self.train.steps
-        share = columns.pop("share")
-        if not share:
+        if not (share := columns.pop("share")):
             return (Stage(0, steps, 0, self),)
         stages, first, sequences = [], 0, 0
         for i in range(len(share)):

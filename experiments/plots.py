@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from experiments import load_over_training as load_pictures
 from experiments.plot_style import (
     WIDTH,
     axes,
@@ -198,6 +199,17 @@ def expert_load(comparison: Comparison) -> Figure | None:
     return figure
 
 
+def load_over_training(comparison: Comparison) -> Figure | None:
+    """Load of every expert and MaxVio by layer: the arm with the most experts, its first seed."""
+    runs = {}
+    for arm in comparison.arms:
+        for history in comparison.histories_of(arm).values():
+            if history.loads is not None:
+                runs.setdefault(arm.label, history.loads)
+    largest = max(runs, key=lambda label: runs[label].load_SLE.shape[-1], default=None)
+    return load_pictures.draw({largest: runs[largest]}) if largest is not None else None
+
+
 PLOTS: dict[str, Plot] = {
     "final_loss": Plot(
         "Where the runs ended",
@@ -233,6 +245,13 @@ PLOTS: dict[str, Plot] = {
         "Load of every routed expert on the held-out text, relative to a perfectly even load (1);"
         " first seed. Orange experts get too much, purple ones too little.",
         expert_load,
+    ),
+    "load_over_training": Plot(
+        "Load over training",
+        "Of the model with the most experts, first seed. Above, a row a layer: load of every routed"
+        " expert relative to an even load, in the logged batches of each stretch of training."
+        " Below: MaxVio of single batches, a line a layer, deeper layers darker.",
+        load_over_training,
     ),
 }
 

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,18 @@ class Row:
         return self.validation_loss is not None
 
 
+class Loads(NamedTuple):
+    """Load at each logged step: shapes S steps, L layers, E experts.
+
+    Attributes:
+      tokens_S: trained on so far.
+      load_SLE: assignments over the layer's mean, so that 1 is the fair share.
+    """
+
+    tokens_S: np.ndarray
+    load_SLE: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class History:
     """What training logged, in order.
@@ -98,6 +110,7 @@ class History:
       maxvio: mean over layers at each logged step; empty without routed experts.
       load_LE: load of every expert on the held-out text over its layer's mean (1 is balance);
         None without routed experts, or before the run is finished.
+      loads: of every expert over training; None without routed experts.
     """
 
     tokens: np.ndarray
@@ -106,6 +119,7 @@ class History:
     validation_loss: np.ndarray
     maxvio: np.ndarray
     load_LE: np.ndarray | None
+    loads: Loads | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +200,18 @@ def read_history(cell: Cell) -> History | None:
         validation_loss=_column(judged, "validation_loss"),
         maxvio=np.array([np.mean(row["maxvio"]) for row in routed]),
         load_LE=None if load_LE is None else load_LE / load_LE.mean(axis=1, keepdims=True),
+        loads=loads_of(trained),
     )
+
+
+def loads_of(rows: list[dict[str, Any]]) -> Loads | None:
+    """From the rows of metrics.jsonl; None without routed experts."""
+    rows = [row for row in rows if "load" in row]
+    if not rows:
+        return None
+    load_SLE = np.array([row["load"] for row in rows], np.float64)
+    tokens_S = np.array([row["tokens"] for row in rows], np.float64)
+    return Loads(tokens_S, load_SLE / load_SLE.mean(axis=2, keepdims=True))
 
 
 def _finished_evaluation(cell: Cell) -> dict[str, Any] | None:
