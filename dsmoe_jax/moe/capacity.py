@@ -11,6 +11,7 @@ N = T*K assignments, G experts or devices that have a capacity, P position bucke
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -83,7 +84,7 @@ def get_policy(config: MoEConfig) -> Policy:
 
 
 def drop(
-    routing: Routing, valid_BS: jax.Array, factor: float, config: MoEConfig
+    routing: Routing, valid_BS: jax.Array, factor: float, config: MoEConfig, shards: int = 1
 ) -> tuple[Routing, Ledger]:
     """Takes back what is above `factor` times the mean load of an expert or a device.
 
@@ -94,29 +95,82 @@ def drop(
       valid_BS: bool, False for padding.
       factor: capacity factor, > 0; the capacity is `ceil(factor T K / G)` assignments.
       config: of the layer: its `drop_policy`, `protected_share` and `expert_groups`.
+      shards: into so many parts the batch is cut, each of which has a capacity for its own tokens;
+        1: all tokens compete, so that what is dropped does not depend on the mesh.
+
+    Raises:
+      ValueError: for sequences that cannot be shared out evenly.
     """
-    policy, (b, s) = get_policy(config), valid_BS.shape
-    (t, k), e = routing.ids_TK.shape, config.n_routed_experts
-    n_groups = config.expert_groups if policy.by_device else e
-    capacity = int(-(-factor * t * config.num_experts_per_tok // n_groups))
-    group_TK = routing.ids_TK // (e // n_groups)  # nobody, E, is of group G
-    # Small keys stay: all first choices in order of position, then all second ones; or by affinity.
-    key_TK = jnp.arange(t * k, dtype=jnp.float32).reshape(k, t).T
-    if policy.by_score:
-        assert routing.affinity_TE is not None, "the router has no affinities"
-        key_TK = -jnp.take_along_axis(routing.affinity_TE, routing.ids_TK, axis=1, mode="clip")
-    key_TK = jnp.where(valid_BS.reshape(t, 1), key_TK, jnp.inf)
-    kept_TK = jnp.zeros((t, k), bool)
-    if policy.protects:
-        protected_T = jnp.repeat(jnp.arange(b) < round(config.protected_share * b), s)
-        kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
-        key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)
-    kept_TK |= rank_in_group(group_TK, key_TK, n_groups) < capacity
+    if valid_BS.shape[0] % shards:
+        raise ValueError(
+            f"batch of {valid_BS.shape[0]} sequences: must be a multiple of {shards}, the shards"
+            " of the mesh that drop tokens each for itself"
+        )
+    cut = lambda a: a.reshape(shards, -1, *a.shape[1:])  # noqa: E731
+    keep = functools.partial(_keep, factor=factor, config=config)
+    kept_TK = jax.vmap(keep)(
+        cut(routing.ids_TK), jax.tree.map(cut, routing.affinity_TE), cut(valid_BS)
+    ).reshape(routing.ids_TK.shape)
     kept = routing._replace(
-        ids_TK=jnp.where(kept_TK, routing.ids_TK, e),
+        ids_TK=jnp.where(kept_TK, routing.ids_TK, config.n_routed_experts),
         gates_TK=jnp.where(kept_TK, routing.gates_TK, 0.0),
     )
     return kept, ledger(routing.ids_TK, kept.ids_TK, valid_BS, config)
+
+
+def most_kept(shape_BS: tuple[int, int], factor: float, config: MoEConfig, n_devices: int) -> int:
+    """The most assignments that `drop` leaves a batch on any of n devices that share the experts.
+
+    Args:
+      shape_BS: sequences and their length.
+      factor, config: as for `drop`.
+      n_devices: each holds the next E / n experts.
+    """
+    policy, (b, s), e = get_policy(config), shape_BS, config.n_routed_experts
+    n_groups, capacity = _capacity(b * s, factor, config)
+    size, held = e // n_groups, e // n_devices
+    if policy.protects:
+        choices = min(config.num_experts_per_tok, size)
+        capacity = max(capacity, _protected(b, config) * s * choices)
+    # A device may hold several groups, or parts of some.
+    return capacity * max(
+        (start + held - 1) // size - start // size + 1 for start in range(0, e, held)
+    )
+
+
+def _capacity(tokens: int, factor: float, config: MoEConfig) -> tuple[int, int]:
+    """Experts or devices that have a capacity, and how many assignments it is."""
+    n_groups = config.expert_groups if get_policy(config).by_device else config.n_routed_experts
+    return n_groups, int(-(-factor * tokens * config.num_experts_per_tok // n_groups))
+
+
+def _protected(sequences: int, config: MoEConfig) -> int:
+    return round(config.protected_share * sequences)
+
+
+def _keep(
+    ids_TK: jax.Array,
+    affinity_TE: jax.Array | None,
+    valid_BS: jax.Array,
+    factor: float,
+    config: MoEConfig,
+) -> jax.Array:
+    """Which assignments of one batch stay, bool (T, K)."""
+    policy, (b, s), (t, k) = get_policy(config), valid_BS.shape, ids_TK.shape
+    n_groups, capacity = _capacity(t, factor, config)
+    group_TK = ids_TK // (config.n_routed_experts // n_groups)  # nobody, E, is of group G
+    # Small keys stay: all first choices in order of position, then all second ones; or by affinity.
+    key_TK = jnp.arange(t * k, dtype=jnp.float32).reshape(k, t).T
+    if policy.by_score:
+        assert affinity_TE is not None, "the router has no affinities"
+        key_TK = -jnp.take_along_axis(affinity_TE, ids_TK, axis=1, mode="clip")
+    key_TK = jnp.where(valid_BS.reshape(t, 1), key_TK, jnp.inf)
+    kept_TK = jnp.zeros((t, k), bool)
+    if policy.protects:
+        protected_T = jnp.repeat(jnp.arange(b) < _protected(b, config), s)
+        kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
+        key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)
+    return kept_TK | (rank_in_group(group_TK, key_TK, n_groups) < capacity)
 
 
 def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.Array:

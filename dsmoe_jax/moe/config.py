@@ -68,6 +68,7 @@ class MoEConfig:
     capacity_factor: float = 0.0  # in training; 0 is dropless
     evaluation_capacity_factor: float = 0.0  # 0: evaluation drops nothing
     drop_policy: str = "position"  # a name in dsmoe_jax/moe/capacity.py
+    # With dispatch="capacity" each shard of the tokens has its part of the capacity for itself.
     protected_share: float = 0.1  # `device`: this share of the sequences never loses a token (V2)
 
     # A name in dsmoe_jax/moe/dispatch, or "auto": "all_to_all" where a mesh splits the experts.
@@ -114,6 +115,11 @@ class MoEConfig:
             ("group_score", ("max", "top2_sum")),
         ):
             check(name, getattr(self, name) in names, f"must be one of {names}")
+        check(
+            "buffer_factor",
+            self.buffer_factor == 0 or self.buffer_factor >= 1,
+            "must be at least 1, room for the mean, or 0 for the worst case",
+        )
         check(
             "buffer_factor",
             self.buffer_factor == 0 or self.dispatch != "capacity",

@@ -126,14 +126,15 @@ class MoELayer(nnx.Module):
                 routing = self.route(x_TD, inputs)
             factor = moe.evaluation_capacity_factor if rng is None else moe.capacity_factor
             kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
-            ledger = capacity.ledger(kept.ids_TK, kept.ids_TK, valid_BS, moe)
+            ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, valid_BS, moe), None
             if factor:
-                kept, ledger = capacity.drop(kept, valid_BS, factor, moe)
-            y_TD, exchange = self.routed(x_TD, kept)
+                kept, ledger, limit = self.drop(kept, valid_BS, factor)
+            y_TD, exchange = self.routed(x_TD, kept, limit)
             y_BSD = y_TD.reshape(x_BSD.shape)
             ledger = ledger._replace(computed_E=exchange.computed_E)
             stats = self.stats(routing, kept.ids_TK, valid_BS, ledger, exchange)
         if moe.n_shared_experts:
+            # They wait for nothing of the above: XLA may compute them while rows are on their way.
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
             y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD
@@ -162,8 +163,27 @@ class MoELayer(nnx.Module):
         )
         return router.route(logits, inputs, moe)
 
-    def routed(self, x_TD: jax.Array, routing: Routing) -> tuple[jax.Array, dispatch.Exchange]:
-        """The routed experts' weighted sum y_TD for a given routing, and what the dispatch did."""
+    def drop(
+        self, routing: Routing, valid_BS: jax.Array, factor: float
+    ) -> tuple[Routing, capacity.Ledger, int | None]:
+        """What a capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
+
+        Buffers of fixed size need a limit for each shard of the mesh: there each drops for itself.
+        """
+        moe, (b, s) = self.config, valid_BS.shape
+        if moe.dispatch != "capacity":
+            return *capacity.drop(routing, valid_BS, factor, moe), None
+        shards, devices = dispatch.token_shards(), dispatch.expert_devices()
+        kept, ledger = capacity.drop(routing, valid_BS, factor, moe, shards)
+        return kept, ledger, capacity.most_kept((b // shards, s), factor, moe, devices)
+
+    def routed(
+        self, x_TD: jax.Array, routing: Routing, limit: int | None = None
+    ) -> tuple[jax.Array, dispatch.Exchange]:
+        """The routed experts' weighted sum y_TD for a given routing, and what the dispatch did.
+
+        `limit` is the most assignments of one shard of tokens on one device; None: no limit.
+        """
         moe = self.config
         weights = experts.ExpertWeights(self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...])
 
@@ -172,7 +192,7 @@ class MoELayer(nnx.Module):
                 return experts.run_experts(rows_ND, group_sizes_E, weights, moe.expert_backend)
 
         with jax.named_scope("dispatch"):
-            return dispatch.dispatch(x_TD, routing, weights, run, moe)
+            return dispatch.dispatch(x_TD, routing, weights, run, moe, limit)
 
     def stats(
         self,

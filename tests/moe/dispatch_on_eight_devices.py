@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe import dispatch, experts
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.config import ModelConfig, MoEConfig
+from dsmoe_jax.moe import capacity, dispatch, experts
+from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
+from dsmoe_jax.moe.types import RouterInputs, Routing
 
 T, D, F, E, K = 48, 8, 8, 8, 3
 MESHES = {  # data, fsdp, expert, tensor
-    "data 8": (8, 1, 1, 1),
     "fsdp 4, tensor 2": (1, 4, 1, 2),
     "data 2, fsdp 2, expert 2": (2, 2, 2, 1),
     "fsdp 2, expert 2, tensor 2": (1, 2, 2, 2),
@@ -123,16 +124,19 @@ def config(name, backend="ragged_dot", **moe):
     return MoEConfig(E, 0, K, F, dispatch=name, expert_backend=backend, **moe)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", EXPERT_PARALLEL)
-def test_on_every_mesh(name, mesh):
-    check(config(name), mesh)
+# All dispatchers with all backends, and the first one on every mesh.
+BACKEND_ON = {
+    "fsdp 2, expert 2, tensor 2": "blocked",
+    "expert 4, tensor 2": "loop",
+    "expert 8": "ragged_dot",
+}
+CASES = [(name, *case) for name in EXPERT_PARALLEL for case in BACKEND_ON.items()]
+CASES += [("all_to_all", mesh, "ragged_dot") for mesh in MESHES if mesh not in BACKEND_ON]
 
 
-@pytest.mark.parametrize("backend", ["loop", "blocked"])
-@pytest.mark.parametrize("name", EXPERT_PARALLEL)
-def test_every_backend(name, backend):
-    check(config(name, backend), "fsdp 2, expert 2, tensor 2")
+@pytest.mark.parametrize(("name", "mesh", "backend"), CASES)
+def test_agrees_with_the_dense_loop(name, mesh, backend):
+    check(config(name, backend), mesh)
 
 
 @pytest.mark.parametrize("backend", ["ragged_dot", "blocked"])
@@ -163,6 +167,23 @@ def test_small_buffers_lose_nothing(name):
         assert t.retries == (routing == "one device takes all"), routing
 
 
+def test_accelerators_get_the_ragged_exchange():
+    """There XLA has the primitive; rows, labels and results go, and their gradients come back."""
+    x, gates, weights, _ = arrays()
+    run = functools.partial(experts.run_experts, backend="ragged_dot")
+
+    def total(x, gates, weights):
+        routing = Routing(jnp.asarray(routings()["uniform"], jnp.int32), gates, None)
+        return dispatch.dispatch(x, routing, weights, run, config("all_to_all"))[0].sum()
+
+    with set_mesh("expert 8"):
+        gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+        traced = gradients.trace(x, gates, weights)
+        for platform, calls in (("tpu", 6), ("cuda", 6), ("cpu", 0)):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert text.count("@ragged_all_to_all") == calls, platform
+
+
 def test_tokens_that_do_not_divide_evenly():
     """One prompt on eight devices."""
     x, gates, weights, _ = arrays()
@@ -175,6 +196,52 @@ def test_tokens_that_do_not_divide_evenly():
         )
         y, _ = apply(x[:5], routing, weights)
     np.testing.assert_allclose(y, dense_loop(x, ids, gates, weights)[0][:5], atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["position", "device"])
+def test_capacity_of_each_shard(policy):
+    """Fixed buffers: each of eight shards drops by itself, and what it keeps is computed."""
+    moe = MoEConfig(
+        E, 0, K, F, dispatch="capacity", expert_backend="ragged_dot", capacity_factor=0.8,
+        drop_policy=policy, expert_groups=2, protected_share=0.5,
+    )  # fmt: skip
+    model = ModelConfig(hidden_size=D, initializer_range=0.5, moe=moe)
+    graph, params = nnx.split(MoELayer(model, rngs=nnx.Rngs(0)))
+    x, _, _, dy = arrays()
+    b, s = 16, T // 16
+    valid = jnp.arange(s) < 3 - (jnp.arange(b) % 5 == 0)[:, None]
+    tokens, rng = jnp.zeros((b, s), jnp.int32), jax.random.key(0)
+
+    @jax.jit
+    def run(params, x):
+        def apply(params, x):
+            y, stats = nnx.merge(graph, params)(x.reshape(b, s, D), tokens, valid, rng)
+            return y.reshape(T, D), stats.ledger
+
+        y, pull, ledger = jax.vjp(apply, params, x, has_aux=True)
+        return (y, pull(dy)), ledger
+
+    @jax.jit
+    def want(params, x):
+        def apply(params, x):
+            layer = nnx.merge(graph, params)
+            routing = layer.route(x, RouterInputs(tokens.reshape(-1), valid.reshape(-1), rng))
+            routing = nobody_computes_padding(routing, valid, E)
+            kept, ledger = capacity.drop(routing, valid, 0.8, moe, shards=8)
+            weights = layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...]
+            return dense_loop(x, kept.ids_TK, kept.gates_TK, weights)[0], (ledger, kept.ids_TK)
+
+        y, pull, aux = jax.vjp(apply, params, x, has_aux=True)
+        return (y, pull(dy)), aux
+
+    with set_mesh("data 2, expert 4"):
+        got, ledger = jax.device_get(run(params, x))
+    expected, (expected_ledger, kept) = jax.device_get(want(params, x))
+    close = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
+    jax.tree.map(close, (got, ledger), (expected, expected_ledger))
+    assert ledger.dropped_E.sum() > 0
+    on_device = (kept.reshape(8, -1, 1) // 2 == np.arange(4)).sum(axis=1)
+    assert on_device.max() <= capacity.most_kept((b // 8, s), 0.8, moe, 4)
 
 
 @pytest.mark.parametrize(

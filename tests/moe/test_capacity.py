@@ -136,3 +136,18 @@ def test_refusals():
     config = replace(Config(), **{f"model.moe.{key}": v for key, v in hashed.items()})
     with pytest.raises(ValueError, match=r"drop_policy='probability': the hash router has no"):
         nnx.eval_shape(lambda: MoELayer(config.model, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("policy", list(capacity.POLICIES))
+def test_shards_drop_each_for_itself(policy):
+    """As if each half of the batch were a batch; and no device gets more than `most_kept`."""
+    routing, valid, config = skewed_routing(), jnp.ones((B, S), bool), moe_config(policy)
+    kept, _ = capacity.drop(routing, valid, 0.5, config, shards=2)
+    for half in (slice(0, T // 2), slice(T // 2, T)):
+        alone, _ = run(jax.tree.map(lambda a, half=half: a[half], routing), valid[:2], 0.5, config)
+        np.testing.assert_array_equal(kept.ids_TK[half], alone.ids_TK)
+        for n_devices in (1, 2, 4, 8):
+            load = np.bincount(np.asarray(alone.ids_TK).ravel() // (E // n_devices))[:n_devices]
+            assert load.max() <= capacity.most_kept((2, S), 0.5, config, n_devices)
+    with pytest.raises(ValueError, match=r"batch of 4 sequences: must be a multiple of 3"):
+        capacity.drop(routing, valid, 0.5, config, shards=3)

@@ -10,6 +10,7 @@ computed_e)`, what one shard of a mesh does, and a line in `DISPATCHERS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,11 +19,25 @@ import jax.numpy as jnp
 from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.moe.dispatch.expert_parallel import all_gather, all_to_all, capacity
 from dsmoe_jax.moe.dispatch.local import local
-from dsmoe_jax.moe.dispatch.on_mesh import Exchange, RunWeights, on_mesh
+from dsmoe_jax.moe.dispatch.on_mesh import (
+    Exchange,
+    RunWeights,
+    expert_devices,
+    on_mesh,
+    token_shards,
+)
 from dsmoe_jax.moe.experts import ExpertWeights
 from dsmoe_jax.moe.types import Routing
 
-__all__ = ["DISPATCHERS", "Exchange", "check_name", "dispatch", "local"]
+__all__ = [
+    "DISPATCHERS",
+    "Exchange",
+    "check_name",
+    "dispatch",
+    "expert_devices",
+    "local",
+    "token_shards",
+]
 
 DISPATCHERS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "local": local,
@@ -57,9 +72,7 @@ def dispatch(
       ValueError: for a dispatcher that the mesh, or its absence, does not allow.
     """
     check_name(config.dispatch)
-    mesh = jax.sharding.get_abstract_mesh()
-    n_devices = 1 if mesh.empty else mesh.shape["expert"]
-    name = config.dispatch
+    mesh, n_devices, name = jax.sharding.get_abstract_mesh(), expert_devices(), config.dispatch
     if name == "auto":
         name = "local" if n_devices == 1 else "all_to_all"
     if name == "local" and n_devices > 1:
@@ -67,12 +80,13 @@ def dispatch(
             f"model.moe.dispatch='local': the mesh splits the experts over expert={n_devices}"
             f" devices; must be one of {sorted({'auto', *DISPATCHERS} - {'local'})}"
         )
-    if not mesh.empty:
-        return on_mesh(DISPATCHERS[name], x_TD, routing, weights, run_experts, config, limit)
-    if name != "local":
+    if name != "local" and mesh.empty:
         raise ValueError(
             f"model.moe.dispatch={name!r}: there is no mesh; must be 'auto' or 'local'"
         )
+    if name != "local" or math.prod(mesh.axis_sizes) > 1:
+        dispatcher = DISPATCHERS[name]
+        return on_mesh(dispatcher, x_TD, routing, weights, run_experts, config, limit)
     weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
     run = lambda rows_ND, sizes_E: run_experts(rows_ND, sizes_E, weights)  # noqa: E731
     y_TD, computed_E = local(x_TD, routing, weights.gate_EFD.shape[0], run)

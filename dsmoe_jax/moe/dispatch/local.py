@@ -77,8 +77,7 @@ def _gather_tokens_fwd(x_TD, token_N, rank_TK):
 
 
 def _gather_tokens_bwd(rank_TK, dy_ND):
-    dx_TD = _take(dy_ND, rank_TK).sum(axis=1, dtype=jnp.float32).astype(dy_ND.dtype)
-    return dx_TD, None, None
+    return _sum_rows(dy_ND, rank_TK).astype(dy_ND.dtype), None, None
 
 
 gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
@@ -94,9 +93,7 @@ def combine_rows(
       y_TD in the dtype of `out_ND`.
     """
     del order_N
-    rows_TKD = _take(out_ND, rank_TK)
-    y_TD = jnp.einsum("tkd,tk->td", rows_TKD, gates_TK, preferred_element_type=jnp.float32)
-    return y_TD.astype(out_ND.dtype)
+    return _sum_rows(out_ND, rank_TK, gates_TK).astype(out_ND.dtype)
 
 
 def _combine_rows_fwd(out_ND, gates_TK, rank_TK, order_N):
@@ -113,6 +110,15 @@ def _combine_rows_bwd(saved, dy_TD):
 
 
 combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+def _sum_rows(rows_ND: jax.Array, rank_TK: jax.Array, gates_TK=None) -> jax.Array:
+    """`sum_k gate_tk rows[rank_tk]` in float32, one k at a time: never K rows of every token."""
+    total_TD = jnp.zeros((rank_TK.shape[0], rows_ND.shape[1]), jnp.float32)
+    for k in range(rank_TK.shape[1]):
+        row_TD = _take(rows_ND, rank_TK[:, k]).astype(jnp.float32)
+        total_TD += row_TD if gates_TK is None else gates_TK[:, k, None] * row_TD
+    return total_TD
 
 
 def _take(array: jax.Array, index: jax.Array) -> jax.Array:

@@ -23,17 +23,12 @@ from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.moe.dispatch.expert_parallel import distinct
 from dsmoe_jax.moe.experts import ExpertWeights
 from dsmoe_jax.moe.types import Routing, count_load
+from dsmoe_jax.parallel.mesh import BATCH_AXES
+from dsmoe_jax.parallel.sharding import spec
 
-TOKEN_AXES = ("data", "fsdp", "expert")
-WEIGHT_SPECS = ExpertWeights._make(
-    PartitionSpec(*axes)
-    for axes in (
-        ("expert", "tensor", "fsdp"),
-        ("expert", "tensor", "fsdp"),
-        ("expert", "fsdp", "tensor"),
-    )
-)
+WEIGHT_SPECS = ExpertWeights._make(spec(letters) for letters in ("EFD", "EFD", "EDF"))
 
+Tokens = tuple[jax.Array, jax.Array, jax.Array]  # x_TD, ids_TK, gates_TK
 # (rows_ND grouped by expert, group_sizes_E, weights of those experts) -> rows_ND
 RunWeights = Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]
 
@@ -81,10 +76,7 @@ def on_mesh(
       ValueError: for a mesh that does not divide experts or weights.
     """
     check_divides(weights)
-    e, t, tokens = weights.gate_EFD.shape[0], x_TD.shape[0], PartitionSpec(TOKEN_AXES)
-    # Fill up with tokens that go to nobody, for equal shards and chunks.
-    filling = -t % (n_token_shards() * config.exchange_chunks)
-    fill = lambda a, value: jnp.pad(a, ((0, filling), (0, 0)), constant_values=value)  # noqa: E731
+    e, tokens = weights.gate_EFD.shape[0], spec("TD")
 
     def on_shard(x_tD, ids_tK, gates_tK, weights):
         weights = gather_weights(weights, x_tD.dtype)
@@ -93,21 +85,24 @@ def on_mesh(
             run = lambda rows_ND, sizes: run_experts(rows_ND, sizes, weights)  # noqa: E731
             return dispatcher(x_tD, Routing(ids_tK, gates_tK, None), e, run, max_load)
 
-        y_tD, computed_e, retries = in_buffers(dispatch, x_tD, ids_tK, gates_tK, e, config, limit)
+        chunked = fill_up(x_tD, ids_tK, gates_tK, config.exchange_chunks, e)
+        y_tD, computed_e, retries = in_buffers(dispatch, *chunked, e, config, limit)
         computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
-        rows = jax.lax.psum(travelling_rows(ids_tK, e), TOKEN_AXES)
-        return jax.lax.psum(y_tD, "tensor"), Exchange(computed_e, rows, retries)
+        rows = jax.lax.psum(travelling_rows(ids_tK, e), BATCH_AXES)
+        y_tD = jax.lax.psum(y_tD[: x_tD.shape[0]], "tensor")
+        return y_tD, Exchange(computed_e, rows, retries)
 
     everywhere = PartitionSpec()
     specs: Any = Exchange(PartitionSpec("expert"), everywhere, everywhere)  # pyright: ignore
+    filled = fill_up(x_TD, routing.ids_TK, routing.gates_TK, token_shards(), e)
     # Without check_vma: the backends' loops start from zeros that it would take for replicated.
     y_TD, exchange = jax.shard_map(
         on_shard,
         in_specs=(tokens, tokens, tokens, WEIGHT_SPECS),
         out_specs=(tokens, specs),
         check_vma=False,
-    )(fill(x_TD, 0), fill(routing.ids_TK, e), fill(routing.gates_TK, 0), weights)
-    return y_TD[:t], jax.lax.stop_gradient(exchange)
+    )(*filled, weights)
+    return y_TD[: x_TD.shape[0]], jax.lax.stop_gradient(exchange)
 
 
 def in_buffers(
@@ -150,7 +145,7 @@ def in_buffers(
     # From all shards of this group, chunk by chunk, to each device:
     ids_QTK = ids_tK.reshape(n_chunks, -1, k) // (n_experts // n_devices)
     load_QP = jax.lax.psum(jax.vmap(lambda ids: count_load(ids, n_devices))(ids_QTK), "expert")
-    retry = jax.lax.pmax((load_QP > budget).any().astype(jnp.float32), TOKEN_AXES)
+    retry = jax.lax.pmax((load_QP > budget).any().astype(jnp.float32), BATCH_AXES)
     fitting = [n for n in range(n_chunks, t + 1) if t % n == 0 and worst(n) <= budget]
     y_tD, computed_e = jax.lax.cond(
         retry > 0,
@@ -191,10 +186,26 @@ def travelling_rows(ids_tK: jax.Array, n_experts: int) -> jax.Array:
     return load_P.sum() - load_P[jax.lax.axis_index("expert")]
 
 
-def n_token_shards() -> int:
+def fill_up(x_TD, ids_TK, gates_TK, multiple: int, nobody: int) -> Tokens:
+    """Adds tokens that go to nobody, up to a multiple: shards and chunks must be equal."""
+    fill = ((0, -x_TD.shape[0] % multiple), (0, 0))
+    return (
+        jnp.pad(x_TD, fill),
+        jnp.pad(ids_TK, fill, constant_values=nobody),
+        jnp.pad(gates_TK, fill),
+    )
+
+
+def token_shards() -> int:
     """Parts that the ambient mesh splits the tokens into."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def expert_devices() -> int:
+    """Devices that the ambient mesh splits the experts over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["expert"]
 
 
 def check_divides(weights: ExpertWeights) -> None:

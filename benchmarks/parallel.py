@@ -1,0 +1,215 @@
+"""Expert-parallel dispatch: time beside one device, and bytes sent beside the least possible.
+
+    python -m benchmarks.parallel
+    python -m benchmarks.parallel --json=benchmarks/results/NAME.json
+
+On a CPU it makes eight virtual devices, which share the cores and have no wires: times there say
+what a dispatcher adds in copies, sorting and padding, and nothing about a network.  (The ragged
+exchange is an emulation there, in which everybody gets everything.)  Bytes are exact everywhere.
+
+A case is dispatch, experts and combine for a given routing, in float32 on a CPU, forward and all
+gradients; all devices along the mesh axis `expert`.  Interleaved rounds, medians; `ratio` is to the
+same tokens and experts on one device, in the same round.  Bytes are of one forward pass, there and
+back, summed over the devices.  `least` is one row a (token, other device) pair each way;
+`per_choice` is one row a (token, expert elsewhere) pair, as without merging.
+
+Shape suffixes: T tokens of the batch, D hidden, F expert width, E routed experts, K activated, G
+groups of experts = P devices, W choices of a token on one device.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from benchmarks.moe_layer import table
+from dsmoe_jax.host_memory import keep_freed_memory
+from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.moe.config import MoEConfig
+from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.parallel.mesh import MeshConfig, make_mesh
+from dsmoe_jax.parallel.sharding import spec
+
+T, D, F, E, K = 4096, 256, 176, 64, 6  # the experts of V1 16B, an eighth as wide
+GROUP_LIMIT = 3  # V2's M
+CASES: dict[str, dict] = {  # the keys of MoEConfig that differ
+    "all_to_all": {"dispatch": "all_to_all"},
+    "all_to_all, buffers of 2 x the mean": {"dispatch": "all_to_all", "buffer_factor": 2.0},
+    "all_to_all, 4 chunks": {"dispatch": "all_to_all", "exchange_chunks": 4},
+    "capacity, worst case": {"dispatch": "capacity"},
+    "all_gather": {"dispatch": "all_gather"},
+}
+
+
+def routings(n_devices: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`(ids_TK, gates_TK)` by name, from random logits."""
+    rng = np.random.default_rng(0)
+    even_TE = rng.standard_normal((T, E), np.float32)
+    skewed_TE = even_TE + np.linspace(1.5, 0, E, dtype=np.float32)
+    groups_TGE = even_TE.reshape(T, n_devices, -1)
+    best_TG = groups_TGE.max(axis=2)
+    worst_kept_T = np.sort(best_TG, axis=1)[:, -min(GROUP_LIMIT, n_devices)]
+    allowed_TG = best_TG >= worst_kept_T[:, None]
+    limited_TE = np.where(allowed_TG[:, :, None], groups_TGE, -np.inf).reshape(T, E)
+    found = {}
+    for name, logits_TE in (
+        ("even", even_TE),
+        ("skewed", skewed_TE),
+        (f"at most {GROUP_LIMIT} devices", limited_TE),
+    ):
+        ids_TK = np.argsort(-logits_TE, axis=1)[:, :K].astype(np.int32)
+        affinity_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(axis=1, keepdims=True)
+        found[name] = ids_TK, np.take_along_axis(affinity_TE, ids_TK, axis=1)
+    return found
+
+
+def build(moe: dict) -> Callable:
+    """`(ids_TK, x_TD, gates_TK, weights, dy_TD) -> y, gradients, exchange`, jitted."""
+    config = MoEConfig(E, 0, K, F, **moe)
+
+    def run(ids_TK, x_TD, gates_TK, weights, dy_TD):
+        def layer(x_TD, gates_TK, weights):
+            backend = functools.partial(experts.run_experts, backend="auto")
+            routing = Routing(ids_TK, gates_TK, None)
+            return dispatch.dispatch(x_TD, routing, weights, backend, config)
+
+        y_TD, transpose, exchange = jax.vjp(layer, x_TD, gates_TK, weights, has_aux=True)
+        return y_TD, transpose(dy_TD), exchange
+
+    return jax.jit(run)
+
+
+def sent_bytes(moe: dict, n_devices: int, exchanged_rows: float, itemsize: int) -> float:
+    """Bytes that a forward pass moves between devices: rows there, results back, labels."""
+    t, w, name = T // n_devices, min(K, E // n_devices), moe["dispatch"]
+    row, labels, choices = D * itemsize, 2 * 4 * w, 2 * 4 * K
+    if name == "all_to_all":
+        return exchanged_rows * (2 * row + labels)
+    rows = n_devices * (n_devices - 1) * t  # every device a slot, or a copy, for every token
+    return rows * (2 * row + (choices if name == "all_gather" else labels))
+
+
+def least_rows(ids_TK: np.ndarray, n_devices: int) -> tuple[int, int]:
+    """(token, other device) and (token, expert on another device) pairs of a routing."""
+    device_TK = ids_TK // (E // n_devices)
+    home_T = np.arange(T) // (T // n_devices)
+    away_TK = device_TK != home_T[:, None]
+    pairs = np.zeros((T, n_devices), bool)
+    np.put_along_axis(pairs, device_TK, away_TK, axis=1)
+    return int(pairs.sum()), int(away_TK.sum())
+
+
+def place(mesh: Mesh, tokens: tuple, weights: experts.ExpertWeights, dy_TD: jax.Array) -> tuple:
+    """The arguments of `build`'s function, split as `dispatch` wants them."""
+    put = lambda a, letters: jax.device_put(a, NamedSharding(mesh, spec(letters)))  # noqa: E731
+    gate_EFD, up_EFD, down_EDF = weights
+    weights = experts.ExpertWeights(put(gate_EFD, "EFD"), put(up_EFD, "EFD"), put(down_EDF, "EDF"))
+    return *(put(a, "T") for a in tokens), weights, put(dy_TD, "T")
+
+
+def measure(repeats: int, dtype: str) -> list[dict]:
+    """Times every case and routing, interleaved; a row of results for each."""
+    n_devices = jax.device_count()
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    normal = lambda *s: jax.random.normal(next(keys), s, dtype) * s[-1] ** -0.5  # noqa: E731
+    weights = experts.ExpertWeights(normal(E, F, D), normal(E, F, D), normal(E, D, F))
+    x_TD, dy_TD = normal(T, D), normal(T, D)
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    all_ = make_mesh(MeshConfig(data=1, expert=n_devices))
+    chosen = routings(n_devices)
+    arguments = {  # where they belong, so that no time goes into getting there
+        (mesh, name): place(mesh, (ids_TK, x_TD, gates_TK), weights, dy_TD)
+        for mesh in (one, all_)
+        for name, (ids_TK, gates_TK) in chosen.items()
+    }
+    compiled = {"one device": (one, build({"dispatch": "local"}))}
+    compiled |= {name: (all_, build(moe)) for name, moe in CASES.items()}
+    seconds, rows = {(case, r): [] for r in chosen for case in compiled}, {}
+    for round_ in range(-1, repeats):  # round -1 compiles
+        for case, routing in seconds:
+            mesh, run = compiled[case]
+            with jax.set_mesh(mesh):
+                start = time.perf_counter()
+                *_, exchange = jax.block_until_ready(run(*arguments[mesh, routing]))
+            if round_ >= 0:
+                seconds[case, routing].append(time.perf_counter() - start)
+            rows[case, routing] = exchange
+        print(f"round {round_ + 1}/{repeats}", file=sys.stderr)
+    itemsize, results = jnp.dtype(dtype).itemsize, []
+    for (case, routing), times in seconds.items():
+        least, per_choice = least_rows(chosen[routing][0], n_devices)
+        exchange = rows[case, routing]
+        sent = None
+        if exchange.rows is not None:
+            sent = sent_bytes(CASES[case], n_devices, float(exchange.rows), itemsize) / 1e6
+        mb = 2 * D * itemsize / 1e6  # a row there and back
+        pairs = zip(times, seconds["one device", routing], strict=True)
+        results.append(
+            {
+                "dispatch": case,
+                "routing": routing,
+                "ms": 1e3 * statistics.median(times),
+                "ratio": statistics.median(a / b for a, b in pairs),
+                "retries": None if exchange.retries is None else float(exchange.retries),
+                "sent_mb": sent,
+                "least_mb": None if sent is None else least * mb,
+                "per_choice_mb": None if sent is None else per_choice * mb,
+            }
+        )
+    return results
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Command-line flags; wrong ones end the program with one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.parallel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results here; must not exist")
+    flags = parser.parse_args(argv)
+    if flags.repeats < 1:
+        parser.error(f"--repeats={flags.repeats}: must be at least 1")
+    if flags.json and flags.json.exists():
+        parser.error(f"--json={flags.json}: exists already; name a new file")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse_flags(argv)
+    jax.config.update("jax_num_cpu_devices", 8)
+    kept = keep_freed_memory()
+    if E % jax.device_count():
+        sys.exit(f"{jax.device_count()} devices: must divide the {E} experts of the benchmark")
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "jax": jax.__version__,
+        "dtype": dtype,
+        "freed_memory_kept": kept,
+        "repeats": flags.repeats,
+        "layer": {"tokens": T, "hidden_size": D, "moe_intermediate_size": F,
+                  "n_routed_experts": E, "num_experts_per_tok": K},
+    }  # fmt: skip
+    print(report)
+    report["rows"] = measure(flags.repeats, dtype)
+    print(table(report["rows"]), flush=True)
+    if flags.json:
+        flags.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
