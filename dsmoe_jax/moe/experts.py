@@ -7,6 +7,8 @@ Shape suffixes: N rows (token-expert assignments, sorted by expert), D hidden, F
 E experts held here.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe import blocked
+from dsmoe_jax.moe import blocked, native
 
 
 class ExpertWeights(NamedTuple):
@@ -125,6 +127,7 @@ def _matmul_f32(x_NI: jax.Array, w_OI: jax.Array) -> jax.Array:
 BACKENDS: dict[str, Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]] = {
     "loop": loop,
     "blocked": blocked.run,
+    "native": native.run,
     "ragged_dot": ragged_dot,
     "tokamax": tokamax,
 }
@@ -134,10 +137,10 @@ def get_backend(backend: str) -> Callable[[jax.Array, jax.Array, ExpertWeights],
     """The backend of that name; "auto" is the one that suits the default device.
 
     Raises:
-      ValueError: for an unknown name, or a backend whose library is not installed.
+      ValueError: for an unknown name, or a backend whose library (or compiler) is not installed.
     """
     if backend == "auto":
-        backend = "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
+        return _best_on_cpu if jax.default_backend() == "cpu" else ragged_dot
     if backend not in BACKENDS:
         known = ["auto", *sorted(BACKENDS)]
         raise ValueError(f"model.moe.expert_backend={backend!r}: must be one of {known}")
@@ -146,4 +149,27 @@ def get_backend(backend: str) -> Callable[[jax.Array, jax.Array, ExpertWeights],
             "model.moe.expert_backend='tokamax': the tokamax library is not installed; "
             "pip install 'dsmoe_jax[kernels]' or choose 'ragged_dot'"
         )
+    if backend == "native":
+        try:
+            native.library()
+        except native.NotBuilt as error:
+            raise ValueError(
+                f"model.moe.expert_backend='native': {error}, or choose 'blocked'"
+            ) from None
     return BACKENDS[backend]
+
+
+def _best_on_cpu(rows_ND, group_sizes_E, weights: ExpertWeights) -> jax.Array:
+    backend = native.run if rows_ND.dtype == jnp.float32 and _native_is_there() else blocked.run
+    return backend(rows_ND, group_sizes_E, weights)
+
+
+@functools.cache
+def _native_is_there() -> bool:
+    try:
+        native.library()
+    except native.NotBuilt as error:
+        # The results are the same, but nobody should wonder for an afternoon why it is slow.
+        logging.getLogger(__name__).warning("model.moe.expert_backend: 'blocked' (%s)", error)
+        return False
+    return True

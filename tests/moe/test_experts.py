@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.moe import blocked, experts
+from dsmoe_jax.moe import blocked, experts, native
 from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, run_experts
 
 FAST_BACKENDS = sorted(set(BACKENDS) - {"loop"})
@@ -117,7 +117,7 @@ def test_backend_equals_the_loop_for_any_load(backend, sizes, seed):
     assert_close(value_and_gradients(*args, backend), value_and_gradients(*args, "loop"), 5e-5)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", sorted(set(FAST_BACKENDS) - {"native"}))
 def test_bfloat16_is_close_and_accumulates_in_float32(backend):
     # 300 rows for one of 20 experts: `blocked` must add up several windows in float32.
     sizes, n_rows, hidden, width = [0, 300, 5] + [0] * 17, 310, 64, 48
@@ -153,9 +153,10 @@ def test_backend_in_a_checkpointed_scan_over_layers(backend):
     assert_close(gradients(layers, rows_ND, backend), gradients(layers, rows_ND, "loop"), 1e-4)
 
 
-def test_blocked_gives_the_same_bits_twice():
+@pytest.mark.parametrize("backend", ["blocked", "native"])
+def test_same_bits_twice(backend):
     args = make([40, 0, 13, 43], 101)
-    first, second = (value_and_gradients(*args, "blocked") for _ in range(2))
+    first, second = (value_and_gradients(*args, backend) for _ in range(2))
     assert all(
         (np.asarray(a) == np.asarray(b)).all()
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
@@ -171,6 +172,64 @@ def test_window_heights_are_a_short_ladder(n_rows, n_experts):
     assert heights == sorted(set(heights))
     assert heights[-1] <= n_rows
     assert len(heights) <= 20
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hidden", "width"),
+    [([300, 0, 7, 250, 1], 300, 37), ([24, 25, 47, 49, 8], 40, 261), ([513, 0, 0, 0, 0], 33, 9)],
+)
+def test_native_off_every_tile(sizes, hidden, width):
+    # Its blocks: 240 rows, 24 columns, 8 rows of a weight, 256 of a sum.
+    rows_ND, sizes_E, weights, dy_ND = make(sizes, sum(sizes) + 3, hidden, width)
+    weights = jax.tree.map(lambda w: w / 16, weights)
+    args = rows_ND, sizes_E, weights, dy_ND
+    assert_close(value_and_gradients(*args, "native"), value_and_gradients(*args, "loop"), 1e-4)
+
+
+def test_native_silu_holds_at_the_extremes():
+    rows_ND, sizes_E, weights, dy_ND = make([5, 20], 25)
+    rows_ND = rows_ND * jnp.float32(10.0) ** jnp.linspace(-6, 6, 25)[:, None]
+    args = rows_ND, sizes_E, weights, dy_ND
+    found, expected = (value_and_gradients(*args, b) for b in ("native", "loop"))
+    for a_NX, b_NX in zip((found[0], found[1][0]), (expected[0], expected[1][0]), strict=True):
+        scale_N1 = jnp.abs(b_NX).max(axis=1, keepdims=True)
+        np.testing.assert_allclose(a_NX / scale_N1, b_NX / scale_N1, atol=2e-6)
+
+
+def test_native_lets_nan_through():
+    rows_ND, sizes_E, weights, _ = make([5, 20], 25)
+    y_ND = run_experts(rows_ND.at[3, 2].set(jnp.nan), sizes_E, weights, "native")
+    assert jnp.isnan(y_ND[3]).all()
+    assert jnp.isfinite(y_ND[4:]).all()
+
+
+def test_native_refuses_bfloat16():
+    args = make([5, 20], 25, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"'native': computes in float32, not bfloat16"):
+        run_experts(*args[:3], "native")
+
+
+def test_without_a_compiler_native_is_refused_and_auto_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    with pytest.raises(ValueError, match=r"'native': no C\+\+ compiler .* or choose 'blocked'"):
+        experts.get_backend("native")
+    experts._native_is_there.cache_clear()
+    try:
+        args = make([5, 20], 25)
+        assert_close(experts.get_backend("auto")(*args[:3]), run_experts(*args[:3], "loop"), 2e-5)
+    finally:
+        experts._native_is_there.cache_clear()
+    assert "'blocked' (no C++ compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch, tmp_path):
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\necho 'cc: error: no such flag' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(native.NotBuilt, match="does not compile the kernels: cc: error: no such f"):
+        native.library.__wrapped__()
 
 
 def test_unknown_backend_is_refused():
