@@ -219,7 +219,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = "blocked" if jax.default_backend() == "cpu" else "ragged_dot,tokamax"
+    default = "native,blocked" if jax.default_backend() == "cpu" else "ragged_dot,tokamax"
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
     parser.add_argument("--backends", default=default, help="comma-separated (default %(default)s)")
     parser.add_argument("--tokens", type=int, help="tokens in place of those of the size")
