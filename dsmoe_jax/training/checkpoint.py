@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
+from dsmoe_jax.parallel import hosts
 from dsmoe_jax.training.step import TrainState
 from dsmoe_jax.training.workdir import write_json
 
@@ -63,7 +64,7 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
-        self._check_space(sum(x.nbytes for x in jax.tree.leaves(state)))
+        hosts.on_first(lambda: self._check_space(sum(x.nbytes for x in jax.tree.leaves(state))))
         meta = {**extra, "step": step, "digests": [int(d) for d in digests(state)]}
         try:
             self._manager.save(
@@ -88,7 +89,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             directory = self.directory / str(self._saving)
-            write_json(directory / _FILES, _sizes(directory))
+            if hosts.is_first():
+                write_json(directory / _FILES, _sizes(directory))
         except Exception as error:
             raise self._not_written(error) from error
         self._saving = None

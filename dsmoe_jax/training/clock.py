@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -57,6 +58,7 @@ class DeviceClock:
 
     def _watch(self) -> None:
         while (output := self._outputs.get()) is not None:
-            output.block_until_ready()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the loop meets it too
+                output.block_until_ready()
             self._last_finished = time.perf_counter()
             self._finished += 1

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+import jax
+
 
 class Stopped(SystemExit):
     """The run was asked to stop and has saved; uncaught, it ends the process with 128 + signal."""
@@ -19,9 +21,14 @@ class Interrupts:
     """While entered, the first SIGTERM or Ctrl-C is only noted; a second Ctrl-C ends at once.
 
     Outside the main thread, where Python has no signals, nothing is changed.
+
+    Attributes:
+      noted: the signal that this process was sent, 0 for none.
+      signum: the one that all processes of the run know of, and stop for; None for none.
     """
 
     def __init__(self) -> None:
+        self.noted = 0
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -35,7 +42,13 @@ class Interrupts:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
+    def hear(self, signum: int) -> None:
+        """What all processes have agreed on: see `hosts.Vote`."""
+        self.signum = self.signum or signum or None
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
+        if self.noted and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.noted = signum
+        if jax.process_count() == 1:
+            self.hear(signum)

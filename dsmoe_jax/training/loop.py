@@ -16,6 +16,7 @@ import jax
 from dsmoe_jax.accounting import train_flops_per_token
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.parallel import hosts
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
 from dsmoe_jax.training.clock import DeviceClock
@@ -23,6 +24,7 @@ from dsmoe_jax.training.hardware import peak_flops
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.metrics import (
     MetricsLog,
+    NoLog,
     RunningLoad,
     first_non_finite,
     read_rows,
@@ -82,13 +84,17 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
     for stage in config.stages():  # refuses the impossible before anything is written
         abstract_model(stage.config)
         make_schedule(stage.config.optimizer, config.train.steps)
-    line = ProgressLine(config.name, config.train.steps) if progress else Silent()
+    hosts.require_same_config(config)
+    speaks = progress and hosts.is_first()
+    line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
     with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config) as directory:
-        if (finished := _finished(directory, config)) is not None:
+        finished = hosts.on_first(lambda: _finished(directory, config))
+        if finished is not None:
             line.message(f"{config.name}: finished already ({config.train.steps} steps)")
-            return finished
-        corpus = open_corpus(config.data)
-        with Interrupts() as interrupts:
+            return Result(**finished)
+        corpus = hosts.first_then_all(lambda: open_corpus(config.data))
+        hosts.require_same("data.corpus", corpus.fingerprint)
+        with Interrupts() as interrupts, hosts.one_line_if_another_ends():
             trainer = _Trainer(config, directory, corpus, line, interrupts)
             try:
                 return trainer.run()
@@ -96,11 +102,13 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
                 trainer.close()
 
 
-def _finished(directory: Path, config: Config) -> Result | None:
-    evaluation = workdirs.read_evaluation(directory)
-    if evaluation is None or evaluation.get("step") != config.train.steps:
+def _finished(directory: Path, config: Config) -> dict[str, Any] | None:
+    """The `Result` of a run that needs no more steps."""
+    evaluation, steps = workdirs.read_evaluation(directory), config.train.steps
+    if evaluation is None or evaluation.get("step") != steps:
         return None
-    return Result(config.train.steps, read_rows(directory)[-1], evaluation, config.train.steps)
+    row = read_rows(directory)[-1]
+    return {"step": steps, "metrics": row, "evaluation": evaluation, "resumed_from": steps}
 
 
 class _Trainer:
@@ -121,6 +129,7 @@ class _Trainer:
         self.log: MetricsLog | None = None
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
+        self.vote = hosts.Vote(jax.sharding.get_mesh())
 
     def close(self) -> None:
         """Lets everything go; a checkpoint that is being written is finished first."""
@@ -133,12 +142,12 @@ class _Trainer:
     def run(self) -> Result:
         """Trains to the last step and evaluates."""
         state, first, resumed_from = self._start()  # and the stage that it belongs to
-        self.log = MetricsLog(self.directory, first)
+        self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
         self.logged_step = self.saved_step = first
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
         self.line.note("compiling the training step")
-        pending: tuple[int, StepMetrics] | None = None
+        pending: tuple[int, StepMetrics, jax.Array | int] | None = None
         for step in range(first + 1, self.config.train.steps + 1):
             if step > self.now.stage.end:
                 self._next_stage(step)
@@ -146,16 +155,13 @@ class _Trainer:
             self.clock.dispatched(metrics.loss)
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
-            pending = (step, metrics)
+            pending = (step, metrics, self.vote(self.interrupts.noted))
             if self._is_due(step):
                 self._report(*pending)
                 pending = None
                 self._settle(step, state)
-        evaluation = workdirs.read_evaluation(self.directory)
-        assert evaluation is not None, "the last step is always evaluated"
-        return Result(
-            self.config.train.steps, read_rows(self.directory)[-1], evaluation, resumed_from
-        )
+        result = hosts.on_first(lambda: _finished(self.directory, self.config))
+        return Result(**result | {"resumed_from": resumed_from})
 
     def _next_stage(self, step: int) -> None:
         self.now = StageRun(self.config.stage_of(step), self.corpus, self.now.position())
@@ -175,9 +181,10 @@ class _Trainer:
         self.line.message(f"{self.config.name}: going on from step {saved[-1]}")
         return state, saved[-1], saved[-1]
 
-    def _report(self, step: int, metrics: StepMetrics) -> None:
+    def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
-        metrics = jax.device_get(metrics)
+        metrics, signum = jax.device_get((metrics, vote))
+        self.interrupts.hear(int(signum))
         if (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
         self.running_load.add(metrics)
@@ -259,7 +266,10 @@ class _Trainer:
         """Measures on held-out text, unless the log has it already."""
         assert self.log is not None
         last = step == self.config.train.steps
-        logged = any(r["step"] == step and "validation_loss" in r for r in self.log.rows)
+        rows = self.log.rows
+        logged = hosts.on_first(
+            lambda: any(r["step"] == step and "validation_loss" in r for r in rows)
+        )
         if last or not logged:
             result = self._measure(step, state)
             if not logged:
@@ -267,11 +277,13 @@ class _Trainer:
             self.clock.restart()
             if last:
                 self.checkpoints.wait()
+            if last and hosts.is_first():
                 workdirs.write_json(self.directory / workdirs.EVALUATION, {"step": step, **result})
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         def stop_if_asked(done: int) -> None:
             self.line.note(f"held-out text, {done}/{self.now.held_out.n_batches} batches")
+            self.interrupts.hear(int(self.vote(self.interrupts.noted)))
             if self.interrupts.signum is not None:
                 self._stop(step, state)
 

@@ -221,6 +221,20 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog(MetricsLog):
+    """The log of a process that is not the first: writes nothing."""
+
+    def __init__(self) -> None:
+        self.rows = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Only remembers the row."""
+        self.rows.append(row)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
     """All rows of a run in order, one a step (training and validation numbers joined).
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+from dsmoe_jax.parallel import hosts
 from dsmoe_jax.parallel.mesh import AXES
 
 CONFIG = "config.json"
@@ -39,11 +40,20 @@ MAY_CHANGE = frozenset(
 def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
     """Makes or re-enters a workdir and keeps every other trainer out of it meanwhile.
 
+    Of several processes of one run the first does so, on a file system that all share.
+
     Raises:
       ValueError: if it cannot be written, is another program's directory, holds a run with another
         config, or is in use.  Nothing in it was changed then.
     """
     directory = Path(workdir).expanduser().absolute()
+    with contextlib.ExitStack() as claimed:
+        hosts.on_first(lambda: claimed.enter_context(_claimed(directory, config)))
+        yield directory
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path, config: Config) -> Iterator[None]:
     _refuse_foreign(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,7 +75,7 @@ def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
         if (directory / CONFIG).exists():
             _refuse_other(directory, config)
         write_json(directory / CONFIG, to_config_dict(config).to_dict())
-        yield directory
+        yield
 
 
 def read_config(workdir: str | Path) -> Config:

@@ -1,0 +1,181 @@
+"""Several processes that train one model: how they meet, and the few things they agree on.
+
+Every process runs the same program.  The first one alone writes what is not an array (metrics,
+config, progress line); a decision that depends on a file or a signal is made by one and told to
+all, because a process that goes another way leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+
+# A process that is not heard of for so long is taken for dead, and the others end.
+HEARTBEAT_SECONDS = 30
+SHUTDOWN_SECONDS = 20  # how long one that ends waits for the others to end too
+
+
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool | None = None,
+) -> None:
+    """Meets the other processes of the run; call it before anything else of JAX.
+
+    Args:
+      coordinator_address: HOST:PORT of the first process; with it the next two must be given.
+      num_processes, process_id: how many there are, and which one this is.
+      distributed: True where only JAX can tell (a TPU pod); None looks at the environment.
+
+    Raises:
+      ValueError: if only some of the three are given.
+    """
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise ValueError(f"--{missing[0]}: missing; --{', --'.join(given)} belong together")
+    if missing and not (detected() if distributed is None else distributed):
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for interrupt.py
+    jax.distributed.initialize(
+        **given,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+
+
+def detected() -> bool:
+    """Whether a launcher has started several processes: Slurm tasks, or hosts of a GKE TPU slice.
+
+    On TPU VMs nothing in the environment says so.
+    """
+    slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return slurm_tasks > 1 or len(tpu_hosts) > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The values (JSON) of all processes, in order; waits for all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(text.size)).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Does something on the first process; all get what it returns (JSON).
+
+    Raises:
+      ValueError: on all, if it raised a ValueError or an OSError.
+    """
+    if jax.process_count() == 1:
+        return action()
+    told, raised = None, None
+    if is_first():
+        try:
+            told = {"value": action()}
+        except (ValueError, OSError) as error:
+            raised, told = error, {"error": str(error)}
+    told = gather(told)[0]
+    if "error" in told:
+        raise ValueError(told["error"]) from raised
+    return told["value"]
+
+
+def first_then_all(action: Callable[[], Any]) -> Any:
+    """Does something on the first process, and then, where it is easy by now, on the others."""
+    results: list[Any] = []
+    on_first(lambda: results.append(action()))
+    return results[0] if results else action()
+
+
+def require_same_config(config: Config) -> None:
+    """Ends all processes if one was given another config.
+
+    Raises:
+      ValueError: on all of them, with the keys and values that differ.
+    """
+    first, *others = (from_config_dict(c) for c in gather(to_config_dict(config).to_dict()))
+    for process, other in enumerate(others, start=1):
+        if changed := differences(first, other):
+            listing = "; ".join(f"{key}: {a!r} and {b!r}" for key, (a, b) in changed.items())
+            raise ValueError(
+                f"--config: processes 0 and {process} were given different ones ({listing});"
+                " all must be given the same"
+            )
+
+
+def require_same(key: str, value: str) -> None:
+    """Ends all processes if they do not see the same.
+
+    Raises:
+      ValueError: on all of them.
+    """
+    values = gather(value)
+    for process, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(f"{key}: {values[0]} on process 0, {other} on process {process}")
+
+
+@contextlib.contextmanager
+def one_line_if_another_ends() -> Iterator[None]:
+    """Says in one line that a process of the run has died; its place in an exchange stays empty.
+
+    Raises:
+      OSError: instead of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise OSError(
+            f"process {jax.process_index()}: another process has ended, or cannot be reached"
+            f" ({str(error).splitlines()[0]}); start all of them again, the same command goes on"
+            " from the last checkpoint"
+        ) from error
+
+
+class Vote:
+    """A number of each process, the largest of which all learn, with the metrics of a step.
+
+    It is computed on the devices in line with the steps, so that nobody waits for it, and all learn
+    it at the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._one_a_device = NamedSharding(mesh, P(mesh.axis_names))
+        self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+
+    def __call__(self, value: int) -> jax.Array | int:
+        """The largest of all; with a single process its own."""
+        if jax.process_count() == 1:
+            return value
+        mine = lambda _: np.full(1, value, np.int32)  # noqa: E731
+        shape = (self._one_a_device.num_devices,)
+        return self._largest(jax.make_array_from_callback(shape, self._one_a_device, mine))
