@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# GPUs under Slurm, one process a GPU.  Not run by us: docs/pods.md.
+#   sbatch --nodes=8 launch/slurm_gpu.sh --config=configs/dsmoe_16b.py --workdir=/shared/run ...
+# Before: the repository with its .venv (extra `cuda`) on a file system that all nodes share.
+#SBATCH --job-name=dsmoe
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+set -euo pipefail
+srun --kill-on-bad-exit=1 .venv/bin/python -m dsmoe_jax.train "$@"
