@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import differences
+from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
@@ -124,13 +125,13 @@ class TestInterruptions:
         assert_same_run(tmp_path / "run", finished_run[0])
 
     def test_ctrl_c_while_evaluating(self, finished_run, tiny_config, tmp_path, monkeypatch):
-        original = loop.HeldOut.measure
+        original = HeldOut.measure
 
         def interrupted(self, params, other, on_batch):
             os.kill(os.getpid(), signal.SIGINT)
             return original(self, params, other, on_batch)
 
-        monkeypatch.setattr(loop.HeldOut, "measure", interrupted)
+        monkeypatch.setattr(HeldOut, "measure", interrupted)
         with pytest.raises(Stopped) as stopped:
             train(tiny_config(), tmp_path / "run", progress=False)
         monkeypatch.undo()
