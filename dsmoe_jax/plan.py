@@ -25,10 +25,10 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
 def main() -> None:
     """Runs the command."""
-    for name, flag in (("chip", _CHIP), ("chips", _CHIPS)):
-        if flag.value is None:
-            raise ValueError(f"--{name}: missing; for example --chip=v5p --chips=64")
     config, chip, chips = cli.config(), _CHIP.value, _CHIPS.value
+    if chip is None or chips is None:
+        missing = "chip" if chip is None else "chips"
+        raise ValueError(f"--{missing}: missing; for example --chip=v5p --chips=64")
     plan, plans = propose(config, chip, chips)
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(plan)))

@@ -110,7 +110,7 @@ def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
         if chips % (fsdp * expert * tensor):
             continue
         data = chips // (fsdp * expert * tensor)
-        sizes = dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+        sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
         try:
             check(state.params, sizes)
         except ValueError:
