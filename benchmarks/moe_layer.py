@@ -3,6 +3,7 @@
     python -m benchmarks.moe_layer --size=2b
     python -m benchmarks.moe_layer --size=all --hf --json=benchmarks/results/NAME.json
     python -m benchmarks.moe_layer --size=2b --shared=1
+    python -m benchmarks.moe_layer --size=demo --routing=RUN/routing/train/00000480.npz --layer=2
 
 One process, interleaved: in every round each case runs once, and a ratio is the median over rounds
 of (case / dense in the same round), so a machine that slows down slows both. The layer is the
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import recorded
 from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.moe import dispatch, experts
 from dsmoe_jax.moe.types import Routing
@@ -136,7 +138,9 @@ def jax_case(name: str, routing: str, with_gradients: bool, layer: Callable, dy_
     return Case(name, routing, with_gradients, run, seconds, temp_mb)
 
 
-def build_cases(size: Size, backends: list[str], hf: bool, dtype: str) -> list[Case]:
+def build_cases(
+    size: Size, backends: list[str], hf: bool, dtype: str, recorded_TE: np.ndarray | None
+) -> list[Case]:
     """The dense rival first, then every backend x routing x {forward, with gradients}."""
     t, d, e, k, f, n_shared = size
     rng = np.random.default_rng(0)
@@ -146,6 +150,8 @@ def build_cases(size: Size, backends: list[str], hf: bool, dtype: str) -> list[C
     wide = lambda width: (matrix(width, d), matrix(width, d), matrix(d, width))  # noqa: E731
     dense_weights, shared_weights = wide(size.activated_width), wide(n_shared * f)
     offsets = {r: routing_offsets_TE(size, r, x_TD @ router_ED.T) for r in ROUTINGS}
+    if recorded_TE is not None:
+        offsets["real"] = recorded_TE
     cases = []
     if hf:
         from benchmarks import moe_layer_hf
@@ -222,6 +228,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     default = "native,blocked" if jax.default_backend() == "cpu" else "ragged_dot,tokamax"
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
     parser.add_argument("--backends", default=default, help="comma-separated (default %(default)s)")
+    parser.add_argument(
+        "--routing",
+        type=Path,
+        help="a step of a recorded run (WORKDIR/routing/train/*.npz)",
+    )
+    parser.add_argument("--layer", type=int, default=0, help="of --routing (default 0)")
     parser.add_argument("--tokens", type=int, help="tokens in place of those of the size")
     parser.add_argument("--shared", type=int, default=0, help="shared experts (default 0)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds (default %(default)s)")
@@ -243,6 +255,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--hf: torch runs on the CPU here, comparing it with an accelerator is no use")
     if flags.hf and flags.shared:
         parser.error("--hf: compares the routed experts; leave out --shared")
+    if flags.routing and not flags.routing.is_file():
+        parser.error(f"--routing={flags.routing}: no such file")
     if flags.json and flags.json.exists():
         parser.error(f"--json={flags.json}: exists already; name a new file")
     return flags
@@ -261,13 +275,17 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": dtype,
         "freed_memory_kept": kept,
         "repeats": flags.repeats,
+        "routing": str(flags.routing) if flags.routing else None,
         "sizes": {},
     }
     print({key: value for key, value in report.items() if key != "sizes"})
     for name in SIZES if flags.size == "all" else [flags.size]:
         size = SIZES[name]._replace(n_shared_experts=flags.shared)
         size = size._replace(tokens=flags.tokens or size.tokens)
-        cases = build_cases(size, flags.backends.split(","), flags.hf, dtype)
+        offsets_TE = None
+        if flags.routing:
+            offsets_TE = recorded.offsets_TE(flags.routing, flags.layer, *size[:1], *size[2:4])
+        cases = build_cases(size, flags.backends.split(","), flags.hf, dtype, offsets_TE)
         rows = measure(size, cases, flags.repeats)
         report["sizes"][name] = {**size._asdict(), "rows": rows}
         print(f"\n{name}: {size}\n{table(rows)}", flush=True)

@@ -176,6 +176,8 @@ class TrainConfig:
     eval_every: int = 0  # 0: only after the last step
     eval_batches: int = 0  # 0: the whole validation split
     stages: StagesConfig = StagesConfig()
+    record_routing: bool = False  # keep every step's expert ids and gates in WORKDIR/routing
+    replay_routing: str = ""  # such a directory, for model.moe.router "replay" and "replay_ids"
 
     def __post_init__(self) -> None:
         at, check = "train.", checker(self, "train.")
@@ -216,7 +218,23 @@ class Config:
             self.data.tokenizer_vocab_size,
             f"must not exceed model.vocab_size={self.model.vocab_size}",
         )
+        self._check_routing()
         self.stages()  # refuses those that cannot be
+
+    def _check_routing(self) -> None:
+        train, router = self.train, self.model.moe.router
+        replays, key = router in ("replay", "replay_ids"), "train.replay_routing"
+        want = "needs the WORKDIR/routing of a run" if replays else "replays nothing"
+        want = f"model.moe.router={router!r} {want}"
+        require(replays == bool(train.replay_routing), key, train.replay_routing, want)
+        if train.record_routing or replays:
+            key = "train.record_routing" if train.record_routing else key
+            value = train.record_routing or train.replay_routing
+            require(self.model.moe.n_routed_experts > 0, key, value, "there are no routed experts")
+            require(not train.stages.share, key, value, "knows no stages: train.stages must be ()")
+            whole = not train.record_routing or train.accumulation_steps == 1
+            want = f"accumulation_steps={train.accumulation_steps} must be 1: steps are kept whole"
+            require(whole, key, value, want)
 
     @property
     def tokens_per_step(self) -> int:

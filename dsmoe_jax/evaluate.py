@@ -7,6 +7,7 @@ python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +16,19 @@ from flax import nnx
 
 from dsmoe_jax import cli
 from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.moe import capacity
+from dsmoe_jax.training import recording
 from dsmoe_jax.training.progress import ProgressLine
-from dsmoe_jax.training.run import load_run
+from dsmoe_jax.training.run import Run, load_run
 
 cli.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at once.", lower_bound=1)
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "Stop early; 0 is all.", lower_bound=0)
+_RECORD_ROUTING = flags.DEFINE_string(
+    "record_routing", None, "Write which experts every token went to in this new directory."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
@@ -32,12 +38,27 @@ def main() -> None:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
     with jax.set_mesh(cli.mesh()):
         run = load_run(_WORKDIR.value, _STEP.value)
+        tokens = _BATCH_SIZE.value * run.config.data.sequence_length
+        capacity.check_room(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
-        held_out = HeldOut(graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value)
+        held_out = HeldOut(graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, *_routing(run))
         line = ProgressLine(run.config.name, held_out.n_batches)
-        result = {"step": run.step} | held_out.measure(params, other, line.update)
+        result = {"step": run.step} | held_out.measure(
+            params, other, line.update, recording.validation_name(run.step)
+        )
     line.close()
     print(json.dumps(result) if _JSON.value else table(result))
+
+
+def _routing(run: Run) -> tuple[recording.Recorder | None, recording.Recording | None]:
+    """Where the routing goes to, and where it comes from."""
+    recorder, directory = None, _RECORD_ROUTING.value
+    if directory:
+        if Path(directory).exists():
+            raise ValueError(f"--record_routing={directory}: exists already; name a new directory")
+        belongs = recording.belongs_to(run.config, run.corpus.fingerprint)
+        recorder = recording.Recorder(Path(directory), belongs)
+    return recorder, recording.for_held_out(run.config, run.corpus.fingerprint)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.data.packing import count_records
+from dsmoe_jax.data.packing import count_records, decode_record, read_records
 from dsmoe_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -61,6 +61,15 @@ class Corpus:
     def bytes_per_token_V(self) -> np.ndarray:
         """int32 [V], see `Tokenizer.bytes_per_token_V`."""
         return self.tokenizer.bytes_per_token_V
+
+    @functools.cached_property
+    def token_counts_V(self) -> np.ndarray:
+        """int64 [V]: how often each token is an input of the train split, counted by reading it."""
+        counts_V = np.zeros(self.vocab_size, np.int64)
+        for record in read_records(self.shards("train")):
+            _, tokens = decode_record(record)
+            counts_V += np.bincount(tokens[:-1], minlength=self.vocab_size)
+        return counts_V
 
     def num_records(self, split: str) -> int:
         """Number of sequences in 'train' or 'validation'."""

@@ -43,6 +43,10 @@ class Batch(TypedDict):
     """float32, 1 where the target counts; 0 on padding."""
     domain_BS: NotRequired[np.ndarray]
     """int32 index into `Corpus.domains`; validation only, meaningless where loss_mask is 0."""
+    replayed_ids_BLSK: NotRequired[np.ndarray]
+    """int32, recorded experts of every layer, if they are to be replayed."""
+    replayed_gates_BLSK: NotRequired[np.ndarray]
+    """float32, their gates."""
 
 
 def make_batch(records: Sequence[bytes], sequence_length: int, eos_id: int, pad_id: int) -> Batch:

@@ -20,6 +20,7 @@ from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.metrics import bits_per_byte, load_summary
+from dsmoe_jax.training.recording import Recorder, Recording, replayed
 from dsmoe_jax.training.step import token_sums
 
 
@@ -31,16 +32,30 @@ class HeldOut:
       corpus: prepared.
       batch_size: sequences evaluated at once.
       max_batches: look at this many only (every domain has its share); 0 is all of the text.
+      recorder: gets the routing of every batch.
+      recording: has the routing of every batch, for a router that replays it.
     """
 
-    def __init__(self, graph: nnx.GraphDef, corpus: Corpus, batch_size: int, max_batches: int = 0):
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        corpus: Corpus,
+        batch_size: int,
+        max_batches: int = 0,
+        recorder: Recorder | None = None,
+        recording: Recording | None = None,
+    ):
+        self._recorder, self._recording = recorder, recording
         self._corpus, self._batch_size, self._max_batches = corpus, batch_size, max_batches
         n_domains = len(corpus.domains)
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
             model = nnx.merge(graph, params, other)
             output = model.forward(
-                batch["tokens_BS"], batch["segment_ids_BS"], batch["positions_BS"]
+                batch["tokens_BS"],
+                batch["segment_ids_BS"],
+                batch["positions_BS"],
+                replayed=replayed(batch),
             )
             bytes_V = jnp.asarray(corpus.bytes_per_token_V)
             nll_BS, _ = token_sums(output.logits_BSV, batch, bytes_V)
@@ -50,7 +65,8 @@ class HeldOut:
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             router = output.router_stats
-            return jnp.stack(sums), None if router is None else router.load_E
+            load = None if router is None else router.load_E
+            return jnp.stack(sums), load, router.choice if router and recorder else None
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)
@@ -66,12 +82,14 @@ class HeldOut:
         params: nnx.State,
         other: nnx.State,
         on_batch: Callable[[int], None] = lambda done: None,
+        name: str = "validation",
     ) -> dict[str, Any]:
         """Goes through the text once, every held-out token a target exactly once.
 
         Args:
           params, other: the model's state.
           on_batch: called with the number of batches done; what it raises ends the measurement.
+          name: of this pass, in a recording of its routing.
 
         Returns:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
@@ -82,8 +100,12 @@ class HeldOut:
             self._corpus.directory, self._batch_size, self._max_batches or None, self._rows
         )
         for done, batch in enumerate(batches, start=1):
+            if self._recording is not None:
+                batch |= self._recording.read(name, done, self._batch_size, self._rows)
             batch = sharding.global_batch(batch, self._rows, self._batch_size)
-            sums, load = jax.device_get(self._step(params, other, batch))
+            sums, load, choice = jax.device_get(self._step(params, other, batch))
+            if self._recorder is not None:
+                self._recorder.write(name, done, choice)
             total_3G += sums  # float64 on the host: the sum over batches loses nothing
             if load is not None:
                 load_LE = load.astype(np.float64) + (0 if load_LE is None else load_LE)

@@ -12,6 +12,7 @@ N = T*K assignments, G experts or devices that have a capacity, P position bucke
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -83,8 +84,39 @@ def get_policy(config: MoEConfig) -> Policy:
     return POLICIES[name]
 
 
+def check_room(config: MoEConfig, tokens: int) -> None:
+    """Refuses a capacity that is below what a single token may need.
+
+    Args:
+      config: of the layer.
+      tokens: T, of one forward pass.
+
+    Raises:
+      ValueError: naming the factor, with the numbers.
+    """
+    if not config.n_routed_experts:
+        return
+    policy, e, k = get_policy(config), config.n_routed_experts, config.num_experts_per_tok
+    n_groups = config.expert_groups if policy.by_device else e
+    who, need = ("device", min(k, e // n_groups)) if policy.by_device else ("expert", 1)
+    mean = tokens * k / n_groups
+    for key in ("capacity_factor", "evaluation_capacity_factor"):
+        factor = getattr(config, key)
+        if factor and factor * mean < need:
+            raise ValueError(
+                f"model.moe.{key}={factor}: {tokens} tokens are {mean:.4g} assignments for each"
+                f" {who}, of which {factor * mean:.4g} would be computed, but one token may need"
+                f" {need}; must be at least {need / mean:.4g}, or 0 to drop nothing"
+            )
+
+
 def drop(
-    routing: Routing, valid_BS: jax.Array, factor: float, config: MoEConfig, shards: int = 1
+    routing: Routing,
+    valid_BS: jax.Array,
+    sequence_B: jax.Array,
+    factor: float,
+    config: MoEConfig,
+    shards: int = 1,
 ) -> tuple[Routing, Ledger]:
     """Takes back what is above `factor` times the mean load of an expert or a device.
 
@@ -93,6 +125,7 @@ def drop(
     Args:
       routing: of T tokens.
       valid_BS: bool, False for padding.
+      sequence_B: int32, the place of each sequence in the global batch.
       factor: capacity factor, > 0; the capacity is `ceil(factor T K / G)` assignments.
       config: of the layer: its `drop_policy`, `protected_share` and `expert_groups`.
       shards: into so many parts the batch is cut, each of which has a capacity for its own tokens;
@@ -109,7 +142,7 @@ def drop(
     cut = lambda a: a.reshape(shards, -1, *a.shape[1:])  # noqa: E731
     keep = functools.partial(_keep, factor=factor, config=config)
     kept_TK = jax.vmap(keep)(
-        cut(routing.ids_TK), jax.tree.map(cut, routing.affinity_TE), cut(valid_BS)
+        cut(routing.ids_TK), jax.tree.map(cut, routing.affinity_TE), cut(valid_BS), cut(sequence_B)
     ).reshape(routing.ids_TK.shape)
     kept = routing._replace(
         ids_TK=jnp.where(kept_TK, routing.ids_TK, config.n_routed_experts),
@@ -131,7 +164,7 @@ def most_kept(shape_BS: tuple[int, int], factor: float, config: MoEConfig, n_dev
     size, held = e // n_groups, e // n_devices
     if policy.protects:
         choices = min(config.num_experts_per_tok, size)
-        capacity = max(capacity, _protected(b, config) * s * choices)
+        capacity = max(capacity, _most_protected(b, config) * s * choices)
     # A device may hold several groups, or parts of some.
     return capacity * max(
         (start + held - 1) // size - start // size + 1 for start in range(0, e, held)
@@ -144,14 +177,16 @@ def _capacity(tokens: int, factor: float, config: MoEConfig) -> tuple[int, int]:
     return n_groups, int(-(-factor * tokens * config.num_experts_per_tok // n_groups))
 
 
-def _protected(sequences: int, config: MoEConfig) -> int:
-    return round(config.protected_share * sequences)
+def _most_protected(sequences: int, config: MoEConfig) -> int:
+    """More are not `protected` of consecutive sequences; of others, those above it have no luck."""
+    return min(sequences, math.ceil(config.protected_share * sequences) + 2)
 
 
 def _keep(
     ids_TK: jax.Array,
     affinity_TE: jax.Array | None,
     valid_BS: jax.Array,
+    sequence_B: jax.Array,
     factor: float,
     config: MoEConfig,
 ) -> jax.Array:
@@ -167,10 +202,23 @@ def _keep(
     key_TK = jnp.where(valid_BS.reshape(t, 1), key_TK, jnp.inf)
     kept_TK = jnp.zeros((t, k), bool)
     if policy.protects:
-        protected_T = jnp.repeat(jnp.arange(b) < _protected(b, config), s)
+        protected_B = protected(sequence_B, config.protected_share)
+        protected_B &= jnp.cumsum(protected_B) <= _most_protected(b, config)
+        protected_T = jnp.repeat(protected_B, s)
         kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
         key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)
     return kept_TK | (rank_in_group(group_TK, key_TK, n_groups) < capacity)
+
+
+def protected(sequence_B: jax.Array, share: float) -> jax.Array:
+    """Which sequences never lose a token: bool, about that share of the global batch.
+
+    Multiples of the golden ratio modulo 1 are spread so evenly that every micro-batch has its
+    share, whether it is a block of the batch or every n-th row of it.  What text stands at a place
+    is new in every step.
+    """
+    golden_B = sequence_B.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(0x80000000)
+    return (golden_B >> 8).astype(jnp.float32) * 2**-24 < share
 
 
 def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.Array:

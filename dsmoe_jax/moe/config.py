@@ -39,7 +39,9 @@ class MoEConfig:
     router_jitter: float = 0.0  # in training the router's input times U(1 - x, 1 + x) (Switch)
     random_second_expert: bool = False  # `gshard`: in training drop weak second experts at random
     sinkhorn_iterations: int = 8  # `sinkhorn`: how often rows and columns are normalised
-    hash_seed: int = 0  # of the fixed token -> expert table of the `hash` router
+    policy_entropy_factor: float = 0.0  # `reinforce`: weight of the policy's entropy as a reward
+    hash_table: str = "random"  # `hash`: token -> expert; "frequency": even on the training text
+    hash_seed: int = 0  # of the random table
 
     # Balance terms (dsmoe_jax/moe/losses.py).  NAME_factor is a term's weight, 0 leaves it out;
     # NAME_scope the tokens over which f and P are taken, "sequence" or "global_batch";
@@ -113,6 +115,7 @@ class MoEConfig:
             *((name, ("sequence", "global_batch")) for name in self._ending("_scope")),
             ("scoring_func", ("softmax", "sigmoid")),
             ("group_score", ("max", "top2_sum")),
+            ("hash_table", ("random", "frequency")),
         ):
             check(name, getattr(self, name) in names, f"must be one of {names}")
         check(

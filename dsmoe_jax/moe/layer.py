@@ -10,6 +10,7 @@ K activated per token.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
-from dsmoe_jax.moe.types import RouterInputs, Routing
+from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
@@ -27,6 +28,10 @@ class RouterBias(nnx.Variable):
 
     The training step moves it once per optimizer step; no gradient and no weight decay does.
     """
+
+
+class HashTable(nnx.Variable):
+    """The expert of each token id, made of token counts before the first step: never changed."""
 
 
 class RouterStats(NamedTuple):
@@ -46,6 +51,8 @@ class RouterStats(NamedTuple):
       device_rows_D: tokens that go to each of the `expert_groups` devices, each token once however
         many of its experts are there; after dropping.
       exchange: what the dispatch did.
+      drawn_BS: of the choices, from a router that draws them; no step reports it.
+      choice: ids_BSK and gates_BSK that the experts got; a step reports them if it records.
     """
 
     tokens: jax.Array
@@ -55,6 +62,8 @@ class RouterStats(NamedTuple):
     ledger: capacity.Ledger
     device_rows_D: jax.Array
     exchange: dispatch.Exchange
+    drawn_BS: Drawn | None = None
+    choice: Choice | None = None
 
 
 class MoELayer(nnx.Module):
@@ -96,6 +105,8 @@ class MoELayer(nnx.Module):
             self.router_ED = matrix(router.logits_per_expert * e, d)
         if moe.bias_update_speed:
             self.bias_E = RouterBias(jnp.zeros((e,), jnp.float32))
+        if moe.hash_table == "frequency":  # until it is filled every token goes to nobody, E
+            self.table_V = HashTable(jnp.full((config.vocab_size,), e, jnp.int32))
         self.gate_EFD = matrix(e, f, d)
         self.up_EFD = matrix(e, f, d)
         self.down_EDF = matrix(e, d, f)
@@ -106,6 +117,8 @@ class MoELayer(nnx.Module):
         token_ids_BS: jax.Array,
         valid_BS: jax.Array,
         rng: jax.Array | None = None,
+        sequence_B: jax.Array | None = None,
+        replayed: Choice | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """Applies the layer.
 
@@ -114,6 +127,8 @@ class MoELayer(nnx.Module):
           token_ids_BS: int32.
           valid_BS: bool, False for padding.
           rng: random key in training; None is evaluation.
+          sequence_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
+          replayed: ids_BSK and gates_BSK for a router that replays.
 
         Returns:
           y_BSD, and the router's statistics (None without routed experts).
@@ -121,18 +136,33 @@ class MoELayer(nnx.Module):
         moe, y_BSD, stats = self.config, None, None
         if moe.n_routed_experts:
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+            if sequence_B is None:
+                sequence_B = jnp.arange(len(x_BSD))
             with jax.named_scope("router"):
-                inputs = RouterInputs(token_ids_BS.reshape(-1), valid_BS.reshape(-1), rng)
+                if replayed is not None:
+                    replayed = Choice(*(x.reshape(-1, x.shape[-1]) for x in replayed))
+                inputs = RouterInputs(
+                    token_ids_BS.reshape(-1),
+                    valid_BS.reshape(-1),
+                    rng,
+                    replayed=replayed,
+                    sequence_B=sequence_B,
+                )
                 routing = self.route(x_TD, inputs)
             factor = moe.evaluation_capacity_factor if rng is None else moe.capacity_factor
             kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
             ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, valid_BS, moe), None
             if factor:
-                kept, ledger, limit = self.drop(kept, valid_BS, factor)
+                kept, ledger, limit = self.drop(kept, valid_BS, sequence_B, factor)
             y_TD, exchange = self.routed(x_TD, kept, limit)
             y_BSD = y_TD.reshape(x_BSD.shape)
             ledger = ledger._replace(computed_E=exchange.computed_E)
             stats = self.stats(routing, kept.ids_TK, valid_BS, ledger, exchange)
+            choice = (x.reshape(*valid_BS.shape, -1) for x in (kept.ids_TK, kept.gates_TK))
+            stats = stats._replace(choice=Choice(*choice))
+            if routing.drawn_T is not None:
+                drawn_BS = Drawn(*(x_T.reshape(valid_BS.shape) for x_T in routing.drawn_T))
+                stats = stats._replace(drawn_BS=drawn_BS)
         if moe.n_shared_experts:
             # They wait for nothing of the above: XLA may compute them while rows are on their way.
             with jax.named_scope("shared_experts"):
@@ -145,13 +175,16 @@ class MoELayer(nnx.Module):
         """The routing of activations, always in float32; the layer adds its bias to the inputs."""
         moe = self.config
         router = routers.get_router(moe)
+        if moe.hash_table == "frequency":
+            inputs = inputs._replace(table_V=self.table_V[...])
         if not router.learned:
             return router.route(None, inputs, moe)
         x_TD = x_TD.astype(jnp.float32)
         if moe.router_jitter and inputs.rng is not None:
             jitter_rng, rng = jax.random.split(inputs.rng)
             low, high = 1 - moe.router_jitter, 1 + moe.router_jitter
-            x_TD *= jax.random.uniform(jitter_rng, x_TD.shape, minval=low, maxval=high)
+            sample = functools.partial(jax.random.uniform, minval=low, maxval=high)
+            x_TD *= inputs._replace(rng=jitter_rng).draw(sample, x_TD.shape[1])
             inputs = inputs._replace(rng=rng)
         if moe.bias_update_speed:
             inputs = inputs._replace(bias_E=self.bias_E[...])
@@ -164,7 +197,7 @@ class MoELayer(nnx.Module):
         return router.route(logits, inputs, moe)
 
     def drop(
-        self, routing: Routing, valid_BS: jax.Array, factor: float
+        self, routing: Routing, valid_BS: jax.Array, sequence_B: jax.Array, factor: float
     ) -> tuple[Routing, capacity.Ledger, int | None]:
         """What a capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
 
@@ -172,9 +205,9 @@ class MoELayer(nnx.Module):
         """
         moe, (b, s) = self.config, valid_BS.shape
         if moe.dispatch != "capacity":
-            return *capacity.drop(routing, valid_BS, factor, moe), None
+            return *capacity.drop(routing, valid_BS, sequence_B, factor, moe), None
         shards, devices = dispatch.token_shards(), dispatch.expert_devices()
-        kept, ledger = capacity.drop(routing, valid_BS, factor, moe, shards)
+        kept, ledger = capacity.drop(routing, valid_BS, sequence_B, factor, moe, shards)
         return kept, ledger, capacity.most_kept((b // shards, s), factor, moe, devices)
 
     def routed(

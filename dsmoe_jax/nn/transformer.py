@@ -16,6 +16,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.moe.layer import MoELayer, RouterStats
+from dsmoe_jax.moe.types import Choice
 from dsmoe_jax.nn.attention import Attention, KVCache
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear
 from dsmoe_jax.parallel.sharding import constrain, gathered
@@ -71,7 +72,7 @@ class Block(nnx.Module):
         else:
             self.moe = MoELayer(config, rngs=rngs)
 
-    def __call__(self, x_BSD, inputs: _Inputs, cache: KVCache | None, rng=None):
+    def __call__(self, x_BSD, inputs: _Inputs, cache: KVCache | None, rng=None, replayed=None):
         """Returns the block's output, its router statistics (or None) and the updated cache."""
         with jax.named_scope("attention"):
             y_BSD, cache = self.attention(
@@ -83,7 +84,9 @@ class Block(nnx.Module):
         if self.dense:
             y_BSD = self.ffn(normed_BSD)
         else:
-            y_BSD, stats = self.moe(normed_BSD, inputs.token_ids_BS, inputs.valid_BS, rng)
+            y_BSD, stats = self.moe(
+                normed_BSD, inputs.token_ids_BS, inputs.valid_BS, rng, inputs.sequence_B, replayed
+            )
         return constrain(x_BSD + y_BSD, "BSD"), stats, cache
 
 
@@ -94,6 +97,7 @@ class _Inputs(NamedTuple):
     positions_BS: jax.Array
     mask_BSL: jax.Array
     valid_BS: jax.Array
+    sequence_B: jax.Array | None
     cache_length: jax.Array | int
 
 
@@ -132,6 +136,8 @@ class Transformer(nnx.Module):
         positions_BS: jax.Array | None = None,
         cache: Cache | None = None,
         rng: jax.Array | None = None,
+        sequence_B: jax.Array | None = None,
+        replayed: Choice | None = None,
     ) -> Output:
         """Runs the model.
 
@@ -142,8 +148,10 @@ class Transformer(nnx.Module):
           positions_BS: int32, position within the document; None: 0, 1, 2, ...
           cache: to continue after the positions it holds (single-document sequences only).
           rng: random key for routers that act at random in training; None is evaluation.
+          sequence_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
+          replayed: recorded routing, ids and gates of shape (B, L, S, K), for routers that replay.
         """
-        inputs = self._inputs(tokens_BS, segment_ids_BS, positions_BS, cache)
+        inputs = self._inputs(tokens_BS, segment_ids_BS, positions_BS, cache, sequence_B)
         table_VD = gathered(self.embedding_VD[...], "VD")
         x_BSD = constrain(table_VD[tokens_BS].astype(compute_dtype(self.config)), "BSD")
         leading = []
@@ -153,15 +161,16 @@ class Transformer(nnx.Module):
         graph, params = nnx.split(self.layers)
 
         def layer(x_BSD, scanned):
-            params, kv, rng = scanned
-            x_BSD, stats, kv = nnx.merge(graph, params)(x_BSD, inputs, kv, rng)
+            params, kv, rng, replayed = scanned
+            x_BSD, stats, kv = nnx.merge(graph, params)(x_BSD, inputs, kv, rng, replayed)
             return x_BSD, (stats, kv)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
         n_scanned = self.config.num_hidden_layers - self.config.first_k_dense_replace
         rngs_L = None if rng is None else jax.random.split(rng, n_scanned)
-        scanned: Any = (params, cache.stacked if cache else None, rngs_L)
+        replayed_L = jax.tree.map(lambda x: x.swapaxes(0, 1), replayed)
+        scanned: Any = (params, cache.stacked if cache else None, rngs_L, replayed_L)
         x_BSD, (stats, stacked) = jax.lax.scan(layer, x_BSD, scanned)
         with jax.named_scope("head"):
             logits_BSV = linear(self.final_norm(x_BSD), self.head_VD).astype(jnp.float32)
@@ -171,7 +180,9 @@ class Transformer(nnx.Module):
             cache = Cache(tuple(leading), stacked, cache.length + tokens_BS.shape[1])
         return Output(logits_BSV, stats, cache)
 
-    def _inputs(self, tokens_BS, segment_ids_BS, positions_BS, cache: Cache | None) -> _Inputs:
+    def _inputs(
+        self, tokens_BS, segment_ids_BS, positions_BS, cache: Cache | None, sequence_B
+    ) -> _Inputs:
         b, s = tokens_BS.shape
         start = 0 if cache is None else cache.length
         index_S = start + jnp.arange(s)
@@ -183,7 +194,7 @@ class Transformer(nnx.Module):
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(index_S, (b, s))
         valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
-        return _Inputs(tokens_BS, positions_BS, mask_BSL, valid_BS, start)
+        return _Inputs(tokens_BS, positions_BS, mask_BSL, valid_BS, sequence_B, start)
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -17,6 +17,7 @@ from dsmoe_jax.accounting import train_flops_per_token
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.parallel import hosts
+from dsmoe_jax.training import recording
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
 from dsmoe_jax.training.clock import DeviceClock
@@ -125,6 +126,7 @@ class _Trainer:
         self.config, self.corpus, self.directory = config, corpus, directory
         self.line, self.interrupts = line, interrupts
         train = config.train
+        self.recorder, self.recording = recording.of_run(config, directory, corpus.fingerprint)
         self.checkpoints = Checkpoints(directory / workdirs.CHECKPOINTS, train.keep_checkpoints)
         self.log: MetricsLog | None = None
         self.running_load = RunningLoad()
@@ -151,7 +153,7 @@ class _Trainer:
         for step in range(first + 1, self.config.train.steps + 1):
             if step > self.now.stage.end:
                 self._next_stage(step)
-            state, metrics = self.now.train_step(state, self.now.next_batch())
+            state, metrics = self.now.train_step(state, self.now.next_batch(step))
             self.clock.dispatched(metrics.loss)
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
@@ -163,8 +165,12 @@ class _Trainer:
         result = hosts.on_first(lambda: _finished(self.directory, self.config))
         return Result(**result | {"resumed_from": resumed_from})
 
+    def _stage(self, step: int, position: dict[str, Any] | None = None) -> StageRun:
+        routing = self.recorder, self.recording
+        return StageRun(self.config.stage_of(step), self.corpus, position, *routing)
+
     def _next_stage(self, step: int) -> None:
-        self.now = StageRun(self.config.stage_of(step), self.corpus, self.now.position())
+        self.now = self._stage(step, self.now.position())
         self.line.note(f"compiling the training step of the stage from step {step}")
         self.clock.restart()
 
@@ -172,11 +178,11 @@ class _Trainer:
         """The state to go on from, its step, and the checkpoint that it came from."""
         saved = self.checkpoints.steps()
         if not saved:
-            self.now = StageRun(self.config.stage_of(0), self.corpus)
-            return init_state(self.config), 0, None
+            self.now = self._stage(0)
+            return init_state(self.config, lambda: self.corpus.token_counts_V), 0, None
         state, extra = self.checkpoints.restore(abstract_state(self.config), saved[-1])
         check_same_corpus(self.corpus, extra["corpus"])
-        self.now = StageRun(self.config.stage_of(saved[-1]), self.corpus, extra["data"])
+        self.now = self._stage(saved[-1], extra["data"])
         self.running_load = RunningLoad(extra["running_load"])
         self.line.message(f"{self.config.name}: going on from step {saved[-1]}")
         return state, saved[-1], saved[-1]
@@ -189,6 +195,10 @@ class _Trainer:
             raise NonFinite(self._non_finite(step, *found))
         self.running_load.add(metrics)
         self.checkpoints.check()
+        if self.recorder is not None:
+            assert metrics.router is not None
+            assert metrics.router.choice is not None
+            self.recorder.write(recording.TRAIN, step, metrics.router.choice)
         train = self.config.train
         asked = step == 1 or step % train.log_every == 0
         if asked or step == self.now.stage.end or self._evaluates(step):
@@ -287,7 +297,8 @@ class _Trainer:
             if self.interrupts.signum is not None:
                 self._stop(step, state)
 
-        return self.now.held_out.measure(state.params, state.other, stop_if_asked)
+        name = recording.validation_name(step)
+        return self.now.held_out.measure(state.params, state.other, stop_if_asked, name)
 
     def _non_finite(self, step: int, name: str, value: float) -> str:
         self.checkpoints.wait()

@@ -12,6 +12,7 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.training.recording import TRAIN, Recorder, Recording
 from dsmoe_jax.training.step import abstract_model, jit_train_step
 
 
@@ -24,8 +25,23 @@ class StageRun:
       held_out: evaluates with the stage's model.
     """
 
-    def __init__(self, stage: Stage, corpus: Corpus, position: dict[str, Any] | None = None):
-        """Args: the stage, its data, and the `position` in it of a run that goes on."""
+    def __init__(
+        self,
+        stage: Stage,
+        corpus: Corpus,
+        position: dict[str, Any] | None = None,
+        recorder: Recorder | None = None,
+        recording: Recording | None = None,
+    ):
+        """Makes the stage ready; nothing is compiled yet.
+
+        Args:
+          stage: of the run.
+          corpus: its data.
+          position: in the data, of a run that goes on.
+          recorder: of the routing of held-out text.
+          recording: routing to replay.
+        """
         config, train = stage.config, stage.config.train
         self.stage = stage
         self._rows = sharding.local_rows(train.global_batch_size)
@@ -40,13 +56,23 @@ class StageRun:
         if position is not None:
             self._batches.set_state(position)
         micro_batch = train.global_batch_size // train.accumulation_steps
-        self.held_out = HeldOut(abstract_model(config), corpus, micro_batch, train.eval_batches)
+        self._recording = recording
+        self.held_out = HeldOut(
+            abstract_model(config),
+            corpus,
+            micro_batch,
+            train.eval_batches,
+            recorder,
+            recording if config.model.moe.router == "replay" else None,
+        )
         self.train_step = jit_train_step(config, corpus.bytes_per_token_V)
 
-    def next_batch(self) -> Batch:
-        """The batch of the next step."""
-        batch_size = self.stage.config.train.global_batch_size
-        return sharding.global_batch(next(self._batches), self._rows, batch_size)
+    def next_batch(self, step: int) -> Batch:
+        """The batch of a step, which is the next one."""
+        batch, batch_size = next(self._batches), self.stage.config.train.global_batch_size
+        if self._recording is not None:
+            batch |= self._recording.read(TRAIN, step, batch_size, self._rows)
+        return sharding.global_batch(batch, self._rows, batch_size)
 
     def position(self) -> dict[str, Any]:
         """How many batches of the run were taken; the same in every stage."""

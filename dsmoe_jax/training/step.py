@@ -11,16 +11,20 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.moe import losses
-from dsmoe_jax.moe.layer import RouterBias, RouterStats
+from dsmoe_jax.moe import capacity, losses
+from dsmoe_jax.moe.layer import RouterStats
+from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.training import router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dsmoe_jax.training.recording import replayed
 
 
 class TrainState(NamedTuple):
@@ -78,25 +82,41 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
     Args:
       config: of the run.
       key: a random key; None is the key of the config's seed.
+
+    Raises:
+      ValueError: for a model that cannot be, or experts without room for the tokens of a step.
     """
+    train = config.train
+    capacity.check_room(config.model.moe, config.tokens_per_step // train.accumulation_steps)
     key = jax.random.key(config.train.seed) if key is None else key
     return Transformer(config.model, rngs=nnx.Rngs(key))
 
 
-def _first_state(config: Config, key: jax.Array) -> TrainState:
+def _first_state(config: Config, key: jax.Array, table_V: Any = None) -> TrainState:
     _, params, other = nnx.split(build_model(config, key), nnx.Param, ...)
+    if table_V is not None:
+        other = router_state.fill_hash_tables(other, table_V)
     opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
     return TrainState(jnp.int32(0), params, opt_state, other)
 
 
-def init_state(config: Config) -> TrainState:
+def init_state(config: Config, token_counts: Callable[[], np.ndarray] | None = None) -> TrainState:
     """The state before the first step: parameters and moments made in one compiled call.
 
     On a mesh every array is made in its shards: no device ever has the whole.
+
+    Args:
+      config: of the run.
+      token_counts: how often each token is in the training text; called by a config whose hash
+        table needs it.
+
+    Raises:
+      ValueError: if it needs it and there is none.
     """
+    table_V = router_state.make_hash_table(config, token_counts)
     out_shardings = sharding.shardings(state_shapes(config))
     init = jax.jit(functools.partial(_first_state, config), out_shardings=out_shardings)
-    return init(jax.random.key(config.train.seed))  # an argument: all seeds share one program
+    return init(jax.random.key(config.train.seed), table_V)  # one program for all seeds and tables
 
 
 def state_shapes(config: Config) -> TrainState:
@@ -163,51 +183,60 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
     """
     graph, n_micro, moe = abstract_model(config), config.train.accumulation_steps, config.model.moe
 
-    def forward(params, other, micro: Batch, rng):
+    def forward(params, other, micro: Batch, sequence_B, rng):
         model = nnx.merge(graph, params, other)
         inputs = micro["tokens_BS"], micro["segment_ids_BS"], micro["positions_BS"]
-        return model.forward(*inputs, rng=rng)
+        return model.forward(*inputs, rng=rng, sequence_B=sequence_B, replayed=replayed(micro))
 
-    def loss_fn(params, other, micro: Batch, rng, weights, all_tokens, whole):
-        output = forward(params, other, micro, rng)
-        _, sums = token_sums(output.logits_BSV, micro, bytes_V)
+    def loss_fn(params, other, micro: Batch, sequence_B, rng, weights, all_tokens, whole):
+        output = forward(params, other, micro, sequence_B, rng)
+        nll_BS, sums = token_sums(output.logits_BSV, micro, bytes_V)
         loss, terms, router = sums.nll / all_tokens, {}, output.router_stats
         if router is not None:
             terms = {name: losses.value(name, part, whole) for name, part in router.terms.items()}
             loss += sum(weights[name] * terms[name].sum() for name in weights)
+            if (drawn_LBS := router.drawn_BS) is not None:
+                bonus, mask_BS = moe.policy_entropy_factor, jnp.asarray(micro["loss_mask_BS"])
+                loss += policy_loss(drawn_LBS, nll_BS, mask_BS, bonus) / all_tokens
+            choice = router.choice if config.train.record_routing else None
+            router = router._replace(drawn_BS=None, choice=choice)
         return loss, Parts(loss, sums, terms, router)
 
-    def sent(params, other, micro: Batch, rng):
-        router = forward(params, other, micro, rng).router_stats
+    def sent(params, other, micro: Batch, sequence_B, rng):
+        router = forward(params, other, micro, sequence_B, rng).router_stats
         assert router is not None
         return {name: router.terms[name].sent_G for name in losses.counted_terms(moe)}
 
     def gradients(params, other, batch: Batch, rng, weights):
-        micros, sent_LG = _split(batch, rng, n_micro), None
+        micros, sent_LG = _split(batch, n_micro), None
         if n_micro > 1 and losses.counted_terms(moe):
-            sent_LG = _add_up(lambda micro: sent(params, other, *micro), micros)
+            sent_LG = _add_up(lambda micro: sent(params, other, *micro, rng=rng), micros)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
         whole = losses.whole(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
         grad_fn = jax.grad(loss_fn, has_aux=True)
         grads, parts = _add_up(
-            lambda micro: grad_fn(params, other, *micro, weights, all_tokens, whole), micros
+            lambda micro: grad_fn(params, other, *micro, rng, weights, all_tokens, whole), micros
         )
         return parts, grads
 
     return gradients
 
 
-def _split(batch: Batch, rng: jax.Array, n_micro: int) -> tuple[Batch, jax.Array]:
-    """The micro-batches, each with its random key, along a new leading axis."""
+def _split(batch: Batch, n_micro: int) -> tuple[Batch, jax.Array]:
+    """The micro-batches along a new leading axis, with their sequences' places in the batch.
+
+    Noise and protection go by these places: they are the same in any number of micro-batches.
+    """
+    whole = batch, jnp.arange(len(batch["tokens_BS"]))
     if n_micro == 1:
-        return jax.tree.map(lambda x: x[None], batch), rng[None]
+        return jax.tree.map(lambda x: x[None], whole)
 
     def cut(x_B: jax.Array) -> jax.Array:
         # Every n-th row, not a block of them: then no row leaves its device.
         micros = x_B.reshape(-1, n_micro, *x_B.shape[1:]).swapaxes(0, 1)
         return sharding.constrain(micros, "LB" + "S" * (x_B.ndim - 1))
 
-    return jax.tree.map(cut, batch), jax.random.split(rng, n_micro)
+    return jax.tree.map(cut, whole)
 
 
 def _add_up(part_of: Callable[[Any], Any], micros: Any) -> Any:
@@ -251,7 +280,7 @@ def make_train_step(
             router=parts.router,
         )
         if parts.router is not None and (speed := config.model.moe.bias_update_speed):
-            other = move_bias(other, parts.router.load_E, speed)
+            other = router_state.move_bias(other, parts.router.load_E, speed)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
@@ -269,16 +298,3 @@ def jit_train_step(
     state = sharding.shardings(state_shapes(config))
     out_shardings = None if state is None else (state, sharding.whole())
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-
-
-def move_bias(other: nnx.State, load_LE: jax.Array, speed: float) -> nnx.State:
-    """Loss-free balancing: `b_i += speed * sign(mean load - load_i)` (2408.15664 algorithm 1).
-
-    Args:
-      other: with one `RouterBias` of shape (L, E), that of the stacked MoE layers.
-      load_LE: assignments of the whole global batch.
-      speed: gamma.
-    """
-    bias, rest = nnx.split_state(other, RouterBias, ...)
-    below_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
-    return nnx.merge_state(jax.tree.map(lambda b_LE: b_LE + speed * below_LE, bias), rest)

@@ -4,6 +4,7 @@ config.json       the run's config
 metrics.jsonl     one JSON object a line, see metrics.py
 checkpoints/      one directory a kept step
 tensorboard/      event files
+routing/          with train.record_routing: which experts every token went to, see recording.py
 evaluation.json   held-out results after the last step: the run is finished
 """
 
@@ -26,6 +27,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"
+ROUTING = "routing"
 _LOCK = ".lock"
 
 # What may change between two calls of one run: it does not touch the numbers being trained, but

@@ -1,4 +1,4 @@
-"""Sinkhorn and expert choice against plain numpy."""
+"""Sinkhorn and expert choice against plain numpy, BASE against SciPy's linear assignment."""
 
 import functools
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import balanced, get_router
+from dsmoe_jax.moe.routers import assignment, balanced, get_router
 from dsmoe_jax.moe.types import RouterInputs, count_load
 
 T, E, K = 64, 8, 2
@@ -105,3 +106,57 @@ def test_expert_choice_leaks_the_future():
     plain = moe_config()
     a, b = (run(x, RouterInputs(TOKENS), plain).gates_TK[: T // 2] for x in (logits, later))
     np.testing.assert_array_equal(a, b)
+
+
+assign = jax.jit(assignment.assign)
+
+
+def largest_total(affinity, places):
+    """The best total when every expert has that many places."""
+    by_place = np.repeat(affinity.astype(np.float64), places, axis=1)
+    return by_place[linear_sum_assignment(by_place, maximize=True)].sum()
+
+
+@pytest.mark.parametrize("kind", ["random", "skewed", "alike", "whole"])
+@pytest.mark.parametrize("n_valid", [T, T - 11])
+def test_base_assignment_is_the_best_balanced_one(kind, n_valid):
+    """2103.16716 eqs. 2-3; `alike`: all tokens nearly the same, where bidding takes longest."""
+    rng = np.random.default_rng(3)
+    affinity = {
+        "random": rng.normal(size=(T, E)),
+        "skewed": skewed_logits(2),
+        "alike": rng.normal(size=E) + 1e-3 * rng.normal(size=(T, E)),
+        "whole": rng.integers(-3, 4, size=(T, E)),  # many ties; a worse total is worse by 1
+    }[kind].astype(np.float32)
+    valid = rng.permutation(T) < n_valid
+    ids = np.asarray(assign(jnp.asarray(affinity), jnp.asarray(valid)))
+    places = -(-n_valid // E)
+    assert np.bincount(ids[valid], minlength=E).max() <= places
+    total = affinity[np.arange(T), ids][valid].sum(dtype=np.float64)
+    best = largest_total(affinity[valid], places)
+    slack = 1e-4 * np.ptp(affinity) * T
+    assert best - (0.5 if kind == "whole" else slack) <= total <= best + 1e-3
+    np.testing.assert_array_equal(ids[~valid], affinity[~valid].argmax(axis=1))
+
+
+def test_base_balances_exactly_in_training_and_is_greedy_in_evaluation():
+    logits = skewed_logits()
+    config = MoEConfig(
+        n_routed_experts=E, num_experts_per_tok=1, router="base", expert_balance_factor=0.0
+    )
+    trained = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
+    np.testing.assert_array_equal(count_load(trained.ids_TK, E), np.full(E, T / E))
+    evaluated = run(logits, RouterInputs(TOKENS), config)
+    np.testing.assert_array_equal(evaluated.ids_TK[:, 0], logits.argmax(axis=1))
+    for routing in (trained, evaluated):
+        chosen = np.take_along_axis(logits, np.asarray(routing.ids_TK), axis=1)
+        np.testing.assert_allclose(routing.gates_TK, 1 / (1 + np.exp(-chosen)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [np.nan, np.inf, 1e6])
+def test_base_ends_whatever_the_affinities(offset):
+    """One that is no number, or a spread below the rounding of the numbers, must not hang a run."""
+    affinity = (1e-3 * skewed_logits()).astype(np.float32) + np.float32(offset)
+    affinity[0, 0] = 3.0
+    ids = assign(jnp.asarray(affinity))
+    np.testing.assert_array_equal(np.bincount(ids, minlength=E), T // E)

@@ -12,9 +12,11 @@ from dsmoe_jax.config import Config, MoEConfig, replace
 from dsmoe_jax.moe import capacity
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.training.step import abstract_model
 
 B, S, E, K, D = 4, 16, 8, 2, 2
 T = B * S
+PROTECTED = 1  # the one sequence of four: protection goes to the middle of every four
 
 
 def moe_config(policy, **kwargs):
@@ -33,8 +35,9 @@ def skewed_routing(seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def run(routing, valid_BS, factor, config):
-    return capacity.drop(routing, valid_BS, factor, config)
+def run(routing, valid_BS, factor, config, first=0):
+    places_B = first + jnp.arange(valid_BS.shape[0])
+    return capacity.drop(routing, valid_BS, places_B, factor, config)
 
 
 def numpy_kept(ids, affinity, valid, factor, policy):
@@ -47,7 +50,7 @@ def numpy_kept(ids, affinity, valid, factor, policy):
         slots = sorted(
             ((t, k) for t in range(T) for k in range(K)), key=lambda a: -affinity[a[0], ids[a]]
         )
-    protected = [a for a in slots if by_device and a[0] // S < 1]
+    protected = [a for a in slots if by_device and a[0] // S == PROTECTED]
     slots = protected + [a for a in slots if a not in protected]
     slots = [a for a in slots if valid[a[0]]] + [a for a in slots if not valid[a[0]]]
     kept = np.zeros((T, K), bool)
@@ -63,7 +66,7 @@ def numpy_kept(ids, affinity, valid, factor, policy):
 def test_against_numpy(policy, factor):
     routing = skewed_routing()
     valid = np.arange(T) % S < 13
-    valid[:S] = True
+    valid[PROTECTED * S : (PROTECTED + 1) * S] = True
     kept, ledger = run(routing, jnp.asarray(valid).reshape(B, S), factor, moe_config(policy))
     ids, gates = np.asarray(routing.ids_TK), np.asarray(routing.gates_TK)
     want = numpy_kept(ids, np.asarray(routing.affinity_TE), valid, factor, policy)
@@ -84,8 +87,18 @@ def test_against_numpy(policy, factor):
 def test_protected_sequences_lose_nothing_at_any_budget(factor):
     kept, _ = run(skewed_routing(1), jnp.ones((B, S), bool), factor, moe_config("device"))
     lost_B = np.asarray(kept.ids_TK == E).reshape(B, -1).sum(axis=1)
-    assert lost_B[0] == 0
-    assert lost_B[1:].sum() > 0
+    assert lost_B[PROTECTED] == 0
+    assert np.delete(lost_B, PROTECTED).sum() > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 1.0])
+@pytest.mark.parametrize("b", [16, 24, 2048])
+def test_the_protected_share_is_that_of_the_global_batch_and_of_its_parts(share, b):
+    chosen_B = np.asarray(capacity.protected(jnp.arange(b), share))
+    assert abs(chosen_B.sum() - share * b) <= 1
+    for n in (2, 4, 8):  # every n-th row, and blocks: neither way has a part without its share
+        for parts in (chosen_B.reshape(-1, n).T, chosen_B[: b // n * n].reshape(n, -1)):
+            assert np.abs(parts.sum(axis=1) - share * b / n).max() <= 3 + 0.02 * b / n
 
 
 def test_nothing_is_dropped_when_there_is_room():
@@ -124,6 +137,26 @@ def test_evaluation_depends_on_the_other_sequences_only_if_it_drops():
     assert last_sequence(layer(**{"moe.evaluation_capacity_factor": 0.5})) > 1e-3
 
 
+@pytest.mark.parametrize("key", ["capacity_factor", "evaluation_capacity_factor"])
+def test_a_capacity_below_the_need_of_one_token_is_refused(key):
+    """16 tokens x 2 choices on 8 experts are 4 for each, on 2 devices 16; one needs 1 or 2."""
+    for policy, enough, mean, need in (("position", 0.25, 4, 1), ("device", 0.125, 16, 2)):
+        capacity.check_room(moe_config(policy, **{key: enough}), 16)
+        with pytest.raises(ValueError, match=rf"{key}=0\.1: 16 tokens are {mean} .* need {need};"):
+            capacity.check_room(moe_config(policy, **{key: 0.1}), 16)
+
+
+def test_a_run_without_room_is_refused_before_it_begins():
+    config = replace(
+        Config(), **{"model.moe.capacity_factor": 0.001, "train.accumulation_steps": 64}
+    )
+    # 2048 sequences of 2048 tokens in 64 parts, 7 of 63 experts each: 7,282 for an expert.
+    abstract_model(config)
+    one = replace(config, **{"data.sequence_length": 1})
+    with pytest.raises(ValueError, match=r"capacity_factor=0\.001: 32 tokens are 3\.556"):
+        abstract_model(one)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"drop_policy='nope': must be one of"):
         capacity.get_policy(moe_config("nope"))
@@ -142,12 +175,13 @@ def test_refusals():
 def test_shards_drop_each_for_itself(policy):
     """As if each half of the batch were a batch; and no device gets more than `most_kept`."""
     routing, valid, config = skewed_routing(), jnp.ones((B, S), bool), moe_config(policy)
-    kept, _ = capacity.drop(routing, valid, 0.5, config, shards=2)
+    kept, _ = capacity.drop(routing, valid, jnp.arange(B), 0.5, config, shards=2)
     for half in (slice(0, T // 2), slice(T // 2, T)):
-        alone, _ = run(jax.tree.map(lambda a, half=half: a[half], routing), valid[:2], 0.5, config)
+        part = jax.tree.map(lambda a, half=half: a[half], routing)
+        alone, _ = run(part, valid[:2], 0.5, config, half.start // S)
         np.testing.assert_array_equal(kept.ids_TK[half], alone.ids_TK)
         for n_devices in (1, 2, 4, 8):
             load = np.bincount(np.asarray(alone.ids_TK).ravel() // (E // n_devices))[:n_devices]
             assert load.max() <= capacity.most_kept((2, S), 0.5, config, n_devices)
     with pytest.raises(ValueError, match=r"batch of 4 sequences: must be a multiple of 3"):
-        capacity.drop(routing, valid, 0.5, config, shards=3)
+        capacity.drop(routing, valid, jnp.arange(B), 0.5, config, shards=3)

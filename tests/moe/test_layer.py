@@ -68,9 +68,12 @@ def run_oracle(layer, x_BSD, token_ids_BS):
 
 
 # Every backend with a router of each kind of routing (K chosen, one fixed, "nobody" among the
-# chosen); every other router with the quickest backend.
+# chosen); every other router with the quickest backend.  Replay needs a recording, see
+# tests/training/test_recording.py.
 COMBINATIONS = [(r, b) for r in ("topk_softmax", "hash", "expert_choice") for b in experts.BACKENDS]
-COMBINATIONS += [(r, "loop") for r in ROUTERS if (r, "loop") not in COMBINATIONS]
+COMBINATIONS += [
+    (r, "loop") for r in ROUTERS if (r, "loop") not in COMBINATIONS and not r.startswith("replay")
+]
 
 
 @pytest.mark.parametrize(("router", "backend"), COMBINATIONS)
@@ -88,7 +91,7 @@ def test_agrees_with_the_dense_loop(router, backend):
     got = value_and_gradients(layer, x, tokens, run_layer)
     want = value_and_gradients(layer, x, tokens, run_oracle)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5), got, want)
-    if ROUTERS[router].learned:
+    if ROUTERS[router].learned and router != "reinforce":  # that one learns from the loss alone
         assert jnp.abs(got[1][0].router_ED[...]).max() > 1e-3
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import ROUTERS, get_router
-from dsmoe_jax.moe.routers.fixed import hash_expert
+from dsmoe_jax.moe.routers.fixed import balanced_table, hash_expert
 from dsmoe_jax.moe.types import RouterInputs, count_load
 
 
@@ -77,6 +77,32 @@ def test_hash_spreads_the_vocabulary_evenly(seed):
     assert np.abs(load - 512).max() < 5 * 22
     other = hash_expert(jnp.arange(8192), 16, seed + 1)
     assert np.mean(other == hash_expert(jnp.arange(8192), 16, seed)) < 0.1
+
+
+def greedy_table(counts, n_experts):
+    """2106.04426 section 3.1 in the plainest way."""
+    load, table = [0] * n_experts, {}
+    for token in sorted(range(len(counts)), key=lambda v: (-max(counts[v], 1), v)):
+        table[token] = load.index(min(load))
+        load[table[token]] += max(counts[token], 1)
+    return [table[v] for v in range(len(counts))]
+
+
+def test_the_table_by_frequency_is_even_on_the_text_it_was_made_for():
+    counts = (5e4 / np.arange(1, 2001)).astype(int)  # Zipf's law,
+    counts[-300:] = 0  # and tokens that were never seen
+    counts = np.random.default_rng(0).permutation(counts)
+    table = balanced_table(counts, 16)
+    np.testing.assert_array_equal(table, greedy_table(counts.tolist(), 16))
+
+    def maxvio(table):
+        load = np.bincount(table, weights=counts, minlength=16)
+        return load.max() / load.mean() - 1
+
+    most_frequent_alone = counts.max() / (counts.sum() / 16) - 1
+    assert maxvio(table) < max(most_frequent_alone, 0) + 0.01
+    assert maxvio(np.asarray(hash_expert(jnp.arange(2000), 16, 0))) > maxvio(table) + 0.1
+    assert len(set(table[counts == 0])) > 8, "tokens never seen are spread"
 
 
 @settings(max_examples=20, deadline=None)

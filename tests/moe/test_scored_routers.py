@@ -103,6 +103,16 @@ def test_v2_and_v3_pick_different_groups():
         assert run(logits, RouterInputs(TOKENS[:1]), config).ids_TK.tolist() == [ids]
 
 
+def test_a_masked_expert_does_not_win_over_negative_scores():
+    """With a fill of 0 the masked experts 4, 5 would beat group 0's biased, negative scores."""
+    config = moe_config(
+        k=2, router="topk", scoring_func="sigmoid", n_group=2, topk_group=1, bias_update_speed=1e-3
+    )
+    bias_E = jnp.array([-1.1, -1.2, -2, -2, -3, -3, -3, -3], jnp.float32)
+    routing = run(jnp.zeros((1, E)), RouterInputs(TOKENS[:1], bias_E=bias_E), config)
+    assert routing.ids_TK.tolist() == [[0, 1]]
+
+
 def test_ties_of_groups_and_experts_go_to_the_lower_index():
     config = moe_config(n_group=4, topk_group=2)
     routing = run(jnp.zeros((4, E)), RouterInputs(TOKENS[:4]), config)

@@ -1,8 +1,9 @@
 """Routers, the first seam: pure functions from logits to a `Routing`.
 
-A new router is a function (in `scored` if it chooses by affinity, `balanced` if experts choose or
-are filled evenly, `fixed` if it learns nothing) and a line in `ROUTERS`.  It knows no devices and
-owns no parameters; the logits `u_t . e_i` are computed by the layer, in float32.
+A new router is a function (in `scored` if it chooses by affinity, `balanced` or `assignment` if
+experts choose or are filled evenly, `policy` if it draws them, `fixed` if it learns nothing) and a
+line in `ROUTERS`.  It knows no devices and owns no parameters; the logits `u_t . e_i` are computed
+by the layer, in float32.
 
 Shapes: T tokens, E routed experts, K activated ones per token.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import balanced, fixed, scored
+from dsmoe_jax.moe.routers import assignment, balanced, fixed, policy, scored
 from dsmoe_jax.moe.types import Routing
 
 _GATES = frozenset({"norm_topk_prob", "routed_scaling_factor"})
@@ -59,14 +60,30 @@ ROUTERS: dict[str, Router] = {
     "sinkhorn": Router(
         balanced.sinkhorn, _GATES | {"scoring_func", "sinkhorn_iterations", "router_jitter"}
     ),
+    "base": Router(
+        assignment.base,
+        frozenset({"routed_scaling_factor", "router_jitter"}),
+        top=1,
+        balanced=True,
+    ),
     "expert_choice": Router(
         balanced.expert_choice,
         frozenset({"scoring_func", "routed_scaling_factor", "router_jitter"}),
         balanced=True,
     ),
-    "hash": Router(
-        fixed.hash_tokens, frozenset({"hash_seed"}), logits_per_expert=0, top=1, balanced=True
+    "reinforce": Router(
+        policy.reinforce,
+        frozenset({"routed_scaling_factor", "router_jitter", "policy_entropy_factor"}),
     ),
+    "hash": Router(
+        fixed.hash_tokens,
+        frozenset({"hash_table", "hash_seed"}),
+        logits_per_expert=0,
+        top=1,
+        balanced=True,
+    ),
+    "replay": Router(fixed.replay, logits_per_expert=0, balanced=True),
+    "replay_ids": Router(scored.replay_ids, _GATES | {"scoring_func"}),
     "uniform": Router(fixed.uniform, logits_per_expert=0, balanced=True),
 }
 SETTINGS = frozenset().union(*(router.reads for router in ROUTERS.values()))

@@ -39,7 +39,7 @@ def gshard(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Rou
     if not config.random_second_expert or inputs.rng is None:
         return routing
     share_T = routing.gates_TK[:, 1] / routing.gates_TK.sum(axis=1)
-    kept_T = 2.0 * share_T > jax.random.uniform(inputs.rng, share_T.shape)
+    kept_T = 2.0 * share_T > inputs.draw(jax.random.uniform)
     kept_TK = jnp.stack([jnp.ones_like(kept_T), kept_T], axis=1)
     return routing._replace(
         ids_TK=jnp.where(kept_TK, routing.ids_TK, config.n_routed_experts),
@@ -61,7 +61,7 @@ def noisy_topk(logits: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Ro
     """
     logits_TE, scale_TE = jnp.split(logits, 2, axis=1)
     if inputs.rng is not None:
-        noise_TE = jax.random.normal(inputs.rng, logits_TE.shape)
+        noise_TE = inputs.draw(jax.random.normal, config.n_routed_experts)
         logits_TE = logits_TE + noise_TE * jax.nn.softplus(scale_TE)
     return topk(logits_TE, inputs, config)
 
@@ -80,6 +80,20 @@ def dynamic_specialised(logits: jax.Array, inputs: RouterInputs, config: MoEConf
     shares = jax.nn.softmax(logits, axis=-1)
     s_TE = shares.reshape(-1, config.n_routed_experts, SUB_EXPERTS).sum(axis=-1)
     return _from_scores(s_TE, logits, inputs, config)
+
+
+def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    """In training the recorded experts, with the gates that the router's own scores give them.
+
+    So the router still learns how much an expert's output counts, but not who is chosen.  In
+    evaluation it chooses by itself, as `topk` does.
+    """
+    if inputs.rng is None:
+        return topk(logits_TE, inputs, config)
+    assert inputs.replayed is not None, "nothing to replay"
+    s_TE, ids_TK = scores(logits_TE, config), inputs.replayed.ids
+    s_TK = jnp.take_along_axis(s_TE, ids_TK, axis=1, mode="fill", fill_value=0.0)  # nobody: 0
+    return Routing(ids_TK, gates(s_TK, config), affinities(s_TE, config), logits_TE)
 
 
 def scores(logits_TE: jax.Array, config: MoEConfig) -> jax.Array:

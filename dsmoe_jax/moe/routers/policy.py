@@ -1,0 +1,82 @@
+"""A router as a policy that is rewarded for its choices: REINFORCE (2202.01169 section 3).
+
+Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
+L MoE layers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe.routers import scored
+from dsmoe_jax.moe.types import Drawn, RouterInputs, Routing
+
+
+def reinforce(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+    """Experts drawn from the policy softmax(logits) in training, its K best in evaluation.
+
+    K experts are drawn one after the other, without replacement (by adding Gumbel noise to the
+    logits).  Every gate is 1/K, so that the router learns by `policy_loss` alone.
+    """
+    k = config.num_experts_per_tok
+    choice_TE = jax.lax.stop_gradient(logits_TE)
+    if inputs.rng is not None:
+        choice_TE += inputs.draw(jax.random.gumbel, config.n_routed_experts)
+    _, ids_TK = jax.lax.top_k(choice_TE, k)
+    gates_TK = jnp.full(ids_TK.shape, config.routed_scaling_factor / k, jnp.float32)
+    return Routing(
+        ids_TK,
+        gates_TK,
+        scored.scores(logits_TE, config),
+        logits_TE,
+        Drawn(log_probability(logits_TE, ids_TK), entropy(logits_TE)),
+    )
+
+
+def log_probability(logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
+    """Log of the probability that the policy draws these experts in this order; (T,)."""
+    left_TE, total_T = logits_TE, jnp.zeros(len(logits_TE))
+    for k in range(ids_TK.shape[1]):
+        drawn_TE = ids_TK[:, k : k + 1] == jnp.arange(logits_TE.shape[1])
+        drawn_T = jnp.where(drawn_TE, logits_TE, 0.0).sum(axis=1)
+        total_T += drawn_T - jax.nn.logsumexp(left_TE, axis=1)
+        left_TE = jnp.where(drawn_TE, -jnp.inf, left_TE)
+    return total_T
+
+
+def entropy(logits_TE: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits) in nats; (T,)."""
+    return -(jax.nn.softmax(logits_TE) * jax.nn.log_softmax(logits_TE)).sum(axis=1)
+
+
+def policy_loss(
+    drawn_LBS: Drawn, nll_BS: jax.Array, mask_BS: jax.Array, entropy_factor: float
+) -> jax.Array:
+    """Score-function estimate of how the expected loss depends on the policy (2202.01169).
+
+        gradient = - sum_lt A_t grad log pi_l(choice of t),    A_t = r_t - baseline_t
+
+    The reward r_t of a token's choices, in all layers, is minus its own negative log-likelihood;
+    the baseline is the mean reward of the other tokens of its sequence.  The estimate is exact in
+    expectation for what a choice does to its own token.  What it does to later tokens, through
+    attention in the layers above, is left out: their losses would add more noise than signal.
+
+    The entropy of the policy is rewarded too, that it does not settle before it has tried.
+
+    Args:
+      drawn_LBS: log-probabilities of the experts drawn and entropies, in L layers.
+      nll_BS: nats, 0 where masked.
+      mask_BS: float32, 1 where there is a target.
+      entropy_factor: weight of a nat of entropy against a nat of a token's loss.
+
+    Returns:
+      A sum over the tokens, to be differentiated: its value is that of the entropy bonus alone.
+    """
+    others_B1 = jnp.maximum(mask_BS.sum(axis=1, keepdims=True) - 1, 1)
+    baseline_BS = (nll_BS - nll_BS.sum(axis=1, keepdims=True)) / others_B1
+    advantage_BS = jax.lax.stop_gradient(-nll_BS - baseline_BS) * mask_BS
+    loss = -(advantage_BS * drawn_LBS.log_prob).sum()
+    bonus = entropy_factor * (drawn_LBS.entropy * mask_BS).sum()
+    return loss - jax.lax.stop_gradient(loss) - bonus  # the value of `loss` means nothing

@@ -1,0 +1,46 @@
+"""The hash table by frequency: counted on the corpus, in the state, saved, used."""
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.data.corpus import load_corpus
+from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.run import load_run
+from dsmoe_jax.training.step import init_state
+
+HASH = {
+    "model.moe.router": "hash",
+    "model.moe.hash_table": "frequency",
+    "model.moe.num_experts_per_tok": 1,
+    "model.moe.expert_balance_factor": 0.0,
+    "model.moe.router_z_factor": 0.0,
+    "train.steps": 2,
+    "train.eval_every": 0,
+}
+
+
+def test_counts_are_those_of_one_epoch_of_batches(tiny_corpus):
+    corpus = load_corpus(tiny_corpus)
+    n = corpus.num_records("train")
+    batch = next(train_batches(tiny_corpus, 64, n, seed=0))
+    inputs = batch["tokens_BS"][batch["segment_ids_BS"] > 0]
+    np.testing.assert_array_equal(corpus.token_counts_V, np.bincount(inputs, minlength=512))
+
+
+def test_a_run_has_the_table_keeps_it_and_routes_by_it(tiny_config, tiny_corpus, tmp_path):
+    train(tiny_config(**HASH), tmp_path / "run", progress=False)
+    model = load_run(tmp_path / "run").model
+    table_LV = np.asarray(model.layers.moe.table_V[...])
+    np.testing.assert_array_equal(table_LV[0], table_LV[1])
+    counts_V = load_corpus(tiny_corpus).token_counts_V
+    load = np.bincount(table_LV[0], weights=counts_V, minlength=4)
+    assert load.max() / load.mean() < 1.01
+    tokens = np.arange(512, dtype=np.int32)[None]
+    stats = model.forward(tokens).router_stats
+    np.testing.assert_array_equal(stats.load_E[0], np.bincount(table_LV[0], minlength=4))
+
+
+def test_without_counts_it_is_refused(tiny_config):
+    with pytest.raises(ValueError, match=r"model\.moe\.hash_table='frequency': needs token counts"):
+        init_state(tiny_config(**HASH))

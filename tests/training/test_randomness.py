@@ -1,0 +1,91 @@
+"""Noise belongs to a sequence of the global batch, however the batch is cut up or spread out."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import B, S, synthetic_batch
+from tiny import TINY
+
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.training.step import init_state, make_train_step
+
+# Without the noise of a router, other tokens change nothing about a token's experts: the loads of
+# one step are the same in any number of micro-batches if the noise is.
+RANDOM = {
+    "jitter": {"router_jitter": 0.9},
+    "second": {"router": "gshard", "random_second_expert": True},
+    "noisy": {"router": "noisy_topk"},
+    "drawn": {"router": "reinforce"},
+    "uniform": {"router": "uniform", "num_experts_per_tok": 3, "expert_balance_factor": 0.0,
+                "router_z_factor": 0.0},
+}  # fmt: skip
+
+
+@functools.cache
+def compiled(name, n_micro):
+    overrides = {f"model.moe.{key}": value for key, value in RANDOM[name].items()}
+    overrides |= {"train.accumulation_steps": n_micro, "model.num_hidden_layers": 1}
+    config = replace(Config(), **{**TINY, **overrides})
+    return init_state(config), jax.jit(make_train_step(config, jnp.ones(512)))
+
+
+def first_step(name, n_micro=1, step=0, batch=None):
+    state, train_step = compiled(name, n_micro)
+    _, metrics = train_step(state._replace(step=jnp.int32(step)), batch or synthetic_batch())
+    return np.asarray(metrics.router.load_E), float(metrics.loss)
+
+
+@pytest.mark.parametrize("name", list(RANDOM))
+def test_micro_batches_do_not_change_the_noise(name):
+    load, loss = first_step(name)
+    for n_micro in (2, 4) if name == "noisy" else (4,):
+        other, other_loss = first_step(name, n_micro)
+        np.testing.assert_array_equal(other, load)
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    if name != "uniform":
+        assert np.abs(first_step(name, step=1)[0] - load).max() > 0, "there is noise"
+
+
+def test_sequences_draw_different_noise():
+    """Of B equal sequences not all go the same way."""
+    batch = jax.tree.map(lambda x: np.tile(x[:1], (B, 1)), synthetic_batch())
+    load, _ = first_step("noisy", batch=batch)
+    assert (load % B).any(), "loads of equal sequences would be multiples of B"
+    assert load.sum() == B * S * 2
+
+
+ON_DEVICES = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from dsmoe_jax.moe.types import RouterInputs
+
+@jax.jit
+def draw(tokens, places, key):
+    inputs = RouterInputs(tokens.reshape(-1), rng=key, sequence_B=places)
+    return inputs.draw(jax.random.normal, 5)
+
+args = jnp.zeros((16, 6), jnp.int32), jnp.arange(16)
+key, results = jax.random.key(3), []
+for n in (1, 2, 8):
+    mesh = jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+    placed = jax.device_put(args, NamedSharding(mesh, P("data")))
+    results.append(np.asarray(draw(*placed, key)))
+for other in results[1:]:
+    np.testing.assert_array_equal(other, results[0])
+assert len(np.unique(results[0])) == results[0].size, "all different"
+"""
+
+
+def test_devices_do_not_change_the_noise():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **flags, "PYTHONPATH": os.getcwd()}
+    child = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr

@@ -1,0 +1,127 @@
+"""Routing recorded in one run and replayed in another: the same losses, bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import recorded
+from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.metrics import read_rows
+from dsmoe_jax.training.recording import MANIFEST
+
+SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
+FIXED = {
+    "model.moe.expert_balance_factor": 0.0,
+    "model.moe.router_z_factor": 0.0,
+    "model.moe.num_experts_per_tok": 1,
+}
+
+
+def losses(workdir):
+    keys = ("loss", "grad_norm", "validation_loss")
+    return [{k: row.get(k) for k in keys} for row in read_rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_config, tmp_path_factory, compile_cache):
+    """A recorded run of the paper's router."""
+    workdir = tmp_path_factory.mktemp("recorded") / "run"
+    train(tiny_config(**SHORT, **{"train.record_routing": True}), workdir, progress=False)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def hashed(tiny_config, tmp_path_factory, compile_cache):
+    """A recorded run of a router without parameters, with dropping."""
+    workdir = tmp_path_factory.mktemp("recorded") / "run"
+    hashed = {"model.moe.router": "hash", "model.moe.capacity_factor": 0.9}
+    config = {**SHORT, **FIXED, **hashed, "train.record_routing": True}
+    train(tiny_config(**config), workdir, progress=False)
+    return workdir
+
+
+def test_what_is_recorded(hashed):
+    """What the experts got: a dropped assignment went to nobody, 4."""
+    with np.load(hashed / "routing/train/00000004.npz") as arrays:
+        ids, gates = arrays["ids_BLSK"], arrays["gates_BLSK"]
+    assert ids.shape == gates.shape == (4, 2, 64, 1)
+    assert (ids == 4).any(), "some are dropped"
+    np.testing.assert_array_equal(gates, ids < 4)
+    assert (hashed / "routing/validation-00000002/00000002.npz").is_file()
+
+
+def test_recorded_experts_with_live_gates_give_the_same_run(learned, tiny_config, tmp_path):
+    """The experts are forced, the gates' and balance terms' gradients flow as they did."""
+    replays = {"model.moe.router": "replay_ids", "train.replay_routing": str(learned / "routing")}
+    train(tiny_config(**SHORT, **replays), tmp_path / "run", progress=False)
+    assert losses(tmp_path / "run") == losses(learned)
+
+
+def test_recorded_experts_and_gates_give_the_same_run(hashed, tiny_config, tmp_path):
+    replays = {"model.moe.router": "replay", "train.replay_routing": str(hashed / "routing")}
+    train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
+    assert losses(tmp_path / "run") == losses(hashed)
+
+
+def test_the_replay_is_what_decides(hashed, tiny_config, tmp_path):
+    """With the recorded experts exchanged the run is another one."""
+    directory = tmp_path / "routing"
+    for path in (hashed / "routing").rglob("*.npz"):
+        target = directory / path.relative_to(hashed / "routing")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with np.load(path) as arrays:
+            np.savez(target, ids_BLSK=4 - arrays["ids_BLSK"], gates_BLSK=arrays["gates_BLSK"])
+    (directory / MANIFEST).write_text((hashed / "routing" / MANIFEST).read_text())
+    replays = {"model.moe.router": "replay", "train.replay_routing": str(directory)}
+    train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
+    assert losses(tmp_path / "run")[0] != losses(hashed)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train.steps": 5}, r"no step 5, train\.steps=5 must be at most 4"),
+        ({"model.num_hidden_layers": 3}, r"recorded with layers=2, not 3"),
+        ({"model.moe.n_routed_experts": 8}, r"recorded with experts=4, not 8"),
+        ({"model.moe.num_experts_per_tok": 2}, r"recorded with experts_per_token=1, not 2"),
+        ({"train.global_batch_size": 8}, r"batches of 4 sequences, not 8"),
+        ({"train.seed": 1}, r"recorded with seed=0, not 1"),
+        ({"train.eval_every": 1}, r"holds no batch 1 of validation-0000000[13]"),
+        ({"train.replay_routing": "/none"}, r"no recorded routing there"),
+        ({"train.replay_routing": ""}, r"router='replay' needs the WORKDIR/routing of a run"),
+        ({"model.moe.router": "uniform"}, r"router='uniform' replays nothing"),
+    ],
+)
+def test_refused_before_the_first_step(hashed, tiny_config, tmp_path, change, message):
+    replays = {"model.moe.router": "replay", "train.replay_routing": str(hashed / "routing")}
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tiny_config(**{**SHORT, **FIXED, **replays, **change}), tmp_path, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_in_micro_batches_does_not_record(tiny_config):
+    with pytest.raises(ValueError, match=r"train\.record_routing=True: accumulation_steps=2"):
+        tiny_config(**{"train.record_routing": True, "train.accumulation_steps": 2})
+
+
+def test_a_benchmark_takes_it(learned, hashed):
+    path = learned / "routing/train/00000001.npz"
+    offsets_TE = recorded.offsets_TE(path, 1, 100, 4, 2)
+    with np.load(path) as arrays:
+        ids = arrays["ids_BLSK"][:, 1].reshape(-1, 2)[:100]
+    np.testing.assert_array_equal(np.argsort(-offsets_TE, kind="stable")[:, :2], np.sort(ids))
+    for bad, message in (
+        ((path, 2, 100, 4, 2), r"--layer=2: .* layers 0 to 1"),
+        ((path, 1, 1000, 4, 2), r"256 tokens with 2 experts each; the layer has 1000 with 2"),
+        ((path, 1, 100, 2, 2), r"goes to expert 3, the layer has 2"),
+        ((hashed / "routing/train/00000001.npz", 0, 256, 4, 1), r"goes to expert 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recorded.offsets_TE(*bad)
+
+
+def test_the_manifest_names_what_it_belongs_to(hashed):
+    manifest = json.loads((hashed / "routing" / MANIFEST).read_text())
+    assert manifest["layers"] == 2
+    assert manifest["sequence_length"] == 64
