@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -150,8 +151,18 @@ class Recording:
 def of_run(
     config: Config, workdir: Path, fingerprint: str
 ) -> tuple[Recorder | None, Recording | None]:
-    """Where the routing of a training run goes to, and where it comes from."""
+    """Where the routing of a training run goes to, and where it comes from.
+
+    Raises:
+      ValueError: with several processes, none of which sees the routing of the whole batch.
+    """
     recorder = replayed = None
+    if jax.process_count() > 1 and (config.train.record_routing or config.train.replay_routing):
+        raise ValueError(
+            f"train.record_routing={config.train.record_routing},"
+            f" train.replay_routing={config.train.replay_routing!r}: must be off with"
+            f" {jax.process_count()} processes; routing is kept whole, by one"
+        )
     if config.train.record_routing:
         recorder = Recorder(workdir / ROUTING, belongs_to(config, fingerprint))
     if config.train.replay_routing:
