@@ -29,18 +29,19 @@ def draw(runs: Mapping[str, Loads]) -> Figure:
     """A column a run: a heat map (experts over training) a layer, and below MaxVio of all layers.
 
     Args:
-      runs: by title.
+      runs: by title, of which the last two parts of a path are shown.
     """
     n_layers = max(run.load_SLE.shape[1] for run in runs.values())
-    height = 0.95 + 0.62 * n_layers + 1.0
+    panel = min(0.4 + 0.014 * max(run.load_SLE.shape[2] for run in runs.values()), 1.4)
+    height = 0.95 + panel * n_layers + 1.0
     figure = Figure(figsize=(WIDTH, height), dpi=200)
     panels = figure.subplots(
         n_layers + 1, len(runs), sharex="col", squeeze=False,
-        gridspec_kw={"height_ratios": [0.62] * n_layers + [1.0]},
+        gridspec_kw={"height_ratios": [panel] * n_layers + [1.0]},
     )  # fmt: skip
     image = None
     for column, (title, run) in zip(panels.T, runs.items(), strict=True):
-        column[0].set_title(title, loc="left", pad=3)
+        column[0].set_title("/".join(title.split("/")[-2:]), loc="left", pad=3)
         for layer, ax in enumerate(column[:-1]):
             if layer < run.load_SLE.shape[1]:
                 image = _heat_map(ax, run.tokens_S, run.load_SLE[:, layer])

@@ -237,18 +237,18 @@ class MoELayer(nnx.Module):
     ) -> RouterStats:
         """What is reported of a routing, of which only the assignments `kept_TK` were computed."""
         moe, valid_T = self.config, valid_BS.reshape(-1)
-        of_token_T = {"top_gate": routing.gates_TK[:, 0], "gate_sum": routing.gates_TK.sum(axis=1)}
-        if routing.affinity_TE is not None:
-            of_token_T["entropy"] = jax.scipy.special.entr(routing.affinity_TE).sum(axis=1)
-        of_token_T = jax.lax.stop_gradient(of_token_T)
-        names = list(losses.active_terms(moe))
-        if routing.logits_TE is not None and "router_z" not in names:
-            names.append("router_z")  # weight 0: only to be seen
+        terms = {n: losses.part(n, routing, valid_BS, moe) for n in losses.active_terms(moe)}
+        seen = jax.lax.stop_gradient(routing)  # else the backward pass goes through what is logged
+        of_token_T = {"top_gate": seen.gates_TK[:, 0], "gate_sum": seen.gates_TK.sum(axis=1)}
+        if seen.affinity_TE is not None:
+            of_token_T["entropy"] = jax.scipy.special.entr(seen.affinity_TE).sum(axis=1)
+        if seen.logits_TE is not None and "router_z" not in terms:
+            terms["router_z"] = losses.part("router_z", seen, valid_BS, moe)
         return RouterStats(
             tokens=valid_T.sum(dtype=jnp.float32),
             load_E=ledger.sent_E,
             sums={name: (x_T * valid_T).sum() for name, x_T in of_token_T.items()},
-            terms={name: losses.part(name, routing, valid_BS, moe) for name in names},
+            terms=terms,
             ledger=ledger,
             device_rows_D=device_rows(kept_TK, moe),
             exchange=exchange,
