@@ -238,7 +238,9 @@ class MoELayer(nnx.Module):
         """What is reported of a routing, of which only the assignments `kept_TK` were computed."""
         moe, valid_T = self.config, valid_BS.reshape(-1)
         terms = {n: losses.part(n, routing, valid_BS, moe) for n in losses.active_terms(moe)}
-        seen = jax.lax.stop_gradient(routing)  # else the backward pass goes through what is logged
+        # Without gradients, else the backward pass would go through what is only logged. Behind a
+        # barrier, else XLA computes the softmax again for each number that it adds up here.
+        seen = jax.lax.optimization_barrier(jax.lax.stop_gradient(routing))
         of_token_T = {"top_gate": seen.gates_TK[:, 0], "gate_sum": seen.gates_TK.sum(axis=1)}
         if seen.affinity_TE is not None:
             of_token_T["entropy"] = jax.scipy.special.entr(seen.affinity_TE).sum(axis=1)
