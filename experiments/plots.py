@@ -143,14 +143,25 @@ def domains(comparison: Comparison) -> Figure | None:
 
 
 def maxvio(comparison: Comparison) -> Figure | None:
-    """MaxVio over training, mean over layers and seeds, smoothed."""
+    """MaxVio of single batches over training, mean over layers and seeds, smoothed."""
+    return _violations(comparison, lambda history: smooth(history.maxvio))
+
+
+def maxvio_running(comparison: Comparison) -> Figure | None:
+    """MaxVio of the load of the last 100 steps or so, mean over layers and seeds."""
+    return _violations(comparison, lambda history: history.maxvio_running)
+
+
+def _violations(
+    comparison: Comparison, values_of: Callable[[History], np.ndarray]
+) -> Figure | None:
     curves = {}
     for arm in comparison.arms:
-        histories = [h for h in comparison.histories_of(arm).values() if len(h.maxvio)]
+        histories = [h for h in comparison.histories_of(arm).values() if len(values_of(h))]
         if histories:
-            n = min(len(h.maxvio) for h in histories)
-            mean = np.mean([h.maxvio[:n] for h in histories], axis=0)
-            curves[arm] = histories[0].tokens[:n], smooth(mean)
+            n = min(len(values_of(h)) for h in histories)
+            mean = np.mean([values_of(h)[:n] for h in histories], axis=0)
+            curves[arm] = histories[0].tokens[:n], mean
     if not curves:
         return None
     figure, ax = axes(right=0.75)
@@ -239,6 +250,12 @@ PLOTS: dict[str, Plot] = {
         "MaxVio = (largest load − mean load) / mean load of a layer's experts within a batch; mean"
         " over layers and seeds, smoothed. More experts make a larger MaxVio likelier.",
         maxvio,
+    ),
+    "maxvio_running": Plot(
+        "The same over a window",
+        "MaxVio of the load of the last 100 steps or so: what one batch happens to want is averaged"
+        " out, what stays are experts that all batches prefer.",
+        maxvio_running,
     ),
     "expert_load": Plot(
         "Who does the work",

@@ -125,8 +125,9 @@ def _results_note(comparison: Comparison) -> str:
     return (
         f"Loss in nats per token on held-out text; means over seeds.{spread} MaxVio (how"
         " far the most loaded expert is above the mean; mean over layers) and dead experts (of all"
-        f" layers) are taken on the held-out text. {tables.NONE} means that a number does not exist"
-        " (a dense model has no router) or is not there yet. FLOPs: training, as the paper counts."
+        " layers) are taken on the held-out text; in training: MaxVio of the load of the last 100"
+        f" steps or so. {tables.NONE} means that a number does not exist (a dense model has no"
+        " router) or is not there yet. FLOPs: training, as the paper counts."
     )
 
 

@@ -25,6 +25,8 @@ from dsmoe_jax.training.metrics import read_rows
 from dsmoe_jax.training.workdir import read_evaluation
 from experiments.spec import Arm, Experiment
 
+RUNNING = "maxvio_running"  # as in metrics.jsonl
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -56,6 +58,7 @@ class Row:
       validation_loss: nats per token; validation_bits_per_byte: comparable between tokenizers.
       domains: bits per byte on the held-out text of each domain.
       maxvio: (max load - mean load) / mean load over the held-out text, mean over layers.
+      maxvio_running: the same of the last 100 training steps or so, at the end of training.
       dead_experts: experts without a token of the held-out text, over all layers.
       seconds: in training steps, without compiling, validating and waiting.
       data_fingerprint: of the corpus.
@@ -77,6 +80,7 @@ class Row:
     validation_bits_per_byte: float | None = None
     domains: Mapping[str, float] = dataclasses.field(default_factory=dict)
     maxvio: float | None = None
+    maxvio_running: float | None = None
     dead_experts: int | None = None
     seconds: float | None = None
     data_fingerprint: str | None = None
@@ -108,6 +112,7 @@ class History:
       tokens, loss: trained on so far, and training loss in nats per token, at each logged step.
       validation_tokens, validation_loss: the same for the validations on the way.
       maxvio: mean over layers at each logged step; empty without routed experts.
+      maxvio_running: the same of the last 100 steps or so.
       load_LE: load of every expert on the held-out text over its layer's mean (1 is balance);
         None without routed experts, or before the run is finished.
       loads: of every expert over training; None without routed experts.
@@ -118,6 +123,7 @@ class History:
     validation_tokens: np.ndarray
     validation_loss: np.ndarray
     maxvio: np.ndarray
+    maxvio_running: np.ndarray
     load_LE: np.ndarray | None
     loads: Loads | None
 
@@ -162,15 +168,17 @@ _account = functools.cache(accounting.account)
 
 def read_row(cell: Cell) -> Row:
     """The row of a run, as far as it has come."""
+    logged = read_rows(cell.workdir)
     row = Row(
         cell.arm.label, cell.seed, cell.config.name, config_sha256(cell.config),
         **sizes(cell.config),
-        seconds=_seconds(read_rows(cell.workdir)), **_read_json(cell.record),
+        seconds=_seconds(logged), **_read_json(cell.record),
     )  # fmt: skip
     held_out = _finished_evaluation(cell)
     if held_out is None:
         return row
     maxvio, dead = held_out.get("maxvio"), held_out.get("dead_experts")
+    running = logged[-1].get(RUNNING)
     return dataclasses.replace(
         row,
         tokens=cell.config.tokens_after(cell.config.train.steps),
@@ -179,6 +187,7 @@ def read_row(cell: Cell) -> Row:
         validation_bits_per_byte=held_out["bits_per_byte"],
         domains={name: found["bits_per_byte"] for name, found in held_out["domains"].items()},
         maxvio=None if maxvio is None else float(np.mean(maxvio)),
+        maxvio_running=None if running is None else float(np.mean(running)),
         dead_experts=None if dead is None else int(np.sum(dead)),
     )
 
@@ -199,6 +208,7 @@ def read_history(cell: Cell) -> History | None:
         validation_tokens=_column(judged, "tokens"),
         validation_loss=_column(judged, "validation_loss"),
         maxvio=np.array([np.mean(row["maxvio"]) for row in routed]),
+        maxvio_running=np.array([np.mean(r[RUNNING]) for r in routed if RUNNING in r]),
         load_LE=None if load_LE is None else load_LE / load_LE.mean(axis=1, keepdims=True),
         loads=loads_of(trained),
     )

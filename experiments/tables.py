@@ -22,7 +22,7 @@ def results_table(comparison: Comparison) -> Table:
     """One row an arm; means over seeds, ± the standard deviation where there are two or more."""
     head = [
         "", "validation loss", "bits / byte", "parameters", "activated", "FLOPs / sequence",
-        "tokens", "MaxVio", "dead experts", "seeds",
+        "tokens", "MaxVio", "in training", "dead experts", "seeds",
     ]  # fmt: skip
     rows, losses = [], mean_losses(comparison)
     for arm in comparison.arms:
@@ -38,6 +38,7 @@ def results_table(comparison: Comparison) -> Table:
                 short(known and known.flops_per_sequence),
                 short(done[0].tokens if done else None),
                 _mean_of(done, lambda row: row.maxvio, 2, False),
+                _mean_of(done, lambda row: row.maxvio_running, 2),
                 _dead(done),
                 str(len(done) or NONE),
             ]

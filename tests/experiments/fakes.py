@@ -54,6 +54,7 @@ class FakeTrain:
             if moe.n_routed_experts:
                 load = rng.gamma(3 + 20 * share, 1, (layers, moe.n_routed_experts)) * 100
                 row |= load_summary(np.round(load))
+                row["maxvio_running"] = row["maxvio"]
             if step % config.train.eval_every == 0 or step == config.train.steps:
                 row |= {"validation_loss": loss, "validation_bits_per_byte": loss * 0.4}
             rows.append(json.dumps(row))

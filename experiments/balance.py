@@ -1,0 +1,37 @@
+"""A router that is left alone collapses; every way of balancing it brings it back.
+
+    python -m experiments.balance --scale=demo
+
+DeepSeekMoE seven times; only what balances the router differs.  One run has its balance term turned
+on when half of the steps are done, so that the recovery can be watched.  What came out is in
+docs/routers_and_losses.md.
+"""
+
+from experiments import runner
+from experiments.spec import Arm, Experiment, same_activated, same_total
+
+NONE = {"model.moe.expert_balance_factor": 0.0}
+LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))  # multiples of the weight: a jump
+ARMS = (
+    Arm("nothing", "dsmoe_2b", overrides=NONE),
+    Arm("loss-free bias", "dsmoe_2b", overrides={**NONE, "model.moe.bias_update_speed": 1e-3}),
+    Arm("expert loss", "dsmoe_2b"),  # the config's own: 0.01, by sequence
+    Arm("late loss", "dsmoe_2b", overrides={"model.moe.expert_balance_schedule": LATE}),
+    Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.switch_balance_factor": 0.01}),
+    Arm("Sinkhorn", "dsmoe_2b", overrides={**NONE, "model.moe.router": "sinkhorn"}),
+    Arm("expert choice", "dsmoe_2b", overrides={**NONE, "model.moe.router": "expert_choice"}),
+)
+LABELS = tuple(arm.label for arm in ARMS)
+
+EXPERIMENT = Experiment(
+    name="balance",
+    title="Collapse without balance, and the ways back",
+    source="DeepSeekMoE (arXiv 2401.06066), section 3.3; DeepSeek-V3 (2412.19437), section 2.1.2",
+    claim="Without balance a few experts get most of the tokens; a balance loss, or a bias on the"
+    " choice of experts, evens the load out.",
+    arms=ARMS,
+    equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+)
+
+if __name__ == "__main__":
+    runner.main(EXPERIMENT)
