@@ -2,7 +2,7 @@
 
     python -m experiments.balance --scale=demo
 
-DeepSeekMoE seven times; only what balances the router differs.  One run has its balance term turned
+DeepSeekMoE six times; only what balances the router differs.  One run has its balance term turned
 on when half of the steps are done, so that the recovery can be watched.  What came out is in
 docs/routers_and_losses.md.
 """
@@ -19,7 +19,6 @@ ARMS = (
     Arm("late loss", "dsmoe_2b", overrides={"model.moe.expert_balance_schedule": LATE}),
     Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.switch_balance_factor": 0.01}),
     Arm("Sinkhorn", "dsmoe_2b", overrides={**NONE, "model.moe.router": "sinkhorn"}),
-    Arm("expert choice", "dsmoe_2b", overrides={**NONE, "model.moe.router": "expert_choice"}),
 )
 LABELS = tuple(arm.label for arm in ARMS)
 
