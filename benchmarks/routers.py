@@ -179,8 +179,9 @@ def whole_layer_case() -> Callable[[], Any]:
     inputs, dy_BSD = inputs_of(layer), jnp.ones_like(x_BSD)
 
     def loss(params, x_BSD, dy_BSD, inputs: RouterInputs):
-        ids_BS, valid_BS = (x.reshape(B, S) for x in (inputs.token_ids_T, inputs.valid_T))
+        ids_BS, valid_BS = inputs.token_ids_T.reshape(B, S), jnp.ones((B, S), bool)
         y_BSD, stats = nnx.merge(graph, params)(x_BSD, ids_BS, valid_BS, inputs.rng)
+        assert stats is not None
         return (y_BSD * dy_BSD).sum(), stats.load_E
 
     args = params, x_BSD, dy_BSD, inputs
