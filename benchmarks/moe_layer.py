@@ -5,12 +5,12 @@
     python -m benchmarks.moe_layer --size=2b --shared=1
     python -m benchmarks.moe_layer --size=demo --routing=RUN/routing/train/00000480.npz --layer=2
 
-One process, interleaved: in every round each case runs once, and a ratio is the median over rounds
-of (case / dense in the same round), so a machine that slows down slows both. The layer is the
-router's matmul, softmax, top-k, sort, gather, experts and weighted sum; nothing is dropped. Its
-dense rival has the width of the K activated experts. With --shared=Ks both have Ks shared experts
-more: the whole layer of a DeepSeekMoE model. Gradients are those of tokens, router and all weights,
-and the output is computed too.
+One process, interleaved: in every round each case runs once (first all forward passes, then all
+with gradients), and a ratio is the median over rounds of (case / dense in the same round), so a
+machine that slows down slows both. The layer is the router's matmul, softmax, top-k, sort, gather,
+experts and weighted sum; nothing is dropped. Its dense rival has the width of the K activated
+experts. With --shared=Ks both have Ks shared experts more: the whole layer of a DeepSeekMoE model.
+Gradients are those of tokens, router and all weights, and the output is computed too.
 
 Shape suffixes: T tokens, D hidden, F expert width, E routed experts, K activated experts.
 """
@@ -183,13 +183,17 @@ def build_cases(
 def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
     """Time all cases interleaved; a row of results for each."""
     seconds = {case: [] for case in cases}
-    for round_ in range(-1, repeats):  # round -1 warms up
-        for case in cases:
-            start = time.perf_counter()
-            case.run()
-            if round_ >= 0:
-                seconds[case].append(time.perf_counter() - start)
-        print(f"round {round_ + 1}/{repeats}", file=sys.stderr)
+    for with_gradients in (False, True):
+        # One after the other: between gradients of 825 MB, the buffers of a forward pass break up
+        # the heap, and a training step, which always asks for the same sizes, knows no such thing.
+        for round_ in range(-2, repeats):  # those below 0 warm up
+            for case in cases:
+                if case.with_gradients == with_gradients:
+                    start = time.perf_counter()
+                    case.run()
+                    if round_ >= 0:
+                        seconds[case].append(time.perf_counter() - start)
+            print(f"gradients={with_gradients}, round {round_ + 1}/{repeats}", file=sys.stderr)
     dense = {c.with_gradients: seconds[c] for c in cases if c.name == "dense"}
     rows = []
     for case in cases:
