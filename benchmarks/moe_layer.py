@@ -229,9 +229,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = "native,blocked" if jax.default_backend() == "cpu" else "ragged_dot,tokamax"
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
-    parser.add_argument("--backends", default=default, help="comma-separated (default %(default)s)")
+    parser.add_argument(
+        "--backends",
+        help="comma-separated (default native,blocked on CPU, else ragged_dot,tokamax)",
+    )
     parser.add_argument(
         "--routing",
         type=Path,
@@ -250,12 +252,16 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="keep: freed memory stays in the process, see dsmoe_jax/host_memory.py (default)",
     )  # fmt: skip
     flags = parser.parse_args(argv)
+    # Before the first call into XLA: its threads would have got heaps of their own.
+    flags.kept = flags.malloc == "keep" and keep_freed_memory()
+    on_cpu = jax.default_backend() == "cpu"
+    flags.backends = flags.backends or ("native,blocked" if on_cpu else "ragged_dot,tokamax")
     try:
         for backend in flags.backends.split(","):
             experts.get_backend(backend)
     except ValueError as error:
         parser.error(f"--backends: {error}")
-    if flags.hf and jax.default_backend() != "cpu":
+    if flags.hf and not on_cpu:
         parser.error("--hf: torch runs on the CPU here, comparing it with an accelerator is no use")
     if flags.hf and flags.shared:
         parser.error("--hf: compares the routed experts; leave out --shared")
@@ -268,7 +274,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
-    kept = flags.malloc == "keep" and keep_freed_memory()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     report = {
         "device": jax.devices()[0].device_kind,
@@ -277,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         else os.cpu_count(),
         "jax": jax.__version__,
         "dtype": dtype,
-        "freed_memory_kept": kept,
+        "freed_memory_kept": flags.kept,
         "repeats": flags.repeats,
         "routing": str(flags.routing) if flags.routing else None,
         "sizes": {},
