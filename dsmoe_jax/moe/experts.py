@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.moe import blocked, native
+from dsmoe_jax.parallel.mesh import platform
 
 
 class ExpertWeights(NamedTuple):
@@ -140,7 +141,7 @@ def get_backend(backend: str) -> Callable[[jax.Array, jax.Array, ExpertWeights],
       ValueError: for an unknown name, or a backend whose library (or compiler) is not installed.
     """
     if backend == "auto":
-        return _best_on_cpu if jax.default_backend() == "cpu" else ragged_dot
+        return _best_on_cpu if platform() == "cpu" else ragged_dot
     if backend not in BACKENDS:
         known = ["auto", *sorted(BACKENDS)]
         raise ValueError(f"model.moe.expert_backend={backend!r}: must be one of {known}")

@@ -19,6 +19,7 @@ from dsmoe_jax.moe.layer import MoELayer, RouterStats
 from dsmoe_jax.moe.types import Choice
 from dsmoe_jax.nn.attention import Attention, KVCache
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear
+from dsmoe_jax.parallel.mesh import platform
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 # What the backward pass recomputes instead of keeping.
@@ -200,7 +201,7 @@ class Transformer(nnx.Module):
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The dtype of activations: as configured, or float32 on CPU and bfloat16 elsewhere."""
     if config.compute_dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
 
 

@@ -121,8 +121,8 @@ def init_state(config: Config, token_counts: Callable[[], np.ndarray] | None = N
 
 def state_shapes(config: Config) -> TrainState:
     """The shapes of `init_state`, without devices."""
-    key = jax.random.key(config.train.seed)
-    return jax.eval_shape(functools.partial(_first_state, config), key)
+    # The key is made in here: nothing may run, the ambient mesh's devices may not exist.
+    return jax.eval_shape(lambda: _first_state(config, jax.random.key(config.train.seed)))
 
 
 def abstract_state(config: Config) -> TrainState:
