@@ -25,12 +25,12 @@ from collections.abc import Iterator
 import jax
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.parallel.chips import CHIPS
 from dsmoe_jax.parallel.mesh import AXES, BATCH_AXES
 from dsmoe_jax.parallel.sharding import axes_of, check, split
 from dsmoe_jax.training.step import TrainState, state_shapes
 
-# Memory of one chip in 10^9 bytes, from the vendors' data sheets.
-HBM_GB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 80}
+HBM_GB = {name: chip.hbm_gb for name, chip in CHIPS.items()}
 USABLE = 0.9  # the rest is for the program, its buffers, and what the estimate misses
 IMBALANCE = 2.0  # rows of the busiest device relative to the mean (MaxVio 1)
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16

@@ -1,0 +1,245 @@
+"""Reads a compiled program's text: what travels between devices, and what is computed meanwhile.
+
+The text is that of `jax.stages.Compiled.as_text()`: computations of one instruction a line, in the
+order in which they run.  How often a `while` runs (the layers, the micro-batches) its condition
+says, which compares a counter from 0 on with a constant.
+
+What a chip receives, of an operand of b bytes in groups of g devices:
+
+    all-gather          b (g - 1)          reduce-scatter, all-to-all   b (g - 1) / g
+    all-reduce          2 b (g - 1) / g    collective-permute           b
+    ragged-all-to-all   at most m (g - 1) / g, m the smaller of what can be sent and received
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCH_LIST = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+# {{0,1},{2,3}} or [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'}: groups over the axis a
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})"
+)
+_AXIS = re.compile(r"('\w+')=(\d+)")
+_BITS = {"pred": 8, "bf16": 16, "token": 0}
+
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+EXCHANGES = ("all-to-all", "ragged-all-to-all")
+_COMPUTE = ("fusion", "dot", "convolution", "custom-call", "while", "call")
+
+
+class Instruction(NamedTuple):
+    """A line: `name = type opcode(arguments), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    arguments: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it takes."""
+        return _OPERAND.findall(self.arguments)
+
+
+class Traffic(NamedTuple):
+    """A collective of the program.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      bytes: that a chip receives each time (see the module's docstring).
+      times: how often it runs.
+    """
+
+    kind: str
+    bytes: float
+    times: int
+
+
+class Overlap(NamedTuple):
+    """Exchanges of tokens by what the schedule has between their start and their end.
+
+    Attributes:
+      exchanges: instructions in the program (in a loop: one).
+      asynchronous: those that have a start and an end.
+      with_compute: those with computations in between.
+      with_shared_experts: those with computations of the shared experts in between.
+    """
+
+    exchanges: int
+    asynchronous: int
+    with_compute: int
+    with_shared_experts: int
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The computations of a program by name, and the name of the one it begins with."""
+    computations: dict[str, list[Instruction]] = {}
+    current, entry = None, ""
+    for line in text.splitlines():
+        if (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+            current = computations[header[1]] = []
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            name, kind, opcode, rest = match.groups()
+            end = _closing(rest)
+            current.append(Instruction(name, kind, opcode, rest[:end], rest[end:]))
+    return computations, entry
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis ends that was opened before the text."""
+    depth = 1
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return i
+    return len(text)
+
+
+def n_bytes(kind: str) -> float:
+    """Bytes of a type, without padding: `bf16[8,128]{1,0}` or a tuple of such."""
+    total = 0.0
+    for dtype, shape in _ARRAY.findall(kind):
+        bits = _BITS.get(dtype, int(re.sub(r"\D", "", dtype) or 0))
+        total += bits / 8 * math.prod(int(n) for n in shape.split(",") if n)
+    return total
+
+
+def traffic(text: str) -> list[Traffic]:
+    """Every collective of a program.
+
+    Of a conditional only the branch that moves least is counted: the other one is what
+    `buffer_factor` does when a buffer was too small.
+
+    Raises:
+      ValueError: for a loop around a collective that does not say how often it runs.
+    """
+    computations, entry = parse(text)
+
+    def of(name: str, times: int) -> Iterator[Traffic]:
+        instructions = computations.get(name, [])
+        types = {i.name: i.type for i in instructions}
+        for i in instructions:
+            kind, called = i.opcode.removesuffix("-start"), _CALLED.search(i.attributes)
+            if kind in COLLECTIVES:
+                if name.startswith("all-reduce-scatter"):  # what a TPU makes of a reduce-scatter
+                    kind = "reduce-scatter"
+                yield Traffic(kind, _received(kind, i, types), times)
+            elif i.opcode == "while" and (body := _BODY.search(i.attributes)):
+                inside = list(of(body[1], times))
+                trips = _trips(i, computations) if inside else 0
+                yield from (t._replace(times=t.times * trips) for t in inside)
+            elif i.opcode == "conditional":
+                branches = [list(of(branch, times)) for branch in _branches(i)]
+                yield from min(branches, key=lambda b: sum(t.bytes * t.times for t in b))
+            elif called and not _is_continued(i, called[1]):
+                yield from of(called[1], times)
+
+    return list(of(entry, 1))
+
+
+def _is_continued(i: Instruction, called: str) -> bool:
+    """Whether a fusion goes on with a collective that `async-collective-start` has begun."""
+    return i.name.startswith("async-collective-done") or called.startswith(
+        "async_collective_fusion"
+    )
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """How often a loop runs: `counter < n` in its condition.
+
+    Raises:
+      ValueError: for any other condition.
+    """
+    condition = _CONDITION.search(loop.attributes)
+    instructions = computations.get(condition[1], []) if condition else []
+    constants = {i.name: i.arguments for i in instructions if i.opcode == "constant"}
+    for i in instructions:
+        if i.opcode == "compare" and "direction=LT" in i.attributes:
+            for name in i.operands:
+                if name in constants:
+                    return int(constants[name])
+    raise ValueError(f"{loop.name}: its condition does not say how often it runs")
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    if listed := _BRANCH_LIST.search(conditional.attributes):
+        return _OPERAND.findall(listed[1])
+    return _BRANCHES.findall(conditional.attributes)
+
+
+def _received(kind: str, i: Instruction, types: dict[str, str]) -> float:
+    """Bytes that a chip receives in one collective."""
+    g = _group_size(i.attributes)
+    sizes = [n_bytes(types[name]) for name in i.operands if name in types]
+    share = (g - 1) / g
+    if kind == "ragged-all-to-all":
+        return min(sizes[:2]) * share
+    if kind == "collective-permute":
+        return sizes[0]
+    factor = {"all-gather": g - 1, "all-reduce": 2 * share}.get(kind, share)
+    return sum(sizes) * factor
+
+
+def _group_size(attributes: str) -> int:
+    """Devices that take part in a collective together."""
+    if (groups := _GROUPS.search(attributes)) is None:
+        return 1
+    listed, counted, axes, chosen = groups.groups()
+    if listed is not None:
+        return len(listed.split(","))
+    if counted is not None:
+        return int(counted)
+    sizes = {name: int(n) for name, n in _AXIS.findall(axes)}
+    return math.prod(sizes[name] for name in chosen.split(","))
+
+
+def by_kind(all_traffic: list[Traffic]) -> dict[str, float]:
+    """GB that a chip receives in one run of the program, by kind of collective."""
+    total: dict[str, float] = collections.defaultdict(float)
+    for t in all_traffic:
+        total[t.kind] += t.bytes * t.times / 1e9
+    return {kind: total[kind] for kind in COLLECTIVES if kind in total}
+
+
+def overlap(text: str, scope: str = "shared_experts") -> Overlap:
+    """How the schedule uses the time in which tokens are on their way.
+
+    Args:
+      text: of a scheduled program.
+      scope: `jax.named_scope` of the computations to look for.
+    """
+    computations, _ = parse(text)
+    counts = Overlap(0, 0, 0, 0)
+    for instructions in computations.values():
+        ends = {o: n for n, i in enumerate(instructions) if "-done" in i.opcode for o in i.operands}
+        for n, i in enumerate(instructions):
+            if i.opcode.removesuffix("-start") not in EXCHANGES:
+                continue
+            between = instructions[n + 1 : ends[i.name]] if i.name in ends else []
+            compute = [b for b in between if b.opcode in _COMPUTE]
+            shared = [b for b in compute if f"/{scope}/" in b.attributes]
+            found = (True, i.opcode.endswith("-start"), bool(compute), bool(shared))
+            counts = Overlap(*(c + f for c, f in zip(counts, found, strict=True)))
+    return counts
