@@ -32,6 +32,9 @@ lint: .venv/installed-test  ## ruff and pyright
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	# Beside the packages, for one test: among them, JAX would look for TPUs in every process.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	  --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
 clean:  ## remove the virtual environment and caches (results in runs/ stay)
