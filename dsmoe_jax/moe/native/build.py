@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
+from jaxlib.version import __version__ as jaxlib_version
 
 from dsmoe_jax.data.fetch import cache_directory
 
@@ -57,7 +57,7 @@ def _fingerprint(compiler: str) -> str:
     """Of all that decides the machine code: sources, flags, headers, compiler and processor."""
     processor = _run(compiler, _FLAGS[-1], "-dM", "-E", "-x", "c++", os.devnull)
     sources = b"".join(p.read_bytes() for p in sorted(_SOURCES.glob("*.[ch]*")))
-    key = sources + repr((_FLAGS, jaxlib.__version__, processor)).encode()
+    key = sources + repr((_FLAGS, jaxlib_version, processor)).encode()
     return hashlib.sha256(key).hexdigest()[:16]
 
 
