@@ -198,7 +198,7 @@ def do_nothing(rows_ND, group_sizes_E):
     return rows_ND
 
 
-y_TD = dispatch.local(x_TD, routing, E, do_nothing)
+y_TD, _ = dispatch.local(x_TD, routing, E, do_nothing)
 start = 0
 for e, size in enumerate(seen["sizes"]):
     print(f"expert {e}: tokens {seen['rows'][start : start + size].tolist()}")

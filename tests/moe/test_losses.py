@@ -188,7 +188,7 @@ def test_values_of_parts_add_up(name, tokens):
     valid = jnp.ones((B, S), bool).at[1, 4:].set(False).at[2].set(False)
     parts = []
     for b in range(B):
-        own = Routing(*(x[b * S : b * S + S] for x in routing))
+        own = jax.tree.map(lambda x, b=b: x[b * S : b * S + S], routing)
         parts.append(losses.part(name, own, valid[b : b + 1], config))
     sent = None if parts[0].sent_G is None else {name: sum(part.sent_G for part in parts)}
     whole = losses.whole(valid, sent)

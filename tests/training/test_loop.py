@@ -127,9 +127,9 @@ class TestInterruptions:
     def test_ctrl_c_while_evaluating(self, finished_run, tiny_config, tmp_path, monkeypatch):
         original = HeldOut.measure
 
-        def interrupted(self, params, other, on_batch):
+        def interrupted(self, *args):
             os.kill(os.getpid(), signal.SIGINT)
-            return original(self, params, other, on_batch)
+            return original(self, *args)
 
         monkeypatch.setattr(HeldOut, "measure", interrupted)
         with pytest.raises(Stopped) as stopped:
