@@ -12,7 +12,6 @@ N = T*K assignments, G experts or devices that have a capacity, P position bucke
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -162,9 +161,10 @@ def most_kept(shape_BS: tuple[int, int], factor: float, config: MoEConfig, n_dev
     policy, (b, s), e = get_policy(config), shape_BS, config.n_routed_experts
     n_groups, capacity = _capacity(b * s, factor, config)
     size, held = e // n_groups, e // n_devices
-    if policy.protects:
-        choices = min(config.num_experts_per_tok, size)
-        capacity = max(capacity, _most_protected(b, config) * s * choices)
+    if policy.protects and config.protected_share:
+        # Which sequences of the global batch a shard has is not known here: maybe only protected
+        # ones.  A smaller bound would take the protection away from some of them.
+        capacity = max(capacity, b * s * min(config.num_experts_per_tok, size))
     # A device may hold several groups, or parts of some.
     return capacity * max(
         (start + held - 1) // size - start // size + 1 for start in range(0, e, held)
@@ -177,11 +177,6 @@ def _capacity(tokens: int, factor: float, config: MoEConfig) -> tuple[int, int]:
     return n_groups, int(-(-factor * tokens * config.num_experts_per_tok // n_groups))
 
 
-def _most_protected(sequences: int, config: MoEConfig) -> int:
-    """More are not `protected` of consecutive sequences; of others, those above it have no luck."""
-    return min(sequences, math.ceil(config.protected_share * sequences) + 2)
-
-
 def _keep(
     ids_TK: jax.Array,
     affinity_TE: jax.Array | None,
@@ -191,7 +186,7 @@ def _keep(
     config: MoEConfig,
 ) -> jax.Array:
     """Which assignments of one batch stay, bool (T, K)."""
-    policy, (b, s), (t, k) = get_policy(config), valid_BS.shape, ids_TK.shape
+    policy, s, (t, k) = get_policy(config), valid_BS.shape[1], ids_TK.shape
     n_groups, capacity = _capacity(t, factor, config)
     group_TK = ids_TK // (config.n_routed_experts // n_groups)  # nobody, E, is of group G
     # Small keys stay: all first choices in order of position, then all second ones; or by affinity.
@@ -203,7 +198,6 @@ def _keep(
     kept_TK = jnp.zeros((t, k), bool)
     if policy.protects:
         protected_B = protected(sequence_B, config.protected_share)
-        protected_B &= jnp.cumsum(protected_B) <= _most_protected(b, config)
         protected_T = jnp.repeat(protected_B, s)
         kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
         key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)

@@ -91,6 +91,17 @@ def test_protected_sequences_lose_nothing_at_any_budget(factor):
     assert np.delete(lost_B, PROTECTED).sum() > 0
 
 
+def test_a_micro_batch_of_protected_sequences_loses_nothing():
+    routing, config = skewed_routing(1), moe_config("device")
+    places = jnp.arange(1000)
+    places_B = places[capacity.protected(places, config.protected_share)][:B]
+    kept, _ = capacity.drop(routing, jnp.ones((B, S), bool), places_B, 0.01, config)
+    np.testing.assert_array_equal(kept.ids_TK, routing.ids_TK)
+    for n_devices in (1, 2, 4, 8):
+        load = np.bincount(np.asarray(kept.ids_TK).ravel() // (E // n_devices))
+        assert load.max() <= capacity.most_kept((B, S), 0.01, config, n_devices)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 1.0])
 @pytest.mark.parametrize("b", [16, 24, 2048])
 def test_the_protected_share_is_that_of_the_global_batch_and_of_its_parts(share, b):
