@@ -102,7 +102,7 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
 def _round(a: _Auction, free_N, worth_NE, places, epsilon) -> _Auction:
     """The free tokens bid; the experts keep the highest bids."""
     e = worth_NE.shape[1]
-    best_N2, wanted_N2 = jax.lax.top_k(worth_NE - a.price_E, min(e, 2))
+    best_N2, wanted_N2 = scored.largest(worth_NE - a.price_E, min(e, 2))
     lead_N = best_N2[:, 0] - best_N2[:, -1]
     expert_N = jnp.where(free_N, wanted_N2[:, 0], a.expert_N)
     bid_N = jnp.where(free_N, a.price_E[wanted_N2[:, 0]] + lead_N + epsilon, a.bid_N)

@@ -19,6 +19,15 @@ from dsmoe_jax.moe.types import RouterInputs, Routing
 SUB_EXPERTS = 4  # logits that the dynamic specialised router has for each expert
 
 
+def largest(x_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`, the K largest of each row and their places, behind a barrier.
+
+    Else XLA on CPU sorts whole rows wherever only some columns of the result are used.
+    """
+    values_TK, places_TK = jax.lax.optimization_barrier(tuple(jax.lax.top_k(x_TE, k)))
+    return values_TK, places_TK
+
+
 def topk(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
     """The K experts with the largest scores (V1 eqs. 9-11; V3 eqs. 12-16).
 
@@ -138,7 +147,7 @@ def _from_scores(s_TE, logits, inputs: RouterInputs, config: MoEConfig) -> Routi
         choice_TE = choice_TE + jax.lax.stop_gradient(inputs.bias_E)
     if config.topk_group < config.n_group:
         choice_TE = limit_to_groups(choice_TE, config)
-    s_TK, ids_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)
+    s_TK, ids_TK = largest(choice_TE, config.num_experts_per_tok)
     if choice_TE is not s_TE:  # what chose does not weigh
         s_TK = jnp.take_along_axis(s_TE, ids_TK, axis=1)
     return Routing(ids_TK, gates(s_TK, config), affinities(s_TE, config), logits)
