@@ -20,12 +20,13 @@ SUB_EXPERTS = 4  # logits that the dynamic specialised router has for each exper
 
 
 def largest(x_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k`, the K largest of each row and their places, behind a barrier.
+    """`jax.lax.top_k`, the K largest of each row and their places, behind barriers.
 
-    Else XLA on CPU sorts whole rows wherever only some columns of the result are used.
+    Else XLA on CPU sorts whole rows wherever only some columns of the result are used.  One barrier
+    for both would crash its compiler on a mesh that splits no tokens (only `tensor`).
     """
-    values_TK, places_TK = jax.lax.optimization_barrier(tuple(jax.lax.top_k(x_TE, k)))
-    return values_TK, places_TK
+    values_TK, places_TK = jax.lax.top_k(x_TE, k)
+    return jax.lax.optimization_barrier(values_TK), jax.lax.optimization_barrier(places_TK)
 
 
 def topk(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
