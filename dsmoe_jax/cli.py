@@ -125,8 +125,9 @@ def _parse(argv: Sequence[str]) -> None:
     """Parses `argv`; whatever is wrong with it becomes a `ValueError` of one line."""
     path = _config_path(argv)
     if path is not None and not os.path.isfile(path):
-        close = difflib.get_close_matches(path, glob.glob("configs/*.py"), n=1)
-        hint = f"did you mean {close[0]}?" if close else "give one of configs/*.py"
+        known = {os.path.basename(file): file for file in glob.glob("configs/*.py")}
+        close = difflib.get_close_matches(os.path.basename(path), known, n=1, cutoff=0.7)
+        hint = f"did you mean {known[close[0]]}?" if close else "give one of configs/*.py"
         raise ValueError(f"--config={path}: no such file; {hint}")
     if path is None and any(arg.startswith("--config.") for arg in argv):
         raise ValueError("--config: missing; it comes before the keys to change in it")
@@ -136,6 +137,10 @@ def _parse(argv: Sequence[str]) -> None:
         # What get_config raised is at the start of the chain; the rest wraps it in a traceback.
         is_config = "parsing config file" in str(error)
         raise ValueError(_one_line(_root(error) if is_config else error)) from error
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, FLAGS, n=1)
+        hint = f"did you mean --{close[0]}?" if close else "see --help"
+        raise ValueError(f"--{error.flagname}: no such flag; {hint}") from error
     except flags.Error as error:
         raise ValueError(_one_line(error)) from error
     except (KeyError, AttributeError) as error:

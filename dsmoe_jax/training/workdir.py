@@ -74,8 +74,8 @@ def _claimed(directory: Path, config: Config) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        if (directory / CONFIG).exists():
-            _refuse_other(directory, config)
+        if (directory / CONFIG).exists() and (directory / METRICS).exists():
+            _refuse_other(directory, config)  # one that never took a step is in nobody's way
         write_json(directory / CONFIG, to_config_dict(config).to_dict())
         yield
 

@@ -10,7 +10,7 @@ import pytest
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.run import load_run, open_corpus
-from dsmoe_jax.training.workdir import claim, read_evaluation
+from dsmoe_jax.training.workdir import claim, read_config, read_evaluation
 
 
 def refused(message, call, *args, **kwargs):
@@ -49,6 +49,14 @@ class TestWorkdir:
         )
         refused(message, train, config, run, progress=False)
         assert snapshot(run) == before
+
+    def test_whose_run_never_began(self, tmp_path, tiny_config):
+        """What was refused is mended in the same directory."""
+        missing = tiny_config(**{"data.corpus": str(tmp_path / "missing")})
+        refused("missing", train, missing, tmp_path / "run", progress=False)
+        with claim(tmp_path / "run", tiny_config()):
+            pass
+        assert read_config(tmp_path / "run") == tiny_config()
 
     def test_what_does_not_touch_the_numbers_may_change(self, finished_run, tiny_config):
         config = tiny_config(**{"train.log_every": 2, "train.keep_checkpoints": 5})
