@@ -16,8 +16,6 @@ Shape suffixes: T tokens, D hidden, F expert width, E routed experts, K activate
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -29,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import recorded
+from benchmarks import harness, recorded
 from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.moe import dispatch, experts
 from dsmoe_jax.moe.types import Routing
@@ -182,30 +180,23 @@ def build_cases(
 
 def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
     """Time all cases interleaved; a row of results for each."""
-    seconds = {case: [] for case in cases}
+    seconds = {}
     for with_gradients in (False, True):
         # One after the other: between gradients of 825 MB, the buffers of a forward pass break up
         # the heap, and a training step, which always asks for the same sizes, knows no such thing.
-        for round_ in range(-2, repeats):  # those below 0 warm up
-            for case in cases:
-                if case.with_gradients == with_gradients:
-                    start = time.perf_counter()
-                    case.run()
-                    if round_ >= 0:
-                        seconds[case].append(time.perf_counter() - start)
-            print(f"gradients={with_gradients}, round {round_ + 1}/{repeats}", file=sys.stderr)
+        runs = {case: case.run for case in cases if case.with_gradients == with_gradients}
+        seconds |= harness.interleaved(runs, repeats, warm_up=2)
     dense = {c.with_gradients: seconds[c] for c in cases if c.name == "dense"}
     rows = []
     for case in cases:
         median = statistics.median(seconds[case])
-        pairs = zip(seconds[case], dense[case.with_gradients], strict=True)
         rows.append(
             {
                 "backend": case.name,
                 "routing": case.routing,
                 "pass": "forward+gradients" if case.with_gradients else "forward",
                 "ms": 1e3 * median,
-                "ratio_to_dense": statistics.median(a / b for a, b in pairs),
+                "ratio_to_dense": harness.ratio(seconds[case], dense[case.with_gradients]),
                 "gflop_per_s": size.gflop(case.with_gradients) / median,
                 "temp_mb": case.temp_mb,
                 "compile_s": case.compile_s,
@@ -214,21 +205,9 @@ def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; a missing number is a dash."""
-    columns = list(rows[0])
-    show = lambda v: "-" if v is None else v if isinstance(v, str) else f"{v:.4g}"  # noqa: E731
-    lines = [columns, ["---"] * len(columns), *([show(row[c]) for c in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Command-line flags; wrong ones end the program with one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.moe_layer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.flag_parser("benchmarks.moe_layer", __doc__, repeats=9)
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
     parser.add_argument(
         "--backends",
@@ -242,11 +221,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=0, help="of --routing (default 0)")
     parser.add_argument("--tokens", type=int, help="tokens in place of those of the size")
     parser.add_argument("--shared", type=int, default=0, help="shared experts (default 0)")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (default %(default)s)")
     parser.add_argument(
         "--hf", action="store_true", help="also Hugging Face's DeepseekV3MoE on torch, CPU only"
     )
-    parser.add_argument("--json", type=Path, help="write the results here; must not exist")
     parser.add_argument(
         "--malloc", choices=["keep", "system"], default="keep",
         help="keep: freed memory stays in the process, see dsmoe_jax/host_memory.py (default)",
@@ -267,8 +244,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--hf: compares the routed experts; leave out --shared")
     if flags.routing and not flags.routing.is_file():
         parser.error(f"--routing={flags.routing}: no such file")
-    if flags.json and flags.json.exists():
-        parser.error(f"--json={flags.json}: exists already; name a new file")
     return flags
 
 
@@ -276,11 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     report = {
-        "device": jax.devices()[0].device_kind,
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "jax": jax.__version__,
+        **harness.device_header(),
         "dtype": dtype,
         "freed_memory_kept": flags.kept,
         "repeats": flags.repeats,
@@ -297,9 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         cases = build_cases(size, flags.backends.split(","), flags.hf, dtype, offsets_TE)
         rows = measure(size, cases, flags.repeats)
         report["sizes"][name] = {**size._asdict(), "rows": rows}
-        print(f"\n{name}: {size}\n{table(rows)}", flush=True)
-    if flags.json:
-        flags.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"\n{name}: {size}\n{harness.table(rows)}", flush=True)
+    harness.write(report, flags.json)
 
 
 if __name__ == "__main__":

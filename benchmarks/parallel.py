@@ -17,22 +17,17 @@ Shape suffixes: T tokens of the batch, D hidden, F expert width, E routed expert
 groups of experts = P devices, W choices of a token on one device.
 """
 
-import argparse
 import functools
-import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks.moe_layer import table
+from benchmarks import harness
 from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.moe import dispatch, experts
 from dsmoe_jax.moe.config import MoEConfig
@@ -134,32 +129,30 @@ def measure(repeats: int, dtype: str) -> list[dict]:
     }
     compiled = {"one device": (one, build({"dispatch": "local"}))}
     compiled |= {name: (all_, build(moe)) for name, moe in CASES.items()}
-    seconds, rows = {(case, r): [] for r in chosen for case in compiled}, {}
-    for round_ in range(-1, repeats):  # round -1 compiles
-        for case, routing in seconds:
-            mesh, run = compiled[case]
-            with jax.set_mesh(mesh):
-                start = time.perf_counter()
-                *_, exchange = jax.block_until_ready(run(*arguments[mesh, routing]))
-            if round_ >= 0:
-                seconds[case, routing].append(time.perf_counter() - start)
-            rows[case, routing] = exchange
-        print(f"round {round_ + 1}/{repeats}", file=sys.stderr)
+    exchanges = {}
+
+    def run_case(case, routing):
+        mesh, run = compiled[case]
+        with jax.set_mesh(mesh):
+            *_, exchange = jax.block_until_ready(run(*arguments[mesh, routing]))
+        exchanges[case, routing] = exchange
+
+    runs = {(c, r): functools.partial(run_case, c, r) for r in chosen for c in compiled}
+    seconds = harness.interleaved(runs, repeats)  # the round that warms up compiles
     itemsize, results = jnp.dtype(dtype).itemsize, []
     for (case, routing), times in seconds.items():
         least, per_choice = least_rows(chosen[routing][0], n_devices)
-        exchange = rows[case, routing]
+        exchange = exchanges[case, routing]
         sent = None
         if exchange.rows is not None:
             sent = sent_bytes(CASES[case], n_devices, float(exchange.rows), itemsize) / 1e6
         mb = 2 * D * itemsize / 1e6  # a row there and back
-        pairs = zip(times, seconds["one device", routing], strict=True)
         results.append(
             {
                 "dispatch": case,
                 "routing": routing,
                 "ms": 1e3 * statistics.median(times),
-                "ratio": statistics.median(a / b for a, b in pairs),
+                "ratio": harness.ratio(times, seconds["one device", routing]),
                 "retries": None if exchange.retries is None else float(exchange.retries),
                 "sent_mb": sent,
                 "least_mb": None if sent is None else least * mb,
@@ -169,35 +162,15 @@ def measure(repeats: int, dtype: str) -> list[dict]:
     return results
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """Command-line flags; wrong ones end the program with one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results here; must not exist")
-    flags = parser.parse_args(argv)
-    if flags.repeats < 1:
-        parser.error(f"--repeats={flags.repeats}: must be at least 1")
-    if flags.json and flags.json.exists():
-        parser.error(f"--json={flags.json}: exists already; name a new file")
-    return flags
-
-
 def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(argv)
+    kept = keep_freed_memory()  # before the first call into XLA
+    flags = harness.flag_parser("benchmarks.parallel", __doc__, repeats=9).parse_args(argv)
     jax.config.update("jax_num_cpu_devices", 8)
-    kept = keep_freed_memory()
     if E % jax.device_count():
         sys.exit(f"{jax.device_count()} devices: must divide the {E} experts of the benchmark")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     report = {
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "cpus": os.cpu_count(),
-        "jax": jax.__version__,
+        **harness.device_header(),
         "dtype": dtype,
         "freed_memory_kept": kept,
         "repeats": flags.repeats,
@@ -206,9 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     print(report)
     report["rows"] = measure(flags.repeats, dtype)
-    print(table(report["rows"]), flush=True)
-    if flags.json:
-        flags.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(harness.table(report["rows"]), flush=True)
+    harness.write(report, flags.json)
 
 
 if __name__ == "__main__":

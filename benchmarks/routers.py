@@ -13,14 +13,9 @@ Shape suffixes: B sequences, S their length, T = B*S tokens, D hidden, E routed 
 (of a token).
 """
 
-import argparse
-import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.moe_layer import table
+from benchmarks import harness
 from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.moe import capacity, losses
@@ -189,21 +184,6 @@ def whole_layer_case() -> Callable[[], Any]:
     return lambda: jax.block_until_ready(compiled(*args))
 
 
-def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every round, by case."""
-    seconds = {name: [] for name in runs}
-    for round_ in range(-1, repeats):  # round -1 warms up
-        for name, run in runs.items():
-            if name in SLOW and not 0 <= round_ < SLOW[name]:
-                continue
-            start = time.perf_counter()
-            run()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
-        print(f"round {round_ + 1}/{repeats}", file=sys.stderr)
-    return seconds
-
-
 def rows_of(seconds: dict[str, list[float]], skew: dict[str, float]) -> list[dict[str, Any]]:
     """A row of results for each case."""
     median, rows = statistics.median, []
@@ -213,7 +193,7 @@ def rows_of(seconds: dict[str, list[float]], skew: dict[str, float]) -> list[dic
             {
                 "case": name,
                 "ms": 1e3 * median(times),
-                "ratio": median(t / base for t, base, _ in rounds),
+                "ratio": harness.ratio(times, seconds[BASE]),
                 "share_of_layer": None
                 if name in (WHOLE, BASE)
                 else median((t - base) / whole for t, base, whole in rounds),
@@ -225,28 +205,15 @@ def rows_of(seconds: dict[str, list[float]], skew: dict[str, float]) -> list[dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.routers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--repeats", type=int, default=51, help="rounds (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results here; must not exist")
-    flags = parser.parse_args(argv)
-    if flags.json and flags.json.exists():
-        parser.error(f"--json={flags.json}: exists already; name a new file")
-    kept = keep_freed_memory()
+    kept = keep_freed_memory()  # before the first call into XLA
+    flags = harness.flag_parser("benchmarks.routers", __doc__, repeats=51).parse_args(argv)
     runs, skew = {WHOLE: whole_layer_case()}, {}
     for name, settings in CASES.items():
         print(f"compiling {name}", file=sys.stderr)
         runs[name], skew[name] = router_case(settings)
-    rows = rows_of(measure(runs, flags.repeats), skew)
+    rows = rows_of(harness.interleaved(runs, flags.repeats, fewer=SLOW), skew)
     report = {
-        "device": jax.devices()[0].device_kind,
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "jax": jax.__version__,
+        **harness.device_header(),
         "freed_memory_kept": kept,
         "repeats": flags.repeats,
         "tokens": B * S,
@@ -255,9 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         "cases": CASES,
         "rows": rows,
     }
-    print(table(rows))
-    if flags.json:
-        flags.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(harness.table(rows))
+    harness.write(report, flags.json)
 
 
 if __name__ == "__main__":

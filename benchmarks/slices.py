@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import harness
+
 RESULTS = Path(__file__).parent / "results" / "slices.jsonl"
 
 # (config, slice, further flags)
@@ -45,33 +47,30 @@ def prove(config: str, topology: str, flags: tuple[str, ...]) -> dict:
     return case | json.loads(done.stdout.splitlines()[-1])
 
 
-def table(reports: list[dict]) -> str:
-    """The reports as Markdown."""
-    lines = [COLUMNS, (":--",) * 3 + ("--:",) * (len(COLUMNS) - 3)]
-    for r in reports:
-        if "error" in r:
-            lines.append((r["config"], r["topology"], r["error"], *[""] * (len(COLUMNS) - 3)))
-            continue
-        memory, roof = r["memory_gb"], r["roofline"]
-        slow, fast = roof["mfu"]
-        lines.append(
-            (
-                r["config"],
-                f"{r['topology']} ({r['chips']} chips)",
-                " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items() if n > 1),
-                str(r["accumulation_steps"]),
-                f"{r['used_gb']:.1f} of {r['hbm_gb']}",
-                f"{memory['parameters'] + memory['moments']:.1f}",
-                f"{memory['gradients and temporaries']:.1f}",
-                f"{r['flops']:.3g}",
-                f"{sum(r['collectives_gb'].values()):.0f}",
-                f"{r['collectives_gb'].get('ragged-all-to-all', 0):.0f}",
-                f"{roof['step_s'][0]:.2f} to {roof['step_s'][1]:.2f}",
-                f"{slow:.0%} to {fast:.0%}",
-                f"{r['compile_s']:.0f}",
-            )
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def row(report: dict) -> dict[str, str]:
+    """A report as a row of the table."""
+    r = report
+    if "error" in r:
+        found = (r["config"], r["topology"], r["error"])
+        return dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, found, strict=False))
+    memory, roof = r["memory_gb"], r["roofline"]
+    slow, fast = roof["mfu"]
+    found = (
+        r["config"],
+        f"{r['topology']} ({r['chips']} chips)",
+        " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items() if n > 1),
+        str(r["accumulation_steps"]),
+        f"{r['used_gb']:.1f} of {r['hbm_gb']}",
+        f"{memory['parameters'] + memory['moments']:.1f}",
+        f"{memory['gradients and temporaries']:.1f}",
+        f"{r['flops']:.3g}",
+        f"{sum(r['collectives_gb'].values()):.0f}",
+        f"{r['collectives_gb'].get('ragged-all-to-all', 0):.0f}",
+        f"{roof['step_s'][0]:.2f} to {roof['step_s'][1]:.2f}",
+        f"{slow:.0%} to {fast:.0%}",
+        f"{r['compile_s']:.0f}",
+    )
+    return dict(zip(COLUMNS, found, strict=True))
 
 
 def main() -> None:
@@ -89,7 +88,7 @@ def main() -> None:
         print(f"{n}/{len(todo)}: {config} on {topology}", file=sys.stderr, flush=True)
         reports.append(prove(config, topology, flags))
         RESULTS.open("a").write(json.dumps(reports[-1]) + "\n")
-    print(table(reports))
+    print(harness.table([row(r) for r in reports]) if reports else f"nothing in {RESULTS}")
 
 
 if __name__ == "__main__":

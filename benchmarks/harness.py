@@ -1,0 +1,101 @@
+"""What the benchmarks share: the command line, interleaved rounds, the report and its table."""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def flag_parser(module: str, doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`, with --repeats and --json."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--repeats", type=_positive, default=repeats, help="rounds (default %(default)s)"
+    )
+    parser.add_argument("--json", type=_new_file, help="write the results here; must not exist")
+    return parser
+
+
+def interleaved(
+    runs: Mapping[Name, Callable[[], Any]],
+    repeats: int,
+    warm_up: int = 1,
+    fewer: Mapping[Name, int] | None = None,
+) -> dict[Name, list[float]]:
+    """Times all cases in turn, round after round: what slows the machine down slows all of them.
+
+    Args:
+      runs: calls that return when their results are there.
+      repeats: rounds that count.
+      warm_up: rounds before those.
+      fewer: rounds of cases that take part only in the first ones, and in no warm-up.
+
+    Returns:
+      Seconds of every round, by case.
+    """
+    fewer, seconds = fewer or {}, {name: [] for name in runs}
+    for round_ in range(-warm_up, repeats):
+        for name, run in runs.items():
+            if name in fewer and not 0 <= round_ < fewer[name]:
+                continue
+            start = time.perf_counter()
+            run()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+        print(f"round {round_ + 1}/{repeats}", file=sys.stderr)
+    return seconds
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """Median over rounds of (a case / another in the same round)."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=False))  # see `fewer`
+
+
+def device_header() -> dict[str, Any]:
+    """On what it was measured: the first entries of a report."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cpus": len(os.sched_getaffinity(0)) if on_linux else os.cpu_count(),
+        "jax": jax.__version__,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; a missing number is a dash."""
+    columns = list(rows[0])
+    show = lambda v: "-" if v is None else v if isinstance(v, str) else f"{v:.4g}"  # noqa: E731
+    lines = [columns, ["---"] * len(columns), *([show(row[c]) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Writes the report as JSON, if it is wanted."""
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
+
+
+def _new_file(text: str) -> Path:
+    if (path := Path(text)).exists():
+        raise argparse.ArgumentTypeError(f"{text}: exists already; name a new file")
+    return path
