@@ -86,7 +86,7 @@ BAD = {
     ("--prompt=x", "--num_samples=2"): "--num_samples=2: changes nothing at --temperature=0",
     ("--prompt=x", "--num_samples=0"): "--num_samples=0",
     ("--prompt=x", "--seed=-1"): "--seed=-1",
-    ("--promt=x",): "Did you mean: prompt",
+    ("--promt=x",): "did you mean --prompt?",
 }
 
 
