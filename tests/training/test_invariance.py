@@ -1,10 +1,14 @@
 """The gradient of every balance term at a fixed scope does not depend on how the batch is computed.
 
-`gradients` takes what may not matter as arguments: how many micro-batches, and how the arrays are
-placed (a mesh).  All terms are in one compiled function, in which their weights are arguments.
+All terms are in one compiled function, in which their weights are arguments.
 """
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe import losses
 from dsmoe_jax.training.step import init_state, make_gradients
 
+FAST = {"xla_cpu_use_fusion_emitters": False}  # compiles in a third of the time
 B, S, V, E = 8, 16, 64, 8
 SCOPES = ("sequence", "global_batch")
 ALL_TERMS = {
@@ -72,24 +77,40 @@ def initial_state():
 
 @functools.cache
 def compiled(scope, micro_batches):
-    return jax.jit(make_gradients(config_of(scope, micro_batches), jnp.ones(V)))
+    run = make_gradients(config_of(scope, micro_batches), jnp.ones(V))
+    return jax.jit(run, compiler_options=FAST)
 
 
-def gradients(scope, term, micro_batches, place=lambda state, batch: (state, batch)):
-    """The gradient with a weight on one term, far above the language model's, and what adds up.
-
-    Args:
-      scope, term: which.
-      micro_batches: how many the batch of `B` sequences is computed in.
-      place: puts the state and the batch on devices, for instance on a mesh.
-    """
-    state, inputs = place(initial_state(), batch())
+def gradients(scope, term, micro_batches):
+    """The gradient with a weight on one term, far above the language model's, and what adds up."""
+    state, inputs = initial_state(), batch()
     weights = {name: jnp.float32(1e3 * (name == term)) for name in losses.BALANCE_TERMS}
     run = compiled(scope, micro_batches)
     parts, grads = run(state.params, state.other, inputs, jax.random.key(0), weights)
     return {
         jax.tree_util.keystr(k): np.asarray(g) for k, g in jax.tree.leaves_with_path(grads)
     }, parts
+
+
+def test_over_meshes(tmp_path):
+    """In a process with eight virtual devices; the error is that of the array that differs most."""
+    script, out = Path(__file__).with_name("invariance_on_eight_devices.py"), tmp_path / "errors"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "PYTHONPATH": os.getcwd(),
+    }
+    command = [sys.executable, str(script), str(out)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert child.returncode == 0, child.stderr
+    errors = json.loads(out.read_text())
+    assert len(errors) == 20, "ways to deal 2 x 2 x 2 to four axes"
+    for mesh, by_term in errors.items():
+        assert len(by_term) == 2 * len(losses.BALANCE_TERMS) - 1
+        wrong = {term: error for term, error in by_term.items() if not error < 1e-6}
+        assert not wrong, mesh
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
