@@ -9,42 +9,66 @@ mesh that the planner proposes (or the one given below).  Needs pip install 'dsm
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 from benchmarks import harness
+from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.parallel import planner
+from dsmoe_jax.training.step import state_shapes
 
 RESULTS = Path(__file__).parent / "results" / "slices.jsonl"
 
-# (config, slice, further flags)
-CASES: list[tuple[str, str, tuple[str, ...]]] = [
-    ("dsmoe_2b", "v5e:4x4", ()),
-    ("dsmoe_16b", "v5p:4x4x4", ()),
-    ("dsmoe_16b", "v6e:8x8", ()),
-    ("dsmoe_145b", "v5p:4x8x8", ()),
-    ("dsmoe_145b", "v5p:8x8x8", ()),
-    ("gshard_137b", "v5p:4x8x8", ()),
-    ("gshard_137b", "v5p:8x8x8", ()),
+# (config, slice, mesh, micro-batches); no mesh: the planner's.
+CASES: list[tuple[str, str, dict[str, int], int]] = [
+    ("dsmoe_2b", "v5e:4x4", {}, 0),
+    ("dsmoe_16b", "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 36),
+    ("dsmoe_16b", "v6e:8x8", {"fsdp": 8, "expert": 8}, 72),
+    ("dsmoe_145b", "v5p:4x8x8", {"fsdp": 16, "expert": 16}, 18),
+    ("dsmoe_145b", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 9),
+    ("gshard_137b", "v5p:4x8x8", {"fsdp": 16, "expert": 16}, 9),
+    ("gshard_137b", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 9),
 ]
 COLUMNS = (
     "model", "slice", "mesh", "micro-batches", "memory, GB", "state, GB", "temporaries, GB",
-    "FLOPs a step", "received, GB", "of which ragged", "step, s", "MFU", "compiled, s",
+    "planner said, GB", "received, GB", "ragged at most, GB", "exchanges with a start and an end /"
+    " beside computation / beside shared experts", "step, s", "MFU", "compiled, s",
 )  # fmt: skip
 
 
-def prove(config: str, topology: str, flags: tuple[str, ...]) -> dict:
+def mesh_flags(sizes: dict[str, int], micro_batches: int) -> list[str]:
+    """The flags of a mesh that is not the planner's."""
+    if not sizes:
+        return []
+    flags = [f"--config.mesh.{axis}={n}" for axis, n in ({"data": 1} | sizes).items()]
+    return [*flags, f"--config.train.accumulation_steps={micro_batches}"]
+
+
+def prove(config: str, topology: str, flags: list[str]) -> dict:
     """The report of one case; under "error" the sentence of one that is refused."""
     command = [
         sys.executable, "-m", "dsmoe_jax.aot", f"--config=configs/{config}.py",
         f"--topology={topology}", "--json", *flags,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
-    case = {"config": config, "topology": topology, "flags": list(flags)}
+    case = {"config": config, "topology": topology, "flags": flags}
     if done.returncode:
         return case | {"error": done.stderr.strip().splitlines()[-1]}
     return case | json.loads(done.stdout.splitlines()[-1])
+
+
+def planned_gb(report: dict) -> float:
+    """What the planner's arithmetic says of the memory of the compiled step."""
+    module = importlib.import_module(f"configs.{report['config']}")
+    config = from_config_dict(module.get_config())
+    config = replace(config, **{"model.moe.buffer_factor": report["buffer_factor"]})
+    state = state_shapes(config)
+    return planner.estimate(config, state, report["mesh"], report["accumulation_steps"]).used
 
 
 def row(report: dict) -> dict[str, str]:
@@ -53,8 +77,8 @@ def row(report: dict) -> dict[str, str]:
     if "error" in r:
         found = (r["config"], r["topology"], r["error"])
         return dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, found, strict=False))
-    memory, roof = r["memory_gb"], r["roofline"]
-    slow, fast = roof["mfu"]
+    memory, roof, overlap = r["memory_gb"], r["roofline"], r["overlap"]
+    planned, (slow, fast) = planned_gb(r), roof["mfu"]
     found = (
         r["config"],
         f"{r['topology']} ({r['chips']} chips)",
@@ -63,9 +87,11 @@ def row(report: dict) -> dict[str, str]:
         f"{r['used_gb']:.1f} of {r['hbm_gb']}",
         f"{memory['parameters'] + memory['moments']:.1f}",
         f"{memory['gradients and temporaries']:.1f}",
-        f"{r['flops']:.3g}",
+        f"{planned:.1f} ({planned / r['used_gb'] - 1:+.0%})",
         f"{sum(r['collectives_gb'].values()):.0f}",
         f"{r['collectives_gb'].get('ragged-all-to-all', 0):.0f}",
+        f"{overlap['asynchronous']} / {overlap['with_compute']} / {overlap['with_shared_experts']}"
+        f" of {overlap['exchanges']}",
         f"{roof['step_s'][0]:.2f} to {roof['step_s'][1]:.2f}",
         f"{slow:.0%} to {fast:.0%}",
         f"{r['compile_s']:.0f}",
@@ -77,13 +103,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose config contains this")
+    parser.add_argument("--only", default="", help="cases whose config or slice contains this")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
     text = RESULTS.read_text() if RESULTS.exists() else ""
     reports = [json.loads(line) for line in text.splitlines()]
-    done = {(r["config"], r["topology"], *r["flags"]) for r in reports}
-    todo = [c for c in CASES if args.only in c[0] and (c[0], c[1], *c[2]) not in done]
+    cases = [(config, slice_, mesh_flags(*mesh)) for config, slice_, *mesh in CASES]
+    done = [(r["config"], r["topology"], r["flags"]) for r in reports]
+    todo = [c for c in cases if args.only in f"{c[0]} {c[1]}" and c not in done]
     for n, (config, topology, flags) in enumerate([] if args.table else todo, 1):
         print(f"{n}/{len(todo)}: {config} on {topology}", file=sys.stderr, flush=True)
         reports.append(prove(config, topology, flags))

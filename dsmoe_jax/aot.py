@@ -109,6 +109,9 @@ def as_json(proof: Proof) -> dict[str, Any]:
 def other_buffers(proof: Proof) -> Iterator[tuple[str, Proof | str]]:
     """The same step with other room for the exchange; a sentence where it does not fit."""
     for name, factor in BUFFERS.items():
+        if factor == proof.config.model.moe.buffer_factor:
+            yield name, proof
+            continue
         moe = dataclasses.replace(proof.config.model.moe, buffer_factor=factor)
         model = dataclasses.replace(proof.config.model, moe=moe)
         try:

@@ -2,9 +2,11 @@
 
 python -m dsmoe_jax.plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64
 python -m dsmoe_jax.plan --config=configs/dsmoe_145b.py --chip=h100 --chips=512 --json
+python -m dsmoe_jax.plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64 \\
+    --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.accumulation_steps=36
 
-It is arithmetic and takes seconds; activations are an estimate.  What the compiler really
-allocates, `python -m dsmoe_jax.aot` says.
+A mesh in the config is examined instead of proposing one.  It is arithmetic and takes seconds;
+activations are an estimate.  What the compiler really allocates, `python -m dsmoe_jax.aot` says.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import json
 from absl import flags
 
 from dsmoe_jax import cli
-from dsmoe_jax.parallel.planner import HBM_GB, describe, propose
+from dsmoe_jax.parallel import planner
+from dsmoe_jax.parallel.chips import CHIPS
+from dsmoe_jax.parallel.mesh import MeshConfig
+from dsmoe_jax.parallel.plan_report import describe
 
 cli.define_config()
-_CHIP = flags.DEFINE_string("chip", None, f"One of {', '.join(HBM_GB)}.")
+_CHIP = flags.DEFINE_string("chip", None, f"One of {', '.join(CHIPS)}.")
 _CHIPS = flags.DEFINE_integer("chips", None, "How many.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
@@ -29,7 +34,10 @@ def main() -> None:
     if chip is None or chips is None:
         missing = "chip" if chip is None else "chips"
         raise ValueError(f"--{missing}: missing; for example --chip=v5p --chips=64")
-    plan, plans = propose(config, chip, chips)
+    if config.mesh == MeshConfig():
+        plan, plans = planner.propose(config, chip, chips)
+    else:
+        plan, plans = planner.examine(config, chip, chips), []
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(plan)))
     else:

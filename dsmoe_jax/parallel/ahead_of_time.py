@@ -33,11 +33,13 @@ from dsmoe_jax.training.step import TrainState, abstract_state, jit_train_step
 _COMPUTE = 2  # bytes: what is computed with is bfloat16
 # Float32: parameter and two moments read and written, gradient written and read.
 _STATE_TRAFFIC = 32
-# libtpu wants to know what machine it is on, and complains if it finds none.
+# libtpu wants to know what machine it is on, complains if it finds none, and lets one process use
+# its TPUs, of which there are none.
 _NO_TPU_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 

@@ -44,7 +44,8 @@ COLLECTIVES = (
     "collective-permute",
 )
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
-_COMPUTE = ("fusion", "dot", "convolution", "custom-call", "while", "call")
+_PRODUCTS = ("dot", "convolution")  # on a TPU a dot is a convolution
+_COMPUTE = ("fusion", *_PRODUCTS, "custom-call", "while", "call")
 
 
 class Instruction(NamedTuple):
@@ -83,7 +84,7 @@ class Overlap(NamedTuple):
       exchanges: instructions in the program (in a loop: one).
       asynchronous: those that have a start and an end.
       with_compute: those with computations in between.
-      with_shared_experts: those with computations of the shared experts in between.
+      with_shared_experts: those with matrix products of the shared experts in between.
     """
 
     exchanges: int
@@ -239,7 +240,16 @@ def overlap(text: str, scope: str = "shared_experts") -> Overlap:
                 continue
             between = instructions[n + 1 : ends[i.name]] if i.name in ends else []
             compute = [b for b in between if b.opcode in _COMPUTE]
-            shared = [b for b in compute if f"/{scope}/" in b.attributes]
-            found = (True, i.opcode.endswith("-start"), bool(compute), bool(shared))
+            shared = any(_multiplies(b, scope, computations) for b in compute)
+            found = (True, i.opcode.endswith("-start"), bool(compute), shared)
             counts = Overlap(*(c + f for c, f in zip(counts, found, strict=True)))
     return counts
+
+
+def _multiplies(i: Instruction, scope: str, computations: dict[str, list[Instruction]]) -> bool:
+    """Whether an instruction is a matrix product of a scope, or a fusion around one."""
+    if i.opcode in _PRODUCTS and f"/{scope}/" in i.attributes:
+        return True
+    called = _CALLED.search(i.attributes)
+    inside = computations.get(called[1], []) if called else []
+    return any(_multiplies(j, scope, computations) for j in inside)

@@ -6,7 +6,8 @@ fewest bytes.  What is counted:
 - state, exact: float32 parameters, two moments and gradients, split as sharding.py does;
 - weights in use: what FSDP gathers for a layer, twice (the next one arrives meanwhile), and the
   embedding and the head;
-- activations, an estimate: what rematerialisation keeps of every layer, one layer at work, logits;
+- activations, an estimate: what rematerialisation keeps of every layer, and the larger of one layer
+  at work and the logits;
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
@@ -24,17 +25,19 @@ from collections.abc import Iterator
 
 import jax
 
+from dsmoe_jax.checks import require
 from dsmoe_jax.config import Config
 from dsmoe_jax.parallel.chips import CHIPS
 from dsmoe_jax.parallel.mesh import AXES, BATCH_AXES
-from dsmoe_jax.parallel.sharding import axes_of, check, split
+from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
+from dsmoe_jax.parallel.volume import volume
 from dsmoe_jax.training.step import TrainState, state_shapes
 
-HBM_GB = {name: chip.hbm_gb for name, chip in CHIPS.items()}
 USABLE = 0.9  # the rest is for the program, its buffers, and what the estimate misses
-IMBALANCE = 2.0  # rows of the busiest device relative to the mean (MaxVio 1)
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
-_STATE = 16  # bytes of a parameter, its moments and its gradient
+# Bytes for each number in a row of D and of F that the experts' backward pass holds at once: fitted
+# to what the compiler allocates (docs/scale.md).  Most are float32: what leaves a grouped product.
+_ROW_D, _ROW_F = 19, 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +83,82 @@ def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
     Raises:
       ValueError: for an unknown chip, or if no mesh fits; with the numbers of the closest one.
     """
-    if chip not in HBM_GB:
-        raise ValueError(f"--chip={chip}: must be one of {', '.join(HBM_GB)}")
-    state, limit, plans = state_shapes(config), USABLE * HBM_GB[chip], []
+    check_chip(chip)
+    state, limit, plans = state_shapes(config), USABLE * CHIPS[chip].hbm_gb, []
     for sizes in meshes(state, chips):
         for accumulation in _accumulations(config, sizes):
             plans.append(estimate(config, state, sizes, accumulation))
             if plans[-1].used <= limit:
                 break  # more micro-batches would only gather the weights more often
     if not plans:
+        can_be = "; ".join(
+            f"{axis} {_numbers(possible(config, state, axis)[0], chips)}" for axis in AXES
+        )
         raise ValueError(
             f"--chips={chips}: no mesh of {chips} divides {config.name} and its batch of"
-            f" {config.train.global_batch_size} (train.global_batch_size)"
+            f" {config.train.global_batch_size} (train.global_batch_size); its axes can be {can_be}"
         )
     smallest = min(plans, key=lambda plan: plan.used)
-    if smallest.used > limit:
-        raise ValueError(
-            f"--chips={chips}: {config.name} does not fit {chips} {chip} of {HBM_GB[chip]} GB"
-            f" ({limit:.1f} GB usable): the least is {smallest.used:.1f} GB a chip"
-            f" ({_listing(smallest.memory)}) on the mesh {_shape(smallest.sizes)}; take more chips"
-        )
+    _refuse_unless_it_fits(config, chip, smallest, "the least is", "take more chips")
     return min((p for p in plans if p.used <= limit), key=lambda p: (p.moved, p.used)), plans
+
+
+def examine(config: Config, chip: str, chips: int) -> Plan:
+    """What the mesh and the micro-batches of the config itself cost.
+
+    Raises:
+      ValueError: for an unknown chip, a mesh that does not divide model or batch, or does not fit.
+    """
+    check_chip(chip)
+    state, sizes = state_shapes(config), config.mesh.sizes(chips)
+    check(state.params, sizes)
+    shards, n_micro = math.prod(sizes[axis] for axis in BATCH_AXES), config.train.accumulation_steps
+    require(
+        config.train.global_batch_size % (shards * n_micro) == 0,
+        "train.accumulation_steps",
+        n_micro,
+        f"times data x fsdp x expert = {shards} must divide train.global_batch_size="
+        f"{config.train.global_batch_size}",
+    )
+    plan = estimate(config, state, sizes, n_micro)
+    advice = "take more micro-batches (train.accumulation_steps), another mesh, or more chips"
+    _refuse_unless_it_fits(config, chip, plan, "it takes", advice)
+    return plan
+
+
+def check_chip(chip: str) -> None:
+    """Refuses a chip that is not in the table."""
+    if chip not in CHIPS:
+        raise ValueError(f"--chip={chip}: must be one of {', '.join(CHIPS)}")
+
+
+def _refuse_unless_it_fits(config: Config, chip: str, plan: Plan, how: str, advice: str) -> None:
+    chips, hbm = math.prod(plan.sizes.values()), CHIPS[chip].hbm_gb
+    if plan.used > USABLE * hbm:
+        raise ValueError(
+            f"--chips={chips}: {config.name} does not fit {chips} {chip} of {hbm} GB"
+            f" ({USABLE * hbm:.1f} GB usable): {how} {plan.used:.1f} GB a chip"
+            f" ({listing(plan.memory)}) on the mesh {shape(plan.sizes)} with"
+            f" {plan.accumulation_steps} micro-batches; {advice}"
+        )
+
+
+def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], list[str]]:
+    """The sizes that a mesh axis can have if it is the only one, and what they must divide."""
+    lengths = {"batch": config.train.global_batch_size} if axis in BATCH_AXES else {}
+    for path, x in jax.tree.leaves_with_path(state.params):
+        letters = axes_of(path, x.shape)
+        if len(letters.removeprefix("L")) > 1:
+            for letter, length, axes in zip(letters, x.shape, split(letters), strict=True):
+                if axis in axes:
+                    lengths[f"{LOGICAL[letter].meaning} {length}"] = length
+    largest = math.gcd(*lengths.values())
+    names = [f"batch of {n}" if name == "batch" else name for name, n in lengths.items()]
+    return [n for n in range(1, largest + 1) if largest % n == 0], names
+
+
+def _numbers(numbers: list[int], limit: int) -> str:
+    return ", ".join(str(n) for n in numbers if n <= limit)
 
 
 def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
@@ -139,7 +197,7 @@ def estimate(config: Config, state: TrainState, sizes: dict[str, int], accumulat
     memory = {
         "parameters": 4 * local,
         "moments": 8 * local,
-        "gradients": 4 * local,
+        "gradients": (8 if accumulation > 1 else 4) * local,  # of all micro-batches, and of one
         "weights in use": _COMPUTE * (2 * stacked + unstacked) if n(AXES) > n(("data",)) else 0.0,
         **_activations(config, micro_batch, sizes),
     }
@@ -173,74 +231,42 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     moe, t, d = model.moe, micro_batch * config.data.sequence_length, model.hidden_size
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     scores = micro_batch * model.num_attention_heads / tensor * s * s * (4 + _COMPUTE)
-    rows = t * moe.num_experts_per_tok * (IMBALANCE if sizes["expert"] > 1 else 1.0)
-    widths = 3 * moe.moe_intermediate_size / tensor
-    experts = rows * (2 * d + widths) + t * moe.n_shared_experts * widths
-    # A layer at work: what it computes, and as much again of gradients.
-    layer = _COMPUTE * (4 * t * d + t * heads / tensor + experts) + scores
+    rows, f = volume(moe, t, sizes["expert"]), moe.moe_intermediate_size / tensor
+    # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
+    layer = 2 * (_COMPUTE * (4 * t * d + t * heads / tensor) + scores)
+    layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.room * d
+    layer += t * moe.n_shared_experts * _ROW_F * f
     kept = model.num_hidden_layers * _COMPUTE * t * d
     if model.remat != "full":  # `dots` keeps less than `none`; counted as `none`
-        kept = model.num_hidden_layers * layer
-    return {
-        "activations kept": kept,
-        "a layer at work": 2 * layer,
-        "logits": 3 * 4 * t * model.vocab_size / tensor,
-    }
+        kept = model.num_hidden_layers * layer / 2
+    logits = 3 * 4 * t * model.vocab_size / tensor
+    # They are gone before the backward pass comes to the layers.
+    return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
 
 
 def _exchange(
     config: Config, micro_batch: int, sizes: dict[str, int], accumulation: int
 ) -> dict[str, float]:
     """Bytes that one chip receives in a step for tokens to meet experts, and tensor's sums."""
-    model, expert, tensor = config.model, sizes["expert"], sizes["tensor"]
-    vectors = (
-        _COMPUTE * accumulation * micro_batch * config.data.sequence_length * model.hidden_size
-    )
+    model, s, tensor = config.model, config.data.sequence_length, sizes["tensor"]
+    remat, d = model.remat == "full", model.hidden_size
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
-    k = model.moe.num_experts_per_tok
+    rows = volume(model.moe, micro_batch * s, sizes["expert"])
+    vectors = _COMPUTE * accumulation * micro_batch * s * d
+    # Out and back, in the forward and in the backward pass; out again where it is recomputed.
+    bytes_a_row = (5 if remat else 4) * _COMPUTE * d + (3 if remat else 2) * rows.label_bytes
     return {
-        # Out and back, in the forward and in the backward pass; again where it is recomputed.
-        "tokens": (6 if model.remat == "full" else 4) * moe_layers * k * vectors * (1 - 1 / expert),
+        "tokens": moe_layers * accumulation * rows.received * bytes_a_row,
         # Two sums a layer each way; a sum is a scatter and a gather.
         "tensor": 8 * model.num_hidden_layers * vectors * (1 - 1 / tensor),
     }
 
 
-def describe(config: Config, plan: Plan, plans: list[Plan], chip: str) -> str:
-    """The plan in a few lines: flags, memory, traffic, and what each axis is good for."""
-    flags = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
-    flags.append(f"--config.train.accumulation_steps={plan.accumulation_steps}")
-    chips, limit = math.prod(plan.sizes.values()), USABLE * HBM_GB[chip]
-    lines = [
-        f"{config.name} on {chips} {chip}: {_shape(plan.sizes)},"
-        f" micro-batches {plan.accumulation_steps}",
-        f"flags    {' '.join(flags)}",
-        f"memory   {plan.used:.1f} of {HBM_GB[chip]} GB a chip: {_listing(plan.memory)}",
-        f"traffic  {plan.moved:.1f} GB a chip and step: {_listing(plan.traffic) or 'none'}",
-        f"why      it moves the fewest bytes of the meshes that take at most {limit:.1f} GB",
-    ]
-    for axis in AXES:
-        others = [p for p in plans if (p.sizes[axis] > 1) != (plan.sizes[axis] > 1)]
-        lines.append(f"         {_instead(axis, plan, others, limit)}")
-    return "\n".join(lines)
-
-
-def _instead(axis: str, plan: Plan, others: list[Plan], limit: float) -> str:
-    """What the best mesh would cost that uses an axis which the plan does not, or the reverse."""
-    change = f"without {axis}" if plan.sizes[axis] > 1 else f"with {axis}"
-    if not others:
-        return f"{change}: nothing divides the model and the batch"
-    fitting = [p for p in others if p.used <= limit]
-    if not fitting:
-        least = min(others, key=lambda p: p.used)
-        return f"{change}: does not fit, at least {least.used:.1f} GB a chip"
-    best = min(fitting, key=lambda p: (p.moved, p.used))
-    return f"{change}: {best.moved:.1f} GB of traffic ({_shape(best.sizes)})"
-
-
-def _shape(sizes: dict[str, int]) -> str:
+def shape(sizes: dict[str, int]) -> str:
+    """A mesh in words."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one chip"
 
 
-def _listing(costs: dict[str, float]) -> str:
+def listing(costs: dict[str, float]) -> str:
+    """GB by category in words."""
     return ", ".join(f"{name} {gb:.2f}" for name, gb in costs.items())

@@ -22,9 +22,13 @@ from dsmoe_jax.moe.layer import RouterStats
 from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.parallel.mesh import platform
 from dsmoe_jax.training import router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dsmoe_jax.training.recording import replayed
+
+# Without this a TPU computes nothing while tokens travel to their experts.
+_COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": True}}
 
 
 class TrainState(NamedTuple):
@@ -297,4 +301,7 @@ def jit_train_step(
     train_step = make_train_step(config, bytes_V)
     state = sharding.shardings(state_shapes(config))
     out_shardings = None if state is None else (state, sharding.whole())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    options = _COMPILER_OPTIONS.get(platform())
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options
+    )

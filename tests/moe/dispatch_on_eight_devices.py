@@ -29,6 +29,7 @@ from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import capacity, dispatch, experts
 from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
 from dsmoe_jax.moe.types import RouterInputs, Routing
+from dsmoe_jax.parallel.mesh import AXES
 
 EXPERT_8, DATA_2_EXPERT_4 = (1, 1, 8, 1), (2, 1, 4, 1)
 
@@ -46,12 +47,15 @@ def test_accelerators_get_the_ragged_exchange():
         routing = Routing(jnp.asarray(routings()["uniform"], jnp.int32), gates, None)
         return dispatch.dispatch(x, routing, weights, run, config("all_to_all"))[0].sum()
 
-    with set_mesh(EXPERT_8):
-        gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
-        traced = gradients.trace(x, gates, weights)
-        for platform, calls in (("tpu", 6), ("cuda", 6), ("cpu", 0)):
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, gates, weights))
+    for platform, calls in (("tpu", 6), ("cuda", 6), ("cpu", 0)):
+        device = jax.sharding.AbstractDevice("any", 1, platform)
+        mesh = jax.sharding.AbstractMesh(EXPERT_8, AXES, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+            traced = gradients.trace(*shapes)
             text = traced.lower(lowering_platforms=(platform,)).as_text()
-            assert text.count("@ragged_all_to_all") == calls, platform
+        assert text.count("@ragged_all_to_all") == calls, platform
 
 
 def test_tokens_that_do_not_divide_evenly():

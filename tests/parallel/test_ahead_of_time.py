@@ -131,4 +131,6 @@ def test_a_small_step_compiles_for_a_slice():
     )
     assert report["collectives_gb"]["ragged-all-to-all"] > 0
     assert report["collectives_gb"]["all-gather"] > 0
-    assert report["overlap"]["exchanges"] > 0
+    overlap = report["overlap"]
+    assert overlap["exchanges"] == overlap["asynchronous"] == overlap["with_compute"] == 6
+    assert overlap["with_shared_experts"] > 0

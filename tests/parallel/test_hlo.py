@@ -20,12 +20,18 @@ HloModule jit_train_step, is_scheduled=true, entry_computation_layout={(f32[8]{0
   ROOT %mine = bf16[16]{0} dynamic-slice(%all, %zero), dynamic_slice_sizes={16}
 }
 
+%product (x: bf16[16,8]) -> bf16[16,8] {
+  %x.1 = bf16[16,8]{1,0} parameter(0)
+  %p.2 = bf16[16,8]{1,0} convolution(%x.1, %w.2), dim_labels=bf_oi->bf, metadata={op_name="jit(step)/moe/shared_experts/dot_general"}
+  ROOT %sum.1 = bf16[16,8]{1,0} add(%p.2, %x.1), metadata={op_name="jit(step)/moe/add"}
+}
+
 %layer (c: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
   %c = (s32[], /*index=1*/bf16[16,8]{1,0:T(8,128)(2,1)}) parameter(0)
   %rows = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%c), index=1
   %room = bf16[64,8]{1,0} broadcast(%zero), dimensions={}
   %go = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) ragged-all-to-all-start(%rows, %room, %a, %b, %d, %e), replica_groups={{0,1,2,3},{4,5,6,7}}
-  %shared.1 = bf16[16,8]{1,0} fusion(%rows), kind=kOutput, calls=%nothing, metadata={op_name="jit(step)/moe/shared_experts/dot"}
+  %shared.1 = bf16[16,8]{1,0} fusion(%rows), kind=kOutput, calls=%product, metadata={op_name="jit(step)/moe/add"}
   %came = bf16[64,8]{1,0} ragged-all-to-all-done(%go)
   %back = bf16[16,8]{1,0} ragged-all-to-all(%came, %rows, %a, %b, %d, %e), replica_groups={{0,1,2,3},{4,5,6,7}}
   ROOT %t = (s32[], bf16[16,8]{1,0}) tuple(%n, %back)
@@ -86,6 +92,8 @@ def test_every_collective_counts_as_often_as_it_runs():
 def test_what_is_computed_while_tokens_travel():
     assert hlo.overlap(PROGRAM) == hlo.Overlap(2, 1, 1, 1)
     without = PROGRAM.replace("moe/shared_experts/", "moe/")
+    assert hlo.overlap(without) == hlo.Overlap(2, 1, 1, 0)
+    without = PROGRAM.replace("convolution(", "add(")  # no product, only its leftovers
     assert hlo.overlap(without) == hlo.Overlap(2, 1, 1, 0)
 
 

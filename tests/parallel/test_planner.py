@@ -6,8 +6,9 @@ import jax
 import pytest
 
 from configs import dsmoe_2b, dsmoe_145b
-from dsmoe_jax.config import from_config_dict
-from dsmoe_jax.parallel import planner, sharding
+from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.parallel import plan_report, planner, sharding
+from dsmoe_jax.parallel.chips import CHIPS
 from dsmoe_jax.training.step import state_shapes
 
 
@@ -38,11 +39,11 @@ def test_one_chip_moves_nothing(small):
 
 def test_the_proposal_fits_and_no_other_that_fits_moves_less(small):
     plan, plans = planner.propose(small, "v5e", 16)
-    limit = planner.USABLE * planner.HBM_GB["v5e"]
+    limit = planner.USABLE * CHIPS["v5e"].hbm_gb
     assert plan.used <= limit
     assert math.prod(plan.sizes.values()) == 16
     assert all(other.moved >= plan.moved for other in plans if other.used <= limit)
-    text = planner.describe(small, plan, plans, "v5e")
+    text = plan_report.describe(small, plan, plans, "v5e")
     assert f"--config.mesh.fsdp={plan.sizes['fsdp']}" in text
     assert "without" in text
 
@@ -59,5 +60,28 @@ def test_what_cannot_fit_is_refused_with_the_numbers():
 def test_other_bad_input(small):
     with pytest.raises(ValueError, match=r"--chip=v9: must be one of v4, v5e"):
         planner.propose(small, "v9", 1)
-    with pytest.raises(ValueError, match=r"--chips=7: no mesh of 7 divides"):
+    with pytest.raises(ValueError, match=r"--chips=7: no mesh of 7 .*; expert 1; tensor \d"):
         planner.propose(small, "v5p", 7)
+
+
+def test_an_axis_that_nothing_divides_is_said_with_what_it_must_divide():
+    """63 experts, but a hidden size of 1280 and 2048 sequences: no number but 1 divides all."""
+    config = from_config_dict(dsmoe_2b.get_config())
+    plan, plans = planner.propose(config, "v5p", 64)
+    text = plan_report.describe(config, plan, plans, "v5p")
+    assert "with expert: no such mesh; it must divide batch of 2048, " in text
+    assert "routed experts 63" in text
+
+
+def test_the_mesh_of_the_config_is_examined():
+    config = from_config_dict(dsmoe_145b.get_config())
+    given = {"mesh.data": 1, "mesh.fsdp": 16, "mesh.expert": 16}
+    config = replace(config, **given, **{"train.accumulation_steps": 18})
+    plan = planner.examine(config, "v5p", 256)
+    assert plan.sizes == {"data": 1, "fsdp": 16, "expert": 16, "tensor": 1}
+    with pytest.raises(ValueError, match=r"does not fit 256 v5e .*takes \d.*fsdp 16 x expert"):
+        planner.examine(config, "v5e", 256)
+    with pytest.raises(ValueError, match=r"train.accumulation_steps=36: .*256 must divide"):
+        planner.examine(replace(config, **{"train.accumulation_steps": 36}), "v5p", 256)
+    with pytest.raises(ValueError, match=r"mesh.expert=256: must divide the routed experts 128"):
+        planner.examine(replace(config, **{"mesh.fsdp": 1, "mesh.expert": 256}), "v5p", 256)

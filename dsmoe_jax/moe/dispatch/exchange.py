@@ -13,6 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.parallel.mesh import platform
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def exchange(rows: jax.Array, sent_PP: jax.Array, n_received: int, axis_name: str) -> jax.Array:
@@ -31,10 +33,11 @@ def exchange(rows: jax.Array, sent_PP: jax.Array, n_received: int, axis_name: st
     received = jnp.zeros((n_received, *rows.shape[1:]), rows.dtype)
     starts_PP = jnp.cumsum(sent_PP, axis=1) - sent_PP  # of a group among its source's rows
     lands_PP = jnp.cumsum(sent_PP, axis=0) - sent_PP  # of a group among its destination's rows
-    return jax.lax.platform_dependent(
+    # Not `jax.lax.platform_dependent`: its conditional keeps XLA from overlapping the exchange.
+    send = gathered_all_to_all if platform() == "cpu" else jax.lax.ragged_all_to_all
+    return send(
         rows, received, starts_PP[me], sent_PP[me], lands_PP[me], sent_PP[:, me],
-        cpu=functools.partial(gathered_all_to_all, axis_name=axis_name),
-        default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axis_name),
+        axis_name=axis_name,
     )  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""Rows of an exchange: against drawing routings, and against the dispatchers' own buffers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.moe.config import MoEConfig
+from dsmoe_jax.parallel.volume import chips_of_a_token, volume
+
+PLAIN = MoEConfig(64, 2, 6, 8)
+
+
+def drawn(e, k, groups, m, p, n=20_000):
+    """Mean of distinct chips over random routings."""
+    rng, total = np.random.default_rng(0), 0
+    for _ in range(n):
+        chosen = rng.permutation(groups)[:m]
+        open_ = (chosen[:, None] * (e // groups) + np.arange(e // groups)).reshape(-1)
+        total += len(set(rng.permutation(open_)[:k] // (e // p)))
+    return total / n
+
+
+@pytest.mark.parametrize(
+    ("groups", "m", "p"), [(1, 1, 8), (1, 1, 64), (8, 3, 8), (8, 3, 32), (8, 3, 4), (16, 2, 8)]
+)
+def test_a_token_goes_to_each_chip_once(groups, m, p):
+    moe = dataclasses.replace(PLAIN, n_group=groups, topk_group=m)
+    found = chips_of_a_token(moe, p)
+    assert found == pytest.approx(drawn(64, 6, groups, m, p), rel=0.01)
+    assert found <= 6
+
+
+def test_what_a_chip_receives_and_makes_room_for():
+    """t 100 tokens on 8 chips of 8 experts; at worst all 800 tokens choose 6 of one chip's."""
+    everywhere = volume(dataclasses.replace(PLAIN, dispatch="all_gather"), 100, 8)
+    assert (everywhere.received, everywhere.computed) == (700, 800 * 6)
+    ragged = volume(PLAIN, 100, 8)
+    assert 300 < ragged.received < 100 * 6 * 7 / 8
+    assert (ragged.room, ragged.computed) == (800, 800 * 6)
+    small = volume(dataclasses.replace(PLAIN, buffer_factor=2.0), 100, 8)
+    assert (small.room, small.computed) == (800, 1200)
+    chunked = volume(dataclasses.replace(PLAIN, exchange_chunks=4), 100, 8)
+    assert (chunked.room, chunked.computed) == (200, 200 * 6)
+    assert chunked.received == ragged.received
+    assert volume(PLAIN, 100, 1) == (0, 0, 0, 600)
