@@ -115,21 +115,25 @@ def load(model: str) -> Config:
 
 
 def table(config: Config, chip: str) -> str:
-    """One line for each number of chips and dispatcher, as Markdown."""
-    columns = ("chips", "dispatch", "mesh", "memory, GB", "compute, s", "exchange, s", "other, s")
+    """One line for each number of chips, as Markdown; a dash where no mesh divides and fits."""
     rows = []
-    for chips, name in itertools.product(CHIP_COUNTS, DISPATCHES):
-        found = costs(config, chip, chips, name)
-        if not found:  # most often it does not fit
-            rows.append(dict.fromkeys(columns) | {"chips": str(chips), "dispatch": name})
-            continue
-        best = found[0]
-        mesh, micro = planner.shape(best.plan.sizes), best.plan.accumulation_steps
-        cells = (
-            str(chips), name, f"{mesh}, {micro} micro-batches", f"{best.plan.used:.0f}",
-            *(f"{x:.3g}" for x in (best.compute, best.exchange, best.other)),
-        )  # fmt: skip
-        rows.append(dict(zip(columns, cells, strict=True)))
+    for chips in CHIP_COUNTS:
+        best = {name: (costs(config, chip, chips, name) or [None])[0] for name in DISPATCHES}
+        plan = first.plan if (first := best["all_to_all"]) else None
+        rows.append(
+            {
+                "chips": str(chips),
+                "compute, s": first and first.compute,
+                **{
+                    f"{name}: exchange + other traffic, s": c
+                    and f"{c.exchange:.2g} + {c.other:.2g}"
+                    for name, c in best.items()
+                },
+                "mesh with all_to_all": plan and planner.shape(plan.sizes),
+                "micro-batches": plan and str(plan.accumulation_steps),
+                "memory, GB": plan and f"{plan.used:.0f}",
+            }
+        )
     return harness.table(rows)
 
 

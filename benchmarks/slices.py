@@ -34,7 +34,7 @@ CASES: list[tuple[str, str, dict[str, int], int]] = [
     ("gshard_137b", "v5p:4x8x8", {"fsdp": 16, "expert": 16}, 9),
     ("gshard_137b", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 9),
 ]
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "model", "slice", "mesh", "micro-batches", "memory, GB", "state, GB", "temporaries, GB",
     "planner said, GB", "received, GB", "ragged at most, GB", "exchanges with a start and an end /"
     " beside computation / beside shared experts", "step, s", "MFU", "compiled, s",
@@ -109,13 +109,15 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
     text = RESULTS.read_text() if RESULTS.exists() else ""
     reports = [json.loads(line) for line in text.splitlines()]
-    cases = [(config, slice_, mesh_flags(*mesh)) for config, slice_, *mesh in CASES]
+    cases = [(config, on, mesh_flags(sizes, n)) for config, on, sizes, n in CASES]
     done = [(r["config"], r["topology"], r["flags"]) for r in reports]
     todo = [c for c in cases if args.only in f"{c[0]} {c[1]}" and c not in done]
     for n, (config, topology, flags) in enumerate([] if args.table else todo, 1):
         print(f"{n}/{len(todo)}: {config} on {topology}", file=sys.stderr, flush=True)
         reports.append(prove(config, topology, flags))
         RESULTS.open("a").write(json.dumps(reports[-1]) + "\n")
+    order = [case[:2] for case in CASES]
+    reports.sort(key=lambda r: order.index((r["config"], r["topology"])))
     print(harness.table([row(r) for r in reports]) if reports else f"nothing in {RESULTS}")
 
 
