@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.moe.capacity import Ledger
@@ -189,6 +188,9 @@ class MetricsLog:
     """Appends rows; opening it cuts off what lies past the step that the run continues from."""
 
     def __init__(self, workdir: Path, step: int):
+        # Here, because only the first process writes, and it imports torch where there is one: 2 s.
+        from tensorboardX import SummaryWriter
+
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)

@@ -1,0 +1,175 @@
+"""Starts the training command as several processes of this machine, again and again.
+
+Half of the start of a trainer is imports.  They are done once, in a process that forks the trainers
+(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax.train` does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.training.metrics import read_rows
+
+TINY = {
+    "name": "tiny",
+    "model.vocab_size": 512,
+    "model.hidden_size": 16,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 2,
+    "model.num_key_value_heads": 2,
+    "model.head_dim": 8,
+    "model.moe.n_routed_experts": 4,
+    "model.moe.num_experts_per_tok": 2,
+    "model.moe.moe_intermediate_size": 8,
+    "model.moe.expert_backend": "loop",
+    "data.sequence_length": 64,
+    "data.tokenizer_vocab_size": 512,
+    "optimizer.warmup_steps": 2,
+    "train.steps": 16,
+    "train.global_batch_size": 4,
+    "train.log_every": 1,
+    "train.checkpoint_every": 3,
+    "train.keep_checkpoints": 100,
+    "train.eval_batches": 1,
+    "mesh.data": 1,
+    "mesh.fsdp": 2,
+}
+
+
+class Trainer:
+    """One process; what it says goes to a file."""
+
+    def __init__(self, process: multiprocessing.Process, says: Path):
+        self.process, self.says = process, says
+        process.start()
+
+    def send(self, signum: int) -> None:
+        """Sends it a signal."""
+        os.kill(self.process.pid, signum)
+
+    def end(self, timeout: float) -> tuple[int | None, str]:
+        """Waits; its exit code (None if it is still there) and what it said."""
+        self.process.join(timeout)
+        return self.process.exitcode, self.says.read_text()
+
+
+class Run:
+    """A run of n processes: its workdir, and who takes part.
+
+    Args:
+      launcher: of which the config and the environment are.
+      workdir: a new one, or that of a run that is to go on.
+      n: processes.
+    """
+
+    def __init__(self, launcher: Launcher, workdir: Path, n: int):
+        self.workdir = workdir
+        self.trainers = [
+            launcher.start(arguments, n) for arguments in launcher.commands(workdir, n)
+        ]
+
+    def wait_for_row(self, n: int) -> None:
+        """Until n steps are logged."""
+        end = time.monotonic() + 150
+        while not (self.workdir / "metrics.jsonl").exists() or len(read_rows(self.workdir)) < n:
+            assert time.monotonic() < end
+            assert all(t.process.is_alive() for t in self.trainers), self.end()
+            time.sleep(0.01)
+
+    def end(self, timeout: float = 150) -> tuple[list[int | None], list[str]]:
+        """Waits for all; exit codes and what they said."""
+        end = time.monotonic() + timeout
+        codes, said = zip(
+            *(t.end(max(0, end - time.monotonic())) for t in self.trainers), strict=True
+        )
+        return list(codes), list(said)
+
+
+class Launcher:
+    """Makes runs of one tiny config, which share a cache of compiled programs.
+
+    Args:
+      directory: for the config, the cache, and what the processes say.
+      corpus: a prepared one.
+    """
+
+    def __init__(self, directory: Path, corpus: Path):
+        self.directory, self.config = directory, directory / "tiny.py"
+        config = replace(Config(), **TINY, **{"data.corpus": str(corpus)})
+        self.config.write_text(
+            "from dsmoe_jax.config import *\n\n\ndef get_config():\n"
+            f"    return to_config_dict({config!r})\n"
+        )
+        self.environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "PYTHONPATH": os.getcwd(),
+        }
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["dsmoe_jax.train", "tensorboardX"])
+        with mock.patch.dict(os.environ, self.environment):  # JAX reads it when it is imported
+            multiprocessing.forkserver.ensure_running()
+        self.started: list[Trainer] = []
+
+    def commands(self, workdir: Path, n: int) -> list[list[str]]:
+        """The arguments of n processes that train together."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address = f"--coordinator_address=127.0.0.1:{s.getsockname()[1]}"
+        mesh = f"--config.mesh.expert={devices(n) // 2}"
+        command = [f"--config={self.config}", mesh, f"--workdir={workdir}"]
+        meet = [[address, f"--num_processes={n}", f"--process_id={i}"] for i in range(n)]
+        return [command + (m if n > 1 else []) for m in meet]
+
+    def start(self, arguments: list[str], n: int) -> Trainer:
+        """Starts one of the n processes of a run."""
+        says = self.directory / f"{len(self.started)}.txt"
+        process = self.context.Process(target=_train, args=(arguments, xla_flags(n), says))
+        self.started.append(Trainer(process, says))
+        return self.started[-1]
+
+    def clean_up(self) -> None:
+        """Leaves no process behind, whatever a test did."""
+        for trainer in self.started:
+            trainer.process.kill()
+            trainer.process.join()
+
+
+def devices(n: int) -> int:
+    """Of a run of n processes: two, or one for each."""
+    return max(2, n)
+
+
+def xla_flags(n: int) -> str:
+    """For one of n processes: its part of the devices; and quick to compile is enough."""
+    count = f"--xla_force_host_platform_device_count={devices(n) // n}"
+    return f"{count} --xla_cpu_use_fusion_emitters=false"
+
+
+def _train(arguments: list[str], flags: str, says: Path) -> None:
+    """What a forked process does."""
+    from jax._src import cache_key
+
+    from dsmoe_jax import cli
+    from dsmoe_jax import train as command
+
+    with open(says, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["XLA_FLAGS"] = flags
+    # On CPU each process hashes the devices in another order, and finds nothing of what the first
+    # one, which alone writes, has put into the cache.
+    cache_key._hash_accelerator_config = lambda *_: None
+    sys.argv = ["train", *arguments]
+    cli.run(command.main)
