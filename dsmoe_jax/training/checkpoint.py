@@ -65,7 +65,7 @@ class Checkpoints:
         self.wait()
         self._saving = step
         hosts.on_first(lambda: self._check_space(sum(x.nbytes for x in jax.tree.leaves(state))))
-        meta = {**extra, "step": step, "digests": [int(d) for d in digests(state)]}
+        meta = {**extra, "step": step, "digests": digests(state)}
         try:
             self._manager.save(
                 step,
@@ -111,7 +111,7 @@ class Checkpoints:
                 ),
             )
             meta = got["meta"]
-            if [int(d) for d in digests(got["state"])] != meta.pop("digests"):
+            if digests(got["state"]) != meta.pop("digests"):
                 raise ValueError("an array is not what was saved")
         except Exception as error:  # whatever a damaged file led the libraries to
             raise ValueError(self._damaged(step, error)) from error
@@ -149,25 +149,26 @@ class Checkpoints:
         )
 
 
-@jax.jit
-def digests(tree: Any) -> list[jax.Array]:
-    """A uint32 for each array: the sum of its bits, weighted by position, modulo 2^32.
+def digests(tree: Any) -> list[int]:
+    """Of each array: the sum of its bits, weighted by position, modulo 2^32.
 
     Integer sums have no rounding, so the order of adding, and with it the sharding, is free.
     """
+    # One array after the other: a single program for all would hold a copy of the whole state.
+    return [int(_digest(x)) for x in jax.tree.leaves(tree)]
 
-    def digest(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        # The position in row-major order, by axis: flattening would gather a sharded array.
-        position, stride = jnp.uint32(0), 1
-        for axis in reversed(range(bits.ndim)):
-            step = jnp.uint32(stride % 2**32)
-            position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
-            stride *= bits.shape[axis]
-        return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
 
-    return [digest(x) for x in jax.tree.leaves(tree)]
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # The position in row-major order, by axis: flattening would gather a sharded array.
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
+        stride *= bits.shape[axis]
+    return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
 
 
 def _sizes(directory: Path) -> dict[str, int]:
