@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import harness, recorded
 from dsmoe_jax.host_memory import keep_freed_memory
-from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.moe import dispatch, experts, native
 from dsmoe_jax.moe.types import Routing
 
 
@@ -101,14 +101,16 @@ def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, backend: str):
     """The routed experts of an MoE layer, whole: y_TD."""
     logits_TE = x_TD.astype(jnp.float32) @ router_ED.T
     affinity_TE = jax.nn.softmax(logits_TE, axis=-1)
-    _, ids_TK = jax.lax.top_k(logits_TE + offsets_TE, k)
+    compiled = native.serves(backend, x_TD)
+    top_k = native.rows.top_k if compiled else jax.lax.top_k
+    _, ids_TK = top_k(logits_TE + offsets_TE, k)
     gates_TK = jnp.take_along_axis(affinity_TE, ids_TK, axis=1)
 
     def run_experts(rows_ND, group_sizes_E):
         return experts.run_experts(rows_ND, group_sizes_E, weights, backend)
 
     routing = Routing(ids_TK, gates_TK, affinity_TE)
-    return dispatch.local(x_TD, routing, router_ED.shape[0], run_experts)[0]
+    return dispatch.local(x_TD, routing, router_ED.shape[0], run_experts, compiled=compiled)[0]
 
 
 def dense_layer(x_TD, gate_FD, up_FD, down_DF):

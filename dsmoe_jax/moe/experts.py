@@ -7,8 +7,6 @@ Shape suffixes: N rows (token-expert assignments, sorted by expert), D hidden, F
 E experts held here.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -161,16 +159,5 @@ def get_backend(backend: str) -> Callable[[jax.Array, jax.Array, ExpertWeights],
 
 
 def _best_on_cpu(rows_ND, group_sizes_E, weights: ExpertWeights) -> jax.Array:
-    backend = native.run if rows_ND.dtype == jnp.float32 and _native_is_there() else blocked.run
+    backend = native.run if native.serves("auto", rows_ND) else blocked.run
     return backend(rows_ND, group_sizes_E, weights)
-
-
-@functools.cache
-def _native_is_there() -> bool:
-    try:
-        native.library()
-    except native.NotBuilt as error:
-        # The results are the same, but nobody should wonder for an afternoon why it is slow.
-        logging.getLogger(__name__).warning("model.moe.expert_backend: 'blocked' (%s)", error)
-        return False
-    return True

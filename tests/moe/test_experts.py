@@ -214,12 +214,12 @@ def test_without_a_compiler_native_is_refused_and_auto_says_so(monkeypatch, tmp_
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     with pytest.raises(ValueError, match=r"'native': no C\+\+ compiler .* or choose 'blocked'"):
         experts.get_backend("native")
-    experts._native_is_there.cache_clear()
+    native.is_there.cache_clear()
     try:
         args = make([5, 20], 25)
         assert_close(experts.get_backend("auto")(*args[:3]), run_experts(*args[:3], "loop"), 2e-5)
     finally:
-        experts._native_is_there.cache_clear()
+        native.is_there.cache_clear()
     assert "'blocked' (no C++ compiler" in caplog.text
 
 

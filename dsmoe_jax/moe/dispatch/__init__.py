@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.moe import native
 from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.moe.dispatch.expert_parallel import all_gather, all_to_all, capacity
 from dsmoe_jax.moe.dispatch.local import local
@@ -89,7 +90,8 @@ def dispatch(
         return on_mesh(dispatcher, x_TD, routing, weights, run_experts, config, limit)
     weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
     run = lambda rows_ND, sizes_E: run_experts(rows_ND, sizes_E, weights)  # noqa: E731
-    y_TD, computed_E = local(x_TD, routing, weights.gate_EFD.shape[0], run)
+    compiled = native.serves(config.expert_backend, x_TD, routing.gates_TK)
+    y_TD, computed_E = local(x_TD, routing, weights.gate_EFD.shape[0], run, compiled=compiled)
     return y_TD, Exchange(computed_E.astype(jnp.float32))
 
 

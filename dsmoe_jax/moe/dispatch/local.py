@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.moe.native import rows
 from dsmoe_jax.moe.types import Routing, count_load
 
 # (rows_ND grouped by expert, group_sizes_E) -> rows_ND
@@ -23,6 +24,7 @@ def local(
     n_experts: int,
     run_experts: RunExperts,
     max_load: int | None = None,
+    compiled: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Sorts the N assignments by expert, computes them, adds up each token's weighted results.
 
@@ -34,10 +36,17 @@ def local(
       n_experts: E.
       run_experts: computes rows that are grouped by expert.
       max_load: at most this many assignments are not to nobody; None: all may be.
+      compiled: use the kernels of moe/native/rows.py (float32 on a CPU); not with `max_load`.
 
     Returns:
       y_TD, and the rows that each expert computed, int32 (E,).
     """
+    if compiled:
+        assert max_load is None
+        order_N, rank_TK, group_sizes_E = rows.group(routing.ids_TK, n_experts)
+        rows_ND = rows.gather_tokens(x_TD, order_N, rank_TK)
+        out_ND = run_experts(rows_ND, group_sizes_E)
+        return rows.combine_rows(out_ND, routing.gates_TK, rank_TK, order_N), group_sizes_E
     order_N, rank_TK, group_sizes_E = group(routing.ids_TK, n_experts)
     order_N = order_N[:max_load]
     rows_ND = gather_tokens(x_TD, order_N // routing.ids_TK.shape[1], rank_TK)

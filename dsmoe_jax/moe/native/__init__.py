@@ -1,70 +1,41 @@
-"""The expert backend of compiled kernels for CPU, in float32: `grouped_swiglu.cc`.
+"""Kernels for CPU in float32: the experts (`experts.py`) and what lies around them (`rows.py`).
 
-Nothing is dropped, nothing is padded by more than 7 rows an expert, and each weight is read, and
-each weight gradient written, once. Needs a C++ compiler on the machine, see `build`.
-
-Shape suffixes: N rows sorted by expert, D hidden, F expert width, E experts.
+They need a C++ compiler on the machine, see `build`.  What else computes the same is in
+`moe/experts.py`, `dispatch/local.py` and `jax.lax.top_k`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.moe.native import rows
 from dsmoe_jax.moe.native.build import NotBuilt, library
+from dsmoe_jax.moe.native.experts import run
+from dsmoe_jax.parallel.mesh import platform
 
-__all__ = ["NotBuilt", "library", "run"]
+__all__ = ["NotBuilt", "is_there", "library", "rows", "run", "serves"]
 
 
-@jax.custom_vjp
-def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
-    """See `experts.run_experts`; `weights` is an `ExpertWeights`, everything float32.
+def serves(backend: str, *arrays: jax.Array) -> bool:
+    """Whether `model.moe.expert_backend` means these kernels for work on `arrays`.
 
-    Raises:
-      ValueError: for another dtype; NotBuilt (one too) if the kernels cannot be compiled.
+    "native" does, and "auto" on a CPU if they can be compiled; both in float32.
     """
-    return _forward(rows_ND, group_sizes_E, weights)[0]
-
-
-def _forward(rows_ND, group_sizes_E, weights):
-    if rows_ND.dtype != jnp.float32:
-        raise ValueError(
-            f"model.moe.expert_backend='native': computes in float32, not {rows_ND.dtype};"
-            " must be 'blocked', or model.compute_dtype='float32'"
-        )
-    projection = _like((rows_ND.shape[0], weights.gate_EFD.shape[1]))
-    call = _call("Forward", (_like(rows_ND.shape), projection, projection))
-    out_ND, *projections = call(rows_ND, group_sizes_E, *weights)
-    return out_ND, (rows_ND, group_sizes_E, weights, *projections)
-
-
-def _backward(saved, d_out_ND):
-    rows_ND, group_sizes_E, weights, *projections = saved
-    results = [_like(a.shape) for a in (rows_ND, *weights)]
-    scratch = [_like(projections[0].shape)] * 3
-    call = _call("Backward", [*results, *scratch])
-    d_rows_ND, *rest = call(rows_ND, group_sizes_E, *weights, *projections, d_out_ND)
-    return d_rows_ND, None, type(weights)(*rest[:3])
-
-
-run.defvjp(_forward, _backward)
-
-
-def _like(shape) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _call(name: str, results):
-    return jax.ffi.ffi_call(_register(name), results)
+    wanted = backend == "native" or (backend == "auto" and platform() == "cpu" and is_there())
+    return wanted and all(array.dtype == jnp.float32 for array in arrays)
 
 
 @functools.cache
-def _register(name: str) -> str:
-    """Makes a function of the library known to XLA; returns the name to call it by."""
-    function = getattr(ctypes.CDLL(str(library())), f"GroupedSwiglu{name}")
-    target = f"dsmoe_grouped_swiglu_{name.lower()}"
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
-    return target
+def is_there() -> bool:
+    """Whether the kernels are compiled, or can be now; warns if not."""
+    try:
+        library()
+    except NotBuilt as error:
+        # The results are the same, but nobody should wonder for an afternoon why it is slow.
+        logging.getLogger(__name__).warning("model.moe.expert_backend: 'blocked' (%s)", error)
+        return False
+    return True

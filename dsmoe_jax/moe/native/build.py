@@ -1,7 +1,10 @@
-"""Compiles the CPU kernels of this directory, once a machine, with the system's C++ compiler."""
+"""Compiles the CPU kernels of this directory, once a machine, with the system's C++ compiler, and
+makes them known to XLA.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -13,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxlib.version import __version__ as jaxlib_version
 
 from dsmoe_jax.data.fetch import cache_directory
@@ -40,16 +44,36 @@ def library() -> Path:
     if compiler is None:
         raise NotBuilt("no C++ compiler (c++, or what CXX names): install GCC 12, Clang or later")
     directory = cache_directory() / "native"
-    target = directory / f"grouped_swiglu-{_fingerprint(compiler)}.so"
+    target = directory / f"kernels-{_fingerprint(compiler)}.so"
     if not target.exists():
         directory.mkdir(parents=True, exist_ok=True)
         logging.getLogger(__name__).info("compiling the CPU kernels, once on this machine")
         with tempfile.TemporaryDirectory(dir=directory) as scratch:  # nobody sees half a library
             fresh = Path(scratch) / target.name
             include = f"-I{jax.ffi.include_dir()}"
-            source = str(_SOURCES / "grouped_swiglu.cc")
-            _run(compiler, *_FLAGS, "-w", include, source, "-o", str(fresh))
+            sources = map(str, sorted(_SOURCES.glob("*.cc")))
+            _run(compiler, *_FLAGS, "-w", include, *sources, "-o", str(fresh))
             fresh.replace(target)
+    return target
+
+
+def kernel(name: str, results, **attributes):
+    """`kernel(name, results, k=7)(*arrays)`: a call of the function `name` of the library.
+
+    Args:
+      name: as exported by a `.cc` file here.
+      results: shapes and dtypes of what it returns.
+      **attributes: integers that it wants.
+    """
+    call = jax.ffi.ffi_call(_register(name), results, vmap_method="sequential")
+    return lambda *arrays: call(*arrays, **{k: np.int64(v) for k, v in attributes.items()})
+
+
+@functools.cache
+def _register(name: str) -> str:
+    target = f"dsmoe_{name}"
+    function = getattr(ctypes.CDLL(str(library())), name)
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     return target
 
 

@@ -14,15 +14,11 @@
 // Letters: n rows of a chunk, d hidden size, f expert width, e experts, N rows in all.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <mutex>
-#include <type_traits>
 #include <vector>
 
+#include "parallel.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -32,8 +28,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kChunk = 240;  // rows of an expert computed together
-
-typedef int32_t IntVec __attribute__((vector_size(4 * kLane), aligned(4)));
 
 // exp(x) to about 1e-7: 2^i times a polynomial on [-ln 2 / 2, ln 2 / 2].
 Vec Exp(Vec x) {
@@ -51,22 +45,6 @@ Vec Exp(Vec x) {
   std::memcpy(&two_to_power, &bits, sizeof bits);
   return series * two_to_power;
 }
-
-// Calls body(i, number of floats) for each vector of n floats; the last may be shorter.
-template <typename Body>
-void ForEachVector(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLane <= n; i += kLane) body(i, std::integral_constant<int64_t, kLane>());
-  if (i < n) body(i, n - i);
-}
-
-Vec Load(const float* from, int64_t n) {
-  Vec v{};
-  std::memcpy(&v, from, 4 * n);
-  return v;
-}
-
-void Store(float* to, Vec v, int64_t n) { std::memcpy(to, &v, 4 * n); }
 
 // hidden = silu(gate) * up
 void Swiglu(const float* gate, const float* up, float* hidden, int64_t n) {
@@ -86,30 +64,6 @@ void SwigluBackward(const float* gate, const float* up, const float* d_hidden, f
     Store(d_up + i, d * silu, left);
     Store(d_gate + i, d * u * (sigmoid + silu * (1.0f - sigmoid)), left);
   });
-}
-
-// Runs body(0) ... body(n - 1) on XLA's threads and this one; returns when all are done.
-template <typename Body>
-void ForEach(ffi::ThreadPool& pool, int64_t n, const Body& body) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  auto shared = std::make_shared<Shared>();  // a helper may start when all is over
-  auto work = [shared, n, &body] {
-    for (int64_t i; (i = shared->next.fetch_add(1)) < n;) {
-      body(i);
-      if (shared->done.fetch_add(1) + 1 == n) {
-        std::lock_guard<std::mutex> lock(shared->mutex);
-        shared->all_done.notify_all();
-      }
-    }
-  };
-  for (int64_t i = 1; i < std::min(pool.num_threads(), n); ++i) pool.Schedule(decltype(work)(work));
-  work();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all_done.wait(lock, [&] { return shared->done.load() == n; });
 }
 
 // Some consecutive rows of one expert.

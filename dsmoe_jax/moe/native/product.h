@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace dsmoe {
@@ -21,8 +23,25 @@ constexpr int64_t kBlock = 4 * kTile;  // rows of A whose tiles are packed toget
 constexpr int64_t kLine = 16;          // floats of a cache line
 
 typedef float Vec __attribute__((vector_size(4 * kLane), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLane), aligned(4)));
 
 inline int64_t RoundUp(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
+
+// Calls body(i, number of floats) for each vector of n floats; the last may be shorter.
+template <typename Body>
+inline void ForEachVector(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLane <= n; i += kLane) body(i, std::integral_constant<int64_t, kLane>());
+  if (i < n) body(i, n - i);
+}
+
+inline Vec Load(const float* from, int64_t n) {
+  Vec v{};
+  std::memcpy(&v, from, 4 * n);
+  return v;
+}
+
+inline void Store(float* to, Vec v, int64_t n) { std::memcpy(to, &v, 4 * n); }
 
 // A matrix seen by its strides.
 struct View {

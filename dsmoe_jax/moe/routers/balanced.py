@@ -25,7 +25,7 @@ def sinkhorn(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> R
         return scored.topk(logits_TE, inputs, config)
     s_TE = scored.scores(logits_TE, config)
     choice_TE = balance(jax.lax.stop_gradient(logits_TE), inputs.valid_T, config)
-    _, ids_TK = scored.largest(choice_TE, config.num_experts_per_tok)
+    _, ids_TK = scored.choose(choice_TE, config)
     gates_TK = scored.gates(jnp.take_along_axis(s_TE, ids_TK, axis=1), config)
     return Routing(ids_TK, gates_TK, scored.affinities(s_TE, config), logits_TE)
 

@@ -24,7 +24,7 @@ def reinforce(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> 
     choice_TE = jax.lax.stop_gradient(logits_TE)
     if inputs.rng is not None:
         choice_TE += inputs.draw(jax.random.gumbel, config.n_routed_experts)
-    _, ids_TK = scored.largest(choice_TE, k)
+    _, ids_TK = scored.choose(choice_TE, config)
     gates_TK = jnp.full(ids_TK.shape, config.routed_scaling_factor / k, jnp.float32)
     return Routing(
         ids_TK,
