@@ -13,13 +13,12 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 from absl import flags
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from dsmoe_jax import cli
 from dsmoe_jax.training.metrics import maxvio, read_rows
-from experiments.plot_style import WIDTH, styled
+from experiments.plot_style import WIDTH, load_bar, load_map, styled
 from experiments.results import Loads, loads_of
 
 STRETCHES = 24  # columns of a heat map
@@ -58,29 +57,17 @@ def draw(runs: Mapping[str, Loads]) -> Figure:
     figure.supxlabel("tokens trained on", fontsize="medium", y=0.04 / height)
     figure.subplots_adjust(0.13, 0.46 / height, 0.86, 1 - 0.24 / height, 0.3, 0.2)
     assert image is not None
-    cax = figure.add_axes((0.885, 0.5, 0.022, 0.3))
-    bar = figure.colorbar(image, cax=cax, ticks=[0, 1, 2, 3])
-    bar.ax.set_title("load", pad=5)
-    bar.ax.set_yticklabels(["0", "1", "2", "≥ 3"])
-    bar.outline.set_visible(False)  # pyright: ignore
-    bar.solids.set(rasterized=False, edgecolor="face")  # pyright: ignore
+    load_bar(figure, image, (0.885, 0.5, 0.022, 0.3)).ax.set_title("load", pad=5)
     return figure
 
 
 def _heat_map(ax, tokens_S: np.ndarray, load_SE: np.ndarray):
-    """A cell is the mean over a stretch of logged steps: every cell is a shape in an SVG."""
+    """A cell is the mean over a stretch of logged steps: a column a step would be too thin."""
     stretches = np.array_split(np.arange(len(tokens_S)), min(len(tokens_S), STRETCHES))
     mean_SE = np.array([load_SE[steps].mean(axis=0) for steps in stretches])
     ends_S = np.array([tokens_S[steps[-1]] for steps in stretches])
     edges = np.append(0.0, ends_S), np.arange(load_SE.shape[1] + 1) + 0.5
-    norm = TwoSlopeNorm(1.0, 0.0, 3.0)
-    image = ax.pcolormesh(*edges, mean_SE.T, norm=norm, cmap="PuOr_r", lw=0.15, edgecolor="face")
-    ax.invert_yaxis()
-    ax.set_yticks(sorted({1, load_SE.shape[1]}))
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0, pad=2)
-    return image
+    return load_map(ax, *edges, mean_SE.T)
 
 
 def _violations(ax, run: Loads) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from experiments import load_over_training as load_pictures
@@ -21,6 +20,8 @@ from experiments.plot_style import (
     axes,
     colour,
     label_ends,
+    load_bar,
+    load_map,
     marker,
     smooth,
     styled,
@@ -190,23 +191,14 @@ def expert_load(comparison: Comparison) -> Figure | None:
     image = None
     for ax, (arm, load_LE) in zip(panels, loads.items(), strict=True):
         n_layers, n_experts = load_LE.shape
-        norm = TwoSlopeNorm(1.0, 0.0, 3.0)
         edges = np.arange(n_experts + 1) + 0.5, np.arange(n_layers + 1) + 0.5
-        image = ax.pcolormesh(*edges, load_LE, norm=norm, cmap="PuOr_r", lw=0.15, edgecolor="face")
+        image = load_map(ax, *edges, load_LE)
         ax.set_title(arm.label, loc="left", color=colour(comparison, arm), pad=3)
-        ax.invert_yaxis()
-        ax.set_yticks(sorted({1, n_layers}))
         ax.set_xticks([1, *range(8, n_experts + 1, 8)])
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0, pad=2)
     panels[-1].set_xlabel("routed expert (rows are layers)")
     assert image is not None
     figure.subplots_adjust(0.06, 0.62 / figure.get_figheight(), 0.86, 1 - 0.24 / figure.get_figheight(), hspace=0.28 / panel + 0.25)  # fmt: skip  # noqa: E501
-    bar = figure.colorbar(image, cax=figure.add_axes((0.885, 0.3, 0.022, 0.4)), ticks=[0, 1, 2, 3])
-    bar.ax.set_yticklabels(["0", "1", "2", "≥ 3"])
-    bar.outline.set_visible(False)  # pyright: ignore
-    bar.solids.set(rasterized=False, edgecolor="face")  # pyright: ignore
+    load_bar(figure, image, (0.885, 0.3, 0.022, 0.4))
     return figure
 
 
