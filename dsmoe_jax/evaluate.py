@@ -17,8 +17,8 @@ from flax import nnx
 from dsmoe_jax import cli
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import capacity
+from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.training import recording
-from dsmoe_jax.training.progress import ProgressLine
 from dsmoe_jax.training.run import Run, load_run
 
 cli.define_mesh()

@@ -19,7 +19,7 @@ class ProgressLine:
         self._stream = sys.stderr if stream is None else stream
         self._in_place = self._stream.isatty()
         self._every = 0.1 if self._in_place else every
-        self._width, self._first, self._last = 0, None, 0.0
+        self._width, self._first, self._last, self._done = 0, None, 0.0, 0.0
 
     def update(self, done: int, **fields: str) -> None:
         """Says that `done` of the total are done; fields are shown in the order given."""
@@ -30,6 +30,11 @@ class ProgressLine:
             self._last = now
             shown = "  ".join(f"{key} {value}" for key, value in fields.items())
             self._write(f"{self._name} {done}/{self._total}  {shown}  ETA {self._eta(done, now)}")
+
+    def add(self, amount: float) -> None:
+        """Says that this much more is done."""
+        self._done += amount
+        self.update(round(self._done))
 
     def note(self, text: str) -> None:
         """Says what goes on outside the steps, where the line is updated in place."""
@@ -77,11 +82,6 @@ class Silent(ProgressLine):
 
     def _write(self, line: str) -> None:
         pass
-
-    def note(self, text: str) -> None:
-        """Says what goes on outside the steps, where the line is updated in place."""
-        if self._in_place:
-            self._write(f"{self._name}: {text}")
 
     def message(self, text: str) -> None:
         """Nothing."""

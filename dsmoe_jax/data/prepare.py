@@ -21,8 +21,8 @@ from dsmoe_jax.data import corpus as corpus_format
 from dsmoe_jax.data import packing, sources, user_files
 from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest
 from dsmoe_jax.data.documents import Document, Split, choose, num_bytes
-from dsmoe_jax.data.progress import Progress
 from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from dsmoe_jax.progress import ProgressLine
 
 # Raised whenever the same request would give other records: a reader, the split, the packing.
 RECIPE = 1
@@ -153,12 +153,10 @@ def _build(request: dict[str, Any], directory: Path) -> None:
     statistics = {name: _domain_entry(name, splits[name], origins[name]) for name in splits}
     total = sum(sum(entry["bytes"].values()) for entry in statistics.values()) / 1e6
     files: dict[str, Any] = {}
-    with Progress("encoding", total, "MB") as progress:
+    with contextlib.closing(ProgressLine("encoding, MB", round(total))) as line:
         for part in corpus_format.SPLITS:
             by_domain = [
-                _encode(
-                    getattr(split, part), i, tokenizer, request, statistics[name], part, progress
-                )
+                _encode(getattr(split, part), i, tokenizer, request, statistics[name], part, line)
                 for i, (name, split) in enumerate(splits.items())
             ]
             records = packing.interleave(by_domain)
@@ -227,7 +225,7 @@ def _encode(
     request: dict[str, Any],
     entry: dict[str, Any],
     part: str,
-    progress: Progress,
+    line: ProgressLine,
 ) -> list[bytes]:
     """Records of one domain and split; counts go into `entry`.
 
@@ -237,7 +235,7 @@ def _encode(
     for start in range(0, len(texts), _ENCODE_BATCH):
         batch = texts[start : start + _ENCODE_BATCH]
         ids += [np.array(document, np.int32) for document in tokenizer.encode_batch(batch)]
-        progress.add(sum(map(num_bytes, batch)) / 1e6)
+        line.add(sum(map(num_bytes, batch)) / 1e6)
     packed = packing.pack(ids, request["sequence_length"], tokenizer.eos_id)
     entry["tokens"][part] = sum(map(len, ids)) + len(ids)
     entry["records"][part] = len(packed)

@@ -17,6 +17,7 @@ from dsmoe_jax.accounting import train_flops_per_token
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.parallel import hosts
+from dsmoe_jax.progress import ProgressLine, Silent
 from dsmoe_jax.training import recording
 from dsmoe_jax.training import workdir as workdirs
 from dsmoe_jax.training.checkpoint import Checkpoints
@@ -29,11 +30,11 @@ from dsmoe_jax.training.metrics import (
     RunningLoad,
     first_non_finite,
     read_rows,
+    shown,
     training_row,
     validation_row,
 )
 from dsmoe_jax.training.optimizer import make_schedule
-from dsmoe_jax.training.progress import ProgressLine, Silent
 from dsmoe_jax.training.run import check_same_corpus, open_corpus, open_mesh
 from dsmoe_jax.training.stages import StageRun
 from dsmoe_jax.training.step import (
@@ -199,16 +200,16 @@ class _Trainer:
             assert metrics.router is not None
             assert metrics.router.choice is not None
             self.recorder.write(recording.TRAIN, step, metrics.router.choice)
+        assert self.log is not None
         train = self.config.train
         asked = step == 1 or step % train.log_every == 0
         if asked or step == self.now.stage.end or self._evaluates(step):
             row = {"step": step, "tokens": self.config.tokens_after(step)}
             row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step)
-            assert self.log is not None
             self.log.write(row)
             self.logged_step = step
-        self.line.update(step, loss=f"{float(metrics.loss):.4f}", **self._shown())
+        self.line.update(step, loss=f"{float(metrics.loss):.4f}", **shown(self.log.rows))
 
     def _rates(self, step: int) -> dict[str, float]:
         """Speeds since the last row; no share of the peak on a machine whose peak is unknown."""
@@ -219,17 +220,6 @@ class _Trainer:
         if (peak := peak_flops()) is not None:
             rates["flops_utilization"] = flops / peak
         return rates | {"overhead": idle / seconds}
-
-    def _shown(self) -> dict[str, str]:
-        """What the progress line says besides the loss, from the last row."""
-        assert self.log is not None
-        row = next((r for r in reversed(self.log.rows) if "tokens_per_second" in r), {})
-        shown = {}
-        if "tokens_per_second" in row:
-            shown["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
-        if "maxvio" in row:
-            shown["MaxVio"] = f"{sum(row['maxvio']) / len(row['maxvio']):.2f}"
-        return shown
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.train.eval_every

@@ -184,6 +184,17 @@ def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     return None
 
 
+def shown(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What a progress line says besides the loss: the last speed and MaxVio."""
+    row = next((r for r in reversed(rows) if "tokens_per_second" in r), {})
+    fields = {}
+    if "tokens_per_second" in row:
+        fields["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
+    if "maxvio" in row:
+        fields["MaxVio"] = f"{sum(row['maxvio']) / len(row['maxvio']):.2f}"
+    return fields
+
+
 class MetricsLog:
     """Appends rows; opening it cuts off what lies past the step that the run continues from."""
 
