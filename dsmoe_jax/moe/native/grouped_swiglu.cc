@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -89,6 +90,21 @@ struct Groups {
     std::stable_sort(chunks.begin(), chunks.end(),
                      [](const Chunk& a, const Chunk& b) { return a.n > b.n; });
   }
+
+  int64_t size(int64_t expert) const {
+    int64_t sum = 0;
+    for (const Chunk& chunk : of_expert[expert]) sum += chunk.n;
+    return sum;
+  }
+
+  // The largest first.
+  std::vector<int64_t> ExpertsBySize() const {
+    std::vector<int64_t> experts(of_expert.size());
+    std::iota(experts.begin(), experts.end(), 0);
+    std::stable_sort(experts.begin(), experts.end(),
+                     [&](int64_t a, int64_t b) { return size(a) > size(b); });
+    return experts;
+  }
 };
 
 using F32 = ffi::Buffer<ffi::F32>;
@@ -130,8 +146,7 @@ ffi::Error Backward(ffi::ThreadPool pool, F32 rows, ffi::Buffer<ffi::S32> sizes,
   const Groups groups(sizes.typed_data(), sizes.element_count(), total);
   float* dx = d_rows->typed_data();
   std::fill(dx + groups.rows * d, dx + total * d, 0.0f);
-  ForEach(pool, groups.chunks.size(), [&](int64_t i) {
-    const Chunk& chunk = groups.chunks[i];
+  const auto rows_of = [&](const Chunk& chunk) {
     const int64_t n = chunk.n, weight = chunk.expert * f * d, at = chunk.start * f;
     thread_local Panels dy, dg, du;
     thread_local std::vector<float> d_hidden, transposed;
@@ -146,22 +161,22 @@ ffi::Error Backward(ffi::ThreadPool pool, F32 rows, ffi::Buffer<ffi::S32> sizes,
     Multiply({gate.typed_data() + weight, 1, d}, d, dg, transposed.data(), n, false);
     Multiply({up.typed_data() + weight, 1, d}, d, du, transposed.data(), n, true);
     Transpose(transposed.data(), n, d, n, dx + chunk.start * d, d);
-  });
-  // Items 2 e and 2 e + 1: the gradients of gate and up, and of down, over all chunks of e.
-  ForEach(pool, 2 * groups.of_expert.size(), [&](int64_t i) {
-    const int64_t e = i / 2, weight = e * f * d;
+  };
+  // Of expert e, over all its chunks: the gradient of down, or those of gate and up.
+  const auto weights_of = [&](int64_t e, bool of_down) {
+    const int64_t weight = e * f * d;
     const std::vector<Chunk>& chunks = groups.of_expert[e];
     float* dg = d_gate->typed_data() + weight;
     float* du = d_up->typed_data() + weight;
     float* dd = d_down->typed_data() + weight;
     if (chunks.empty()) {
-      for (float* zero : i % 2 ? std::vector{dd} : std::vector{dg, du})
+      for (float* zero : of_down ? std::vector{dd} : std::vector{dg, du})
         std::fill_n(zero, f * d, 0.0f);
     }
     thread_local Panels x, h;
     for (size_t c = 0; c < chunks.size(); ++c) {
       const int64_t n = chunks[c].n, at = chunks[c].start;
-      if (i % 2) {
+      if (of_down) {
         h.Pack({hiddens->typed_data() + at * f, 1, n}, n, f);
         Multiply({d_out.typed_data() + at * d, 1, d}, d, h, dd, f, c > 0);
       } else {
@@ -170,7 +185,18 @@ ffi::Error Backward(ffi::ThreadPool pool, F32 rows, ffi::Buffer<ffi::S32> sizes,
         Multiply({d_ups->typed_data() + at * f, n, 1}, f, x, du, d, c > 0);
       }
     }
-  });
+  };
+  const std::vector<int64_t> experts = groups.ExpertsBySize();
+  if (2 * pool.num_threads() * groups.size(experts[0]) <= groups.rows) {
+    // Expert by expert, so that its weights find in the cache what its rows have left there.
+    ForEach(pool, experts.size(), [&](int64_t i) {
+      for (const Chunk& chunk : groups.of_expert[experts[i]]) rows_of(chunk);
+      for (bool of_down : {true, false}) weights_of(experts[i], of_down);
+    });
+  } else {  // one expert would keep a thread busy while the others wait
+    ForEach(pool, groups.chunks.size(), [&](int64_t i) { rows_of(groups.chunks[i]); });
+    ForEach(pool, 2 * experts.size(), [&](int64_t i) { weights_of(experts[i / 2], i % 2); });
+  }
   return ffi::Error::Success();
 }
 

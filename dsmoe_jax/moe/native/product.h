@@ -103,8 +103,13 @@ struct Panels {
       float* to = data.data() + first * k;
       if (b.column == 1) {
         for (int64_t i = 0; i < k; ++i, to += w) {
-          std::copy_n(b.at + i * b.row + first, real, to);
-          std::fill(to + real, to + w, 0.0f);
+          const float* from = b.at + i * b.row + first;
+          if (real == kPanel) {
+            std::copy_n(from, kPanel, to);  // of known length: no call
+          } else {
+            std::copy_n(from, real, to);
+            std::fill(to + real, to + w, 0.0f);
+          }
         }
       } else {  // each column is a row in memory
         Transpose(b.at + first * b.column, b.column, real, k, to, w);
