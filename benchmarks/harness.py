@@ -15,15 +15,18 @@ import jax
 Name = TypeVar("Name", bound=Hashable)
 
 
-def flag_parser(module: str, doc: str | None, repeats: int) -> argparse.ArgumentParser:
-    """The parser of `python -m MODULE`, with --repeats and --json."""
+def flag_parser(module: str, doc: str | None, repeats: int | None) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`, with --repeats (None: the cases decide) and --json."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=repeats, help="rounds (default %(default)s)"
+        "--repeats",
+        type=_positive,
+        default=repeats,
+        help=f"rounds (default {repeats or 'by size'})",
     )
     parser.add_argument("--json", type=_new_file, help="write the results here; must not exist")
     return parser

@@ -60,6 +60,8 @@ SIZES = {
     "demo": Size(2048, 48, 63, 7, 32),  # a layer of the demo scale in configs/base.py
     "demo256": Size(2048, 256, 63, 7, 171),
 }
+# Rounds: a pass of the demo layer takes milliseconds, and whatever else runs shows in single ones.
+REPEATS = {"2b": 9, "demo": 101, "demo256": 31}
 ROUTINGS = ("real", "balanced")
 REAL_SKEW = 1.7  # max load / mean load that trained routers show on real text
 
@@ -187,7 +189,7 @@ def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
         # One after the other: between gradients of 825 MB, the buffers of a forward pass break up
         # the heap, and a training step, which always asks for the same sizes, knows no such thing.
         runs = {case: case.run for case in cases if case.with_gradients == with_gradients}
-        seconds |= harness.interleaved(runs, repeats, warm_up=2)
+        seconds |= harness.interleaved(runs, repeats, warm_up=2 + repeats // 10)
     dense = {c.with_gradients: seconds[c] for c in cases if c.name == "dense"}
     rows = []
     for case in cases:
@@ -209,7 +211,7 @@ def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Command-line flags; wrong ones end the program with one line."""
-    parser = harness.flag_parser("benchmarks.moe_layer", __doc__, repeats=9)
+    parser = harness.flag_parser("benchmarks.moe_layer", __doc__, repeats=None)
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
     parser.add_argument(
         "--backends",
@@ -256,7 +258,6 @@ def main(argv: list[str] | None = None) -> None:
         **harness.device_header(),
         "dtype": dtype,
         "freed_memory_kept": flags.kept,
-        "repeats": flags.repeats,
         "routing": str(flags.routing) if flags.routing else None,
         "sizes": {},
     }
@@ -268,8 +269,9 @@ def main(argv: list[str] | None = None) -> None:
         if flags.routing:
             offsets_TE = recorded.offsets_TE(flags.routing, flags.layer, *size[:1], *size[2:4])
         cases = build_cases(size, flags.backends.split(","), flags.hf, dtype, offsets_TE)
-        rows = measure(size, cases, flags.repeats)
-        report["sizes"][name] = {**size._asdict(), "rows": rows}
+        repeats = flags.repeats or REPEATS[name]
+        rows = measure(size, cases, repeats)
+        report["sizes"][name] = {**size._asdict(), "repeats": repeats, "rows": rows}
         print(f"\n{name}: {size}\n{harness.table(rows)}", flush=True)
     harness.write(report, flags.json)
 

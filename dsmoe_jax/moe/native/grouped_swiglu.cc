@@ -32,7 +32,7 @@ constexpr int64_t kChunk = 240;  // rows of an expert computed together
 
 // exp(x) to about 1e-7: 2^i times a polynomial on [-ln 2 / 2, ln 2 / 2].
 Vec Exp(Vec x) {
-  x = x > 88.0f ? x * 0 + 88.0f : x < -87.0f ? x * 0 - 87.0f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x < -87.0f ? Vec{} - 87.0f : x;
   const Vec scaled = x * 1.44269504088896341f;
   const Vec half = scaled < 0.0f ? Vec{} - 0.5f : Vec{} + 0.5f;
   const IntVec power = __builtin_convertvector(scaled + half, IntVec);
