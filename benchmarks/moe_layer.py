@@ -7,10 +7,11 @@
 
 One process, interleaved: in every round each case runs once (first all forward passes, then all
 with gradients), and a ratio is the median over rounds of (case / dense in the same round), so a
-machine that slows down slows both. The layer is the router's matmul, softmax, top-k, sort, gather,
-experts and weighted sum; nothing is dropped. Its dense rival has the width of the K activated
-experts. With --shared=Ks both have Ks shared experts more: the whole layer of a DeepSeekMoE model.
-Gradients are those of tokens, router and all weights, and the output is computed too.
+machine that slows down slows both (torch has rounds of its own). The layer is the router's matmul,
+softmax, top-k, sort, gather, experts and weighted sum; nothing is dropped. Its dense rival has the
+width of the K activated experts. With --shared=Ks both have Ks shared experts more: the whole layer
+of a DeepSeekMoE model. Gradients are those of tokens, router and all weights, and the output is
+computed too.
 
 Shape suffixes: T tokens, D hidden, F expert width, E routed experts, K activated experts.
 """
@@ -188,8 +189,12 @@ def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
     for with_gradients in (False, True):
         # One after the other: between gradients of 825 MB, the buffers of a forward pass break up
         # the heap, and a training step, which always asks for the same sizes, knows no such thing.
-        runs = {case: case.run for case in cases if case.with_gradients == with_gradients}
-        seconds |= harness.interleaved(runs, repeats, warm_up=2 + repeats // 10)
+        # And torch by itself: its threads spin for a while after its last operation, which doubled
+        # the time of a dense demo layer that came next.
+        for torch in (False, True):
+            wanted = with_gradients, torch
+            runs = {c: c.run for c in cases if (c.with_gradients, c.name == "hf") == wanted}
+            seconds |= harness.interleaved(runs, repeats, warm_up=2 + repeats // 10)
     dense = {c.with_gradients: seconds[c] for c in cases if c.name == "dense"}
     rows = []
     for case in cases:
