@@ -1,0 +1,51 @@
+"""The files in launch/ parse, and start commands that exist with flags that exist."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from absl import flags
+
+from dsmoe_jax import train  # noqa: F401 - defines the flags
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = sorted((REPOSITORY / "launch").iterdir())
+THEIR_OWN = {  # flags of gcloud, sbatch, srun and xpk
+    "zone", "worker", "command", "nodes", "job-name", "ntasks-per-node", "gpus-per-node", "signal",
+    "requeue", "kill-on-bad-exit", "cluster", "workload", "tpu-type", "docker-image",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_modules_flags_and_configs_exist(path):
+    text = path.read_text()
+    assert set(re.findall(r"dsmoe_jax\.\w+", text)) == {"dsmoe_jax.train"}
+    assert importlib.util.find_spec("dsmoe_jax.train")
+    used = set(re.findall(r"--([a-z][\w-]*)", text)) - THEIR_OWN
+    assert used
+    for flag in used:
+        assert flag in flags.FLAGS, flag
+    for config in re.findall(r"configs/\w+\.py", text):
+        assert (REPOSITORY / config).is_file()
+    assert f"launch/{path.name}" in (REPOSITORY / "docs/pods.md").read_text()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".sh"], ids=lambda p: p.name)
+def test_scripts_parse(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_job_set_asks_for_the_chips_of_its_slice():
+    (path,) = [path for path in FILES if path.suffix == ".yaml"]
+    jobs = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = jobs["template"]["spec"]
+    x, y, z = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    (container,) = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert jobs["parallelism"] == jobs["completions"] == x * y * z // chips
+    assert container["command"][:3] == ["python", "-m", "dsmoe_jax.train"]
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"]
