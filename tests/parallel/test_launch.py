@@ -10,6 +10,7 @@ import yaml
 from absl import flags
 
 from dsmoe_jax import train  # noqa: F401 - defines the flags
+from dsmoe_jax.parallel.mesh import MeshConfig
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "launch").iterdir())
@@ -47,5 +48,8 @@ def test_job_set_asks_for_the_chips_of_its_slice():
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert jobs["parallelism"] == jobs["completions"] == x * y * z // chips
     assert container["command"][:3] == ["python", "-m", "dsmoe_jax.train"]
+    mesh = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", " ".join(container["command"])))
+    sizes = MeshConfig(**{axis: int(size) for axis, size in mesh.items()}).sizes(x * y * z)
+    assert sizes["fsdp"] * sizes["expert"] > 1  # on one chip's memory the model has no room
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
