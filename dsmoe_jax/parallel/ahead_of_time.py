@@ -41,6 +41,10 @@ _NO_TPU_MACHINE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# What the compiler says early, of temporaries alone, and what it says at the end.
+_OUT_OF_MEMORY = re.compile(
+    r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w) hbm"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +132,10 @@ def slice_devices(topology: str) -> tuple[str, list[Any]]:
             " no TPU: pip install 'dsmoe_jax[tpu]'"
         )
     os.environ.update(_NO_TPU_MACHINE)
+    # The two cores of a v4 work as one device; otherwise the description has both.
+    cores = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
     except Exception as error:
         raise ValueError(f"--topology={topology}: no such slice: {_line(error)}") from None
     return match[1], list(found.devices)
@@ -210,12 +216,13 @@ def _compile(lowered: Any, what: str, config: Config, sizes: dict[str, int]) -> 
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-        if used is None:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if found is None:
             raise
+        used, hbm = (group for group in found.groups() if group)
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         raise ValueError(
-            f"{what}: does not fit: the step needs {used[1]}iB of the {used[2]}iB of a chip, on the"
+            f"{what}: does not fit: the step needs {used}iB of the {hbm}iB of a chip, on the"
             f" mesh {shape or 'of one chip'} with {config.train.accumulation_steps} micro-batches"
             " (train.accumulation_steps); take more of them, another mesh, or more chips"
         ) from None

@@ -53,13 +53,19 @@ def test_an_open_mesh_is_the_planners_with_its_micro_batches(smoke):
     assert not ahead_of_time.lay_out(given, "v5e", jax.devices()[:1])[2]
 
 
-def test_what_does_not_fit_is_refused_with_the_compilers_numbers(smoke):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.58G of"
+        " 15.75G hbm. Exceeded hbm capacity by 9.83G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (25.58G) exceeds"
+        " available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_compilers_numbers(smoke, message):
     class Lowered:
         def compile(self):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory"
-                " space hbm. Used 25.58G of 15.75G hbm. Exceeded hbm capacity by 9.83G."
-            )
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     with pytest.raises(ValueError, match=r"needs 25.58GiB of the 15.75GiB .*fsdp 4 with 1 micro"):
         ahead_of_time._compile(Lowered(), "x", smoke, {"data": 1, "fsdp": 4})
