@@ -145,7 +145,7 @@ def routing_loss(layer: MoELayer, x_BSD, inputs: RouterInputs, dgate_TE, nll_BS)
     kept, ledger = routing, None
     if config.capacity_factor:
         places_B, factor = jnp.arange(B), config.capacity_factor
-        kept, ledger = capacity.drop(routing, valid_BS, places_B, factor, config)
+        kept, ledger = capacity.drop(routing, places_B, factor, config)
     used = (kept.gates_TK * dgate_TE[:, : kept.gates_TK.shape[1]]).sum()
     return loss + used, (load_E, kept.ids_TK, ledger)
 

@@ -25,7 +25,7 @@ REASONS = ("expert_capacity", "device_capacity")  # what was full
 
 
 class Ledger(NamedTuple):
-    """What became of the assignments of valid tokens, all float32; sent = computed + dropped.
+    """What became of the assignments to experts, all float32; sent = computed + dropped.
 
     Attributes:
       sent_E: to each expert by the router.
@@ -111,7 +111,6 @@ def check_room(config: MoEConfig, tokens: int) -> None:
 
 def drop(
     routing: Routing,
-    valid_BS: jax.Array,
     sequence_B: jax.Array,
     factor: float,
     config: MoEConfig,
@@ -119,11 +118,8 @@ def drop(
 ) -> tuple[Routing, Ledger]:
     """Takes back what is above `factor` times the mean load of an expert or a device.
 
-    Padding competes for nothing: it gets what is left.
-
     Args:
-      routing: of T tokens.
-      valid_BS: bool, False for padding.
+      routing: of T tokens; padding goes to nobody, so it competes for nothing.
       sequence_B: int32, the place of each sequence in the global batch.
       factor: capacity factor, > 0; the capacity is `ceil(factor T K / G)` assignments.
       config: of the layer: its `drop_policy`, `protected_share` and `expert_groups`.
@@ -133,21 +129,21 @@ def drop(
     Raises:
       ValueError: for sequences that cannot be shared out evenly.
     """
-    if valid_BS.shape[0] % shards:
+    if len(sequence_B) % shards:
         raise ValueError(
-            f"batch of {valid_BS.shape[0]} sequences: must be a multiple of {shards}, the shards"
+            f"batch of {len(sequence_B)} sequences: must be a multiple of {shards}, the shards"
             " of the mesh that drop tokens each for itself"
         )
     cut = lambda a: a.reshape(shards, -1, *a.shape[1:])  # noqa: E731
     keep = functools.partial(_keep, factor=factor, config=config)
     kept_TK = jax.vmap(keep)(
-        cut(routing.ids_TK), jax.tree.map(cut, routing.affinity_TE), cut(valid_BS), cut(sequence_B)
+        cut(routing.ids_TK), jax.tree.map(cut, routing.affinity_TE), cut(sequence_B)
     ).reshape(routing.ids_TK.shape)
     kept = routing._replace(
         ids_TK=jnp.where(kept_TK, routing.ids_TK, config.n_routed_experts),
         gates_TK=jnp.where(kept_TK, routing.gates_TK, 0.0),
     )
-    return kept, ledger(routing.ids_TK, kept.ids_TK, valid_BS, config)
+    return kept, ledger(routing.ids_TK, kept.ids_TK, len(sequence_B), config)
 
 
 def most_kept(shape_BS: tuple[int, int], factor: float, config: MoEConfig, n_devices: int) -> int:
@@ -180,13 +176,12 @@ def _capacity(tokens: int, factor: float, config: MoEConfig) -> tuple[int, int]:
 def _keep(
     ids_TK: jax.Array,
     affinity_TE: jax.Array | None,
-    valid_BS: jax.Array,
     sequence_B: jax.Array,
     factor: float,
     config: MoEConfig,
 ) -> jax.Array:
     """Which assignments of one batch stay, bool (T, K)."""
-    policy, s, (t, k) = get_policy(config), valid_BS.shape[1], ids_TK.shape
+    policy, (t, k) = get_policy(config), ids_TK.shape
     n_groups, capacity = _capacity(t, factor, config)
     group_TK = ids_TK // (config.n_routed_experts // n_groups)  # nobody, E, is of group G
     # Small keys stay: all first choices in order of position, then all second ones; or by affinity.
@@ -194,11 +189,10 @@ def _keep(
     if policy.by_score:
         assert affinity_TE is not None, "the router has no affinities"
         key_TK = -jnp.take_along_axis(affinity_TE, ids_TK, axis=1, mode="clip")
-    key_TK = jnp.where(valid_BS.reshape(t, 1), key_TK, jnp.inf)
     kept_TK = jnp.zeros((t, k), bool)
     if policy.protects:
         protected_B = protected(sequence_B, config.protected_share)
-        protected_T = jnp.repeat(protected_B, s)
+        protected_T = jnp.repeat(protected_B, t // len(sequence_B))
         kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
         key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)
     return kept_TK | (rank_in_group(group_TK, key_TK, n_groups) < capacity)
@@ -225,29 +219,29 @@ def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.
     return jnp.zeros_like(rank_N).at[order_N].set(rank_N).reshape(group_TK.shape)
 
 
-def ledger(
-    sent_TK: jax.Array, kept_TK: jax.Array, valid_BS: jax.Array, config: MoEConfig
-) -> Ledger:
+def ledger(sent_TK: jax.Array, kept_TK: jax.Array, n_sequences: int, config: MoEConfig) -> Ledger:
     """Counts what became of the assignments, for now with the kept ones as the computed ones.
+
+    What goes to nobody (padding) is not sent.  No mask says so, so that XLA counts the kept ones
+    and the rows of the dispatch's groups once for both.
 
     Args:
       sent_TK, kept_TK: experts before and after dropping; the same array: nothing is dropped.
-      valid_BS: bool, False for padding.
+      n_sequences: B.
       config: of the layer.
     """
-    e, d, valid_T = config.n_routed_experts, config.expert_groups, valid_BS.reshape(-1)
-    sent_E, none = count_load(sent_TK, e, valid_T), jnp.zeros
+    e, d, s = config.n_routed_experts, config.expert_groups, len(sent_TK) // n_sequences
+    sent_E, none = count_load(sent_TK, e), jnp.zeros
     if kept_TK is sent_TK:
         return Ledger(sent_E, sent_E, none(e), none(d), none(POSITION_BUCKETS), none(len(REASONS)))
-    s = valid_BS.shape[1]
-    lost_TK = (sent_TK != kept_TK) & valid_T[:, None]
+    lost_TK = sent_TK != kept_TK
     lost_ids_TK = jnp.where(lost_TK, sent_TK, e)
     bucket_S = jnp.arange(s) * POSITION_BUCKETS // s
     lost_S = lost_TK.sum(axis=1).reshape(-1, s).sum(axis=0).astype(jnp.float32)
     reason = int(get_policy(config).by_device)
     return Ledger(
         sent_E,
-        count_load(kept_TK, e, valid_T),
+        count_load(kept_TK, e),
         dropped_E=count_load(lost_ids_TK, e),
         dropped_D=count_load(lost_ids_TK // (e // d), d),
         dropped_P=none(POSITION_BUCKETS).at[bucket_S].add(lost_S),

@@ -151,9 +151,9 @@ class MoELayer(nnx.Module):
                 routing = self.route(x_TD, inputs)
             factor = moe.evaluation_capacity_factor if rng is None else moe.capacity_factor
             kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
-            ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, valid_BS, moe), None
+            ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, len(x_BSD), moe), None
             if factor:
-                kept, ledger, limit = self.drop(kept, valid_BS, sequence_B, factor)
+                kept, ledger, limit = self.drop(kept, sequence_B, factor)
             y_TD, exchange = self.routed(x_TD, kept, limit)
             y_BSD = y_TD.reshape(x_BSD.shape)
             ledger = ledger._replace(computed_E=exchange.computed_E)
@@ -197,18 +197,18 @@ class MoELayer(nnx.Module):
         return router.route(logits, inputs, moe)
 
     def drop(
-        self, routing: Routing, valid_BS: jax.Array, sequence_B: jax.Array, factor: float
+        self, routing: Routing, sequence_B: jax.Array, factor: float
     ) -> tuple[Routing, capacity.Ledger, int | None]:
         """What a capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
 
         Buffers of fixed size need a limit for each shard of the mesh: there each drops for itself.
         """
-        moe, (b, s) = self.config, valid_BS.shape
+        moe, b, t = self.config, len(sequence_B), len(routing.ids_TK)
         if moe.dispatch != "capacity":
-            return *capacity.drop(routing, valid_BS, sequence_B, factor, moe), None
+            return *capacity.drop(routing, sequence_B, factor, moe), None
         shards, devices = dispatch.token_shards(), dispatch.expert_devices()
-        kept, ledger = capacity.drop(routing, valid_BS, sequence_B, factor, moe, shards)
-        return kept, ledger, capacity.most_kept((b // shards, s), factor, moe, devices)
+        kept, ledger = capacity.drop(routing, sequence_B, factor, moe, shards)
+        return kept, ledger, capacity.most_kept((b // shards, t // b), factor, moe, devices)
 
     def routed(
         self, x_TD: jax.Array, routing: Routing, limit: int | None = None

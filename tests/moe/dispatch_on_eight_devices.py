@@ -101,7 +101,7 @@ def test_capacity_of_each_shard(policy):
             layer = nnx.merge(graph, params)
             routing = layer.route(x, RouterInputs(tokens.reshape(-1), valid.reshape(-1), rng))
             routing = nobody_computes_padding(routing, valid, E)
-            kept, ledger = capacity.drop(routing, valid, jnp.arange(b), 0.8, moe, shards=8)
+            kept, ledger = capacity.drop(routing, jnp.arange(b), 0.8, moe, shards=8)
             weights = layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...]
             return dense_loop(x, kept, weights), (ledger, kept.ids_TK)
 

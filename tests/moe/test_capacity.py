@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, MoEConfig, replace
 from dsmoe_jax.moe import capacity
-from dsmoe_jax.moe.layer import MoELayer
+from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
 from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.training.step import abstract_model
 
@@ -34,10 +34,10 @@ def skewed_routing(seed=0):
     return Routing(ids, gates / gates.sum(axis=1, keepdims=True), jnp.asarray(s))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def run(routing, valid_BS, factor, config, first=0):
-    places_B = first + jnp.arange(valid_BS.shape[0])
-    return capacity.drop(routing, valid_BS, places_B, factor, config)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def run(routing, factor, config, first=0):
+    places_B = first + jnp.arange(len(routing.ids_TK) // S)
+    return capacity.drop(routing, places_B, factor, config)
 
 
 def numpy_kept(ids, affinity, valid, factor, policy):
@@ -45,14 +45,11 @@ def numpy_kept(ids, affinity, valid, factor, policy):
     by_device = policy == "device"
     size = E // D if by_device else 1
     room = np.full(E // size, int(np.ceil(factor * T * K / (E // size))))
-    slots = [(t, k) for k in range(K) for t in range(T)]
+    slots = [(t, k) for k in range(K) for t in range(T) if valid[t]]
     if policy != "position":
-        slots = sorted(
-            ((t, k) for t in range(T) for k in range(K)), key=lambda a: -affinity[a[0], ids[a]]
-        )
+        slots = sorted(sorted(slots), key=lambda a: -affinity[a[0], ids[a]])
     protected = [a for a in slots if by_device and a[0] // S == PROTECTED]
     slots = protected + [a for a in slots if a not in protected]
-    slots = [a for a in slots if valid[a[0]]] + [a for a in slots if not valid[a[0]]]
     kept = np.zeros((T, K), bool)
     for a in slots:
         if room[ids[a] // size] > 0 or a in protected:
@@ -67,13 +64,15 @@ def test_against_numpy(policy, factor):
     routing = skewed_routing()
     valid = np.arange(T) % S < 13
     valid[PROTECTED * S : (PROTECTED + 1) * S] = True
-    kept, ledger = run(routing, jnp.asarray(valid).reshape(B, S), factor, moe_config(policy))
+    routing = nobody_computes_padding(routing, jnp.asarray(valid).reshape(B, S), E)
+    kept, ledger = run(routing, factor, moe_config(policy))
     ids, gates = np.asarray(routing.ids_TK), np.asarray(routing.gates_TK)
     want = numpy_kept(ids, np.asarray(routing.affinity_TE), valid, factor, policy)
     np.testing.assert_array_equal(kept.ids_TK, np.where(want, ids, E))
     np.testing.assert_array_equal(kept.gates_TK, np.where(want, gates, 0))
-    lost = ~want & valid[:, None]
+    lost = ~want & (ids < E)
     np.testing.assert_array_equal(ledger.dropped_E, np.bincount(ids[lost], minlength=E))
+    np.testing.assert_array_equal(ledger.sent_E, np.bincount(ids[valid].ravel(), minlength=E))
     np.testing.assert_array_equal(ledger.sent_E, ledger.computed_E + ledger.dropped_E)
     by_bucket = lost.sum(axis=1).reshape(B, 8, S // 8).sum(axis=(0, 2))
     np.testing.assert_array_equal(ledger.dropped_P, by_bucket)
@@ -85,7 +84,7 @@ def test_against_numpy(policy, factor):
 
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0])
 def test_protected_sequences_lose_nothing_at_any_budget(factor):
-    kept, _ = run(skewed_routing(1), jnp.ones((B, S), bool), factor, moe_config("device"))
+    kept, _ = run(skewed_routing(1), factor, moe_config("device"))
     lost_B = np.asarray(kept.ids_TK == E).reshape(B, -1).sum(axis=1)
     assert lost_B[PROTECTED] == 0
     assert np.delete(lost_B, PROTECTED).sum() > 0
@@ -95,7 +94,7 @@ def test_a_micro_batch_of_protected_sequences_loses_nothing():
     routing, config = skewed_routing(1), moe_config("device")
     places = jnp.arange(1000)
     places_B = places[capacity.protected(places, config.protected_share)][:B]
-    kept, _ = capacity.drop(routing, jnp.ones((B, S), bool), places_B, 0.01, config)
+    kept, _ = capacity.drop(routing, places_B, 0.01, config)
     np.testing.assert_array_equal(kept.ids_TK, routing.ids_TK)
     for n_devices in (1, 2, 4, 8):
         load = np.bincount(np.asarray(kept.ids_TK).ravel() // (E // n_devices))
@@ -115,7 +114,7 @@ def test_the_protected_share_is_that_of_the_global_batch_and_of_its_parts(share,
 def test_nothing_is_dropped_when_there_is_room():
     routing = skewed_routing(2)
     for policy in capacity.POLICIES:
-        kept, ledger = run(routing, jnp.ones((B, S), bool), float(E), moe_config(policy))
+        kept, ledger = run(routing, float(E), moe_config(policy))
         np.testing.assert_array_equal(kept.ids_TK, routing.ids_TK)
         np.testing.assert_array_equal(ledger.dropped_E, np.zeros(E))
         np.testing.assert_array_equal(ledger.sent_E, ledger.computed_E)
@@ -185,14 +184,14 @@ def test_refusals():
 @pytest.mark.parametrize("policy", list(capacity.POLICIES))
 def test_shards_drop_each_for_itself(policy):
     """As if each half of the batch were a batch; and no device gets more than `most_kept`."""
-    routing, valid, config = skewed_routing(), jnp.ones((B, S), bool), moe_config(policy)
-    kept, _ = capacity.drop(routing, valid, jnp.arange(B), 0.5, config, shards=2)
+    routing, config = skewed_routing(), moe_config(policy)
+    kept, _ = capacity.drop(routing, jnp.arange(B), 0.5, config, shards=2)
     for half in (slice(0, T // 2), slice(T // 2, T)):
         part = jax.tree.map(lambda a, half=half: a[half], routing)
-        alone, _ = run(part, valid[:2], 0.5, config, half.start // S)
+        alone, _ = run(part, 0.5, config, half.start // S)
         np.testing.assert_array_equal(kept.ids_TK[half], alone.ids_TK)
         for n_devices in (1, 2, 4, 8):
             load = np.bincount(np.asarray(alone.ids_TK).ravel() // (E // n_devices))[:n_devices]
             assert load.max() <= capacity.most_kept((2, S), 0.5, config, n_devices)
     with pytest.raises(ValueError, match=r"batch of 4 sequences: must be a multiple of 3"):
-        capacity.drop(routing, valid, jnp.arange(B), 0.5, config, shards=3)
+        capacity.drop(routing, jnp.arange(B), 0.5, config, shards=3)
