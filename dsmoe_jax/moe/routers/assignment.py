@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.capacity import rank_in_group
 from dsmoe_jax.moe.routers import scored
-from dsmoe_jax.moe.types import RouterInputs, Routing
+from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
 
-PRECISION = 1e-4  # of the auction: its last epsilon, as a share of the spread of the affinities
-FREE = -1  # the expert of a token that has none yet
+COOLINGS, ITERATIONS = 10, 4  # of the first prices: halvings of the temperature, and at each
 
 
 def base(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
@@ -39,28 +37,33 @@ def base(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routi
     )
 
 
-class _Auction(NamedTuple):
-    """Who holds a place of which expert, at what bid, and what a place costs.
+class _Assignment(NamedTuple):
+    """Who is where, and the prices at which nobody would rather be elsewhere.
 
     Attributes:
-      expert_N: int32, `FREE` for nobody's.
-      bid_N: the bid by which the place is held.
-      price_E: of the cheapest place.
+      expert_N: int32; E for rows that are not assigned.
+      price_E: what a place costs.
+      gain_EE: [i, j], what the token of expert i that loses least (or gains most) by going to
+        expert j would gain, prices aside; -inf if i has no token.
+      load_E: int32, tokens of each expert.
     """
 
     expert_N: jax.Array
-    bid_N: jax.Array
     price_E: jax.Array
+    gain_EE: jax.Array
+    load_E: jax.Array
 
 
 def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Array:
-    """Auction algorithm for the assignment of 2103.16716 eqs. 2-3, by Bertsekas' epsilon scaling.
+    """The balanced assignment with the largest total (2103.16716 eqs. 2-3), by cheapest chains.
 
-    In a round every free token bids for a place of the expert that is worth most to it after the
-    price, as much as makes the second best as good, and a bit (epsilon) more.  An expert gives its
-    places to the highest bids.  When no token is free the total is at most n epsilon below the
-    largest.  Rounds with a large epsilon come first and make the prices for the next ones; the last
-    epsilon is at most `PRECISION` times the largest spread of a token's affinities.
+    Every expert has a price, and every token is at the expert that is worth most to it after the
+    price: of all assignments with just these loads it is the best.  As long as an expert has more
+    tokens than places, one token leaves it; the cheapest chain of moves says for whom another has
+    to go, up to an expert with room.  Then prices fall so that again nobody would rather be
+    elsewhere.  So the last assignment is the best one, up to rounding, whatever the first prices
+    were; good ones leave few chains, and there are never more than tokens.  (Successive shortest
+    paths; the paper uses an auction.)
 
     Args:
       affinity_TE: what an expert is worth to a token; not a number counts as 0.
@@ -73,42 +76,83 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
     affinity_TE -= affinity_TE.max(axis=1, keepdims=True)  # changes nothing but the rounding
     valid_T = jnp.ones(t, bool) if valid_T is None else valid_T
     n = valid_T.sum()
-    places = -(-n // e)
-    # Dummies that do not care fill the last places, so that every place has its price.
-    worth_NE = jnp.concatenate([jnp.where(valid_T[:, None], affinity_TE, 0.0), jnp.zeros((e, e))])
-    bids_N = jnp.concatenate([valid_T, jnp.arange(e) < places * e - n])
-    spread = jnp.maximum(worth_NE.max() - worth_NE.min(), 1e-6)
-    nobody = _Auction(jnp.full(t + e, FREE, jnp.int32), jnp.zeros(t + e), jnp.zeros(e))
-
-    def free_N(auction: _Auction) -> jax.Array:
-        return bids_N & (auction.expert_N == FREE)
-
-    def auction_with(state):
-        epsilon, auction = state
-        auction = jax.lax.while_loop(
-            lambda a: free_N(a).any(),
-            lambda a: _round(a, free_N(a), worth_NE, places, epsilon),
-            nobody._replace(price_E=auction.price_E),
-        )
-        return epsilon / 4, auction
-
-    _, auction = jax.lax.while_loop(
-        lambda state: 4 * state[0] > spread * PRECISION, auction_with, (spread / 4, nobody)
+    places = jnp.maximum(-(-n // e), 1)
+    # Dummies that do not care fill the last places, so that every expert ends up full.
+    worth_NE = jnp.concatenate([affinity_TE, jnp.zeros((e, e))])
+    real_N = jnp.concatenate([valid_T, jnp.arange(e) < places * e - n])
+    price_E = _first_prices(jnp.where(real_N[:, None], worth_NE, -jnp.inf), places)
+    expert_N = jnp.where(real_N, jnp.argmax(worth_NE - price_E, axis=1), e).astype(jnp.int32)
+    gain_EE = jax.lax.map(lambda i: _gains(worth_NE, expert_N, i), jnp.arange(e))
+    load_E = count_load(expert_N[:, None], e).astype(jnp.int32)
+    last = jax.lax.while_loop(
+        lambda a: (a.load_E > places).any(),
+        lambda a: _move_chain(a, worth_NE, places),
+        _Assignment(expert_N, price_E, gain_EE, load_E),
     )
-    best_T = jnp.argmax(affinity_TE, axis=1).astype(jnp.int32)
-    return jnp.where(valid_T, auction.expert_N[:t], best_T)
+    return jnp.where(valid_T, last.expert_N[:t], jnp.argmax(affinity_TE, axis=1).astype(jnp.int32))
 
 
-def _round(a: _Auction, free_N, worth_NE, places, epsilon) -> _Auction:
-    """The free tokens bid; the experts keep the highest bids."""
-    e = worth_NE.shape[1]
-    best_N2, wanted_N2 = scored.largest(worth_NE - a.price_E, min(e, 2))
-    lead_N = best_N2[:, 0] - best_N2[:, -1]
-    expert_N = jnp.where(free_N, wanted_N2[:, 0], a.expert_N)
-    bid_N = jnp.where(free_N, a.price_E[wanted_N2[:, 0]] + lead_N + epsilon, a.bid_N)
-    group_N = jnp.where(expert_N == FREE, e, expert_N)
-    rank_N = rank_in_group(group_N[:, None], -bid_N[:, None], e)[:, 0]
-    holds_NE = (group_N[:, None] == jnp.arange(e)) & (rank_N < places)[:, None]
-    cheapest_E = jnp.where(holds_NE, bid_N[:, None], jnp.inf).min(axis=0)
-    price_E = jnp.where(holds_NE.sum(axis=0) == places, cheapest_E, a.price_E)
-    return _Auction(jnp.where(rank_N < places, expert_N, FREE), bid_N, price_E)
+def _first_prices(worth_NE: jax.Array, places: jax.Array) -> jax.Array:
+    """Prices at which the loads are nearly even: those of Sinkhorn's balancing, ever colder.
+
+    At a temperature every token is spread over the experts by softmax((worth - price) /
+    temperature); each iteration sets the prices to which the loads of the last one would be even.
+    """
+    worth_NE, real_N1 = jnp.maximum(worth_NE, -1e38), worth_NE[:, :1] > -jnp.inf
+    spread = jnp.maximum(jnp.where(real_N1, -worth_NE, 0.0).max(), 1e-6)
+
+    def iteration(i, price_E):
+        temperature = spread / 4 * 0.5 ** (i // ITERATIONS)
+        share_NE = jax.nn.log_softmax((worth_NE - price_E) / temperature, axis=1)
+        load_E = jax.nn.logsumexp(jnp.where(real_N1, share_NE, -jnp.inf), axis=0)
+        return price_E + temperature * (load_E - jnp.log(places))
+
+    return jax.lax.fori_loop(0, COOLINGS * ITERATIONS, iteration, jnp.zeros(worth_NE.shape[1]))
+
+
+def _gains(worth_NE: jax.Array, expert_N: jax.Array, i: jax.Array) -> jax.Array:
+    """Row i of `gain_EE`."""
+    gain_NE = worth_NE - jnp.take(worth_NE, i, axis=1)[:, None]
+    return jnp.where((expert_N == i)[:, None], gain_NE, -jnp.inf).max(axis=0)
+
+
+def _cheapest_chains(a: _Assignment, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The best chains of moves from any overfull expert to each expert (Bellman-Ford).
+
+    Returns:
+      total_E: the sum of their gains after prices, at most 0; 0 for the overfull ones.
+      before_E: the expert before it in the chain; -1 at its beginning.
+    """
+    step_EE = jnp.minimum(a.gain_EE - a.price_E + a.price_E[:, None], 0.0)  # > 0 is rounding
+
+    def relax(state):
+        total_E, before_E, _ = state
+        via_EE = total_E[:, None] + step_EE
+        better_E = via_EE.max(axis=0) > total_E
+        before_E = jnp.where(better_E, via_EE.argmax(axis=0), before_E)
+        return jnp.maximum(via_EE.max(axis=0), total_E), before_E, better_E.any()
+
+    none_E = jnp.full(len(a.load_E), -1)
+    first = jnp.where(a.load_E > places, 0.0, -jnp.inf), none_E, jnp.bool(True)
+    return jax.lax.while_loop(lambda state: state[2], relax, first)[:2]
+
+
+def _move_chain(a: _Assignment, worth_NE: jax.Array, places: jax.Array) -> _Assignment:
+    """Makes the cheapest chain of moves to an expert with room, from its end to its beginning."""
+    total_E, before_E = _cheapest_chains(a, places)
+    end = jnp.argmax(jnp.where(a.load_E < places, total_E, -jnp.inf))
+    price_E = a.price_E + jnp.maximum(total_E, total_E[end])
+
+    def move(state):
+        to, expert_N, gain_EE = state
+        source = before_E[to]
+        gain_N = jnp.take(worth_NE, to, axis=1) - jnp.take(worth_NE, source, axis=1)
+        token = jnp.argmax(jnp.where(expert_N == source, gain_N, -jnp.inf))
+        expert_N = expert_N.at[token].set(to)
+        return source, expert_N, gain_EE.at[to].set(_gains(worth_NE, expert_N, to))
+
+    start, expert_N, gain_EE = jax.lax.while_loop(
+        lambda state: before_E[state[0]] >= 0, move, (end, a.expert_N, a.gain_EE)
+    )
+    gain_EE = gain_EE.at[start].set(_gains(worth_NE, expert_N, start))
+    return _Assignment(expert_N, price_E, gain_EE, a.load_E.at[end].add(1).at[start].add(-1))
