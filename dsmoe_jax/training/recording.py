@@ -37,12 +37,15 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
       config: of the run.
       fingerprint: of the corpus.
     """
-    model, moe = config.model, config.model.moe
-    columns = moe.n_routed_experts if moe.router == "expert_choice" else moe.num_experts_per_tok
+    model, moe, stages = config.model, config.model.moe, config.stages()
+    columns = [stage.config.model.moe.num_experts_per_tok for stage in stages]
+    if moe.router == "expert_choice":
+        columns = [moe.n_routed_experts] * len(stages)
     return {
         "layers": model.num_hidden_layers - model.first_k_dense_replace,
         "experts": moe.n_routed_experts,
-        "experts_per_token": columns,
+        "experts_per_token": columns,  # of each stage, and the updates made before it:
+        "stages_after": [stage.first for stage in stages],
         "sequence_length": config.data.sequence_length,
         "corpus": fingerprint,
         "seed": config.train.seed,
@@ -107,17 +110,19 @@ class Recording:
         wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if wrong:
             raise ValueError(f"{self._key}: recorded with {'; '.join(wrong)}")
-        steps, train = config.train.steps, config.train
+        steps = config.train.steps
         missing = [i for i in range(1, steps + 1) if not _path(self.directory, TRAIN, i).is_file()]
         if missing:
             raise ValueError(
                 f"{self._key}: there is no step {missing[0]}, train.steps={steps} must be at most"
                 f" {missing[0] - 1}"
             )
-        self.read(TRAIN, 1, train.global_batch_size)
-        every = train.eval_every or steps
+        for stage in config.stages():
+            self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
+        every = config.train.eval_every or steps
         if config.model.moe.router == "replay":  # the other one chooses by itself in evaluation
             for step in {*range(every, steps, every), steps}:
+                train = config.stage_of(step).config.train
                 micro_batch = train.global_batch_size // train.accumulation_steps
                 self.read(validation_name(step), 1, micro_batch)
 

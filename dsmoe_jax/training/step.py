@@ -23,7 +23,7 @@ from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.parallel.mesh import platform
-from dsmoe_jax.training import router_state
+from dsmoe_jax.training import micro_batches, router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dsmoe_jax.training.recording import replayed
 
@@ -195,7 +195,7 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
     def loss_fn(params, other, micro: Batch, sequence_B, rng, weights, all_tokens, whole):
         output = forward(params, other, micro, sequence_B, rng)
         nll_BS, sums = token_sums(output.logits_BSV, micro, bytes_V)
-        loss, terms, router = sums.nll / all_tokens, {}, output.router_stats
+        loss, terms, router, choice = sums.nll / all_tokens, {}, output.router_stats, None
         if router is not None:
             terms = {name: losses.value(name, part, whole) for name, part in router.terms.items()}
             loss += sum(weights[name] * terms[name].sum() for name in weights)
@@ -203,8 +203,8 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
                 bonus, mask_BS = moe.policy_entropy_factor, jnp.asarray(micro["loss_mask_BS"])
                 loss += policy_loss(drawn_LBS, nll_BS, mask_BS, bonus) / all_tokens
             choice = router.choice if config.train.record_routing else None
-            router = router._replace(drawn_BS=None, choice=choice)
-        return loss, Parts(loss, sums, terms, router)
+            router = router._replace(drawn_BS=None, choice=None)
+        return loss, (Parts(loss, sums, terms, router), choice)
 
     def sent(params, other, micro: Batch, sequence_B, rng):
         router = forward(params, other, micro, sequence_B, rng).router_stats
@@ -212,45 +212,26 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
         return {name: router.terms[name].sent_G for name in losses.counted_terms(moe)}
 
     def gradients(params, other, batch: Batch, rng, weights):
-        micros, sent_LG = _split(batch, n_micro), None
+        micros, sent_LG = micro_batches.split(batch, n_micro), None
         if n_micro > 1 and losses.counted_terms(moe):
-            sent_LG = _add_up(lambda micro: sent(params, other, *micro, rng=rng), micros)
+            sent_LG, _ = micro_batches.add_up(
+                lambda micro: (sent(params, other, *micro, rng=rng), None), micros
+            )
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
         whole = losses.whole(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, parts = _add_up(
-            lambda micro: grad_fn(params, other, *micro, rng, weights, all_tokens, whole), micros
-        )
+
+        def part_of(micro):
+            grad_fn = jax.grad(loss_fn, has_aux=True)
+            grads, (parts, choice) = grad_fn(params, other, *micro, rng, weights, all_tokens, whole)
+            return (parts, grads), choice
+
+        (parts, grads), choice = micro_batches.add_up(part_of, micros)
+        if choice is not None:
+            assert parts.router is not None
+            parts = parts._replace(router=parts.router._replace(choice=micro_batches.join(choice)))
         return parts, grads
 
     return gradients
-
-
-def _split(batch: Batch, n_micro: int) -> tuple[Batch, jax.Array]:
-    """The micro-batches along a new leading axis, with their sequences' places in the batch.
-
-    Noise and protection go by these places: they are the same in any number of micro-batches.
-    """
-    whole = batch, jnp.arange(len(batch["tokens_BS"]))
-    if n_micro == 1:
-        return jax.tree.map(lambda x: x[None], whole)
-
-    def cut(x_B: jax.Array) -> jax.Array:
-        # Every n-th row, not a block of them: then no row leaves its device.
-        micros = x_B.reshape(-1, n_micro, *x_B.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(micros, "LB" + "S" * (x_B.ndim - 1))
-
-    return jax.tree.map(cut, whole)
-
-
-def _add_up(part_of: Callable[[Any], Any], micros: Any) -> Any:
-    """The sum of `part_of` over the micro-batches, one after the other."""
-    first = jax.tree.map(lambda x: x[0], micros)
-    if len(jax.tree.leaves(micros)[0]) == 1:
-        return part_of(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_of, first))
-    add = lambda total, micro: (jax.tree.map(jnp.add, total, part_of(micro)), None)  # noqa: E731
-    return jax.lax.scan(add, zeros, micros)[0]
 
 
 def make_train_step(

@@ -84,7 +84,7 @@ def test_the_replay_is_what_decides(hashed, tiny_config, tmp_path):
         ({"train.steps": 5}, r"no step 5, train\.steps=5 must be at most 4"),
         ({"model.num_hidden_layers": 3}, r"recorded with layers=2, not 3"),
         ({"model.moe.n_routed_experts": 8}, r"recorded with experts=4, not 8"),
-        ({"model.moe.num_experts_per_tok": 2}, r"recorded with experts_per_token=1, not 2"),
+        ({"model.moe.num_experts_per_tok": 2}, r"recorded with experts_per_token=\[1\], not \[2\]"),
         ({"train.global_batch_size": 8}, r"batches of 4 sequences, not 8"),
         ({"train.seed": 1}, r"recorded with seed=0, not 1"),
         ({"train.eval_every": 1}, r"holds no batch 1 of validation-0000000[13]"),
@@ -100,9 +100,25 @@ def test_refused_before_the_first_step(hashed, tiny_config, tmp_path, change, me
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_in_micro_batches_does_not_record(tiny_config):
-    with pytest.raises(ValueError, match=r"train\.record_routing=True: accumulation_steps=2"):
-        tiny_config(**{"train.record_routing": True, "train.accumulation_steps": 2})
+def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
+    """Every sequence gets its own routing back, whichever micro-batch it was computed in."""
+    stages = {
+        "train.stages.share": (0.5, 0.5),
+        "train.stages.accumulation_steps": (1, 2),
+        "train.stages.num_experts_per_tok": (2, 1),
+    }
+    records, replays = tmp_path / "records", tmp_path / "replays"
+    config = {**SHORT, **stages, "train.record_routing": True}
+    train(tiny_config(**config), records, progress=False)
+    for step, columns in ((2, 2), (3, 1)):
+        with np.load(records / f"routing/train/{step:08}.npz") as arrays:
+            assert arrays["ids_BLSK"].shape == (4, 2, 64, columns)
+    recorded = str(records / "routing")
+    config = {"model.moe.router": "replay_ids", "train.replay_routing": recorded}
+    train(tiny_config(**SHORT, **stages, **config), replays, progress=False)
+    assert losses(replays) == losses(records)
+    with pytest.raises(ValueError, match=r"stages_after=\[0, 2\], not \[0\]"):
+        train(tiny_config(**SHORT, **config), tmp_path / "another", progress=False)
 
 
 def test_a_benchmark_takes_it(learned, hashed):
