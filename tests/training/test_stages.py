@@ -3,6 +3,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,20 @@ from dsmoe_jax.training.metrics import read_rows
 from dsmoe_jax.training.run import load_run
 
 S = 64
+KILLED = """
+import os, signal, sys
+from dsmoe_jax.config import *
+from dsmoe_jax.training import loop
+
+def row_or_kill(*arguments, original=loop.training_row, rows=[]):
+    rows.append(1)
+    if len(rows) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+loop.training_row = row_or_kill
+loop.train({config!r}, sys.argv[1], progress=False)
+"""
 STAGES = {  # steps 1-3, 4-7, 8-10
     "train.stages.share": (0.3, 0.4, 0.3),
     "train.stages.global_batch_size": (4, 2, 4),
@@ -131,3 +147,22 @@ def test_stopping_at_and_around_a_border(staged, tmp_path, monkeypatch):
         assert (tmp_path / f"run/checkpoints/{step}").is_dir()
     train(config, tmp_path / "run", progress=False)
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_killed_behind_a_border(staged, compile_cache, tmp_path):
+    """`kill -9` in the first step after each border; the last checkpoint lies before the border."""
+    config, undisturbed = staged
+    config = replace(config, **{"train.checkpoint_every": 2})
+    script, workdir = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(KILLED.format(config=config))
+    environment = {**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()}
+    for rows, step in ((4, 4), (6, 8)):  # written by this process, and of the run: 2 + 6
+        command = [sys.executable, str(script), str(workdir), str(rows)]
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert child.returncode == -signal.SIGKILL, child.stderr
+        assert read_rows(workdir)[-1]["step"] == step - 1
+    result = train(config, workdir, progress=False)
+    assert result.resumed_from == 6
+    assert_same_run(workdir, undisturbed)
