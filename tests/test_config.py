@@ -47,6 +47,39 @@ def test_impossible_values_are_refused(key, value, says):
 
 
 @pytest.mark.parametrize(
+    ("moe", "says"),
+    [
+        ({"n_group": 4}, "n_group=4: must divide n_routed_experts=63"),
+        ({"expert_groups": 4}, "expert_groups=4: must divide n_routed_experts=63"),
+        ({"n_group": 7, "topk_group": 8}, "topk_group=8: cannot exceed n_group=7"),
+        (
+            {"n_group": 21, "topk_group": 2},
+            "topk_group=2: groups of 3 experts are 6 experts, fewer than num_experts_per_tok=7",
+        ),
+        (
+            {"n_group": 63, "topk_group": 7, "group_score": "top2_sum"},
+            "group_score='top2_sum': needs 2 experts a group, n_group=63 leaves 1",
+        ),
+        ({"device_balance_factor": 0.1}, "device_balance_factor=0.1: there is nothing to balance"),
+        (
+            {
+                "n_group": 7,
+                "topk_group": 3,
+                "expert_groups": 9,
+                "communication_balance_factor": 0.1,
+            },
+            "communication_balance_factor=0.1: counts the devices",
+        ),
+    ],
+)
+def test_impossible_groups_are_refused_with_the_numbers(moe, says):
+    with pytest.raises(ValueError) as error:
+        replace(Config(), **{f"model.moe.{key}": value for key, value in moe.items()})
+    assert str(error.value).startswith(f"model.moe.{says}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "says"),
     [
         ("model.hiden_size", 4, "did you mean model.hidden_size?"),
