@@ -36,7 +36,6 @@ def interleaved(
     runs: Mapping[Name, Callable[[], Any]],
     repeats: int,
     warm_up: int = 1,
-    fewer: Mapping[Name, int] | None = None,
 ) -> dict[Name, list[float]]:
     """Times all cases in turn, round after round: what slows the machine down slows all of them.
 
@@ -44,16 +43,13 @@ def interleaved(
       runs: calls that return when their results are there.
       repeats: rounds that count.
       warm_up: rounds before those.
-      fewer: rounds of cases that take part only in the first ones, and in no warm-up.
 
     Returns:
       Seconds of every round, by case.
     """
-    fewer, seconds = fewer or {}, {name: [] for name in runs}
+    seconds = {name: [] for name in runs}
     for round_ in range(-warm_up, repeats):
         for name, run in runs.items():
-            if name in fewer and not 0 <= round_ < fewer[name]:
-                continue
             start = time.perf_counter()
             run()
             if round_ >= 0:
@@ -64,7 +60,7 @@ def interleaved(
 
 def ratio(seconds: list[float], others: list[float]) -> float:
     """Median over rounds of (a case / another in the same round)."""
-    return statistics.median(a / b for a, b in zip(seconds, others, strict=False))  # see `fewer`
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def device_header() -> dict[str, Any]:

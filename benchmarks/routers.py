@@ -90,8 +90,6 @@ CASES: dict[str, dict[str, Any]] = {
     "drop by device": {"capacity_factor": 1.0, "drop_policy": "device", "expert_groups": 7},
 }
 
-SLOW = {"base, K = 1": 2}  # rounds of what takes seconds
-
 
 def tokens_BSD() -> jax.Array:
     """Tokens with something in common, so that experts are preferred as by a trained router."""
@@ -188,7 +186,7 @@ def rows_of(seconds: dict[str, list[float]], skew: dict[str, float]) -> list[dic
     """A row of results for each case."""
     median, rows = statistics.median, []
     for name, times in seconds.items():
-        rounds = list(zip(times, seconds[BASE], seconds[WHOLE], strict=False))  # `SLOW`: the first
+        rounds = list(zip(times, seconds[BASE], seconds[WHOLE], strict=True))
         rows.append(
             {
                 "case": name,
@@ -211,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, settings in CASES.items():
         print(f"compiling {name}", file=sys.stderr)
         runs[name], skew[name] = router_case(settings)
-    rows = rows_of(harness.interleaved(runs, flags.repeats, fewer=SLOW), skew)
+    rows = rows_of(harness.interleaved(runs, flags.repeats), skew)
     report = {
         **harness.device_header(),
         "freed_memory_kept": kept,

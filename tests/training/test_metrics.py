@@ -2,9 +2,11 @@
 
 import json
 import math
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from dsmoe_jax.config import Config, ModelConfig, replace
 from dsmoe_jax.moe.capacity import Ledger
@@ -161,3 +163,31 @@ class TestLog:
         with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 1, "validation_loss": 3.0}) + "\n")
         assert m.read_rows(tmp_path) == [{"step": 1, "loss": 1.0, "validation_loss": 3.0}]
+
+
+def events(directory):
+    """What TensorBoard finds: (step, tag) -> number or histogram.
+
+    A record is its length (8 bytes), a checksum (4), the data, a checksum (4).
+    """
+    (path,) = directory.glob("events.*")
+    data, found = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            histogram = value.WhichOneof("value") == "histo"
+            found[event.step, value.tag] = value.histo if histogram else value.simple_value
+        data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_the_numbers_of_a_row(tmp_path):
+    log = m.MetricsLog(tmp_path, 0)
+    log.write({"step": 3, "loss": 2.5, "maxvio": [0.5, 0.0], "load": [[1, 3], [2, 2]]})
+    log.close()
+    found = events(tmp_path / "tensorboard")
+    histograms = [found.pop((3, f"load/layer_{i}")) for i in range(2)]
+    assert found == {(3, "loss"): 2.5, (3, "maxvio/layer_0"): 0.5, (3, "maxvio/layer_1"): 0.0}
+    assert [(h.min, h.max, h.num) for h in histograms] == [(0.5, 1.5, 2), (1.0, 1.0, 2)]
+    assert all(sum(h.bucket) == 2 for h in histograms)
