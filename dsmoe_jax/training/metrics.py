@@ -232,7 +232,8 @@ class MetricsLog:
         self._board.file_writer.add_summary(Summary(value=values), row["step"])
         for i, load_E in enumerate(row.get("load", [])):
             fair_shares = np.array(load_E) / np.mean(load_E)
-            self._board.add_histogram(f"load/layer_{i}", fair_shares, row["step"], bins=FAIR_SHARES)
+            bins: Any = FAIR_SHARES
+            self._board.add_histogram(f"load/layer_{i}", fair_shares, row["step"], bins=bins)
 
     def close(self) -> None:
         """Flushes and closes both."""
