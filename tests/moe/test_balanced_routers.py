@@ -137,6 +137,16 @@ def test_base_assignment_is_the_best_balanced_one(kind, n_valid):
     np.testing.assert_array_equal(ids[~valid], affinity[~valid].argmax(axis=1))
 
 
+def test_base_assignment_is_the_best_whatever_the_first_prices(monkeypatch):
+    """From 0 every token begins at its favourite: dozens of chains instead of a few."""
+    monkeypatch.setattr(assignment, "_first_prices", lambda worth_NE, _: jnp.zeros(E))
+    for seed in range(3):
+        affinity = skewed_logits(seed)
+        ids = np.asarray(jax.jit(lambda a: assignment.assign(a))(affinity))
+        total = affinity[np.arange(T), ids].sum(dtype=np.float64)
+        assert total == pytest.approx(largest_total(affinity, T // E), abs=1e-5)
+
+
 def test_base_balances_exactly_in_training_and_is_greedy_in_evaluation():
     logits = skewed_logits()
     config = MoEConfig(

@@ -133,6 +133,15 @@ def test_uneven_devices_cost_more_even_if_no_expert_is_visited_twice():
         np.testing.assert_allclose(expert, 1.0, rtol=1e-6)
 
 
+def test_a_token_with_fewer_experts_than_devices_reaches_no_more_devices_than_experts():
+    """M = 3 devices allowed, K = 2 experts: spread evenly over the devices it still costs 1."""
+    ids = jnp.array([[0, 2], [4, 0], [2, 4]])
+    routing = Routing(ids, jnp.ones((D, K)), jnp.full((D, E), 1 / E))
+    config = scope("sequence", topk_group=D)
+    value = losses.term("communication_balance", routing, jnp.ones((1, D), bool), config)
+    np.testing.assert_allclose(value, 1.0, rtol=1e-6)
+
+
 def test_collapsed_routing_costs_more():
     logits = jnp.zeros((B * S, E)).at[:, :K].set(8.0)
     value = losses.term("expert_balance", route(logits), jnp.ones((B, S), bool), scope("sequence"))
