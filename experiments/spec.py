@@ -116,7 +116,7 @@ class Experiment:
     order: tuple[str, ...] = ()
     may_differ: tuple[str, ...] = ("name", "model.moe.")
     seeds: Mapping[str, int] = dataclasses.field(
-        default_factory=lambda: {"smoke": 1, "demo": 2, "proxy": 1, "paper": 1}
+        default_factory=lambda: {"smoke": 1, "demo": 3, "proxy": 1, "paper": 1}
     )
 
     def __post_init__(self) -> None:
