@@ -1,6 +1,7 @@
 """What the metrics of routing cost, which every run has: the demo training step with and without.
 
     python -m benchmarks.router_metrics --json=benchmarks/results/NAME.json
+    python -m benchmarks.router_metrics --scale=proxy --layers=2 --sequences=1   # a wider model
 
 Without: the MoE layer reports nothing but its balance terms, which are part of the loss; load,
 ledger, entropy, gates, router z and rows by device are constants. In one process, interleaved, on
@@ -25,7 +26,7 @@ import numpy as np
 
 import configs
 from benchmarks import harness
-from dsmoe_jax.config import Config, from_config_dict
+from dsmoe_jax.config import Config, from_config_dict, replace
 from dsmoe_jax.host_memory import keep_freed_memory
 from dsmoe_jax.moe import capacity, dispatch, losses
 from dsmoe_jax.moe.layer import MoELayer, RouterStats
@@ -43,6 +44,19 @@ def bare(self: MoELayer, routing, kept_TK, valid_BS, ledger, exchange) -> Router
     terms = {name: losses.part(name, routing, valid_BS, moe) for name in losses.active_terms(moe)}
     unseen = dispatch.Exchange(none(e), *(None if x is None else none(()) for x in exchange[1:]))
     return RouterStats(none(()), none(e), {}, terms, nothing, none(d), unseen)
+
+
+def make_config(scale: str, layers: int | None, sequences: int | None) -> Config:
+    """DeepSeekMoE 2B at a scale, with another depth or batch; no accumulation."""
+    config = from_config_dict(configs.load("dsmoe_2b", scale))
+    return replace(
+        config,
+        **{
+            "model.num_hidden_layers": layers or config.model.num_hidden_layers,
+            "train.global_batch_size": sequences or config.train.global_batch_size,
+            "train.accumulation_steps": 1,
+        },
+    )
 
 
 def make_batch(config: Config) -> dict[str, np.ndarray]:
@@ -108,8 +122,12 @@ def rows_of(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     kept = keep_freed_memory()  # before the first call into XLA
-    flags = harness.flag_parser("benchmarks.router_metrics", __doc__, repeats=41).parse_args(argv)
-    config = from_config_dict(configs.load("dsmoe_2b", "demo"))
+    parser = harness.flag_parser("benchmarks.router_metrics", __doc__, repeats=41)
+    parser.add_argument("--scale", default="demo", help="of DeepSeekMoE 2B (default demo)")
+    parser.add_argument("--layers", type=int, help="default: the scale's")
+    parser.add_argument("--sequences", type=int, help="of a step, default: the scale's batch")
+    flags = parser.parse_args(argv)
+    config = make_config(flags.scale, flags.layers, flags.sequences)
     with_metrics, metrics = step_case(config)
     with mock.patch.object(MoELayer, "stats", bare):
         without, _ = step_case(config)
@@ -122,7 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     report = harness.device_header() | {
         "freed_memory_kept": kept,
         "repeats": flags.repeats,
-        "config": "dsmoe_2b:demo",
+        "config": f"dsmoe_2b:{flags.scale}",
+        "layers": config.model.num_hidden_layers,
+        "sequences": config.train.global_batch_size,
         "rows": rows,
         "host_ms": host,
         "log_every": steps,
