@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.parallel import hosts
 from dsmoe_jax.training.workdir import ROUTING, write_json
 
 MANIFEST = "manifest.json"
@@ -60,6 +60,8 @@ def validation_name(step: int) -> str:
 class Recorder:
     """Writes a recording; what is written again (by a run that goes on) replaces the old.
 
+    Of several processes, all of which have the routing of the whole batch, the first one writes.
+
     Args:
       directory: created if missing.
       belongs: from `belongs_to`.
@@ -67,8 +69,9 @@ class Recorder:
 
     def __init__(self, directory: Path, belongs: dict[str, Any]):
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / MANIFEST, belongs)
+        if hosts.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / MANIFEST, belongs)
 
     def write(self, name: str, number: int, choice: Choice) -> None:
         """Adds a batch.
@@ -78,6 +81,8 @@ class Recorder:
           number: of the step or batch, from 1.
           choice: ids_LBSK and gates_LBSK.
         """
+        if not hosts.is_first():
+            return
         ids, gates = (np.swapaxes(np.asarray(x), 0, 1) for x in choice)
         small = np.int16 if ids.max() < 2**15 else np.int32
         path = _path(self.directory, name, number)
@@ -110,6 +115,8 @@ class Recording:
         wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if wrong:
             raise ValueError(f"{self._key}: recorded with {'; '.join(wrong)}")
+        sizes, columns = (wanted["layers"], wanted["sequence_length"]), wanted["experts_per_token"]
+        self._shapes_LSK = [(*sizes, k) for k in dict.fromkeys(columns)]
         steps = config.train.steps
         missing = [i for i in range(1, steps + 1) if not _path(self.directory, TRAIN, i).is_file()]
         if missing:
@@ -137,7 +144,7 @@ class Recording:
           rows: the ones to return; None is all.
 
         Raises:
-          ValueError: if there is no such batch, or it is of another size.
+          ValueError: if there is no such batch, or it is of another shape.
         """
         path = _path(self.directory, name, number)
         if not path.is_file():
@@ -147,6 +154,12 @@ class Recording:
         if len(ids) != batch_size:
             raise ValueError(
                 f"{self._key}: {name} has batches of {len(ids)} sequences, not {batch_size}"
+            )
+        wanted = [(batch_size, *shape) for shape in self._shapes_LSK]
+        if ids.shape not in wanted or gates.shape != ids.shape:
+            raise ValueError(
+                f"{self._key}: {path.relative_to(self.directory)} has ids of shape {ids.shape} and"
+                f" gates of {gates.shape}, not {' or '.join(map(str, wanted))}"
             )
         if rows is not None:
             ids, gates = ids[list(rows)], gates[list(rows)]
@@ -159,15 +172,9 @@ def of_run(
     """Where the routing of a training run goes to, and where it comes from.
 
     Raises:
-      ValueError: with several processes, none of which sees the routing of the whole batch.
+      ValueError: for a recording that cannot be replayed.
     """
     recorder = replayed = None
-    if jax.process_count() > 1 and (config.train.record_routing or config.train.replay_routing):
-        raise ValueError(
-            f"train.record_routing={config.train.record_routing},"
-            f" train.replay_routing={config.train.replay_routing!r}: must be off with"
-            f" {jax.process_count()} processes; routing is kept whole, by one"
-        )
     if config.train.record_routing:
         recorder = Recorder(workdir / ROUTING, belongs_to(config, fingerprint))
     if config.train.replay_routing:

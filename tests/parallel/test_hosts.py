@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from trainers import Launcher, Run, xla_flags
 
@@ -28,11 +29,11 @@ def launcher(tiny_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(launcher, tmp_path_factory):
-    """The rows of one process with all devices that nothing disturbed."""
+    """A run of one process with all devices that nothing disturbed; it records its routing."""
     run = Run(launcher, tmp_path_factory.mktemp("one") / "run", 1)
     codes, said = run.end()
     assert codes == [0], said
-    return numbers(run)
+    return run
 
 
 @pytest.fixture
@@ -80,7 +81,8 @@ def test_two_processes_stopped_and_killed_at_random_do_what_one_does(
     run = Run(launcher, run.workdir, 2)
     codes, said = run.end()
     assert codes == [0, 0], said
-    assert numbers(run) == undisturbed
+    assert numbers(run) == numbers(undisturbed)
+    assert_same_routing(run.workdir, undisturbed.workdir)
     assert_written_by_the_right_ones(run.workdir)
 
 
@@ -102,8 +104,32 @@ def test_four_processes_of_which_one_freezes_and_two_go_on(launcher, tmp_path, m
     codes, said = run.end()
     assert codes == [0, 0], said
     assert "going on from step" in said[0]
-    losses, wanted = ([row["loss"] for row in rows] for rows in (numbers(run), undisturbed))
+    losses, wanted = ([row["loss"] for row in rows] for rows in map(numbers, (run, undisturbed)))
     assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+def assert_same_routing(workdir, wanted):
+    """The same files, each with the same arrays of the whole batch."""
+    names = {path.relative_to(wanted / "routing") for path in wanted.glob("routing/*/*.npz")}
+    assert len(names) == 16 + 1, "steps and a held-out batch"
+    assert names == {p.relative_to(workdir / "routing") for p in workdir.glob("routing/*/*.npz")}
+    for name in names:
+        with np.load(workdir / "routing" / name) as a, np.load(wanted / "routing" / name) as b:
+            for key in ("ids_BLSK", "gates_BLSK"):
+                np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_two_processes_replay_what_one_recorded(launcher, tmp_path, undisturbed):
+    """Each reads its own sequences' routing."""
+    recorded = f"train.replay_routing={undisturbed.workdir / 'routing'}"
+    changes = ("train.record_routing=False", "train.steps=3", "model.moe.router=replay_ids")
+    run = Run(launcher, tmp_path / "run", 2, *changes, recorded)
+    codes, said = run.end()
+    assert codes == [0, 0], said
+    for row, wanted in zip(numbers(run), numbers(undisturbed)[:3], strict=True):
+        assert row["load"] == wanted["load"]
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
 
 
 def assert_written_by_the_right_ones(workdir):

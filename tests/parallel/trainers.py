@@ -39,6 +39,7 @@ TINY = {
     "train.checkpoint_every": 3,
     "train.keep_checkpoints": 100,
     "train.eval_batches": 1,
+    "train.record_routing": True,
     "mesh.data": 1,
     "mesh.fsdp": 2,
 }
@@ -68,12 +69,13 @@ class Run:
       launcher: of which the config and the environment are.
       workdir: a new one, or that of a run that is to go on.
       n: processes.
+      changes: of the config, as on the command line but for `--config.`.
     """
 
-    def __init__(self, launcher: Launcher, workdir: Path, n: int):
-        self.workdir = workdir
+    def __init__(self, launcher: Launcher, workdir: Path, n: int, *changes: str):
+        self.workdir, more = workdir, [f"--config.{change}" for change in changes]
         self.trainers = [
-            launcher.start(arguments, n) for arguments in launcher.commands(workdir, n)
+            launcher.start(arguments + more, n) for arguments in launcher.commands(workdir, n)
         ]
 
     def wait_for_row(self, n: int) -> None:

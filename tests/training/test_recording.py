@@ -1,6 +1,8 @@
 """Routing recorded in one run and replayed in another: the same losses, bit for bit."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_refused_before_the_first_step(hashed, tiny_config, tmp_path, change, me
     with pytest.raises(ValueError, match=message) as caught:
         train(tiny_config(**{**SHORT, **FIXED, **replays, **change}), tmp_path, progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_a_file_of_another_shape_is_refused(hashed, tiny_config, tmp_path, axis):
+    """Whatever the manifest says; replayed it would be another routing without a word."""
+    directory = shutil.copytree(hashed / "routing", tmp_path / "routing")
+    path = directory / "train/00000001.npz"
+    with np.load(path) as arrays:
+        np.savez(path, **{key: np.repeat(array, 2, axis) for key, array in arrays.items()})
+    replays = {"model.moe.router": "replay", "train.replay_routing": str(directory)}
+    found = [4, 2, 64, 1]
+    found[axis] *= 2
+    found = re.escape(str(tuple(found)))
+    message = rf"train/00000001\.npz has ids of shape {found} and gates .*, not \(4, 2, 64, 1\)"
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
 
 
 def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
