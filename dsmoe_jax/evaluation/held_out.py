@@ -19,7 +19,7 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.training.metrics import bits_per_byte, load_summary
+from dsmoe_jax.training.metrics import bits_per_byte, drop_summary, load_summary
 from dsmoe_jax.training.recording import Recorder, Recording, replayed
 from dsmoe_jax.training.step import token_sums
 
@@ -65,8 +65,8 @@ class HeldOut:
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             router = output.router_stats
-            load = None if router is None else router.load_E
-            return jnp.stack(sums), load, router.choice if router and recorder else None
+            ledger = None if router is None else router.ledger
+            return jnp.stack(sums), ledger, router.choice if router and recorder else None
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)
@@ -93,9 +93,13 @@ class HeldOut:
 
         Returns:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
-          `domains`; and for a model with routed experts `load`, `maxvio`, `dead_experts` by layer.
+          `domains`; and for a model with routed experts `load`, `maxvio`, `gini`, `dead_experts`
+          and `dropped` by layer.
+
+        Raises:
+          RuntimeError: if assignments are missing: neither computed nor dropped.
         """
-        total_3G, load_LE = np.zeros((3, len(self._corpus.domains))), None
+        total_3G, total = np.zeros((3, len(self._corpus.domains))), None
         batches = validation_batches(
             self._corpus.directory, self._batch_size, self._max_batches or None, self._rows
         )
@@ -103,16 +107,17 @@ class HeldOut:
             if self._recording is not None:
                 batch |= self._recording.read(name, done, self._batch_size, self._rows)
             batch = sharding.global_batch(batch, self._rows, self._batch_size)
-            sums, load, choice = jax.device_get(self._step(params, other, batch))
+            sums, ledger, choice = jax.device_get(self._step(params, other, batch))
             if self._recorder is not None:
                 self._recorder.write(name, done, choice)
             total_3G += sums  # float64 on the host: the sum over batches loses nothing
-            if load is not None:
-                load_LE = load.astype(np.float64) + (0 if load_LE is None else load_LE)
+            if ledger is not None:
+                ledger = jax.tree.map(np.float64, ledger)
+                total = ledger if total is None else jax.tree.map(np.add, total, ledger)
             on_batch(done)
         result: dict[str, Any] = _summary(*total_3G.sum(axis=1))
-        if load_LE is not None:
-            result |= load_summary(load_LE)
+        if total is not None:
+            result |= load_summary(total.sent_E) | drop_summary(total, detailed=False)
         result["domains"] = {
             name: _summary(*total_3G[:, g])
             for g, name in enumerate(self._corpus.domains)

@@ -20,7 +20,8 @@ without affinities, the share of an unknown machine's peak) has no key, it is ne
     device_rows, device_megabytes    [layer][device]: what travels to each of `expert_groups`
                                      devices, a token once, one way (none with one device)
     exchange_rows, exchange_retries  [layer]: on a mesh, see `dispatch.Exchange`
-    validation_loss, validation_bits_per_byte, validation_tokens, validation_maxvio [layer],
+    validation_loss, validation_bits_per_byte, validation_tokens
+    validation_maxvio, validation_dropped    [layer]
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
 
 Validation rows come after the training row of their step; `read_rows` joins the two.
@@ -142,7 +143,7 @@ def _list(array: Any, kind: type = float) -> list[Any]:
 
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
     """What `HeldOut.measure` found after a step; of the expert loads only how uneven they are."""
-    keys = ("loss", "bits_per_byte", "tokens", "maxvio", "domains")
+    keys = ("loss", "bits_per_byte", "tokens", "maxvio", "dropped", "domains")
     return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
 
 

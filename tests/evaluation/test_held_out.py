@@ -105,3 +105,12 @@ def test_a_look_at_some_batches(model, corpus, result):
     assert some.measure(params, other, seen.append)["tokens"] < result["tokens"]
     assert seen == [1, 2]
     assert some.n_batches == 2
+
+
+def test_what_is_dropped_is_counted(corpus, result):
+    assert result["dropped"] == [0]
+    config = replace(CONFIG, **{"model.moe.evaluation_capacity_factor": 0.5})
+    graph, params, other = nnx.split(build_model(config), nnx.Param, ...)
+    cut = HeldOut(graph, corpus, batch_size=8, max_batches=2).measure(params, other)
+    sent = np.sum(cut["load"])
+    assert 0.3 * sent < cut["dropped"][0] < sent, "padding leaves a bit more than half the room"
