@@ -136,6 +136,21 @@ def test_the_bias_chooses_but_neither_weighs_nor_learns():
     np.testing.assert_array_equal(grads[1], 0.0)
 
 
+@pytest.mark.parametrize("logit", [-30.0, -45.0, -60.0, -200.0])
+def test_scores_that_vanish_are_no_error(logit):
+    """No score of a token is much above 0: its gates and affinities and their gradients are."""
+    config = moe_config(router="topk", scoring_func="sigmoid", norm_topk_prob=True)
+
+    def outputs(logits):
+        routing = run(logits, RouterInputs(TOKENS), config)
+        return (routing.gates_TK[:, 0] + routing.affinity_TE[:, 1]).sum(), routing
+
+    logits = logit + jnp.asarray(random_logits(6, scale=0.1))
+    (_, routing), grads = jax.value_and_grad(outputs, has_aux=True)(logits)
+    for x in (routing.gates_TK, routing.affinity_TE, grads):
+        assert jnp.isfinite(x).all()
+
+
 def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate():
     config = moe_config(k=2, router="gshard", norm_topk_prob=True, random_second_expert=True)
     logits = np.tile([2.0, 1.0, 0, 0, 0, 0, 0, 0], (T, 1)).astype(np.float32)

@@ -129,16 +129,20 @@ def scores(logits_TE: jax.Array, config: MoEConfig) -> jax.Array:
 
 def affinities(s_TE: jax.Array, config: MoEConfig) -> jax.Array:
     """The scores as a distribution over the experts: s' of V3 eq. 19."""
-    if config.scoring_func == "softmax":
-        return s_TE
-    return s_TE / s_TE.sum(axis=-1, keepdims=True)
+    return s_TE if config.scoring_func == "softmax" else _normalised(s_TE)
 
 
 def gates(s_TK: jax.Array, config: MoEConfig) -> jax.Array:
     """Gates of the chosen experts from their scores: V1 eq. 10, V3 eqs. 13 and 14."""
-    if config.norm_topk_prob:  # sigmoids may all underflow to 0, hence the tiny summand
-        s_TK = s_TK / (s_TK.sum(axis=-1, keepdims=True) + 1e-20)
+    if config.norm_topk_prob:
+        s_TK = _normalised(s_TK)
     return s_TK * config.routed_scaling_factor
+
+
+def _normalised(s_TX: jax.Array) -> jax.Array:
+    """Scores divided by their sum."""
+    # Sigmoids may all underflow to 0, hence the tiny summand; the gradient divides by its square.
+    return s_TX / (s_TX.sum(axis=-1, keepdims=True) + 1e-18)
 
 
 def limit_to_groups(choice_TE: jax.Array, config: MoEConfig) -> jax.Array:
