@@ -1,0 +1,62 @@
+"""Every line of config in docs/routers_and_losses.md builds a model."""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+import configs
+from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.moe import capacity, losses
+from dsmoe_jax.moe.routers import ROUTERS
+from dsmoe_jax.training.step import abstract_model
+
+PAGE = (Path(__file__).parents[2] / "docs/routers_and_losses.md").read_text()
+SIZES = {"D": 9, "M": 3}  # devices of the smoke scale's 63 experts, and how many a token may use
+
+
+def documented():
+    """(name, its lines, its optional lines in parentheses) of every row with lines of config."""
+    rows, column = [], None
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if "lines" in cells:
+            column = cells.index("lines")
+        elif not cells:
+            column = None
+        elif column is not None and "`" in cells[column]:
+            needed, *optional = cells[column].split(", (")
+            if "as above" in needed or needed.startswith("…"):
+                needed = f"{rows[-1][1]}, {needed}"
+            rows.append((cells[0], needed, "".join(optional)))
+    return rows
+
+
+def overrides(text):
+    """`NAME=VALUE` between backticks as dotted keys and values."""
+    found = {}
+    for name, value in re.findall(r"`([\w.-]+)=([^`]+)`", text):
+        key = name.removeprefix("--config.") if "." in name else f"model.moe.{name}"
+        found[key] = SIZES.get(value) or (value if "." in name else ast.literal_eval(value))
+    return found
+
+
+@pytest.mark.parametrize(("name", "needed", "optional"), documented())
+def test_lines_build_a_model(name, needed, optional):
+    smoke = from_config_dict(configs.load("dsmoe_2b", "smoke"))
+    for more in (None, *overrides(optional).items()):
+        changes = overrides(needed) | dict([more] if more else [])
+        assert changes, name
+        abstract_model(replace(smoke, **changes))
+
+
+def test_nothing_is_left_out():
+    rows = documented()
+    lines = dict(itertools.chain(*(overrides(needed).items() for _, needed, _ in rows)))
+    routers = {overrides(needed).get("model.moe.router") for _, needed, _ in rows}
+    assert routers - {None} == set(ROUTERS) - {"topk_softmax"}, "that one is the default"
+    assert {f"model.moe.{name}_factor" for name in losses.BALANCE_TERMS} <= lines.keys()
+    policies = {overrides(needed).get("model.moe.drop_policy") for _, needed, _ in rows}
+    assert policies - {None} == set(capacity.POLICIES) - {"position"}, "that one is the default"
