@@ -1,24 +1,27 @@
-"""A router that is left alone collapses; every way of balancing it brings it back.
+"""A router that is left alone collapses; what pulls at its scores brings it back.
 
     python -m experiments.balance --scale=demo
 
-DeepSeekMoE six times; only what balances the router differs.  One run has its balance term turned
-on when half of the steps are done, so that the recovery can be watched.  What came out is in
-docs/routers_and_losses.md.
+DeepSeekMoE seven times; only what balances the router differs.  One run has its balance term turned
+on when half of the steps are done, so that the recovery can be watched.  Routers that balance by
+how they choose are in balanced_routers.py.  What came out is in docs/routers_and_losses.md.
 """
 
 from experiments import runner
 from experiments.spec import Arm, Experiment, same_activated, same_total
 
 NONE = {"model.moe.expert_balance_factor": 0.0}
+GLOBAL = {"model.moe.expert_balance_scope": "global_batch"}
 LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))  # multiples of the weight: a jump
+DEVICES = {"model.moe.expert_groups": 9, "model.moe.device_balance_factor": 0.05}  # 7 experts each
 ARMS = (
     Arm("nothing", "dsmoe_2b", overrides=NONE),
     Arm("loss-free bias", "dsmoe_2b", overrides={**NONE, "model.moe.bias_update_speed": 1e-3}),
     Arm("expert loss", "dsmoe_2b"),  # the config's own: 0.01, by sequence
+    Arm("global loss", "dsmoe_2b", overrides=GLOBAL),  # the same over the batch
     Arm("late loss", "dsmoe_2b", overrides={"model.moe.expert_balance_schedule": LATE}),
     Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.switch_balance_factor": 0.01}),
-    Arm("Sinkhorn", "dsmoe_2b", overrides={**NONE, "model.moe.router": "sinkhorn"}),
+    Arm("device loss", "dsmoe_2b", overrides={**NONE, **DEVICES}),  # evens out devices, not experts
 )
 LABELS = tuple(arm.label for arm in ARMS)
 

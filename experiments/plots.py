@@ -3,7 +3,7 @@
 Every function takes a `Comparison` and returns a matplotlib figure, or None where there is nothing
 to show.
 
-Shapes: L MoE layers, E routed experts.
+Shapes: S logged steps, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ def domains(comparison: Comparison) -> Figure | None:
 
 def maxvio(comparison: Comparison) -> Figure | None:
     """MaxVio of single batches over training, mean over layers and seeds, smoothed."""
-    return _violations(comparison, lambda history: smooth(history.maxvio))
+    return _violations(comparison, lambda history: smooth(history.maxvio_SL.mean(axis=1)))
 
 
 def maxvio_running(comparison: Comparison) -> Figure | None:
     """MaxVio of the load of the last 100 steps or so, mean over layers and seeds."""
-    return _violations(comparison, lambda history: history.maxvio_running)
+    return _violations(comparison, lambda history: history.maxvio_running_SL.mean(axis=1))
 
 
 def _violations(
@@ -158,7 +158,7 @@ def _violations(
 ) -> Figure | None:
     curves = {}
     for arm in comparison.arms:
-        histories = [h for h in comparison.histories_of(arm).values() if len(values_of(h))]
+        histories = [h for h in comparison.histories_of(arm).values() if h.loads is not None]
         if histories:
             n = min(len(values_of(h)) for h in histories)
             mean = np.mean([values_of(h)[:n] for h in histories], axis=0)

@@ -14,6 +14,12 @@ from experiments.orderings import CONFIDENCE, HOLDS, MISSING, REVERSED, UNDECIDE
 from experiments.results import Comparison
 from experiments.typeset import Block, Code, Facts, Heading, Picture, Pictures, Text
 
+BALANCE_NOTE = (
+    "MaxVio = (largest load − mean load) / mean load of a layer's experts, mean over layers, in the"
+    " logged batches and over a window of the last 100 steps or so; dead experts are those of all"
+    " layers that a batch gave no token. Means over seeds."
+)
+
 
 def write(comparison: Comparison, directory: pathlib.Path) -> pathlib.Path:
     """Writes report.html (self-contained), report.md and pictures/*.svg; returns the first."""
@@ -54,6 +60,8 @@ def build(comparison: Comparison, figures: dict) -> list[Block]:
         if any(arm.paper_loss is not None for arm in comparison.arms):
             blocks.append(tables.paper_table(comparison))
         blocks += [tables.orderings_table(found), Text(_orderings_note(comparison, found), "note")]
+    if (table := tables.balance_table(comparison)) is not None:
+        blocks += [Heading("Load over training"), Text(BALANCE_NOTE, "note"), table]
     if pictures:
         blocks += [Heading("Pictures"), Pictures(pictures)]
     if (table := tables.domains_table(comparison)) is not None:

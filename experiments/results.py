@@ -3,7 +3,7 @@
 Nothing is kept twice: rows are rebuilt from what training wrote, so they cannot disagree with it.
 A number that is not there is None, never 0.
 
-Shapes: L MoE layers, E routed experts.
+Shapes: S logged steps, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class History:
     Attributes:
       tokens, loss: trained on so far, and training loss in nats per token, at each logged step.
       validation_tokens, validation_loss: the same for the validations on the way.
-      maxvio: mean over layers at each logged step; empty without routed experts.
-      maxvio_running: the same of the last 100 steps or so.
+      maxvio_SL: of each logged batch; empty without routed experts.
+      maxvio_running_SL: the same of the load of the last 100 steps or so.
       load_LE: load of every expert on the held-out text over its layer's mean (1 is balance);
         None without routed experts, or before the run is finished.
       loads: of every expert over training; None without routed experts.
@@ -122,8 +122,8 @@ class History:
     loss: np.ndarray
     validation_tokens: np.ndarray
     validation_loss: np.ndarray
-    maxvio: np.ndarray
-    maxvio_running: np.ndarray
+    maxvio_SL: np.ndarray
+    maxvio_running_SL: np.ndarray
     load_LE: np.ndarray | None
     loads: Loads | None
 
@@ -207,8 +207,8 @@ def read_history(cell: Cell) -> History | None:
         loss=_column(trained, "loss"),
         validation_tokens=_column(judged, "tokens"),
         validation_loss=_column(judged, "validation_loss"),
-        maxvio=np.array([np.mean(row["maxvio"]) for row in routed]),
-        maxvio_running=np.array([np.mean(r[RUNNING]) for r in routed if RUNNING in r]),
+        maxvio_SL=np.array([row["maxvio"] for row in routed]),
+        maxvio_running_SL=np.array([row[RUNNING] for row in routed]),
         load_LE=None if load_LE is None else load_LE / load_LE.mean(axis=1, keepdims=True),
         loads=loads_of(trained),
     )

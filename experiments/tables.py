@@ -1,21 +1,25 @@
 """The tables of a report, and how its numbers are written.
 
 A number that does not exist, or is not there yet, is written as `NONE`.
+
+Shapes: S logged steps, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from experiments import orderings
 from experiments.orderings import Ordering
-from experiments.results import Comparison, Row
+from experiments.results import Comparison, History, Row
 from experiments.spec import QUANTITIES, Equal
 from experiments.typeset import Table
 
 NONE = "–"
+T = TypeVar("T")
 
 
 def results_table(comparison: Comparison) -> Table:
@@ -76,6 +80,25 @@ def orderings_table(found: list[Ordering]) -> Table:
     return Table(["the paper's ordering", "here it", "here: by", "paper: by"], rows)
 
 
+def balance_table(comparison: Comparison) -> Table | None:
+    """Load over training, one row an arm, mean over seeds and ±; None without routed experts."""
+    measures: dict[str, tuple[Callable[[History], float], int]] = {
+        "MaxVio of a batch: highest": (lambda h: _over_layers(h.maxvio_SL).max(), 1),
+        "in the last fifth": (lambda h: _last_fifth(_over_layers(h.maxvio_SL)).mean(), 2),
+        "over the window, at the end": (lambda h: h.maxvio_running_SL[-1].mean(), 2),
+        "its worst layer": (lambda h: h.maxvio_running_SL[-1].max(), 2),
+        "dead experts in a batch: most": (lambda h: _dead_by_step(h).max(), 0),
+        "at the end": (lambda h: _dead_by_step(h)[-1], 0),
+    }
+    rows = []
+    for arm in comparison.arms:
+        seen = [h for h in comparison.histories_of(arm).values() if h.loads is not None]
+        if seen:
+            cells = [_mean_of(seen, value, digits) for value, digits in measures.values()]
+            rows.append([arm.label, *cells])
+    return Table(["", *measures], rows) if rows else None
+
+
 def domains_table(comparison: Comparison) -> Table | None:
     """Bits per byte, one row a domain and one column an arm; None before anything is judged."""
     done = {arm: comparison.of_arm(arm) for arm in comparison.arms}
@@ -108,8 +131,22 @@ def mean_losses(comparison: Comparison) -> dict[str, float]:
     return {label: float(np.mean(list(by_seed.values()))) for label, by_seed in losses.items()}
 
 
+def _over_layers(maxvio_SL: np.ndarray) -> np.ndarray:
+    return maxvio_SL.mean(axis=1)
+
+
+def _last_fifth(values_S: np.ndarray) -> np.ndarray:
+    return values_S[-max(len(values_S) // 5, 1) :]
+
+
+def _dead_by_step(history: History) -> np.ndarray:
+    """Experts of all layers that got nothing of a logged batch."""
+    assert history.loads is not None
+    return (history.loads.load_SLE == 0).sum(axis=(1, 2))
+
+
 def _mean_of(
-    rows: list[Row], value: Callable[[Row], float | None], digits: int, spread: bool = True
+    rows: list[T], value: Callable[[T], float | None], digits: int, spread: bool = True
 ) -> str:
     values = [v for v in map(value, rows) if v is not None]
     mean, deviation = orderings.mean_and_spread(values)

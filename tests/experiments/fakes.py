@@ -53,6 +53,7 @@ class FakeTrain:
             }
             if moe.n_routed_experts:
                 load = rng.gamma(3 + 20 * share, 1, (layers, moe.n_routed_experts)) * 100
+                load[:, : (config.train.steps - step) % 3] = 0  # some experts die and come back
                 row |= load_summary(np.round(load))
                 row["maxvio_running"] = row["maxvio"]
             if step % config.train.eval_every == 0 or step == config.train.steps:

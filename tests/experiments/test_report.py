@@ -1,9 +1,11 @@
 """The report: self-contained, well-formed, and honest about what is missing."""
 
 import html.parser
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from fakes import FakeTrain
 
@@ -91,6 +93,23 @@ def test_numbers_of_the_table_are_those_of_the_results(fake_run):
     assert cells["validation loss"] == f"{mean:.3f} ± {spread:.3f}"
     assert cells["seeds"] == "2"
     assert table.best == 4
+
+
+def test_balance_over_training_is_that_of_the_logs(fake_run, tmp_path):
+    table = tables.balance_table(fake_run(seeds=2))
+    assert [row[0] for row in table.rows] == ["Hash Layer", "Switch", "GShard", "DeepSeekMoE"]
+    rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+    highest, worst, dead = [], [], []
+    for log in sorted((tmp_path / "runs/table1-smoke").glob("gshard/seed*/metrics.jsonl")):
+        logged = [json.loads(line) for line in log.read_text().splitlines()]
+        highest.append(max(np.mean(row["maxvio"]) for row in logged))
+        worst.append(max(logged[-1]["maxvio_running"]))
+        dead.append(max(sum(row["dead_experts"]) for row in logged))
+    assert len(highest) == 2
+    spread = lambda x: f"{np.mean(x):.2f} ± {np.std(x, ddof=1):.2f}"  # noqa: E731
+    assert rows["GShard"]["its worst layer"] == spread(worst)
+    assert rows["GShard"]["MaxVio of a batch: highest"].startswith(f"{np.mean(highest):.1f} ")
+    assert rows["GShard"]["dead experts in a batch: most"].startswith(f"{np.mean(dead):.0f} ")
 
 
 def test_missing_numbers_are_shown_as_missing(fake_run):

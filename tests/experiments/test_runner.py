@@ -9,7 +9,16 @@ import pytest
 from fakes import FakeTrain
 
 from dsmoe_jax.training import loop
-from experiments import balance, fig3, plots, results, runner, shared_ratio, table1
+from experiments import (
+    balance,
+    balanced_routers,
+    fig3,
+    plots,
+    results,
+    runner,
+    shared_ratio,
+    table1,
+)
 from experiments.spec import Arm, Equal
 
 
@@ -212,7 +221,7 @@ def test_overrides_reach_every_arm_and_the_report(fake_run, tmp_path):
     assert "--set=train.steps=4" in (tmp_path / "runs/table1-smoke/report.md").read_text()
 
 
-@pytest.mark.parametrize("experiment", [table1, fig3, shared_ratio, balance])
+@pytest.mark.parametrize("experiment", [table1, fig3, shared_ratio, balance, balanced_routers])
 @pytest.mark.parametrize("scale", ["smoke", "demo", "proxy", "paper"])
 def test_every_experiment_is_fair_at_every_scale(fake_run, experiment, scale):
     train = FakeTrain()

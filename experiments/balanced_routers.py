@@ -1,0 +1,60 @@
+"""Routers that even the load out by how they choose, beside one that is left alone.
+
+    python -m experiments.balanced_routers --scale=demo
+
+The recipes of V2 (groups of experts by device, three losses) and V3 (sigmoid scores, bias, groups,
+a little sequence loss) as wholes, and the rivals: Sinkhorn, REINFORCE, expert choice (which leaks
+the future, so its loss does not compare) and BASE (one expert of sixteen).  Losses and the bias by
+themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
+"""
+
+from experiments import runner
+from experiments.spec import Arm, Experiment, same_activated, same_total
+
+
+def moe(**settings: object) -> dict[str, object]:
+    """Overrides of the layer, the expert loss off if they do not say otherwise."""
+    return {f"model.moe.{key}": value for key, value in {**NONE, **settings}.items()}
+
+
+NONE = {"expert_balance_factor": 0.0}
+GROUPS = {"n_group": 9, "topk_group": 3, "expert_groups": 9}  # of 7 experts; the paper: 8 and 3
+V2 = moe(
+    **GROUPS,
+    expert_balance_factor=0.003,
+    device_balance_factor=0.05,
+    communication_balance_factor=0.02,
+)
+V3 = moe(
+    **GROUPS,
+    router="topk",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    group_score="top2_sum",
+    bias_update_speed=1e-3,
+    sequence_balance_factor=1e-4,
+)
+ARMS = (
+    Arm("nothing", "dsmoe_2b", overrides=moe()),
+    Arm("V2", "dsmoe_2b", overrides=V2),
+    Arm("V3", "dsmoe_2b", overrides=V3),
+    Arm("Sinkhorn", "dsmoe_2b", overrides=moe(router="sinkhorn")),
+    Arm("REINFORCE", "dsmoe_2b", overrides=moe(router="reinforce", policy_entropy_factor=0.01)),
+    Arm("expert choice", "dsmoe_2b", overrides=moe(router="expert_choice")),
+    Arm("BASE", "switch_2b", overrides=moe(switch_balance_factor=0.0, router="base")),
+)
+LABELS = tuple(arm.label for arm in ARMS)
+
+EXPERIMENT = Experiment(
+    name="balanced_routers",
+    title="Routers that balance by how they choose",
+    source="DeepSeek-V2 (arXiv 2405.04434), section 2.2; DeepSeek-V3 (2412.19437), section 2.1.2;"
+    " 2202.01169 (Sinkhorn, REINFORCE); 2202.09368 (expert choice); 2103.16716 (BASE)",
+    claim="A router can choose evenly by construction, or be kept even by groups, losses and a"
+    " bias together.",
+    arms=ARMS,
+    equal=(*same_total(*LABELS), *same_activated(*LABELS[:-1])),
+)
+
+if __name__ == "__main__":
+    runner.main(EXPERIMENT)
