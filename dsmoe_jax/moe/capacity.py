@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe import native
 from dsmoe_jax.moe.types import Routing, count_load
 
 POSITION_BUCKETS = 8  # equal parts of a sequence
@@ -231,7 +232,7 @@ def ledger(sent_TK: jax.Array, kept_TK: jax.Array, n_sequences: int, config: MoE
       config: of the layer.
     """
     e, d, s = config.n_routed_experts, config.expert_groups, len(sent_TK) // n_sequences
-    sent_E, none = count_load(sent_TK, e), jnp.zeros
+    sent_E, none = _sent(sent_TK, config), jnp.zeros
     if kept_TK is sent_TK:
         return Ledger(sent_E, sent_E, none(e), none(d), none(POSITION_BUCKETS), none(len(REASONS)))
     lost_TK = sent_TK != kept_TK
@@ -247,3 +248,11 @@ def ledger(sent_TK: jax.Array, kept_TK: jax.Array, n_sequences: int, config: MoE
         dropped_P=none(POSITION_BUCKETS).at[bucket_S].add(lost_S),
         dropped_R=none(len(REASONS)).at[reason].set(lost_TK.sum(dtype=jnp.float32)),
     )
+
+
+def _sent(ids_TK: jax.Array, config: MoEConfig) -> jax.Array:
+    """Assignments to each expert, float32 (E,), by the kernel where one groups the rows anyway."""
+    e = config.n_routed_experts
+    if native.serves_alone(config.expert_backend):
+        return native.rows.group(ids_TK, e)[2].astype(jnp.float32)
+    return count_load(ids_TK, e)

@@ -19,7 +19,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
-from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
+from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing, softmax_entropy
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
@@ -238,12 +238,11 @@ class MoELayer(nnx.Module):
         """What is reported of a routing, of which only the assignments `kept_TK` were computed."""
         moe, valid_T = self.config, valid_BS.reshape(-1)
         terms = {n: losses.part(n, routing, valid_BS, moe) for n in losses.active_terms(moe)}
-        # Without gradients, else the backward pass would go through what is only logged. Behind a
-        # barrier, else XLA computes the softmax again for each number that it adds up here.
-        seen = jax.lax.optimization_barrier(jax.lax.stop_gradient(routing))
+        # Without gradients, else the backward pass would go through what is only logged.
+        seen = jax.lax.stop_gradient(routing)
         of_token_T = {"top_gate": seen.gates_TK[:, 0], "gate_sum": seen.gates_TK.sum(axis=1)}
         if seen.affinity_TE is not None:
-            of_token_T["entropy"] = jax.scipy.special.entr(seen.affinity_TE).sum(axis=1)
+            of_token_T["entropy"] = entropy(seen, moe)
         if seen.logits_TE is not None and "router_z" not in terms:
             terms["router_z"] = losses.part("router_z", seen, valid_BS, moe)
         return RouterStats(
@@ -271,3 +270,16 @@ def device_rows(ids_TK: jax.Array, config: MoEConfig) -> jax.Array:
     d = config.expert_groups
     device_TK = ids_TK // (config.n_routed_experts // d)
     return (device_TK[:, :, None] == jnp.arange(d)).any(axis=1).sum(axis=0, dtype=jnp.float32)
+
+
+def entropy(routing: Routing, config: MoEConfig) -> jax.Array:
+    """Entropy of each token's affinities in nats, (T,).
+
+    A softmax of logits needs no logarithm for every expert, which would cost as much as all other
+    metrics together on a CPU.
+    """
+    s_TE, z_TE = routing.affinity_TE, routing.logits_TE
+    assert s_TE is not None
+    if config.scoring_func == "softmax" and z_TE is not None and z_TE.shape == s_TE.shape:
+        return softmax_entropy(z_TE)
+    return jax.scipy.special.entr(s_TE).sum(axis=1)

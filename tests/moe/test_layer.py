@@ -179,6 +179,32 @@ def test_stats_of_a_batch():
     assert set(stats.terms) == {"expert_balance", "router_z"}
 
 
+@pytest.mark.parametrize("router", [r for r in ROUTERS if ROUTERS[r].learned and "replay" not in r])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("backend", ["loop", "auto"])
+def test_entropy_and_load_are_those_of_the_routing(router, scoring, backend):
+    """In plain numpy, from the affinities and the chosen experts."""
+    if scoring == "sigmoid" and "scoring_func" not in ROUTERS[router].reads:
+        pytest.skip("the router has softmax scores")
+    balance = {"expert_balance_factor": 0.0} if ROUTERS[router].balanced else {}
+    config = layer_config(k=ROUTERS[router].top or 2, router=router, scoring_func=scoring,
+                          expert_backend=backend, **balance)  # fmt: skip
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    layer.router_ED[...] *= 20.0  # affinities far from even
+    x = jax.random.normal(jax.random.key(1), (2, 9, 8))
+    valid = jnp.arange(9)[None, :] < jnp.array([[9], [4]])
+    _, stats = layer(x, jnp.zeros((2, 9), jnp.int32), valid)
+    inputs = RouterInputs(jnp.zeros(18, jnp.int32), valid_T=valid.reshape(-1))
+    routing = jax.tree.map(np.asarray, layer.route(x.reshape(18, 8), inputs))
+    valid = np.asarray(valid).reshape(-1)
+    p_TE = routing.affinity_TE[valid].astype(np.float64)
+    entropy = -np.where(p_TE > 0, p_TE * np.log(np.maximum(p_TE, 1e-300)), 0.0).sum()
+    np.testing.assert_allclose(stats.sums["entropy"], entropy, rtol=1e-4)
+    sent_E = np.bincount(routing.ids_TK[valid].reshape(-1), minlength=7)[:6]
+    np.testing.assert_array_equal(stats.ledger.sent_E, sent_E)
+    np.testing.assert_array_equal(stats.ledger.computed_E, sent_E)
+
+
 @pytest.mark.parametrize(
     ("moe", "message"),
     [

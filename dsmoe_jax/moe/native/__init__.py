@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from dsmoe_jax.moe.native.build import NotBuilt, library
 from dsmoe_jax.moe.native.experts import run
 from dsmoe_jax.parallel.mesh import platform
 
-__all__ = ["NotBuilt", "is_there", "library", "rows", "run", "serves"]
+__all__ = ["NotBuilt", "is_there", "library", "rows", "run", "serves", "serves_alone"]
 
 
 def serves(backend: str, *arrays: jax.Array) -> bool:
@@ -27,6 +28,11 @@ def serves(backend: str, *arrays: jax.Array) -> bool:
     """
     wanted = backend == "native" or (backend == "auto" and platform() == "cpu" and is_there())
     return wanted and all(array.dtype == jnp.float32 for array in arrays)
+
+
+def serves_alone(backend: str, *arrays: jax.Array) -> bool:
+    """`serves` on one device: XLA cannot split the work of a kernel over a mesh by itself."""
+    return math.prod(jax.sharding.get_abstract_mesh().axis_sizes) == 1 and serves(backend, *arrays)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import scored
-from dsmoe_jax.moe.types import Drawn, RouterInputs, Routing
+from dsmoe_jax.moe.types import Drawn, RouterInputs, Routing, softmax_entropy
 
 
 def reinforce(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
@@ -31,7 +31,7 @@ def reinforce(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> 
         gates_TK,
         scored.scores(logits_TE, config),
         logits_TE,
-        Drawn(log_probability(logits_TE, ids_TK), entropy(logits_TE)),
+        Drawn(log_probability(logits_TE, ids_TK), softmax_entropy(logits_TE)),
     )
 
 
@@ -44,11 +44,6 @@ def log_probability(logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
         total_T += drawn_T - jax.nn.logsumexp(left_TE, axis=1)
         left_TE = jnp.where(drawn_TE, -jnp.inf, left_TE)
     return total_T
-
-
-def entropy(logits_TE: jax.Array) -> jax.Array:
-    """Entropy of softmax(logits) in nats; (T,)."""
-    return -(jax.nn.softmax(logits_TE) * jax.nn.log_softmax(logits_TE)).sum(axis=1)
 
 
 def policy_loss(

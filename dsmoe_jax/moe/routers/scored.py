@@ -10,8 +10,6 @@ Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a 
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -27,8 +25,7 @@ def choose(choice_TE: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Arra
 
     On one CPU device whose experts are compiled, so is this: XLA's top-k took a fifth of a layer.
     """
-    one_device = math.prod(jax.sharding.get_abstract_mesh().axis_sizes) == 1
-    if one_device and native.serves(config.expert_backend, choice_TE):
+    if native.serves_alone(config.expert_backend, choice_TE):
         return native.rows.top_k(choice_TE, config.num_experts_per_tok)
     return largest(choice_TE, config.num_experts_per_tok)
 
