@@ -72,6 +72,13 @@ def _overlap(proof: Proof) -> str:
     )
 
 
+def _room(proof: Proof | str) -> str:
+    if isinstance(proof, str):
+        return proof
+    ragged = proof.collectives.get("ragged-all-to-all", 0.0)
+    return f"{proof.used:.2f} GB, ragged exchanges at most {ragged:.2f} GB"
+
+
 def _listing(costs: dict[str, float]) -> str:
     return ", ".join(f"{name} {gb:.2f}" for name, gb in costs.items())
 
@@ -132,10 +139,9 @@ def main() -> None:
     if _BUFFERS.value:
         report["buffers"] = {}
         for name, other in other_buffers(proof):
-            fits = isinstance(other, Proof)
-            report["buffers"][name] = as_json(other)["memory_gb"] if fits else other
+            report["buffers"][name] = as_json(other) if isinstance(other, Proof) else other
             if not _JSON.value:
-                print(f"buffers   {name}: {f'{other.used:.2f} GB' if fits else other}", flush=True)
+                print(f"buffers   {name}: {_room(other)}", flush=True)
     if _JSON.value:
         print(json.dumps(report))
 
