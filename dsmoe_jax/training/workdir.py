@@ -113,7 +113,10 @@ def read_evaluation(workdir: str | Path) -> dict[str, Any] | None:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists() or (directory / CONFIG).exists():
+    if (directory / CONFIG).exists():
+        read_config(directory)  # refuses another program's: the name is not ours alone
+        return
+    if not directory.exists():
         return
     if not directory.is_dir():
         raise ValueError(f"--workdir={directory}: is a file; must be a directory")

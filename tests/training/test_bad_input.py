@@ -69,6 +69,12 @@ class TestWorkdir:
         refused(r"holds 'thesis.tex' but no run", train, tiny_config(), tmp_path)
         assert snapshot(tmp_path) == before
 
+    def test_of_another_program_with_a_config_json(self, tmp_path, tiny_config, no_training):
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        before = snapshot(tmp_path)
+        refused(r"config.json: not the config of a run", train, tiny_config(), tmp_path)
+        assert snapshot(tmp_path) == before
+
     def test_that_is_a_file(self, tmp_path, tiny_config, no_training):
         (tmp_path / "file").write_text("")
         refused(r"is a file; must be a directory", train, tiny_config(), tmp_path / "file")
