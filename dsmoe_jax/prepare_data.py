@@ -1,40 +1,53 @@
-"""Prepare a corpus: fetch or read text, train a tokenizer, pack sequences.
+"""Prepares a corpus: fetches or reads text, trains a tokenizer, packs sequences.
 
-    python -m dsmoe_jax.prepare_data --corpus=demo --out=DIR --vocab_size=4096 \\
-        --sequence_length=256
+python -m dsmoe_jax.prepare_data --corpus=demo --out=DIR --vocab_size=4096 --sequence_length=256
+python -m dsmoe_jax.prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 \\
+    --sequence_length=2048
+
+Training does this by itself where it has to; prepared here, a corpus can be shared and looked at.
+`--config.data.corpus=DIR` trains on it.
 """
 
-import argparse
-import sys
+from __future__ import annotations
 
+from absl import flags
+
+from dsmoe_jax import cli
 from dsmoe_jax.data import sources
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.prepare import DEFAULT_MAX_BYTES, prepare
 
+_CORPUS = flags.DEFINE_string(
+    "corpus",
+    None,
+    "demo (downloads 70 MB), stdlib (no download), or a path: .txt, .jsonl (text, optional"
+    " domain), .parquet, a directory of them, a saved Hugging Face dataset.",
+)
+_OUT = flags.DEFINE_string("out", None, "Directory to make; never overwritten.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens, special ones included.")
+_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", None, "Inputs of a sequence.")
+_DOMAINS = flags.DEFINE_list(
+    "domains",
+    None,
+    f"The domains to take.  Of demo: {', '.join(sources.DEMO)}; and only when named:"
+    f" {', '.join(sources.EXTRA)}.  Of stdlib: {', '.join(sources.STDLIB)}.",
+)
+_MAX_BYTES = flags.DEFINE_integer(
+    "max_bytes_per_domain",
+    None,
+    f"Cap on the text of a domain (default {DEFAULT_MAX_BYTES}, own text: none).",
+)
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsmoe_jax.prepare_data",
-        description="Prepare a corpus: labelled text -> byte-level BPE -> packed sequences.",
-        epilog=f"demo domains: {', '.join(sources.DEMO)}; only when named: "
-        f"{', '.join(sources.EXTRA)}. stdlib domains: {', '.join(sources.STDLIB)}.",
-    )
-    parser.add_argument(
-        "--corpus",
-        required=True,
-        help="demo (downloads 70 MB), stdlib (no download), or a path: .txt, .jsonl (text, "
-        "optional domain), .parquet, a directory of them, a saved Hugging Face dataset",
-    )
-    parser.add_argument("--out", required=True, help="directory to make; never overwritten")
-    parser.add_argument("--vocab_size", type=int, required=True, help="tokens, special included")
-    parser.add_argument("--sequence_length", type=int, required=True, help="inputs per sequence")
-    parser.add_argument("--domains", help="comma-separated names of the domains to take")
-    parser.add_argument(
-        "--max_bytes_per_domain",
-        type=int,
-        help=f"cap on the text of a domain (default {DEFAULT_MAX_BYTES}, own text: none)",
-    )
-    return parser.parse_args()
+
+def main() -> None:
+    """Runs the command."""
+    examples = ((_CORPUS, "demo"), (_OUT, "DIR"), (_VOCAB_SIZE, 4096), (_SEQUENCE_LENGTH, 256))
+    for flag, example in examples:
+        if flag.value is None:
+            raise ValueError(f"--{flag.name}: missing; for example --{flag.name}={example}")
+    sizes = _VOCAB_SIZE.value, _SEQUENCE_LENGTH.value
+    corpus = prepare(_CORPUS.value, _OUT.value, *sizes, _DOMAINS.value or None, _MAX_BYTES.value)
+    _print_table(corpus)
 
 
 def _print_table(corpus: Corpus) -> None:
@@ -50,24 +63,5 @@ def _print_table(corpus: Corpus) -> None:
     print(f"{train} training and {validation} validation sequences in {corpus.directory}")
 
 
-def main() -> int:
-    """Parse the flags, prepare, print what came out."""
-    args = _parse()
-    try:
-        corpus = prepare(
-            args.corpus,
-            args.out,
-            args.vocab_size,
-            args.sequence_length,
-            domains=args.domains.split(",") if args.domains else None,
-            max_bytes_per_domain=args.max_bytes_per_domain,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    _print_table(corpus)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

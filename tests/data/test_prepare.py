@@ -245,9 +245,12 @@ def test_the_command_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path):
     command = [sys.executable, "-m", "dsmoe_jax.prepare_data", f"--out={tmp_path / 'out'}"]
     command += [f"--corpus={text}", "--vocab_size=300", "--sequence_length=32"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"error: {text / 'latin.txt'}: not UTF-8 at byte 2 (0xf6)")
     assert "Traceback" not in result.stderr
+    result = subprocess.run(command[:-1], capture_output=True, text=True, check=False)
+    message = "error: --sequence_length: missing; for example --sequence_length=256\n"
+    assert (result.returncode, result.stderr) == (2, message)
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert "--max_bytes_per_domain" in shown.stdout
