@@ -121,6 +121,8 @@ class Setup:
       name: of the config file, with its options.
       paper: the family's sizes at paper scale.
       width: of one expert relative to a standard FFN.
+      balance, device_balance: weights of these balance terms; expert_groups: the devices of the
+        second.
       dense_layers, dense_width: leading layers with a dense FFN, and its relative width.
       released_width, released_dense_width: of the released model at paper scale, where known.
       flops_at_released_width: the paper's FLOPs figure is at the released widths instead of the
@@ -135,6 +137,8 @@ class Setup:
     width: float
     router: str = "topk_softmax"
     balance: float = 0.01
+    device_balance: float = 0.0
+    expert_groups: int = 1
     dense_layers: int = 0
     dense_width: float = 1.0
     released_width: int | None = None
@@ -232,5 +236,7 @@ def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:
             nominal_width=nominal,
             router=setup.router,
             expert_balance_factor=setup.balance,
+            device_balance_factor=setup.device_balance,
+            expert_groups=setup.expert_groups,
         ),
     )

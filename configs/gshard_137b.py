@@ -13,7 +13,7 @@ from configs import base, dsmoe_145b
 
 SETUP = dataclasses.replace(
     dsmoe_145b.SETUP, name="gshard_137b", shared=0, routed=16, top_k=2, width=1.0,
-    released_width=10944, flops_at_released_width=False,
+    device_balance=0.0, expert_groups=1, released_width=10944, flops_at_released_width=False,
 )  # fmt: skip
 
 

@@ -140,6 +140,7 @@ def test_paper_settings():
     assert c.tokens_per_step * c.train.steps == pytest.approx(245e9, rel=0.01)
     assert c.optimizer.decay_at == ()
     assert c.model.moe.expert_balance_factor == 0.003
+    assert (c.model.moe.device_balance_factor, c.model.moe.expert_groups) == (0.05, 4)
     assert load("hash_2b", "paper").model.moe.expert_balance_factor == 0
     for name in configs.names():
         config = load(name, "paper")
