@@ -7,22 +7,32 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig, replace
+from dsmoe_jax.nn import transformer
+from dsmoe_jax.nn.attention import rotate
 from dsmoe_jax.nn.layers import RMSNorm
-from dsmoe_jax.nn.transformer import REMAT_POLICIES, Transformer, init_cache
+from dsmoe_jax.nn.transformer import REMAT_POLICIES, Transformer, compute_dtype, init_cache
 
 V, S = 64, 12
 
 
 def tiny(**overrides) -> ModelConfig:
     base = {
-        "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "first_k_dense_replace": 1,
+        "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "first_k_dense_replace": 2,
         "intermediate_size": 48, "initializer_range": 0.1, "moe.n_routed_experts": 6,
         "moe.num_experts_per_tok": 2, "moe.n_shared_experts": 1, "moe.moe_intermediate_size": 16,
         "moe.expert_backend": "loop",  # compiles fastest; the backends have tests of their own
     }  # fmt: skip
     overrides = {f"model.{key}": value for key, value in {**base, **overrides}.items()}
     return replace(Config(), **{"data.tokenizer_vocab_size": V, **overrides}).model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiling_quickly():
+    """A fifth of the time to compile; what is compiled need not be fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make(**overrides) -> Transformer:
@@ -43,16 +53,22 @@ def test_dense_model_agrees_with_hugging_face_llama():
     dense = {"moe.n_routed_experts": 0, "moe.num_experts_per_tok": 0}
     model = make(**dense, **{"moe.moe_intermediate_size": 48})
     c = model.config
+    norms = [model.final_norm]
+    for block in (*model.leading, model.layers):
+        norms += [block.attention_norm, block.ffn_norm]
+    for i, norm in enumerate(norms):  # at 1 they could be taken for one another
+        noise = jax.random.normal(jax.random.key(i), norm.scale_D[...].shape)
+        norm.scale_D[...] = 1 + 0.3 * noise
     reference = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=V, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, intermediate_size=48, rms_norm_eps=c.rms_norm_eps,
             rope_theta=c.rope_theta, tie_word_embeddings=False,
         )
     )  # fmt: skip
     take = lambda x: torch.tensor(np.asarray(x))  # noqa: E731
     graph, stacked = nnx.split(model.layers)
-    blocks = [model.leading[0]]
+    blocks = [*model.leading]
     blocks += [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
     reference.model.embed_tokens.weight.data = take(model.embedding_VD[...])
     reference.lm_head.weight.data = take(model.head_VD[...])
@@ -103,19 +119,28 @@ def test_moe_layer_agrees_with_hugging_face_olmoe(renormalise):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_causality_by_gradient(model):
-    """Logits at position t depend on tokens 0..t and on no later one."""
-    tokens = jnp.arange(S)[None]  # all different: row i of the embedding is position i
+@pytest.mark.parametrize("begin", [0, 4])  # of the second document; 0: there is one only
+def test_causality_by_gradient(gradient_of_logit, begin):
+    """Logits at position t depend on the tokens of its document up to t, and on no other."""
+    segments = jnp.where(jnp.arange(S) < begin, 1, 2)[None]
+    for t in (0, 5, S - 1):
+        first = begin if t >= begin else 0
+        reached = np.abs(gradient_of_logit(segments, t)).sum(axis=1)[:S] > 0
+        seen = np.flatnonzero(reached).tolist()
+        assert seen == [*range(first, t + 1)], f"position {t} sees {seen}"
+
+
+@pytest.fixture(scope="module")
+def gradient_of_logit(model):
+    """`(segment ids, t) -> gradient` of the logits at t; all tokens differ, row i is position i."""
+    tokens = jnp.arange(S)[None]
     graph, params = nnx.split(model)
 
-    def logit(params, t):
-        return nnx.merge(graph, params)(tokens)[0, t].sum()
+    def logit(params, segments_BS, t):
+        return nnx.merge(graph, params).forward(tokens, segments_BS).logits_BSV[0, t].sum()
 
     grad = jax.jit(jax.grad(logit))
-    for t in (0, 5, S - 1):
-        reached = np.abs(grad(params, t).embedding_VD[...]).sum(axis=1)[:S]
-        assert (reached[: t + 1] > 0).all(), f"position {t} ignores an earlier token"
-        assert (reached[t + 1 :] == 0).all(), f"position {t} sees a later token"
+    return lambda *args: grad(params, *args).embedding_VD[...]
 
 
 def test_packed_documents_do_not_see_each_other(model):
@@ -127,6 +152,20 @@ def test_packed_documents_do_not_see_each_other(model):
     np.testing.assert_allclose(logits[:, :5], model(first), atol=1e-5)
     np.testing.assert_allclose(logits[:, 5:], model(second), atol=1e-5)
     assert jnp.abs(model(packed)[:, 5:] - logits[:, 5:]).max() > 1e-2  # the mask matters
+
+
+def test_padding_is_not_counted(model):
+    segments = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
+    stats = model.forward(TOKENS, segments).router_stats
+    np.testing.assert_array_equal(stats.tokens, [21, 21])
+    np.testing.assert_array_equal(stats.load_E.sum(axis=1), [42, 42])
+
+
+def test_layers_draw_different_noise():
+    model = make(**{"moe.router": "reinforce"})
+    model.layers.moe.router_ED[...] *= 0  # what is drawn is the noise's doing alone
+    first, second = model.forward(TOKENS, rng=jax.random.key(0)).router_stats.load_E
+    assert (first != second).any()
 
 
 def test_cache_gives_the_same_logits(model):
@@ -204,14 +243,43 @@ def test_bfloat16_compute_keeps_float32_parameters(model):
     assert logits.dtype == jnp.float32
     difference = jnp.abs(logits - model(TOKENS)).max()
     assert 0 < difference < 0.1 * jnp.abs(logits).max()
+    assert init_cache(half.config, 1, 1).stacked.keys_BLMH.dtype == jnp.bfloat16
 
 
-def test_rms_norm_formula():
-    x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+def test_compute_dtype_follows_the_platform(monkeypatch):
+    for platform, dtype in (("cpu", jnp.float32), ("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16)):
+        monkeypatch.setattr(transformer, "platform", lambda name=platform: name)
+        assert compute_dtype(tiny()) == dtype
+        assert compute_dtype(tiny(compute_dtype="float32")) == jnp.float32
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # epsilon counts for small activations only
+def test_rms_norm_formula(size):
+    x = size * np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     norm = RMSNorm(8, 1e-6)
     norm.scale_D[...] = jnp.arange(8.0)
     want = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * np.arange(8)
     np.testing.assert_allclose(norm(jnp.asarray(x)), want, rtol=1e-5)
+
+
+def test_rms_norm_is_computed_in_float32():
+    norm = RMSNorm(64, 1e-6)
+    x = jax.random.normal(jax.random.key(0), (5, 64)).astype(jnp.bfloat16)
+    want = norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(norm(x), want)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-3), ("bfloat16", 0.03)])
+def test_rotation_far_into_a_document(dtype, atol):
+    """Pairs as complex numbers, times e^(i position theta^(-2i/H)); bfloat16 has no 1001."""
+    x = jax.random.normal(jax.random.key(0), (1, 2, 3, 8)).astype(dtype)
+    got = rotate(x, jnp.array([[1001, 4095]]), 10_000.0)
+    assert got.dtype == dtype
+    pairs = np.asarray(x[..., :4], np.float64) + 1j * np.asarray(x[..., 4:], np.float64)
+    angle = np.array([1001, 4095])[:, None, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
+    turned = pairs * np.exp(1j * angle)
+    want = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=atol)
 
 
 def test_unknown_remat_policy_is_refused():
