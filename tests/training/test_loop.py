@@ -91,6 +91,21 @@ class TestWhatARunLeaves:
         row = json.loads((finished_run[0] / "metrics.jsonl").read_text().splitlines()[0])
         assert float(np.float32(row["loss"])) == row["loss"]
 
+    def test_the_evaluate_command_finds_the_same(self, finished_run, compile_cache):
+        workdir, result = finished_run
+        command = [sys.executable, "-m", "dsmoe_jax.evaluate", f"--workdir={workdir}"]
+        done = subprocess.run(
+            [*command, "--batch_size=4", "--max_batches=2"],  # as the run does
+            env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        _, *lines = done.stdout.splitlines()
+        rows = {**result.evaluation["domains"], "all": result.evaluation}
+        for line, (name, row) in zip(lines, rows.items(), strict=True):
+            numbers = f"{row['tokens']} {row['loss']:.4f} {row['bits_per_byte']:.4f}"
+            assert line.split() == [name, *numbers.split()]
+
     def test_a_finished_run_is_not_computed_again(self, finished_run, tiny_config, monkeypatch):
         workdir, result = finished_run
         before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.json*") if p.is_file()}
