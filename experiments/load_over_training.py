@@ -8,6 +8,7 @@ Reads metrics.jsonl; a run may still be going on.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 
 import matplotlib
@@ -84,6 +85,8 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value or not _OUT.value:
         raise ValueError("--workdir, --out: both are needed, for example --out=load.png")
+    if pathlib.Path(_OUT.value).exists():
+        raise ValueError(f"--out={_OUT.value}: exists already; name a new file")
     runs = {workdir: loads_of(read_rows(workdir)) for workdir in _WORKDIR.value}
     for name, run in runs.items():
         if run is None:

@@ -43,7 +43,7 @@ from dsmoe_jax.training.step import StepMetrics
 from dsmoe_jax.training.workdir import METRICS, TENSORBOARD
 
 # Limits of TensorBoard's histogram of load / mean load; its own 1549 cost more than all the rest.
-FAIR_SHARES = np.append(np.linspace(0, 8, 33), 1e6)
+FAIR_SHARES: Any = np.append(np.linspace(0, 8, 33), 1e6)
 RUNNING_DECAY = 0.99  # a step's weight in the running load after one more step
 
 
@@ -113,10 +113,8 @@ def drop_summary(ledger: Ledger, *, detailed: bool) -> dict[str, Any]:
     dropped_LE = np.asarray(ledger.dropped_E)
     missing_LE = np.asarray(ledger.sent_E) - np.asarray(ledger.computed_E) - dropped_LE
     for layer, expert in np.argwhere(missing_LE)[:1]:
-        sent, computed, dropped = (
-            int(column[layer, expert])
-            for column in (ledger.sent_E, ledger.computed_E, ledger.dropped_E)
-        )
+        counts = ledger.sent_E, ledger.computed_E, ledger.dropped_E
+        sent, computed, dropped = (int(count[layer, expert]) for count in counts)
         raise RuntimeError(
             f"layer {layer}, expert {expert}: {sent} assignments sent, {computed} computed and"
             f" {dropped} dropped: the dispatch lost some or computed too many"
@@ -233,8 +231,7 @@ class MetricsLog:
         self._board.file_writer.add_summary(Summary(value=values), row["step"])
         for i, load_E in enumerate(row.get("load", [])):
             fair_shares = np.array(load_E) / np.mean(load_E)
-            bins: Any = FAIR_SHARES
-            self._board.add_histogram(f"load/layer_{i}", fair_shares, row["step"], bins=bins)
+            self._board.add_histogram(f"load/layer_{i}", fair_shares, row["step"], bins=FAIR_SHARES)
 
     def close(self) -> None:
         """Flushes and closes both."""
