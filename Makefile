@@ -11,7 +11,7 @@ help:  ## list the targets
 demo: .venv/installed  ## train the five models of V1's table 1 on two CPU cores and write a report
 	$(BIN)/python -m experiments.table1 --scale=demo $(ARGS)
 
-test: .venv/installed-test  ## run every test, and the notebooks
+test: .venv/installed-test  ## run the tests, and the notebooks
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/installed-test  ## ruff and pyright

@@ -532,7 +532,8 @@ folder.cleanup()
 # %% [markdown]
 # ## Where to go on
 #
-# - `dsmoe_jax/moe/`: the parts of this notebook, about 600 lines; start with `layer.py`.
+# - `dsmoe_jax/moe/`: the parts of this notebook, with all routers, losses and dispatchers; start
+#   with `layer.py`.
 # - `configs/`: the models of the paper from 2B to 145B, each a few lines.
 #   `python -m dsmoe_jax.count --config=configs/dsmoe_16b.py` counts them.
 # - `python -m dsmoe_jax.generate --workdir=DIR --prompt="def "` lets a trained model write.
