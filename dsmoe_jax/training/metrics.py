@@ -13,8 +13,7 @@ without affinities, the share of an unknown machine's peak) has no key, it is ne
     maxvio_running                   [layer]: of the load of the last 100 steps or so, `RunningLoad`
     router_entropy, router_top_gate, router_gate_sum    [layer], means over tokens
     expert_balance, router_z, ...    [layer], unweighted; `router_z` also if its weight is 0
-    dropped                          [layer]: assignments sent to an expert that did not compute
-                                     them; sent = computed + dropped was checked
+    dropped                          [layer]: assignments; sent = computed + dropped was checked
     dropped_by_expert, dropped_by_device, dropped_by_position, dropped_by_reason
                                      [layer][...]: the same (without a capacity there are none)
     device_rows, device_megabytes    [layer][device]: what travels to each of `expert_groups`
