@@ -10,6 +10,8 @@ Training does this by itself where it has to; prepared here, a corpus can be sha
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
 from dsmoe_jax import cli
@@ -35,19 +37,29 @@ _DOMAINS = flags.DEFINE_list(
 _MAX_BYTES = flags.DEFINE_integer(
     "max_bytes_per_domain",
     None,
-    f"Cap on the text of a domain (default {DEFAULT_MAX_BYTES}, own text: none).",
+    "Cap on the text of a domain; by default "
+    + ", ".join(f"{size:,} ({name})" for name, size in DEFAULT_MAX_BYTES.items())
+    + ", and no cap on your own text.",
 )
 
 
 def main() -> None:
     """Runs the command."""
-    examples = ((_CORPUS, "demo"), (_OUT, "DIR"), (_VOCAB_SIZE, 4096), (_SEQUENCE_LENGTH, 256))
-    for flag, example in examples:
-        if flag.value is None:
-            raise ValueError(f"--{flag.name}: missing; for example --{flag.name}={example}")
-    sizes = _VOCAB_SIZE.value, _SEQUENCE_LENGTH.value
-    corpus = prepare(_CORPUS.value, _OUT.value, *sizes, _DOMAINS.value or None, _MAX_BYTES.value)
+    corpus = prepare(
+        _given(_CORPUS, "demo"),
+        _given(_OUT, "DIR"),
+        _given(_VOCAB_SIZE, 4096),
+        _given(_SEQUENCE_LENGTH, 256),
+        _DOMAINS.value or None,
+        _MAX_BYTES.value,
+    )
     _print_table(corpus)
+
+
+def _given(flag: flags.FlagHolder, example: object) -> Any:
+    if flag.value is None:
+        raise ValueError(f"--{flag.name}: missing; for example --{flag.name}={example}")
+    return flag.value
 
 
 def _print_table(corpus: Corpus) -> None:
