@@ -95,7 +95,7 @@ SMALL = {
         steps=1200, lr=1.5e-3, warmup=120, init=0.008, accumulation=8, remat="none",
         checkpoint_every=200, eval_every=200, eval_batches=20,
     ),
-    # Two CPU cores, one to three minutes a model and seed.  As narrow as this because a narrow
+    # Two CPU cores, less than a minute a model and seed.  As narrow as this because a narrow
     # model runs out of capacity within the million tokens that fit: at hidden 96 the same minutes
     # did not tell a dense model from a mixture of experts (experiments/LOG.md).
     "demo": Scale(
