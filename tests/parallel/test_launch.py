@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsmoe_jax.parallel.mesh import MeshConfig
+from configs import dsmoe_16b
+from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.parallel import planner
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "launch").iterdir())
@@ -44,7 +46,7 @@ def test_scripts_parse(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-def test_job_set_asks_for_the_chips_of_its_slice():
+def test_job_set_asks_for_the_chips_of_its_slice_and_fits_them():
     (path,) = [path for path in FILES if path.suffix == ".yaml"]
     jobs = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = jobs["template"]["spec"]
@@ -53,8 +55,11 @@ def test_job_set_asks_for_the_chips_of_its_slice():
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert jobs["parallelism"] == jobs["completions"] == x * y * z // chips
     assert container["command"][:3] == ["python", "-m", "dsmoe_jax.train"]
-    mesh = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", " ".join(container["command"])))
-    sizes = MeshConfig(**{axis: int(size) for axis, size in mesh.items()}).sizes(x * y * z)
-    assert sizes["fsdp"] * sizes["expert"] > 1  # on one chip's memory the model has no room
+    given = dict(re.findall(r"--config\.([\w.]+)=(\d+)", " ".join(container["command"])))
+    changes = {key: int(value) for key, value in given.items()}
+    config = replace(from_config_dict(dsmoe_16b.get_config()), **changes)
+    assert "--config=configs/dsmoe_16b.py" in container["command"]
+    assert "tpu-v5p-slice" in pod["nodeSelector"].values()
+    assert planner.examine(config, "v5p", x * y * z).sizes["expert"] == 8
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
