@@ -31,11 +31,20 @@ ROUTING = "routing"
 _LOCK = ".lock"
 
 # What may change between two calls of one run: it does not touch the numbers being trained, but
-# for the order in which a mesh adds them up.
-MAY_CHANGE = frozenset(
-    f"train.{key}"
-    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches")
-) | frozenset(f"mesh.{axis}" for axis in AXES)
+# for the order in which they are added up.  Other hardware needs another mesh, and that one other
+# micro-batches and buffers: to divide the batch, and to fit.
+MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
+    "model.remat",
+    "model.moe.buffer_factor",
+    "model.moe.exchange_chunks",
+    "train.accumulation_steps",
+    "train.stages.accumulation_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "train.eval_batches",
+}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -86,26 +87,42 @@ def test_two_processes_stopped_and_killed_at_random_do_what_one_does(
     assert_written_by_the_right_ones(run.workdir)
 
 
-def test_four_processes_of_which_one_freezes_and_two_go_on(launcher, tmp_path, moment, undisturbed):
-    """SIGSTOP of one ends all others in time, and itself when it wakes up.
+def test_four_processes_killed_and_frozen_at_random_where_two_go_on(
+    launcher, tmp_path, moment, undisturbed
+):
+    """SIGKILL of one ends all others in time; so does SIGSTOP, and itself when it wakes up.
 
-    Two processes go on where four were: on half of the devices, without expert parallelism, with
-    the same losses to float32 rounding.
+    Two processes go on where four were: on half of the devices, without expert parallelism, in
+    twice as many micro-batches, with the same losses to float32 rounding.
     """
     run, victim = Run(launcher, tmp_path / "run", 4), moment.randint(0, 3)
-    run.wait_for_row(moment.randint(4, 7))
+    run.wait_for_row(moment.randint(1, 5))
+    run.trainers[victim].send(signal.SIGKILL)
+    others_end(run, victim)
+
+    run, victim = Run(launcher, run.workdir, 4), moment.randint(0, 3)
+    run.wait_for_row(moment.randint(6, 9))
     run.trainers[victim].send(signal.SIGSTOP)
     others_end(run, victim)
     run.trainers[victim].send(signal.SIGCONT)
     code, said = run.trainers[victim].end(A_MINUTE)
     assert code not in (0, None), (victim, said)
 
-    run = Run(launcher, run.workdir, 2)
+    run = Run(launcher, run.workdir, 2, "train.accumulation_steps=2")
     codes, said = run.end()
     assert codes == [0, 0], said
     assert "going on from step" in said[0]
+    assert_retries_are_reported(run)
     losses, wanted = ([row["loss"] for row in rows] for rows in map(numbers, (run, undisturbed)))
     assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+def assert_retries_are_reported(run):
+    """Of buffers for the mean load: by four processes, not by two that have all experts each."""
+    rows = read_rows(run.workdir)
+    assert {retries for row in rows[:3] for retries in row["exchange_retries"]} <= {0, 1}
+    assert sum(sum(row["exchange_retries"]) for row in rows[:3]) > 0
+    assert rows[-1]["exchange_retries"] == [0, 0]
 
 
 def assert_same_routing(workdir, wanted):
@@ -188,6 +205,28 @@ def test_half_an_address_is_refused(given):
     values = [("localhost:1", 2, 0)[i] if i in given else None for i in range(3)]
     with pytest.raises(ValueError, match=r"--.*: missing; .* belong together"):
         hosts.join(*values)
+
+
+def test_what_fails_on_the_first_fails_on_all(monkeypatch):
+    """A full disk too, without anybody waiting for anybody."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for error in (ValueError("no"), OSError("no")):
+        told = []
+        with monkeypatch.context() as first:
+            first.setattr(hosts, "gather", lambda value, told=told: told.append(value) or [value])
+            with pytest.raises(ValueError, match="no"):
+                hosts.on_first(mock.Mock(side_effect=error))
+        with monkeypatch.context() as second:
+            second.setattr(jax, "process_index", lambda: 1)
+            second.setattr(hosts, "gather", lambda value, told=told: [*told, value])
+            with pytest.raises(ValueError, match="no"):
+                hosts.on_first(mock.Mock(side_effect=AssertionError))
+
+
+def test_processes_that_see_different_texts(monkeypatch):
+    monkeypatch.setattr(hosts, "gather", lambda value: [value, value, "b"])
+    with pytest.raises(ValueError, match=r"data.corpus: a on process 0, b on process 2"):
+        hosts.require_same("data.corpus", "a")
 
 
 def test_one_process_agrees_with_itself():

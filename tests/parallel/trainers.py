@@ -30,6 +30,7 @@ TINY = {
     "model.moe.num_experts_per_tok": 2,
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
+    "model.moe.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
     "data.sequence_length": 64,
     "data.tokenizer_vocab_size": 512,
     "optimizer.warmup_steps": 2,

@@ -59,7 +59,10 @@ class TestWorkdir:
         assert read_config(tmp_path / "run") == tiny_config()
 
     def test_what_does_not_touch_the_numbers_may_change(self, finished_run, tiny_config):
-        config = tiny_config(**{"train.log_every": 2, "train.keep_checkpoints": 5})
+        other_hardware = {"train.accumulation_steps": 2, "model.moe.buffer_factor": 2.0}
+        config = tiny_config(
+            **other_hardware, **{"train.log_every": 2, "train.keep_checkpoints": 5}
+        )
         assert train(config, finished_run[0], progress=False).step == 10
         train(tiny_config(), finished_run[0], progress=False)
 
