@@ -68,8 +68,9 @@ def test_tokens_that_do_not_divide_evenly():
         apply = jax.jit(
             functools.partial(dispatch.dispatch, run_experts=run, config=config("all_to_all"))
         )
-        y, _ = apply(x[:5], routing, weights)
+        y, took = apply(x[:5], routing, weights)
     np.testing.assert_allclose(y, dense_loop(x[:5], routing, weights), atol=1e-4)
+    np.testing.assert_array_equal(took.computed_E, np.bincount(ids[:5].ravel(), minlength=E))
 
 
 @pytest.mark.parametrize("policy", ["position", "device"])

@@ -58,8 +58,10 @@ exchange.defvjp(_exchange_fwd, _exchange_bwd)
 def gathered_all_to_all(
     operand, output, input_offsets_P, send_sizes_P, output_offsets_P, recv_sizes_P, *, axis_name
 ):
-    """`jax.lax.ragged_all_to_all` for the CPU, where XLA has none: everybody gets everything."""
-    del recv_sizes_P
+    """`jax.lax.ragged_all_to_all` for the CPU, where XLA has none: everybody gets everything.
+
+    A row comes if source and destination both say so: that they agree is for the caller to see to.
+    """
     me = jax.lax.axis_index(axis_name)
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
     # Of each source: its rows, and for its group that is sent here, start, size, and landing place.
@@ -68,7 +70,7 @@ def gathered_all_to_all(
         gather(a)[:, me, None] for a in (input_offsets_P, send_sizes_P, output_offsets_P)
     )
     offset_PR = jnp.arange(output.shape[0]) - lands
-    comes_PR = (offset_PR >= 0) & (offset_PR < size)
+    comes_PR = (offset_PR >= 0) & (offset_PR < jnp.minimum(size, recv_sizes_P[:, None]))
     # At most one source has a row for each place: the sum over the sources picks it.
     row_R = jnp.where(comes_PR, source * operand.shape[0] + start + offset_PR, 0).sum(axis=0)
     rows = gather(operand, tiled=True)[row_R]
