@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks import parallel
 from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.parallel.volume import chips_of_a_token, volume
 
@@ -44,3 +45,20 @@ def test_what_a_chip_receives_and_makes_room_for():
     assert (chunked.room, chunked.computed) == (200, 200 * 6)
     assert chunked.received == ragged.received
     assert volume(PLAIN, 100, 1) == (0, 0, 0, 600)
+
+
+def test_bytes_saved_are_those_of_the_formula():
+    """Of the routings that benchmarks/parallel.py measures, 8 groups of which a token may use 3.
+
+    The formula takes all groups for equal; a router takes those with the best experts, so that a
+    token is more often in each of its three.
+    """
+    routings = {name: ids_TK for name, (ids_TK, _) in parallel.routings(8).items()}
+    moe, t = dataclasses.replace(PLAIN, num_experts_per_tok=parallel.K), parallel.T // 8
+    limited = dataclasses.replace(moe, n_group=8, topk_group=parallel.GROUP_LIMIT)
+    assert (moe.n_routed_experts, moe.num_experts_per_tok) == (parallel.E, parallel.K)
+    for name, config, error in (("even", moe, 0.01), ("at most 3 devices", limited, 0.07)):
+        rows, choices = parallel.least_rows(routings[name], 8)
+        assert choices == pytest.approx(parallel.T * parallel.K * 7 / 8, rel=0.01)
+        assert rows == pytest.approx(8 * volume(config, t, 8).received, rel=error)
+    assert rows <= 3 * parallel.T
