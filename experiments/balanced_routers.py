@@ -31,7 +31,7 @@ V3 = moe(
     scoring_func="sigmoid",
     norm_topk_prob=True,
     group_score="top2_sum",
-    bias_update_speed=1e-3,
+    bias_update_speed=1e-2,  # the paper: 1e-3, for many more steps than a demo has
     sequence_balance_factor=1e-4,
 )
 ARMS = (
