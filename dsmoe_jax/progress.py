@@ -20,16 +20,18 @@ class ProgressLine:
         self._in_place = self._stream.isatty()
         self._every = 0.1 if self._in_place else every
         self._width, self._first, self._last, self._done = 0, None, 0.0, 0.0
+        self._said: int | None = None  # the number in the last line
 
     def update(self, done: int, **fields: str) -> None:
         """Says that `done` of the total are done; fields are shown in the order given."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._last = (done, now), now  # the first one may have compiled
-        elif now - self._last >= self._every or done == self._total:
-            self._last = now
-            shown = "  ".join(f"{key} {value}" for key, value in fields.items())
-            self._write(f"{self._name} {done}/{self._total}  {shown}  ETA {self._eta(done, now)}")
+        elif now - self._last >= self._every or done == self._total != self._said:
+            self._last, self._said = now, done
+            shown = [f"{key} {value}" for key, value in fields.items()]
+            parts = f"{self._name} {done}/{self._total}", *shown, f"ETA {self._eta(done, now)}"
+            self._write("  ".join(parts))
 
     def add(self, amount: float) -> None:
         """Says that this much more is done."""

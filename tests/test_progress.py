@@ -54,6 +54,14 @@ def test_a_terminal_shows_one_line_and_leaves_no_rest_of_a_longer_one(clock):
     assert stream.getvalue().endswith("\nsaved\n"), "no empty line"
 
 
+def test_amounts_that_round_to_the_total_end_in_one_line(clock):
+    stream = io.StringIO()
+    line = ProgressLine("encoding, MB", 1, stream)
+    for _ in range(10):
+        line.add(0.1)
+    assert stream.getvalue() == "encoding, MB 1/1  ETA 0:00\n"
+
+
 def test_silence(capsys):
     line = Silent()
     line.update(1)
