@@ -119,6 +119,26 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
     assert hlo.by_kind(hlo.traffic(both)) == pytest.approx({"all-to-all": 20 / 1e9})
 
 
+@pytest.mark.parametrize(
+    ("kind", "received"),
+    [
+        ("all-gather", 40 * 3),
+        ("reduce-scatter", 40 * 3 / 4),
+        ("all-reduce", 2 * 40 * 3 / 4),
+        ("all-to-all", 40 * 3 / 4),
+        ("collective-permute", 40),
+    ],
+)
+def test_what_a_chip_of_four_receives(kind, received):
+    program = f"""
+ENTRY %main (p: f32[10]) -> f32[10] {{
+  %p = f32[10]{{0}} parameter(0)
+  ROOT %x = f32[10]{{0}} {kind}(%p), replica_groups=[2,4]<=[8]
+}}
+"""
+    assert hlo.by_kind(hlo.traffic(program)) == pytest.approx({kind: received / 1e9})
+
+
 def test_bytes_of_types():
     assert hlo.n_bytes("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}") == 2048
     assert hlo.n_bytes("(f32[], /*index=1*/pred[3]{0}, s4[4]{0}, f8e4m3fn[2], token[])") == 11

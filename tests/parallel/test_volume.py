@@ -45,6 +45,14 @@ def test_what_a_chip_receives_and_makes_room_for():
     assert (chunked.room, chunked.computed) == (200, 200 * 6)
     assert chunked.received == ragged.received
     assert volume(PLAIN, 100, 1) == (0, 0, 0, 600)
+    few = volume(PLAIN, 100, 16)  # of 4 experts: a token cannot choose 6 of them
+    assert (few.room, few.computed) == (1600, 1600 * 4)
+    slots = dataclasses.replace(PLAIN, dispatch="capacity")
+    assert volume(slots, 100, 8) == (700, 512, 800, 800)
+    fewer = dataclasses.replace(slots, capacity_factor=1.0)  # 100 x 6 / 8 for each chip
+    assert volume(fewer, 100, 8) == (525, 512, 600, 600)
+    # A gate and an expert for each choice, padded to 128 numbers; gathered ones are not.
+    assert (ragged.label_bytes, everywhere.label_bytes) == (512, 48)
 
 
 def test_bytes_saved_are_those_of_the_formula():
