@@ -68,6 +68,10 @@ def test_padding_does_not_take_part_in_sinkhorn():
     got = balanced.balance(jnp.asarray(padded), valid, config)[:T]
     want = balanced.balance(jnp.asarray(logits), None, config)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    inputs = RouterInputs(TOKENS, rng=jax.random.key(0))
+    more = inputs._replace(token_ids_T=jnp.zeros(2 * T, jnp.int32), valid_T=valid)
+    got, want = run(padded, more, config), run(logits, inputs, config)
+    np.testing.assert_array_equal(got.ids_TK[:T], want.ids_TK)
 
 
 def numpy_expert_choice(s, capacity, valid):
@@ -81,18 +85,19 @@ def numpy_expert_choice(s, capacity, valid):
 
 @pytest.mark.parametrize("n_valid", [T - 10, 10])  # 10 are fewer than the 16 an expert may take
 def test_expert_choice(n_valid):
-    logits = skewed_logits(1)
-    valid = np.random.default_rng(0).permutation(T) < n_valid
+    t, capacity = T - 3, 16  # 61 K / E = 15.25, rounded up
+    logits = skewed_logits(1)[:t]
+    valid = np.random.default_rng(0).permutation(t) < n_valid
     config = moe_config(router="expert_choice", expert_balance_factor=0.0)
-    routing = run(logits, RouterInputs(TOKENS, jnp.asarray(valid)), config)
+    routing = run(logits, RouterInputs(TOKENS[:t], jnp.asarray(valid)), config)
     s = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    dense = np.zeros((T, E + 1), np.float32)
+    dense = np.zeros((t, E + 1), np.float32)
     np.put_along_axis(dense, np.asarray(routing.ids_TK), np.asarray(routing.gates_TK), axis=1)
-    want = numpy_expert_choice(s, T * K // E, valid)
+    want = numpy_expert_choice(s, capacity, valid)
     np.testing.assert_allclose(dense[:, :E], want, rtol=1e-5)
     np.testing.assert_array_equal(dense[:, E], 0.0)
     load_E = count_load(routing.ids_TK, E)
-    np.testing.assert_array_equal(load_E, np.full(E, min(n_valid, T * K / E)))
+    np.testing.assert_array_equal(load_E, np.full(E, min(n_valid, capacity)))
     assert (np.diff(np.asarray(routing.gates_TK), axis=1) <= 0).all(), "best first"
 
 

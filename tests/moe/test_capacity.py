@@ -1,5 +1,6 @@
 """Drop policies against plain numpy, the ledger, and what evaluation may not see."""
 
+import dataclasses
 import functools
 
 import jax
@@ -154,6 +155,9 @@ def test_a_capacity_below_the_need_of_one_token_is_refused(key):
         capacity.check_room(moe_config(policy, **{key: enough}), 16)
         with pytest.raises(ValueError, match=rf"{key}=0\.1: 16 tokens are {mean} .* need {need};"):
             capacity.check_room(moe_config(policy, **{key: 0.1}), 16)
+    # Of four experts a token at most the two that a device has are there: 32 x 0.0625 are enough.
+    small = dataclasses.replace(moe_config("device"), num_experts_per_tok=4, expert_groups=4)
+    capacity.check_room(dataclasses.replace(small, **{key: 0.0625}), 32)
 
 
 def test_a_run_without_room_is_refused_before_it_begins():

@@ -205,6 +205,30 @@ def test_entropy_and_load_are_those_of_the_routing(router, scoring, backend):
     np.testing.assert_array_equal(stats.ledger.computed_E, sent_E)
 
 
+def test_stats_of_a_batch_of_which_some_is_dropped():
+    """Balance terms and load, which moves the bias, are of what the router wants."""
+    config = {"expert_groups": 2, "device_balance_factor": 0.1, "capacity_factor": 0.3}
+    layer = MoELayer(layer_config(**config), rngs=nnx.Rngs(0))
+    x, ids = jax.random.normal(jax.random.key(1), (2, 9, 8)), jnp.zeros((2, 9), jnp.int32)
+    valid, rng = jnp.ones((2, 9), bool), jax.random.key(0)
+    (_, whole), (_, cut) = (layer(x, ids, valid, r) for r in (None, rng))
+    assert cut.ledger.dropped_E.sum() > 0
+    np.testing.assert_array_equal(cut.load_E, whole.load_E)
+    for name in ("expert_balance", "device_balance", "router_z"):
+        np.testing.assert_allclose(cut.terms[name].products, whole.terms[name].products, rtol=1e-6)
+    devices_TK = np.asarray(cut.choice.ids).reshape(18, 2) // 3  # nobody is on device 2
+    rows_D = [(devices_TK == d).any(axis=1).sum() for d in range(2)]
+    np.testing.assert_array_equal(cut.device_rows_D, rows_D)
+    assert cut.device_rows_D.sum() < whole.device_rows_D.sum()
+
+
+def test_the_bias_chooses_in_evaluation_too():
+    layer = MoELayer(layer_config(bias_update_speed=1e-3), rngs=nnx.Rngs(0))
+    layer.bias_E[...] = jnp.zeros(6).at[4].set(2.0)
+    routing = layer.route(jnp.ones((3, 8)), RouterInputs(jnp.zeros(3, jnp.int32)))
+    np.testing.assert_array_equal(routing.ids_TK[:, 0], 4)
+
+
 @pytest.mark.parametrize(
     ("moe", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import get_router, scored
-from dsmoe_jax.moe.types import RouterInputs
+from dsmoe_jax.moe.types import Choice, RouterInputs
 
 T, E = 64, 8
 TOKENS = jnp.zeros(T, jnp.int32)
@@ -151,19 +151,36 @@ def test_scores_that_vanish_are_no_error(logit):
         assert jnp.isfinite(x).all()
 
 
-def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate():
-    config = moe_config(k=2, router="gshard", norm_topk_prob=True, random_second_expert=True)
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate(renormalise):
+    config = moe_config(k=2, router="gshard", norm_topk_prob=renormalise, random_second_expert=True)
     logits = np.tile([2.0, 1.0, 0, 0, 0, 0, 0, 0], (T, 1)).astype(np.float32)
     share = 1 / (1 + np.e)  # of the second among the two
+    both = 1.0 if renormalise else softmax(logits[0])[:2].sum()
     routings = jax.vmap(lambda rng: run(logits, RouterInputs(TOKENS, rng=rng), config))(
         jax.random.split(jax.random.key(0), 50)
     )
     kept = np.asarray(routings.ids_TK[..., 1] < E)
     assert abs(kept.mean() - 2 * share) < 4 * np.sqrt(0.25 / kept.size)
-    np.testing.assert_allclose(routings.gates_TK[..., 1], np.where(kept, share, 0), rtol=1e-5)
-    np.testing.assert_allclose(routings.gates_TK[..., 0], 1 - share, rtol=1e-5)
+    second = np.where(kept, both * share, 0)
+    np.testing.assert_allclose(routings.gates_TK[..., 1], second, rtol=1e-5)
+    np.testing.assert_allclose(routings.gates_TK[..., 0], both * (1 - share), rtol=1e-5)
     evaluated = run(logits, RouterInputs(TOKENS), config)
     np.testing.assert_array_equal(evaluated.ids_TK, np.tile([0, 1], (T, 1)))
+
+
+def test_replayed_experts_get_the_gates_of_live_scores():
+    """The best ones are not asked; nobody, E, has gate 0 and counts in no sum."""
+    rng, logits = np.random.default_rng(4), random_logits(4)
+    ids = np.argsort(rng.random((T, E + 1)), axis=1)[:, :3].astype(np.int32)
+    config = moe_config(router="replay_ids", scoring_func="sigmoid", norm_topk_prob=True)
+    replayed = Choice(jnp.asarray(ids), jnp.zeros((T, 3)))
+    routing = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0), replayed=replayed), config)
+    s = sigmoid(logits.astype(np.float64))
+    chosen = np.take_along_axis(np.pad(s, ((0, 0), (0, 1))), ids, axis=1)
+    np.testing.assert_array_equal(routing.ids_TK, ids)
+    np.testing.assert_allclose(routing.gates_TK, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(routing.affinity_TE, s / s.sum(axis=1, keepdims=True), rtol=1e-5)
 
 
 def test_noise_has_its_learned_scale_and_is_for_training_only():

@@ -5,7 +5,9 @@ import pytest
 
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.moe.routers.fixed import balanced_table
 from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.router_state import make_hash_table
 from dsmoe_jax.training.run import load_run
 from dsmoe_jax.training.step import init_state
 
@@ -39,6 +41,14 @@ def test_a_run_has_the_table_keeps_it_and_routes_by_it(tiny_config, tiny_corpus,
     tokens = np.arange(512, dtype=np.int32)[None]
     stats = model.forward(tokens).router_stats
     np.testing.assert_array_equal(stats.load_E[0], np.bincount(table_LV[0], minlength=4))
+
+
+def test_a_tokenizer_may_leave_rows_of_the_embedding_unused(tiny_config):
+    """What was counted is of the first token ids; the rest, never seen, is spread."""
+    counts_V = np.arange(500, 0, -1)
+    table_V = make_hash_table(tiny_config(**HASH), lambda: counts_V)
+    padded_V = np.concatenate([counts_V, np.zeros(12, int)])
+    np.testing.assert_array_equal(table_V, balanced_table(padded_V, 4))
 
 
 def test_without_counts_it_is_refused(tiny_config):

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import recorded
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.recording import MANIFEST
+from dsmoe_jax.training.recording import MANIFEST, belongs_to
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
 FIXED = {
@@ -153,6 +153,25 @@ def test_a_benchmark_takes_it(learned, hashed):
     ):
         with pytest.raises(ValueError, match=message):
             recorded.offsets_TE(*bad)
+
+
+def test_another_text_is_refused(hashed, tiny_config, tmp_path):
+    directory = shutil.copytree(hashed / "routing", tmp_path / "routing")
+    manifest = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"corpus": "another"}))
+    replays = {"model.moe.router": "replay", "train.replay_routing": str(directory)}
+    with pytest.raises(ValueError, match=r"recorded with corpus=another, not \w+"):
+        train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
+
+
+def test_the_manifest_counts_moe_layers_and_columns(tiny_config):
+    """Not the dense layers; expert choice has a column for each expert."""
+    config = tiny_config(
+        **{"model.first_k_dense_replace": 1, "model.moe.router": "expert_choice",
+           "model.moe.expert_balance_factor": 0.0}
+    )  # fmt: skip
+    belongs = belongs_to(config, "text")
+    assert (belongs["layers"], belongs["experts_per_token"]) == (1, [4])
 
 
 def test_the_manifest_names_what_it_belongs_to(hashed):

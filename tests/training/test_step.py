@@ -146,6 +146,28 @@ def test_balance_terms_reach_the_router():
     assert np.linalg.norm(with_terms - without) > 1e-3 * np.linalg.norm(without)
 
 
+def test_the_weight_of_a_term_follows_its_schedule():
+    """From 0 before the first step on, to its factor at the end of the run."""
+    ramp = {"model.moe.expert_balance_schedule": ((0.0, 0.0), (1.0, 1.0)),
+            "model.moe.router_z_factor": 0.0}  # fmt: skip
+    config = replace(Config(), **{**TINY, **ramp})
+    step = jax.jit(make_train_step(config, jnp.ones(V)))
+    for done in (0, 5):
+        _, metrics = step(initial_state()._replace(step=jnp.int32(done)), synthetic_batch())
+        weighted = done / config.train.steps * 0.01 * metrics.terms["expert_balance"].sum()
+        np.testing.assert_allclose(metrics.total_loss - metrics.loss, weighted, atol=1e-5)
+
+
+def test_entropy_of_a_policy_is_rewarded():
+    """The total loss of REINFORCE is less by its mean entropy a token, summed over the layers."""
+    policy = {"router": "reinforce", "policy_entropy_factor": 0.7, "expert_balance_factor": 0.0,
+              "router_z_factor": 0.0}  # fmt: skip
+    _, _, _, metrics = one_step(**{f"model.moe.{key}": value for key, value in policy.items()})
+    bonus = 0.7 * metrics.router.sums["entropy"].sum() / metrics.tokens
+    assert bonus > 1.5, "two layers, each near ln 4"
+    np.testing.assert_allclose(metrics.total_loss, metrics.loss - bonus, rtol=1e-5)
+
+
 def test_the_moments_are_arrays_of_the_state():
     """Adam's moments are created with the parameters, zero before the first step."""
     _, before, _, _ = one_step()
