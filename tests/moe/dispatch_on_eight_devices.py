@@ -19,7 +19,9 @@ from dispatch_product_on_eight_devices import (
     K,
     T,
     arrays,
+    compare,
     dense_loop,
+    dispatched,
     routings,
     set_mesh,
 )
@@ -71,6 +73,18 @@ def test_tokens_that_do_not_divide_evenly():
         y, took = apply(x[:5], routing, weights)
     np.testing.assert_allclose(y, dense_loop(x[:5], routing, weights), atol=1e-4)
     np.testing.assert_array_equal(took.computed_E, np.bincount(ids[:5].ravel(), minlength=E))
+
+
+def test_a_buffer_that_is_just_full_and_one_row_more():
+    """27 rows, 1.5 times the mean, are no reason to retry; the 28th is neither cut nor unseen."""
+    run = dispatched("all_to_all", "loop", "buffers")
+    with set_mesh(EXPERT_8):
+        for rows, retries in ((27, 0), (28, 1)):
+            ids = np.full((T, K), E)
+            ids[:rows, 0] = 5
+            found = run(ids)
+            assert found[1].retries == retries
+            compare(ids, found, EXPERT_8, "buffers")
 
 
 @pytest.mark.parametrize("policy", ["position", "device"])

@@ -1,5 +1,6 @@
 """The planner counts the state by its shards, takes what fits, and refuses with the numbers."""
 
+import dataclasses
 import math
 
 import jax
@@ -26,9 +27,14 @@ def test_state_is_counted_by_the_shards(small):
     for path, x in jax.tree.leaves_with_path(state.params):
         spec = sharding.array_spec(path, x.shape)
         local += math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape))
-    memory = planner.estimate(small, state, sizes, 1).memory
-    assert memory["parameters"] == pytest.approx(4 * local / 1e9)
-    assert memory["moments"] == pytest.approx(8 * local / 1e9)
+    one, two = (planner.estimate(small, state, sizes, n) for n in (1, 2))
+    assert one.memory["parameters"] == pytest.approx(4 * local / 1e9)
+    assert one.memory["moments"] == pytest.approx(8 * local / 1e9)
+    assert one.memory["gradients"] == pytest.approx(4 * local / 1e9)
+    assert two.memory["gradients"] == pytest.approx(8 * local / 1e9)  # and those of all so far
+    # From one other replica, half of the sum and half of the result; weights for each micro-batch.
+    assert one.traffic["replicas"] == two.traffic["replicas"] == pytest.approx(4 * local / 1e9)
+    assert two.traffic["weights"] == pytest.approx(2 * one.traffic["weights"])
 
 
 def test_one_chip_moves_nothing(small):
@@ -73,7 +79,7 @@ def test_an_axis_that_nothing_divides_is_said_with_what_it_must_divide():
     assert "routed experts 63" in text
 
 
-def test_the_mesh_of_the_config_is_examined():
+def test_the_mesh_of_the_config_is_examined(monkeypatch):
     config = from_config_dict(dsmoe_145b.get_config())
     given = {"mesh.data": 1, "mesh.fsdp": 16, "mesh.expert": 16}
     config = replace(config, **given, **{"train.accumulation_steps": 18})
@@ -85,3 +91,7 @@ def test_the_mesh_of_the_config_is_examined():
         planner.examine(replace(config, **{"train.accumulation_steps": 36}), "v5p", 256)
     with pytest.raises(ValueError, match=r"mesh.expert=256: must divide the routed experts 128"):
         planner.examine(replace(config, **{"mesh.fsdp": 1, "mesh.expert": 256}), "v5p", 256)
+    full = dataclasses.replace(CHIPS["v5p"], hbm_gb=plan.used / 0.95)
+    monkeypatch.setitem(CHIPS, "v5p", full)
+    with pytest.raises(ValueError, match="does not fit 256 v5p"):
+        planner.examine(config, "v5p", 256)
