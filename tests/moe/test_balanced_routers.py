@@ -159,6 +159,9 @@ def test_base_balances_exactly_in_training_and_is_greedy_in_evaluation():
     )
     trained = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
     np.testing.assert_array_equal(count_load(trained.ids_TK, E), np.full(E, T / E))
+    half = RouterInputs(TOKENS, jnp.arange(T) < T // 2, jax.random.key(0))
+    padded = run(logits, half, config).ids_TK[: T // 2]
+    np.testing.assert_array_equal(count_load(padded, E), np.full(E, T / 2 / E))
     evaluated = run(logits, RouterInputs(TOKENS), config)
     np.testing.assert_array_equal(evaluated.ids_TK[:, 0], logits.argmax(axis=1))
     for routing in (trained, evaluated):
