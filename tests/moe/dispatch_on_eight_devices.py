@@ -87,6 +87,33 @@ def test_a_buffer_that_is_just_full_and_one_row_more():
             compare(ids, found, EXPERT_8, "buffers")
 
 
+def test_chunks_and_a_buffer_factor_need_less_room_than_the_worst_case():
+    """Bytes of temporaries that XLA plans for a forward and backward pass; nothing is run."""
+    t, d = 4096, 64
+    run = functools.partial(experts.run_experts, backend="ragged_dot")
+
+    def room(**moe):
+        def total(x, gates, weights, ids):
+            return dispatch.dispatch(x, Routing(ids, gates, None), weights, run, moe_config)[
+                0
+            ].sum()
+
+        moe_config = config("all_to_all", **moe)
+        shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+        matrices = (shape(jnp.float32, E, F, d),) * 2 + (shape(jnp.float32, E, d, F),)
+        arguments = (
+            shape(jnp.float32, t, d), shape(jnp.float32, t, K), experts.ExpertWeights(*matrices),
+            shape(jnp.int32, t, K),
+        )  # fmt: skip
+        with set_mesh((1, 2, 4, 1)):
+            gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+            return gradients.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    worst = room()
+    assert room(exchange_chunks=4) < 0.5 * worst
+    assert room(buffer_factor=1.0) < 0.7 * worst
+
+
 @pytest.mark.parametrize("policy", ["position", "device"])
 def test_capacity_of_each_shard(policy):
     """Fixed buffers: each of eight shards drops by itself, and what it keeps is computed."""
