@@ -16,7 +16,8 @@ from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.run import load_run
+from dsmoe_jax.training.run import load_run, open_corpus
+from dsmoe_jax.training.stages import StageRun
 
 S = 64
 KILLED = """
@@ -100,6 +101,20 @@ def test_all_stages_read_one_stream(tiny_corpus):
     third, _ = rows(16, 2, (8, 44), position)
     want, _ = rows(1, 76)
     np.testing.assert_array_equal(first + second + third, want)
+
+
+def test_a_run_goes_on_in_the_stream_at_every_border(tiny_config, tiny_corpus):
+    """What its stages feed to their steps: the records of batches of 1, none twice, none lost."""
+    found, position = [], None
+    config = tiny_config(**STAGES)
+    for stage in config.stages():
+        run = StageRun(stage, open_corpus(config.data), position)
+        for step in range(stage.first + 1, stage.end + 1):
+            found += list(run.next_batch(step)["tokens_BS"])
+        position = run.position()
+    single = train_batches(tiny_corpus, S, 1, config.train.seed)
+    want = [batch["tokens_BS"][0] for batch in itertools.islice(single, 32)]
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.fixture(scope="module")
