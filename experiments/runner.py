@@ -173,7 +173,7 @@ def _check_workdir(cell: Cell) -> None:
     if not (cell.workdir / workdir.CONFIG).exists():
         return
     for key, (there, here) in differences(workdir.read_config(cell.workdir), cell.config).items():
-        if key not in workdir.MAY_CHANGE:
+        if not workdir.may_change(key, cell.config):
             raise ValueError(
                 f"{cell.workdir}: holds a run with {key}={there!r}, here it is {here!r}; choose"
                 " another --results"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.parallel.mesh import AXES
 
@@ -33,7 +34,7 @@ _LOCK = ".lock"
 # What may change between two calls of one run: it does not touch the numbers being trained, but
 # for the order in which they are added up.  Other hardware needs another mesh, and that one other
 # micro-batches and buffers: to divide the batch, and to fit.
-MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
+_MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "model.remat",
     "model.moe.buffer_factor",
     "model.moe.exchange_chunks",
@@ -45,6 +46,18 @@ MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "train.eval_every",
     "train.eval_batches",
 }
+
+
+def may_change(key: str, config: Config) -> bool:
+    """Whether a run goes on with another value of a dotted key.
+
+    Micro-batches are part of the model where their tokens compete for places.
+    """
+    moe = config.model.moe
+    drops = moe.capacity_factor or moe.evaluation_capacity_factor
+    if key.endswith("accumulation_steps") and (drops or get_router(moe).competes):
+        return False
+    return key in _MAY_CHANGE
 
 
 @contextlib.contextmanager
@@ -140,7 +153,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 def _refuse_other(directory: Path, config: Config) -> None:
     changed = differences(read_config(directory), config)
-    changed = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+    changed = {key: pair for key, pair in changed.items() if not may_change(key, config)}
     if changed:
         listing = "; ".join(
             f"{key}: {old!r} there, {new!r} here" for key, (old, new) in changed.items()

@@ -66,6 +66,21 @@ class TestWorkdir:
         assert train(config, finished_run[0], progress=False).step == 10
         train(tiny_config(), finished_run[0], progress=False)
 
+    @pytest.mark.parametrize(
+        "competing",
+        [
+            {"model.moe.capacity_factor": 2.0},
+            {"model.moe.evaluation_capacity_factor": 2.0},
+            {"model.moe.router": "sinkhorn"},
+            {"model.moe.router": "expert_choice", "model.moe.expert_balance_factor": 0.0},
+        ],
+    )
+    def test_micro_batches_stay_where_their_tokens_compete(self, tmp_path, tiny_config, competing):
+        with claim(tmp_path / "run", tiny_config(**competing)):
+            (tmp_path / "run" / "metrics.jsonl").write_text("")
+        other = tiny_config(**competing, **{"train.accumulation_steps": 2})
+        refused(r"\(train.accumulation_steps: 1 there, 2 here\)", train, other, tmp_path / "run")
+
     def test_of_somebody_else(self, tmp_path, tiny_config, no_training):
         (tmp_path / "thesis.tex").write_text("all of it")
         before = snapshot(tmp_path)

@@ -33,6 +33,7 @@ class Router(NamedTuple):
       logits_per_expert: rows that the layer's router matrix has for each expert, so that `logits`
         are (T, rows x E); 0: nothing is learned, `logits` are None.
       top: the K that the router is defined for; None: any.
+      competes: the tokens that it sees at once, a micro-batch, compete for experts.
       balanced: even by construction, or fixed: there is nothing for a balance term to move.
     """
 
@@ -40,6 +41,7 @@ class Router(NamedTuple):
     reads: frozenset[str] = frozenset()
     logits_per_expert: int = 1
     top: int | None = None
+    competes: bool = False
     balanced: bool = False
 
     @property
@@ -58,17 +60,21 @@ ROUTERS: dict[str, Router] = {
         scored.dynamic_specialised, _SCORED, logits_per_expert=scored.SUB_EXPERTS
     ),
     "sinkhorn": Router(
-        balanced.sinkhorn, _GATES | {"scoring_func", "sinkhorn_iterations", "router_jitter"}
+        balanced.sinkhorn,
+        _GATES | {"scoring_func", "sinkhorn_iterations", "router_jitter"},
+        competes=True,
     ),
     "base": Router(
         assignment.base,
         frozenset({"routed_scaling_factor", "router_jitter"}),
         top=1,
+        competes=True,
         balanced=True,
     ),
     "expert_choice": Router(
         balanced.expert_choice,
         frozenset({"scoring_func", "routed_scaling_factor", "router_jitter"}),
+        competes=True,
         balanced=True,
     ),
     "reinforce": Router(
