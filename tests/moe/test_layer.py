@@ -179,13 +179,19 @@ def test_stats_of_a_batch():
     assert set(stats.terms) == {"expert_balance", "router_z"}
 
 
-@pytest.mark.parametrize("router", [r for r in ROUTERS if ROUTERS[r].learned and "replay" not in r])
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+SCORED = [
+    (name, scoring)
+    for name, router in ROUTERS.items()
+    for scoring in ("softmax", "sigmoid")
+    if router.learned and not name.startswith("replay")
+    if scoring == "softmax" or "scoring_func" in router.reads
+]
+
+
+@pytest.mark.parametrize(("router", "scoring"), SCORED)
 @pytest.mark.parametrize("backend", ["loop", "auto"])
 def test_entropy_and_load_are_those_of_the_routing(router, scoring, backend):
     """In plain numpy, from the affinities and the chosen experts."""
-    if scoring == "sigmoid" and "scoring_func" not in ROUTERS[router].reads:
-        pytest.skip("the router has softmax scores")
     balance = {"expert_balance_factor": 0.0} if ROUTERS[router].balanced else {}
     config = layer_config(k=ROUTERS[router].top or 2, router=router, scoring_func=scoring,
                           expert_backend=backend, **balance)  # fmt: skip
