@@ -19,7 +19,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
-from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing, softmax_entropy
+from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
@@ -43,10 +43,9 @@ class RouterStats(NamedTuple):
       tokens: valid ones.
       load_E: assignments that each routed expert received.
       sums: over the tokens, of what is logged as a mean: `top_gate` (of the best expert),
-        `gate_sum` (of all K) and, if the router has affinities, `entropy` of these in nats (ln E
-        is undecided).
-      terms: what the tokens contribute to the balance terms, by name: those whose weight is not 0,
-        and `router_z` if the router has logits.
+        `gate_sum` (of all K), `entropy` of the affinities in nats (ln E is undecided) and `z`, the
+        square of the logits' log-sum-exp (as `losses.router_z`); without what the router lacks.
+      terms: what the tokens contribute to the balance terms, by name: those with a weight.
       ledger: what was sent, computed and dropped.
       device_rows_D: tokens that go to each of the `expert_groups` devices, each token once however
         many of its experts are there; after dropping.
@@ -236,20 +235,18 @@ class MoELayer(nnx.Module):
         exchange: dispatch.Exchange,
     ) -> RouterStats:
         """What is reported of a routing, of which only the assignments `kept_TK` were computed."""
-        moe, valid_T = self.config, valid_BS.reshape(-1)
-        terms = {n: losses.part(n, routing, valid_BS, moe) for n in losses.active_terms(moe)}
+        moe, valid_T = self.config, valid_BS.reshape(-1).astype(jnp.float32)
         # Without gradients, else the backward pass would go through what is only logged.
-        seen = jax.lax.stop_gradient(routing)
-        of_token_T = {"top_gate": seen.gates_TK[:, 0], "gate_sum": seen.gates_TK.sum(axis=1)}
-        if seen.affinity_TE is not None:
-            of_token_T["entropy"] = entropy(seen, moe)
-        if seen.logits_TE is not None and "router_z" not in terms:
-            terms["router_z"] = losses.part("router_z", seen, valid_BS, moe)
+        columns = {"tokens": jnp.ones_like(valid_T)}
+        columns |= logged_of_tokens(jax.lax.stop_gradient(routing), moe)
+        # One product for all of them: on a CPU each sum by itself is a chain of small kernels.
+        sums_N = jnp.matmul(jnp.stack(list(columns.values())), valid_T, precision="highest")
+        sums = dict(zip(columns, sums_N, strict=True))
         return RouterStats(
-            tokens=valid_T.sum(dtype=jnp.float32),
+            tokens=sums.pop("tokens"),
             load_E=ledger.sent_E,
-            sums={name: (x_T * valid_T).sum() for name, x_T in of_token_T.items()},
-            terms=terms,
+            sums=sums,
+            terms={n: losses.part(n, routing, valid_BS, moe) for n in losses.active_terms(moe)},
             ledger=ledger,
             device_rows_D=device_rows(kept_TK, moe),
             exchange=exchange,
@@ -272,14 +269,20 @@ def device_rows(ids_TK: jax.Array, config: MoEConfig) -> jax.Array:
     return (device_TK[:, :, None] == jnp.arange(d)).any(axis=1).sum(axis=0, dtype=jnp.float32)
 
 
-def entropy(routing: Routing, config: MoEConfig) -> jax.Array:
-    """Entropy of each token's affinities in nats, (T,).
+def logged_of_tokens(routing: Routing, config: MoEConfig) -> dict[str, jax.Array]:
+    """What is logged as a mean over tokens, by name, each (T,): see `RouterStats.sums`.
 
-    A softmax of logits needs no logarithm for every expert, which would cost as much as all other
-    metrics together on a CPU.
+    A softmax of logits needs no logarithm for every expert.  Maximum and exponentials are written
+    as `jax.nn.softmax` has them, not as `logsumexp` does, so that XLA takes the router's own.
     """
-    s_TE, z_TE = routing.affinity_TE, routing.logits_TE
-    assert s_TE is not None
-    if config.scoring_func == "softmax" and z_TE is not None and z_TE.shape == s_TE.shape:
-        return softmax_entropy(z_TE)
-    return jax.scipy.special.entr(s_TE).sum(axis=1)
+    gates_TK, s_TE, z_TE = routing.gates_TK, routing.affinity_TE, routing.logits_TE
+    columns = {"top_gate": gates_TK[:, 0], "gate_sum": gates_TK.sum(axis=1)}
+    if s_TE is not None:
+        columns["entropy"] = jax.scipy.special.entr(s_TE).sum(axis=1)
+    if z_TE is not None:
+        max_T1 = z_TE.max(axis=1, keepdims=True)
+        log_sum_T = jnp.log(jnp.exp(z_TE - max_T1).sum(axis=1))
+        columns["z"] = jnp.square(max_T1[:, 0] + log_sum_T)
+        if s_TE is not None and s_TE.shape == z_TE.shape and config.scoring_func == "softmax":
+            columns["entropy"] = log_sum_T - (s_TE * (z_TE - max_T1)).sum(axis=1)
+    return columns

@@ -11,8 +11,9 @@ without affinities, the share of an unknown machine's peak) has no key, it is ne
     load                             [layer][expert]: assignments of the step's batch
     maxvio, gini, dead_experts       [layer]: how uneven it is, see `load_summary`
     maxvio_running                   [layer]: of the load of the last 100 steps or so, `RunningLoad`
-    router_entropy, router_top_gate, router_gate_sum    [layer], means over tokens
-    expert_balance, router_z, ...    [layer], unweighted; `router_z` also if its weight is 0
+    router_entropy, router_top_gate, router_gate_sum, router_z    [layer], means over tokens
+    expert_balance, ...              [layer], terms with a weight, here without it; with one of its
+                                     own, `router_z` is the term, over the scope of the term
     dropped                          [layer]: assignments; sent = computed + dropped was checked
     dropped_by_expert, dropped_by_device, dropped_by_position, dropped_by_reason
                                      [layer][...]: the same (without a capacity there are none)
@@ -176,6 +177,8 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
 def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     """Name and value of the first metric that is not finite: causes before what they spoil."""
     watched = {"loss": metrics.loss, **metrics.terms}
+    if metrics.router is not None:
+        watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.sums.items()}
     watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}
     for name, value in watched.items():
         array = np.asarray(value).reshape(-1)

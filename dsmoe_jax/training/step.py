@@ -57,7 +57,7 @@ class StepMetrics(NamedTuple):
       bytes: UTF-8 bytes that those tokens stand for.
       grad_norm: global norm before clipping.
       learning_rate: of this update.
-      terms: unweighted value of each balance term, (L,); without a weight only `router_z`.
+      terms: value of each balance term that has a weight, here without it, (L,).
       router: RouterStats with a leading layer axis, over the global batch; None without routed
         experts.
     """

@@ -175,6 +175,9 @@ def test_stats_of_a_batch():
     assert stats.load_E.sum() == 2 * 13  # K times the valid tokens
     assert stats.tokens == 13
     assert 0 < stats.sums["entropy"] <= 13 * np.log(6)
+    logits = np.asarray(x)[np.asarray(valid)] @ np.asarray(layer.router_ED[...]).T
+    z = np.log(np.exp(logits).sum(axis=1)) ** 2
+    np.testing.assert_allclose(stats.sums["z"], z.sum(), rtol=1e-5)
     assert stats.sums["top_gate"] < stats.sums["gate_sum"] < 13
     assert set(stats.terms) == {"expert_balance", "router_z"}
 
@@ -190,8 +193,8 @@ SCORED = [
 
 @pytest.mark.parametrize(("router", "scoring"), SCORED)
 @pytest.mark.parametrize("backend", ["loop", "auto"])
-def test_entropy_and_load_are_those_of_the_routing(router, scoring, backend):
-    """In plain numpy, from the affinities and the chosen experts."""
+def test_what_is_logged_of_a_routing(router, scoring, backend):
+    """In plain numpy, from the logits, the affinities, the gates and the chosen experts."""
     balance = {"expert_balance_factor": 0.0} if ROUTERS[router].balanced else {}
     config = layer_config(k=ROUTERS[router].top or 2, router=router, scoring_func=scoring,
                           expert_backend=backend, **balance)  # fmt: skip
@@ -206,6 +209,11 @@ def test_entropy_and_load_are_those_of_the_routing(router, scoring, backend):
     p_TE = routing.affinity_TE[valid].astype(np.float64)
     entropy = -np.where(p_TE > 0, p_TE * np.log(np.maximum(p_TE, 1e-300)), 0.0).sum()
     np.testing.assert_allclose(stats.sums["entropy"], entropy, rtol=1e-4)
+    z = (np.log(np.exp(routing.logits_TE[valid].astype(np.float64)).sum(axis=1)) ** 2).sum()
+    np.testing.assert_allclose(stats.sums["z"], z, rtol=1e-5)
+    np.testing.assert_allclose(stats.sums["top_gate"], routing.gates_TK[valid, 0].sum(), rtol=1e-6)
+    np.testing.assert_allclose(stats.sums["gate_sum"], routing.gates_TK[valid].sum(), rtol=1e-6)
+    assert stats.tokens == valid.sum()
     sent_E = np.bincount(routing.ids_TK[valid].reshape(-1), minlength=7)[:6]
     np.testing.assert_array_equal(stats.ledger.sent_E, sent_E)
     np.testing.assert_array_equal(stats.ledger.computed_E, sent_E)
@@ -220,8 +228,9 @@ def test_stats_of_a_batch_of_which_some_is_dropped():
     (_, whole), (_, cut) = (layer(x, ids, valid, r) for r in (None, rng))
     assert cut.ledger.dropped_E.sum() > 0
     np.testing.assert_array_equal(cut.load_E, whole.load_E)
-    for name in ("expert_balance", "device_balance", "router_z"):
+    for name in ("expert_balance", "device_balance"):
         np.testing.assert_allclose(cut.terms[name].products, whole.terms[name].products, rtol=1e-6)
+    assert cut.sums["z"] == whole.sums["z"]
     devices_TK = np.asarray(cut.choice.ids).reshape(18, 2) // 3  # nobody is on device 2
     rows_D = [(devices_TK == d).any(axis=1).sum() for d in range(2)]
     np.testing.assert_array_equal(cut.device_rows_D, rows_D)

@@ -68,6 +68,13 @@ def test_load_by_layer():
     assert row["x"] == [1.0, 2.0]
 
 
+def test_router_z_is_that_of_the_term_if_there_is_one():
+    stats = router_stats(sums={"z": np.float32([5, 10])})
+    assert training_row(step_metrics(router=stats))["router_z"] == [1.0, 2.0]
+    term = step_metrics(router=stats, terms={"router_z": np.float32([3, 4])})
+    assert training_row(term)["router_z"] == [3.0, 4.0]
+
+
 def test_communication_volume():
     """A row of 1000 numbers of two bytes."""
     row = training_row(step_metrics(router=router_stats()), **{"model.moe.expert_groups": 3})
@@ -116,6 +123,10 @@ def test_running_load_forgets_and_survives():
         ({"loss": np.float32("nan"), "total_loss": np.float32("nan")}, "loss"),
         (
             {"total_loss": np.float32("nan"), "terms": {"router_z": np.float32([1, np.nan])}},
+            "router_z",
+        ),
+        (
+            {"router": router_stats(sums={"z": np.float32([np.inf, 1])}), "grad_norm": np.inf},
             "router_z",
         ),
     ],
