@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -39,6 +40,8 @@ def interleaved(
 ) -> dict[Name, list[float]]:
     """Times all cases in turn, round after round: what slows the machine down slows all of them.
 
+    Every round has another order, so that no case always comes behind the same one.
+
     Args:
       runs: calls that return when their results are there.
       repeats: rounds that count.
@@ -48,10 +51,12 @@ def interleaved(
       Seconds of every round, by case.
     """
     seconds = {name: [] for name in runs}
+    names = list(runs)
     for round_ in range(-warm_up, repeats):
-        for name, run in runs.items():
+        random.Random(round_).shuffle(names)
+        for name in names:
             start = time.perf_counter()
-            run()
+            runs[name]()
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
         print(f"round {round_ + 1}/{repeats}", file=sys.stderr)

@@ -1,13 +1,20 @@
-"""What the metrics of routing cost, which every run has: the demo training step with and without.
+"""What the metrics of routing cost, which every run has.
 
     python -m benchmarks.router_metrics --json=benchmarks/results/NAME.json
     python -m benchmarks.router_metrics --scale=proxy --layers=2 --sequences=1   # a wider model
 
-Without: the MoE layer reports nothing but its balance terms, which are part of the loss; load,
-ledger, entropy, gates, router z and rows by device are constants. In one process, interleaved, on
-text by chance. `ratio` is the median over rounds of (with / without in the same round), `ratio_min`
-that of the two minima. What the host adds is beside it: fetching a step's numbers, and writing a
-row (JSON and TensorBoard), which is done while the device is at work on the next step.
+Each program is compiled with them, without them, and once more without them (`control`: the ratio
+found where there is no difference).  Without: the MoE layer reports nothing but its balance terms,
+which are part of the loss; load, ledger, entropy, gates, router z and rows by device are constants.
+All are timed in one process, interleaved, on text by chance:
+
+    step     the training step. What the metrics take is near what the timing cannot resolve, hence
+    layers   its MoE layers alone, forward and gradients, with experts that return their input
+
+`ratio` is the median over rounds of (a program / `without` in the same round), `ratio_min` that of
+the two minima; `more_ms` the difference of the medians. `share` is that of `layers` in the time of
+a step. What the host adds is beside it: fetching a step's numbers, and writing a row (JSON and
+TensorBoard), which is done while the device is at work on the next step.
 
 Shape suffixes: B sequences, S positions, V vocabulary, E routed experts, D devices of the config.
 """
@@ -23,27 +30,29 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import configs
 from benchmarks import harness
 from dsmoe_jax.config import Config, from_config_dict, replace
 from dsmoe_jax.host_memory import keep_freed_memory
-from dsmoe_jax.moe import capacity, dispatch, losses
-from dsmoe_jax.moe.layer import MoELayer, RouterStats
+from dsmoe_jax.moe import capacity, dispatch, experts, losses
+from dsmoe_jax.moe import layer as moe_layer
+from dsmoe_jax.moe.layer import MoELayer
+from dsmoe_jax.moe.router_stats import RouterStats
 from dsmoe_jax.training.metrics import MetricsLog, RunningLoad, training_row
 from dsmoe_jax.training.step import init_state, make_train_step
 
 
-def bare(self: MoELayer, routing, kept_TK, valid_BS, ledger, exchange) -> RouterStats:
-    """`MoELayer.stats` without what is only logged."""
+def bare(routing, kept_TK, valid_BS, ledger, exchange, config) -> RouterStats:
+    """`router_stats` without what is only logged."""
     del kept_TK, ledger
-    moe, none = self.config, jnp.zeros
-    e, d = moe.n_routed_experts, moe.expert_groups
+    e, d, none = config.n_routed_experts, config.expert_groups, jnp.zeros
     reasons, buckets = len(capacity.REASONS), capacity.POSITION_BUCKETS
     nothing = capacity.Ledger(none(e), none(e), none(e), none(d), none(buckets), none(reasons))
-    terms = {name: losses.part(name, routing, valid_BS, moe) for name in losses.active_terms(moe)}
+    parts = {n: losses.part(n, routing, valid_BS, config) for n in losses.active_terms(config)}
     unseen = dispatch.Exchange(none(e), *(None if x is None else none(()) for x in exchange[1:]))
-    return RouterStats(none(()), none(e), {}, terms, nothing, none(d), unseen)
+    return RouterStats(none(()), none(e), {}, parts, nothing, none(d), unseen)
 
 
 def make_config(scale: str, layers: int | None, sequences: int | None) -> Config:
@@ -73,13 +82,45 @@ def make_batch(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def step_case(config: Config) -> tuple[Callable[[], Any], Any]:
-    """A call of the compiled training step that waits for its results, and its metrics."""
+Case = tuple[Callable[[], Any], Any]  # a call that waits for its results, and such results
+
+
+def step_case(config: Config) -> Case:
+    """The compiled training step."""
     batch, state = make_batch(config), init_state(config)
     step = make_train_step(config, np.ones(config.model.vocab_size, np.int32))
-    compiled = jax.jit(step).lower(state, batch).compile()
-    _, metrics = compiled(state, batch)
-    return lambda: jax.block_until_ready(compiled(state, batch)), jax.device_get(metrics)
+    return _compiled(step, state, batch)
+
+
+def layers_case(config: Config) -> Case:
+    """The MoE layers of the model and their gradients; routed experts return their input."""
+    model, (b, s) = config.model, make_batch(config)["tokens_BS"].shape
+    make = lambda key: nnx.split(MoELayer(model, rngs=nnx.Rngs(key)))  # noqa: E731
+    n_layers = model.num_hidden_layers - model.first_k_dense_replace
+    params_L = jax.vmap(lambda key: make(key)[1])(jax.random.split(jax.random.key(0), n_layers))
+    graph = nnx.split(nnx.eval_shape(lambda: MoELayer(model, rngs=nnx.Rngs(0))))[0]
+    x_BSD = jax.random.normal(jax.random.key(1), (b, s, model.hidden_size))
+    ids_BS, valid_BS = jnp.zeros((b, s), jnp.int32), jnp.ones((b, s), bool)
+
+    def loss(params_L, x_BSD, ids_BS, valid_BS):
+        def layer(x_BSD, params):
+            y_BSD, stats = nnx.merge(graph, params)(x_BSD, ids_BS, valid_BS, jax.random.key(2))
+            assert stats is not None
+            return x_BSD + y_BSD, stats._replace(choice=None, drawn_BS=None)
+
+        y_BSD, stats = jax.lax.scan(layer, x_BSD, params_L)
+        whole, weights = losses.whole(valid_BS), losses.active_terms(model.moe)
+        terms = [w * losses.value(n, stats.terms[n], whole).sum() for n, w in weights.items()]
+        return jnp.square(y_BSD).mean() + sum(terms), stats
+
+    with mock.patch.object(experts, "run_experts", lambda rows_ND, *_: rows_ND):
+        return _compiled(jax.grad(loss, has_aux=True), params_L, x_BSD, ids_BS, valid_BS)
+
+
+def _compiled(function: Callable[..., Any], *args: Any) -> Case:
+    compiled = jax.jit(function).lower(*args).compile()
+    _, seen = compiled(*args)
+    return lambda: jax.block_until_ready(compiled(*args)), jax.device_get(seen)
 
 
 def host_ms(config: Config, metrics: Any, times: int = 50) -> dict[str, float]:
@@ -105,35 +146,41 @@ def host_ms(config: Config, metrics: Any, times: int = 50) -> dict[str, float]:
     return found
 
 
-def rows_of(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A row of results for each step."""
-    base = seconds["without"]
-    return [
+def measure(case: Callable[[Config], Case], config: Config, repeats: int) -> tuple[list, Any]:
+    """The rows of results of a program with, without, and without again; the first's results."""
+    with_metrics, metrics = case(config)
+    with mock.patch.object(moe_layer, "router_stats", bare):
+        without, control = (case(config)[0] for _ in range(2))
+    calls = {"with": with_metrics, "without": without, "control": control}
+    seconds = harness.interleaved(calls, repeats)
+    base, name = seconds["without"], case.__name__.removesuffix("_case")
+    rows = [
         {
-            "step": name,
+            "program": f"{name}, {metrics_are}",
             "ms": 1e3 * statistics.median(times),
             "min_ms": 1e3 * min(times),
             "ratio": harness.ratio(times, base),
             "ratio_min": min(times) / min(base),
+            "more_ms": 1e3 * (statistics.median(times) - statistics.median(base)),
         }
-        for name, times in seconds.items()
+        for metrics_are, times in seconds.items()
     ]
+    return rows, metrics
 
 
 def main(argv: list[str] | None = None) -> None:
     kept = keep_freed_memory()  # before the first call into XLA
-    parser = harness.flag_parser("benchmarks.router_metrics", __doc__, repeats=41)
+    parser = harness.flag_parser("benchmarks.router_metrics", __doc__, repeats=101)
     parser.add_argument("--scale", default="demo", help="of DeepSeekMoE 2B (default demo)")
     parser.add_argument("--layers", type=int, help="default: the scale's")
     parser.add_argument("--sequences", type=int, help="of a step, default: the scale's batch")
     flags = parser.parse_args(argv)
     config = make_config(flags.scale, flags.layers, flags.sequences)
-    with_metrics, metrics = step_case(config)
-    with mock.patch.object(MoELayer, "stats", bare):
-        without, _ = step_case(config)
-    rows = rows_of(harness.interleaved({"with": with_metrics, "without": without}, flags.repeats))
-    host = host_ms(config, metrics)
-    print(harness.table(rows))
+    step_rows, metrics = measure(step_case, config, flags.repeats)
+    layers_rows, _ = measure(layers_case, config, 2 * flags.repeats)
+    share, host = layers_rows[0]["more_ms"] / step_rows[1]["ms"], host_ms(config, metrics)
+    print(harness.table(step_rows + layers_rows))
+    print(f"share of the step that the layers' difference is: {share:.2%}")
     steps = config.train.log_every
     per_step = host["running_load"] + (host["row"] + host["write"]) / steps
     print(f"host: {per_step:.3f} ms a step with a row every {steps} steps ({host})")
@@ -143,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
         "config": f"dsmoe_2b:{flags.scale}",
         "layers": config.model.num_hidden_layers,
         "sequences": config.train.global_batch_size,
-        "rows": rows,
+        "rows": step_rows + layers_rows,
+        "share": share,
         "host_ms": host,
         "log_every": steps,
     }

@@ -11,14 +11,14 @@ K activated per token.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import ModelConfig, MoEConfig
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
+from dsmoe_jax.moe.router_stats import RouterStats, router_stats
 from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
@@ -32,37 +32,6 @@ class RouterBias(nnx.Variable):
 
 class HashTable(nnx.Variable):
     """The expert of each token id, made of token counts before the first step: never changed."""
-
-
-class RouterStats(NamedTuple):
-    """What one MoE layer reports of tokens: float32 sums over the valid ones (no padding).
-
-    Those of the parts of a batch add up to those of the batch.
-
-    Attributes:
-      tokens: valid ones.
-      load_E: assignments that each routed expert received.
-      sums: over the tokens, of what is logged as a mean: `top_gate` (of the best expert),
-        `gate_sum` (of all K), `entropy` of the affinities in nats (ln E is undecided) and `z`, the
-        square of the logits' log-sum-exp (as `losses.router_z`); without what the router lacks.
-      terms: what the tokens contribute to the balance terms, by name: those with a weight.
-      ledger: what was sent, computed and dropped.
-      device_rows_D: tokens that go to each of the `expert_groups` devices, each token once however
-        many of its experts are there; after dropping.
-      exchange: what the dispatch did.
-      drawn_BS: of the choices, from a router that draws them; no step reports it.
-      choice: ids_BSK and gates_BSK that the experts got; a step reports them if it records.
-    """
-
-    tokens: jax.Array
-    load_E: jax.Array
-    sums: dict[str, jax.Array]
-    terms: dict[str, losses.Part]
-    ledger: capacity.Ledger
-    device_rows_D: jax.Array
-    exchange: dispatch.Exchange
-    drawn_BS: Drawn | None = None
-    choice: Choice | None = None
 
 
 class MoELayer(nnx.Module):
@@ -156,7 +125,7 @@ class MoELayer(nnx.Module):
             y_TD, exchange = self.routed(x_TD, kept, limit)
             y_BSD = y_TD.reshape(x_BSD.shape)
             ledger = ledger._replace(computed_E=exchange.computed_E)
-            stats = self.stats(routing, kept.ids_TK, valid_BS, ledger, exchange)
+            stats = router_stats(routing, kept.ids_TK, valid_BS, ledger, exchange, moe)
             choice = (x.reshape(*valid_BS.shape, -1) for x in (kept.ids_TK, kept.gates_TK))
             stats = stats._replace(choice=Choice(*choice))
             if routing.drawn_T is not None:
@@ -226,32 +195,6 @@ class MoELayer(nnx.Module):
         with jax.named_scope("dispatch"):
             return dispatch.dispatch(x_TD, routing, weights, run, moe, limit)
 
-    def stats(
-        self,
-        routing: Routing,
-        kept_TK: jax.Array,
-        valid_BS: jax.Array,
-        ledger: capacity.Ledger,
-        exchange: dispatch.Exchange,
-    ) -> RouterStats:
-        """What is reported of a routing, of which only the assignments `kept_TK` were computed."""
-        moe, valid_T = self.config, valid_BS.reshape(-1).astype(jnp.float32)
-        # Without gradients, else the backward pass would go through what is only logged.
-        columns = {"tokens": jnp.ones_like(valid_T)}
-        columns |= logged_of_tokens(jax.lax.stop_gradient(routing), moe)
-        # One product for all of them: on a CPU each sum by itself is a chain of small kernels.
-        sums_N = jnp.matmul(jnp.stack(list(columns.values())), valid_T, precision="highest")
-        sums = dict(zip(columns, sums_N, strict=True))
-        return RouterStats(
-            tokens=sums.pop("tokens"),
-            load_E=ledger.sent_E,
-            sums=sums,
-            terms={n: losses.part(n, routing, valid_BS, moe) for n in losses.active_terms(moe)},
-            ledger=ledger,
-            device_rows_D=device_rows(kept_TK, moe),
-            exchange=exchange,
-        )
-
 
 def nobody_computes_padding(routing: Routing, valid_BS: jax.Array, n_experts: int) -> Routing:
     """Sends padding to nobody (expert E): nobody looks at what the routed experts made of it."""
@@ -260,29 +203,3 @@ def nobody_computes_padding(routing: Routing, valid_BS: jax.Array, n_experts: in
         ids_TK=jnp.where(valid_T1, routing.ids_TK, n_experts),
         gates_TK=jnp.where(valid_T1, routing.gates_TK, 0.0),
     )
-
-
-def device_rows(ids_TK: jax.Array, config: MoEConfig) -> jax.Array:
-    """Tokens that go to each of the `expert_groups` devices, each once, float32 (D,)."""
-    d = config.expert_groups
-    device_TK = ids_TK // (config.n_routed_experts // d)
-    return (device_TK[:, :, None] == jnp.arange(d)).any(axis=1).sum(axis=0, dtype=jnp.float32)
-
-
-def logged_of_tokens(routing: Routing, config: MoEConfig) -> dict[str, jax.Array]:
-    """What is logged as a mean over tokens, by name, each (T,): see `RouterStats.sums`.
-
-    A softmax of logits needs no logarithm for every expert.  Maximum and exponentials are written
-    as `jax.nn.softmax` has them, not as `logsumexp` does, so that XLA takes the router's own.
-    """
-    gates_TK, s_TE, z_TE = routing.gates_TK, routing.affinity_TE, routing.logits_TE
-    columns = {"top_gate": gates_TK[:, 0], "gate_sum": gates_TK.sum(axis=1)}
-    if s_TE is not None:
-        columns["entropy"] = jax.scipy.special.entr(s_TE).sum(axis=1)
-    if z_TE is not None:
-        max_T1 = z_TE.max(axis=1, keepdims=True)
-        log_sum_T = jnp.log(jnp.exp(z_TE - max_T1).sum(axis=1))
-        columns["z"] = jnp.square(max_T1[:, 0] + log_sum_T)
-        if s_TE is not None and s_TE.shape == z_TE.shape and config.scoring_func == "softmax":
-            columns["entropy"] = log_sum_T - (s_TE * (z_TE - max_T1)).sum(axis=1)
-    return columns

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.moe.layer import MoELayer, RouterStats
+from dsmoe_jax.moe.layer import MoELayer
+from dsmoe_jax.moe.router_stats import RouterStats
 from dsmoe_jax.moe.types import Choice
 from dsmoe_jax.nn.attention import Attention, KVCache
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear

@@ -18,7 +18,7 @@ from flax import nnx
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.moe import capacity, losses
-from dsmoe_jax.moe.layer import RouterStats
+from dsmoe_jax.moe.router_stats import RouterStats
 from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding

@@ -11,7 +11,7 @@ from tensorboardX.proto import event_pb2
 from dsmoe_jax.config import Config, ModelConfig, replace
 from dsmoe_jax.moe.capacity import Ledger
 from dsmoe_jax.moe.dispatch import Exchange
-from dsmoe_jax.moe.layer import RouterStats
+from dsmoe_jax.moe.router_stats import RouterStats
 from dsmoe_jax.training import metrics as m
 from dsmoe_jax.training.step import StepMetrics
 
