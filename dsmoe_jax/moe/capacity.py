@@ -11,6 +11,7 @@ N = T*K assignments, G experts or devices that have a capacity, P position bucke
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -67,21 +68,49 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def get_policy(config: MoEConfig) -> Policy:
-    """The drop policy of a config.
+def get_policy(config: MoEConfig, key: str = "drop_policy") -> Policy:
+    """The drop policy of a config; `key` is what the user calls it.
 
     Raises:
       ValueError: for an unknown name, or a device budget without devices.
     """
     name = config.drop_policy
     if name not in POLICIES:
-        raise ValueError(f"model.moe.drop_policy={name!r}: must be one of {sorted(POLICIES)}")
+        raise ValueError(f"model.moe.{key}={name!r}: must be one of {sorted(POLICIES)}")
     if POLICIES[name].by_device and config.expert_groups == 1:
         raise ValueError(
-            "model.moe.expert_groups=1: with drop_policy='device' it is the number of devices,"
+            f"model.moe.expert_groups=1: with {key}={name!r} it is the number of devices,"
             " must be > 1"
         )
     return POLICIES[name]
+
+
+def in_evaluation(config: MoEConfig) -> MoEConfig:
+    """The config with evaluation's capacity factor and policy in the place of training's."""
+    return dataclasses.replace(
+        config,
+        capacity_factor=config.evaluation_capacity_factor,
+        drop_policy=config.evaluation_drop_policy or config.drop_policy,
+    )
+
+
+def check_policies(config: MoEConfig, *, scored: bool) -> None:
+    """Refuses policies, in training or evaluation, that cannot be.
+
+    Args:
+      config: of the layer.
+      scored: whether its router has affinities.
+
+    Raises:
+      ValueError: as `get_policy` does, and for a policy that drops by affinities without any.
+    """
+    key = "evaluation_drop_policy" if config.evaluation_drop_policy else "drop_policy"
+    for name, used in (("drop_policy", config), (key, in_evaluation(config))):
+        if get_policy(used, name).by_score and used.capacity_factor and not scored:
+            raise ValueError(
+                f"model.moe.{name}={used.drop_policy!r}: the {config.router} router has no"
+                " affinities to drop by; must be 'position'"
+            )
 
 
 def check_room(config: MoEConfig, tokens: int) -> None:
@@ -96,12 +125,12 @@ def check_room(config: MoEConfig, tokens: int) -> None:
     """
     if not config.n_routed_experts:
         return
-    policy, e, k = get_policy(config), config.n_routed_experts, config.num_experts_per_tok
-    n_groups = config.expert_groups if policy.by_device else e
-    who, need = ("device", min(k, e // n_groups)) if policy.by_device else ("expert", 1)
-    mean = tokens * k / n_groups
-    for key in ("capacity_factor", "evaluation_capacity_factor"):
-        factor = getattr(config, key)
+    e, k, evaluation = config.n_routed_experts, config.num_experts_per_tok, in_evaluation(config)
+    for key, used in (("capacity_factor", config), ("evaluation_capacity_factor", evaluation)):
+        by_device, factor = get_policy(used).by_device, used.capacity_factor
+        n_groups = config.expert_groups if by_device else e
+        who, need = ("device", min(k, e // n_groups)) if by_device else ("expert", 1)
+        mean = tokens * k / n_groups
         if factor and factor * mean < need:
             raise ValueError(
                 f"model.moe.{key}={factor}: {tokens} tokens are {mean:.4g} assignments for each"

@@ -70,6 +70,7 @@ class MoEConfig:
     capacity_factor: float = 0.0  # in training; 0 is dropless
     evaluation_capacity_factor: float = 0.0  # 0: evaluation drops nothing
     drop_policy: str = "position"  # a name in dsmoe_jax/moe/capacity.py
+    evaluation_drop_policy: str = ""  # the same; "": that of training
     # With dispatch="capacity" each shard of the tokens has its part of the capacity for itself.
     protected_share: float = 0.1  # `device`: this share of the sequences never loses a token (V2)
 

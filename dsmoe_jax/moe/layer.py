@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
 from dsmoe_jax.moe.router_stats import RouterStats, router_stats
 from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
@@ -52,13 +52,7 @@ class MoELayer(nnx.Module):
         if not e:
             return
         router = routers.get_router(moe)
-        policy = capacity.get_policy(moe)
-        drops = moe.capacity_factor or moe.evaluation_capacity_factor
-        if drops and policy.by_score and not router.learned:
-            raise ValueError(
-                f"model.moe.drop_policy={moe.drop_policy!r}: the {moe.router} router has no"
-                " affinities to drop by; must be 'position'"
-            )
+        capacity.check_policies(moe, scored=router.learned)
         dispatch.check_name(moe.dispatch)
         experts.get_backend(moe.expert_backend)
         terms = losses.active_terms(moe)
@@ -101,7 +95,8 @@ class MoELayer(nnx.Module):
         Returns:
           y_BSD, and the router's statistics (None without routed experts).
         """
-        moe, y_BSD, stats = self.config, None, None
+        moe = self.config if rng is not None else capacity.in_evaluation(self.config)
+        y_BSD, stats = None, None
         if moe.n_routed_experts:
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
             if sequence_B is None:
@@ -117,11 +112,10 @@ class MoELayer(nnx.Module):
                     sequence_B=sequence_B,
                 )
                 routing = self.route(x_TD, inputs)
-            factor = moe.evaluation_capacity_factor if rng is None else moe.capacity_factor
             kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
             ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, len(x_BSD), moe), None
-            if factor:
-                kept, ledger, limit = self.drop(kept, sequence_B, factor)
+            if moe.capacity_factor:
+                kept, ledger, limit = drop(kept, sequence_B, moe)
             y_TD, exchange = self.routed(x_TD, kept, limit)
             y_BSD = y_TD.reshape(x_BSD.shape)
             ledger = ledger._replace(computed_E=exchange.computed_E)
@@ -164,20 +158,6 @@ class MoELayer(nnx.Module):
         )
         return router.route(logits, inputs, moe)
 
-    def drop(
-        self, routing: Routing, sequence_B: jax.Array, factor: float
-    ) -> tuple[Routing, capacity.Ledger, int | None]:
-        """What a capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
-
-        Buffers of fixed size need a limit for each shard of the mesh: there each drops for itself.
-        """
-        moe, b, t = self.config, len(sequence_B), len(routing.ids_TK)
-        if moe.dispatch != "capacity":
-            return *capacity.drop(routing, sequence_B, factor, moe), None
-        shards, devices = dispatch.token_shards(), dispatch.expert_devices()
-        kept, ledger = capacity.drop(routing, sequence_B, factor, moe, shards)
-        return kept, ledger, capacity.most_kept((b // shards, t // b), factor, moe, devices)
-
     def routed(
         self, x_TD: jax.Array, routing: Routing, limit: int | None = None
     ) -> tuple[jax.Array, dispatch.Exchange]:
@@ -194,6 +174,21 @@ class MoELayer(nnx.Module):
 
         with jax.named_scope("dispatch"):
             return dispatch.dispatch(x_TD, routing, weights, run, moe, limit)
+
+
+def drop(
+    routing: Routing, sequence_B: jax.Array, config: MoEConfig
+) -> tuple[Routing, capacity.Ledger, int | None]:
+    """What the capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
+
+    Buffers of fixed size need a limit for each shard of the mesh: there each drops for itself.
+    """
+    factor, b, t = config.capacity_factor, len(sequence_B), len(routing.ids_TK)
+    if config.dispatch != "capacity":
+        return *capacity.drop(routing, sequence_B, factor, config), None
+    shards, devices = dispatch.token_shards(), dispatch.expert_devices()
+    kept, ledger = capacity.drop(routing, sequence_B, factor, config, shards)
+    return kept, ledger, capacity.most_kept((b // shards, t // b), factor, config, devices)
 
 
 def nobody_computes_padding(routing: Routing, valid_BS: jax.Array, n_experts: int) -> Routing:

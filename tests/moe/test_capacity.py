@@ -12,7 +12,7 @@ from flax import nnx
 from dsmoe_jax.config import Config, MoEConfig, replace
 from dsmoe_jax.moe import capacity
 from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.moe.types import RouterInputs, Routing
 from dsmoe_jax.training.step import abstract_model
 
 B, S, E, K, D = 4, 16, 8, 2, 2
@@ -148,6 +148,35 @@ def test_evaluation_depends_on_the_other_sequences_only_if_it_drops():
     assert last_sequence(layer(**{"moe.evaluation_capacity_factor": 0.5})) > 1e-3
 
 
+@pytest.mark.parametrize("evaluation", ["position", "probability", "device", ""])
+@pytest.mark.parametrize("training", ["position", "probability", "device"])
+def test_training_and_evaluation_drop_by_policies_of_their_own(training, evaluation):
+    """Each loses what `capacity.drop` by its policy and factor takes from the same routing."""
+    overrides = {
+        "hidden_size": 8, "initializer_range": 0.5, "moe.n_routed_experts": E,
+        "moe.num_experts_per_tok": K, "moe.moe_intermediate_size": 4, "moe.expert_groups": D,
+        "moe.expert_backend": "ragged_dot", "moe.capacity_factor": 0.5,
+        "moe.evaluation_capacity_factor": 0.3, "moe.drop_policy": training,
+        "moe.evaluation_drop_policy": evaluation,
+    }  # fmt: skip
+    config = replace(Config(), **{f"model.{key}": v for key, v in overrides.items()}).model
+    layer, x = MoELayer(config, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (B, S, 8))
+    ids, valid = jnp.zeros((B, S), jnp.int32), jnp.ones((B, S), bool)
+    routing = layer.route(x.reshape(-1, 8), RouterInputs(ids.reshape(-1)))
+    for rng, policy, factor in (
+        (jax.random.key(0), training, 0.5),
+        (None, evaluation or training, 0.3),
+    ):
+        by_itself = dataclasses.replace(config.moe, drop_policy=policy)
+        kept, ledger = capacity.drop(routing, jnp.arange(B), factor, by_itself)
+        stats = layer(x, ids, valid, rng)[1]
+        assert stats is not None
+        assert stats.choice is not None
+        np.testing.assert_array_equal(stats.choice.ids.reshape(-1, K), kept.ids_TK)
+        jax.tree.map(np.testing.assert_array_equal, stats.ledger, ledger)
+        assert ledger.dropped_E.sum() > 0
+
+
 @pytest.mark.parametrize("key", ["capacity_factor", "evaluation_capacity_factor"])
 def test_a_capacity_below_the_need_of_one_token_is_refused(key):
     """16 tokens x 2 choices on 8 experts are 4 for each, on 2 devices 16; one needs 1 or 2."""
@@ -180,9 +209,17 @@ def test_refusals():
         "router": "hash", "num_experts_per_tok": 1, "expert_balance_factor": 0.0,
         "capacity_factor": 1.0, "drop_policy": "probability",
     }  # fmt: skip
-    config = replace(Config(), **{f"model.moe.{key}": v for key, v in hashed.items()})
-    with pytest.raises(ValueError, match=r"drop_policy='probability': the hash router has no"):
-        nnx.eval_shape(lambda: MoELayer(config.model, rngs=nnx.Rngs(0)))
+    evaluated = hashed | {
+        "capacity_factor": 0.0, "evaluation_capacity_factor": 1.0, "drop_policy": "position",
+        "evaluation_drop_policy": "probability",
+    }  # fmt: skip
+    for overrides, key in ((hashed, "moe.drop_policy"), (evaluated, "evaluation_drop_policy")):
+        config = replace(Config(), **{f"model.moe.{key}": v for key, v in overrides.items()})
+        with pytest.raises(ValueError, match=rf"{key}='probability': the hash router has no"):
+            nnx.eval_shape(lambda config=config: MoELayer(config.model, rngs=nnx.Rngs(0)))
+    unknown = {"model.moe.evaluation_drop_policy": "nope"}
+    with pytest.raises(ValueError, match=r"evaluation_drop_policy='nope': must be one of"):
+        capacity.check_policies(replace(Config(), **unknown).model.moe, scored=True)
 
 
 @pytest.mark.parametrize("policy", list(capacity.POLICIES))
