@@ -150,13 +150,14 @@ class MoELayer(nnx.Module):
             inputs = inputs._replace(rng=rng)
         if moe.bias_update_speed:
             inputs = inputs._replace(bias_E=self.bias_E[...])
-        logits = jnp.einsum(
-            "td,ed->te",
-            x_TD,
-            self.router_ED[...],
-            precision=jax.lax.Precision.HIGHEST,  # an accelerator's default would round to bf16
-        )
-        return router.route(logits, inputs, moe)
+        # At highest precision: an accelerator's default would round to bfloat16.
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        logits = product("td,ed->te", x_TD, self.router_ED[...])
+        routing = router.route(logits, inputs, moe)
+        if routing.logits_TE is logits:  # not others, such as with noise
+            mean_D = self.router_ED[...].mean(axis=0)
+            routing = routing._replace(mean_logit_T=product("td,d->t", x_TD, mean_D))
+        return routing
 
     def routed(
         self, x_TD: jax.Array, routing: Routing, limit: int | None = None

@@ -59,17 +59,16 @@ def router_stats(
     valid_T = valid_BS.reshape(-1).astype(jnp.float32)
     # Without gradients, else the backward pass would go through what is only logged.
     columns = of_tokens(jax.lax.stop_gradient(routing), config)
-    # One product for all of them: on a CPU each sum by itself is a chain of small kernels.
+    # Products add up, because on a CPU every sum by itself is a chain of small kernels.
     columns_CT = jnp.stack([jnp.ones_like(valid_T), *columns.values()])
-    columns_CT = jnp.concatenate([columns_CT, reached(kept_TK, config).T])
-    sums_C = jnp.matmul(columns_CT, valid_T, precision="highest")
+    tokens, *sums = jnp.matmul(columns_CT, valid_T, precision="highest")
     return RouterStats(
-        tokens=sums_C[0],
+        tokens=tokens,
         load_E=ledger.sent_E,
-        sums={name: sums_C[i] for i, name in enumerate(columns, start=1)},
+        sums=dict(zip(columns, sums, strict=True)),
         terms={n: losses.part(n, routing, valid_BS, config) for n in losses.active_terms(config)},
         ledger=ledger,
-        device_rows_D=sums_C[1 + len(columns) :],
+        device_rows_D=jnp.matmul(valid_T, reached(kept_TK, config), precision="highest"),
         exchange=exchange,
     )
 
@@ -84,17 +83,19 @@ def reached(ids_TK: jax.Array, config: MoEConfig) -> jax.Array:
 def of_tokens(routing: Routing, config: MoEConfig) -> dict[str, jax.Array]:
     """What is logged as a mean over tokens, by name, each (T,): see `RouterStats.sums`.
 
-    A softmax of logits needs no logarithm for every expert.  Maximum and exponentials are written
-    as `jax.nn.softmax` has them, not as `logsumexp` does, so that XLA takes the router's own.
+    A softmax of logits needs no logarithm for every expert.  Where the mean logit is known, only
+    differences of logits are looked at, written as `jax.nn.softmax` has them: XLA on CPU makes them
+    together with the router's product and never writes down the logits, unless somebody asks.
     """
     gates_TK, s_TE, z_TE = routing.gates_TK, routing.affinity_TE, routing.logits_TE
     columns = {"top_gate": gates_TK[:, 0], "gate_sum": gates_TK.sum(axis=1)}
     if s_TE is not None:
         columns["entropy"] = jax.scipy.special.entr(s_TE).sum(axis=1)
     if z_TE is not None:
-        max_T1 = z_TE.max(axis=1, keepdims=True)
-        log_sum_T = jnp.log(jnp.exp(z_TE - max_T1).sum(axis=1))
-        columns["z"] = jnp.square(max_T1[:, 0] + log_sum_T)
+        below_TE = z_TE - z_TE.max(axis=1, keepdims=True)
+        log_sum_T = jnp.log(jnp.exp(below_TE).sum(axis=1))
+        mean_T = z_TE.mean(axis=1) if routing.mean_logit_T is None else routing.mean_logit_T
+        columns["z"] = jnp.square(mean_T - below_TE.mean(axis=1) + log_sum_T)
         if s_TE is not None and s_TE.shape == z_TE.shape and config.scoring_func == "softmax":
-            columns["entropy"] = log_sum_T - (s_TE * (z_TE - max_T1)).sum(axis=1)
+            columns["entropy"] = log_sum_T - (s_TE * below_TE).sum(axis=1)
     return columns

@@ -31,6 +31,7 @@ class Routing(NamedTuple):
         sum (V3 eq. 19).  None for a router that has none.
       logits_TE: float32, what the affinities were made of (for the z-loss); None without.
       drawn_T: of the choice, if it was drawn from a policy; None if not.
+      mean_logit_T: float32, the mean of a token's logits, if the layer has it without them.
     """
 
     ids_TK: jax.Array
@@ -38,6 +39,7 @@ class Routing(NamedTuple):
     affinity_TE: jax.Array | None
     logits_TE: jax.Array | None = None
     drawn_T: Drawn | None = None
+    mean_logit_T: jax.Array | None = None
 
 
 class Choice(NamedTuple):
