@@ -1,8 +1,12 @@
 """Routing recorded in one run and replayed in another: the same losses, bit for bit."""
 
+import functools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +141,30 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
     assert losses(replays) == losses(records)
     with pytest.raises(ValueError, match=r"stages_after=\[0, 2\], not \[0\]"):
         train(tiny_config(**SHORT, **config), tmp_path / "another", progress=False)
+
+
+def test_an_evaluation_by_itself_is_recorded(learned, compile_cache, tmp_path):
+    """The command writes what the run wrote when it evaluated, and not over another recording."""
+    command = [sys.executable, "-m", "dsmoe_jax.evaluate", f"--workdir={learned}", "--json"]
+    command += ["--batch_size=4", "--max_batches=2", f"--record_routing={tmp_path / 'routing'}"]
+    run = functools.partial(
+        subprocess.run, command, env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    done = run()
+    assert done.returncode == 0, done.stderr
+    by_run, by_command = learned / "routing", tmp_path / "routing"
+    assert (by_command / MANIFEST).read_text() == (by_run / MANIFEST).read_text()
+    for name in (f"validation-00000004/{i:08d}.npz" for i in (1, 2)):
+        with np.load(by_run / name) as wanted, np.load(by_command / name) as found:
+            np.testing.assert_array_equal(found["ids_BLSK"], wanted["ids_BLSK"])
+            np.testing.assert_allclose(found["gates_BLSK"], wanted["gates_BLSK"], rtol=1e-6)
+    path = by_command / "validation-00000004/00000001.npz"
+    assert recorded.offsets_TE(path, 1, 100, 4, 2).shape == (100, 4), "a benchmark takes it"
+    again = run()
+    assert again.returncode == 2
+    (line,) = again.stderr.strip().splitlines()
+    assert "routing: exists already; name a new directory" in line
 
 
 def test_a_benchmark_takes_it(learned, hashed):
