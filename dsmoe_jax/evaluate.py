@@ -1,7 +1,13 @@
-"""Measures a trained run on held-out text: nats per token and bits per byte, by domain.
+r"""Measures a trained run on held-out text: nats per token and bits per byte, by domain.
 
 python -m dsmoe_jax.evaluate --workdir=runs/dsmoe
 python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
+
+The routing can be written down and replayed by the experts of another step or run:
+
+python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
+python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 \
+    --replay_routing=routing/validation-00000400
 """
 
 from __future__ import annotations
@@ -29,6 +35,9 @@ _MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "Stop early; 0 is all.", l
 _RECORD_ROUTING = flags.DEFINE_string(
     "record_routing", None, "Write which experts every token went to in this new directory."
 )
+_REPLAY_ROUTING = flags.DEFINE_string(
+    "replay_routing", None, "Take the recorded routing of this folder, DIRECTORY/validation-..."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
@@ -41,24 +50,32 @@ def main() -> None:
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
         capacity.check_room(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
-        held_out = HeldOut(graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, *_routing(run))
+        recorder, replayed, name = _routing(run)
+        batches = _BATCH_SIZE.value, _MAX_BATCHES.value
+        held_out = HeldOut(graph, run.corpus, *batches, recorder, replayed)
         line = ProgressLine(run.config.name, held_out.n_batches)
-        result = {"step": run.step} | held_out.measure(
-            params, other, line.update, recording.validation_name(run.step)
-        )
+        result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
     print(json.dumps(result) if _JSON.value else table(result))
 
 
-def _routing(run: Run) -> tuple[recording.Recorder | None, recording.Recording | None]:
-    """Where the routing goes to, and where it comes from."""
-    recorder, directory = None, _RECORD_ROUTING.value
+def _routing(run: Run) -> tuple[recording.Recorder | None, recording.Recording | None, str]:
+    """Where the routing goes to, where it comes from, and the name of the pass there."""
+    directory, folder = _RECORD_ROUTING.value, _REPLAY_ROUTING.value
+    fingerprint = run.corpus.fingerprint
+    if directory and folder:
+        raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
+    if folder:
+        config = run.config.stage_of(run.step).config
+        return None, *recording.of_held_out(folder, config, fingerprint)
+    recorder = None
     if directory:
         if Path(directory).exists():
             raise ValueError(f"--record_routing={directory}: exists already; name a new directory")
-        belongs = recording.belongs_to(run.config, run.corpus.fingerprint)
+        belongs = recording.belongs_to(run.config, fingerprint)
         recorder = recording.Recorder(Path(directory), belongs)
-    return recorder, recording.for_held_out(run.config, run.corpus.fingerprint)
+    replayed = recording.for_held_out(run.config, fingerprint)
+    return recorder, replayed, recording.validation_name(run.step)
 
 
 def table(result: dict[str, Any]) -> str:

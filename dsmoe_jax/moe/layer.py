@@ -90,7 +90,8 @@ class MoELayer(nnx.Module):
           valid_BS: bool, False for padding.
           rng: random key in training; None is evaluation.
           sequence_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
-          replayed: ids_BSK and gates_BSK for a router that replays.
+          replayed: ids_BSK and gates_BSK, for a router that replays; in evaluation whatever the
+            router they take the place of its own.
 
         Returns:
           y_BSD, and the router's statistics (None without routed experts).
@@ -112,6 +113,8 @@ class MoELayer(nnx.Module):
                     sequence_B=sequence_B,
                 )
                 routing = self.route(x_TD, inputs)
+                if replayed is not None and rng is None:
+                    routing = routing._replace(ids_TK=replayed.ids, gates_TK=replayed.gates)
             kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
             ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, len(x_BSD), moe), None
             if moe.capacity_factor:

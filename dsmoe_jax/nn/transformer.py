@@ -151,7 +151,8 @@ class Transformer(nnx.Module):
           cache: to continue after the positions it holds (single-document sequences only).
           rng: random key for routers that act at random in training; None is evaluation.
           sequence_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
-          replayed: recorded routing, ids and gates of shape (B, L, S, K), for routers that replay.
+          replayed: recorded routing, ids and gates of shape (B, L, S, K), for routers that replay;
+            in evaluation in place of any router's.
         """
         inputs = self._inputs(tokens_BS, segment_ids_BS, positions_BS, cache, sequence_B)
         table_VD = gathered(self.embedding_VD[...], "VD")

@@ -97,26 +97,33 @@ class Recording:
     """Reads a recording.
 
     Args:
+      key: how the user names it, with its value, for errors.
       directory: of a `Recorder`.
-      config: of the run that replays it.
-      fingerprint: of its corpus.
+      wanted: what its manifest must say of `belongs_to`.
+      columns: the K that a batch may have.
 
     Raises:
-      ValueError: with the numbers, if it is of other sizes or data, or has too few steps.
+      ValueError: with the numbers, if it is of other sizes or data.
     """
 
-    def __init__(self, directory: str, config: Config, fingerprint: str):
-        self.directory = Path(directory).expanduser()
-        self._key = f"train.replay_routing={directory!r}"
-        path = self.directory / MANIFEST
+    def __init__(self, key: str, directory: Path, wanted: dict[str, Any], columns: list[int]):
+        self.directory, self._key = directory, key
+        path = directory / MANIFEST
         if not path.is_file():
-            raise ValueError(f"{self._key}: no recorded routing there (no {MANIFEST})")
-        found, wanted = json.loads(path.read_text()), belongs_to(config, fingerprint)
+            raise ValueError(f"{key}: no recorded routing there (no {MANIFEST})")
+        found = json.loads(path.read_text())
         wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if wrong:
-            raise ValueError(f"{self._key}: recorded with {'; '.join(wrong)}")
-        sizes, columns = (wanted["layers"], wanted["sequence_length"]), wanted["experts_per_token"]
+            raise ValueError(f"{key}: recorded with {'; '.join(wrong)}")
+        sizes = wanted["layers"], wanted["sequence_length"]
         self._shapes_LSK = [(*sizes, k) for k in dict.fromkeys(columns)]
+
+    def check_run(self, config: Config) -> None:
+        """Looks for the batches of all steps of a run.
+
+        Raises:
+          ValueError: with the numbers, if there are too few, or of another size.
+        """
         steps = config.train.steps
         missing = [i for i in range(1, steps + 1) if not _path(self.directory, TRAIN, i).is_file()]
         if missing:
@@ -178,15 +185,51 @@ def of_run(
     if config.train.record_routing:
         recorder = Recorder(workdir / ROUTING, belongs_to(config, fingerprint))
     if config.train.replay_routing:
-        replayed = Recording(config.train.replay_routing, config, fingerprint)
+        replayed = for_run(config, fingerprint)
     return recorder, replayed
+
+
+def for_run(config: Config, fingerprint: str) -> Recording:
+    """The recording of `train.replay_routing`.
+
+    Raises:
+      ValueError: if it is of another model, text or order of the text, or has too few steps.
+    """
+    key, wanted = "train.replay_routing", belongs_to(config, fingerprint)
+    directory = config.train.replay_routing
+    recording = Recording(
+        f"{key}={directory!r}", Path(directory).expanduser(), wanted, wanted["experts_per_token"]
+    )
+    recording.check_run(config)
+    return recording
 
 
 def for_held_out(config: Config, fingerprint: str) -> Recording | None:
     """The recording of a run that cannot route held-out text by itself; None if it can."""
-    if config.model.moe.router != "replay":
-        return None
-    return Recording(config.train.replay_routing, config, fingerprint)
+    return for_run(config, fingerprint) if config.model.moe.router == "replay" else None
+
+
+def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recording, str]:
+    """One recorded pass over the held-out text, to be replayed by a model of any router.
+
+    Args:
+      folder: of the pass, ROUTING/validation-00000400.
+      config: of the model.
+      fingerprint: of its corpus.
+
+    Returns:
+      The recording, and the name of the pass in it.
+
+    Raises:
+      ValueError: if it is of another size or text, or no such pass.
+    """
+    key, path = f"--replay_routing={folder}", Path(folder).expanduser()
+    belongs = belongs_to(config, fingerprint)
+    wanted = {k: belongs[k] for k in ("layers", "experts", "sequence_length", "corpus")}
+    recording = Recording(key, path.parent, wanted, belongs["experts_per_token"])
+    if not _path(path.parent, path.name, 1).is_file() or path.name == TRAIN:
+        raise ValueError(f"{key}: holds no held-out batches; name a folder validation-...")
+    return recording, path.name
 
 
 def replayed(batch: Batch) -> Choice | None:

@@ -10,11 +10,15 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import recorded
+from dsmoe_jax.data.pipeline import validation_batches
+from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.recording import MANIFEST, belongs_to
+from dsmoe_jax.training.recording import MANIFEST, belongs_to, of_held_out
+from dsmoe_jax.training.run import load_run
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
 FIXED = {
@@ -165,6 +169,46 @@ def test_an_evaluation_by_itself_is_recorded(learned, compile_cache, tmp_path):
     assert again.returncode == 2
     (line,) = again.stderr.strip().splitlines()
     assert "routing: exists already; name a new directory" in line
+    command[-1] = f"--replay_routing={by_run / 'validation-00000004'}"
+    assert json.loads(run().stdout)["loss"] == json.loads(done.stdout)["loss"]
+
+
+def held_out(workdir, step, folder=None):
+    """The held-out results of a checkpoint, with its own routing or that of a folder."""
+    run, replays = load_run(workdir, step), (None, "validation")
+    if folder is not None:
+        replays = of_held_out(str(folder), run.config, run.corpus.fingerprint)
+    graph, params, other = nnx.split(run.model, nnx.Param, ...)
+    result = HeldOut(graph, run.corpus, 4, 2, None, replays[0]).measure(
+        params, other, name=replays[1]
+    )
+    return run, {key: result[key] for key in ("loss", "load", "dropped")}
+
+
+def test_one_step_evaluated_with_the_routing_of_another(learned, hashed, tmp_path):
+    """Its own changes nothing, another one's is followed to the letter, whatever the router."""
+    own, other = (learned / f"routing/validation-0000000{step}" for step in (4, 2))
+    _, alone = held_out(learned, 4)
+    assert held_out(learned, 4, own)[1] == alone
+    run, followed = held_out(learned, 4, other)
+    assert followed["loss"] != alone["loss"]
+    ids, valid = [], []
+    for i, batch in enumerate(validation_batches(run.corpus.directory, 4, 2), start=1):
+        with np.load(other / f"{i:08d}.npz") as arrays:
+            ids.append(arrays["ids_BLSK"])
+        valid.append(batch["segment_ids_BS"] > 0)
+    ids, valid = np.concatenate(ids), np.concatenate(valid)
+    for layer, load in enumerate(followed["load"]):
+        counts = np.bincount(ids[:, layer][valid].reshape(-1), minlength=4)
+        np.testing.assert_array_equal(load, counts)
+    for folder, message in (
+        (learned / "routing/train", r"holds no held-out batches; name a folder validation-"),
+        (learned / "routing/validation-00000003", r"holds no held-out batches"),
+        (learned / "validation-00000004", r"no recorded routing there \(no manifest"),
+        (hashed / "routing/validation-00000004", r"ids of shape .*, not \(4, 2, 64, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            held_out(learned, 4, folder)
 
 
 def test_a_benchmark_takes_it(learned, hashed):
