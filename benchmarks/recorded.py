@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dsmoe_jax.training.recording import load
+
 
 def offsets_TE(path: Path, layer: int, tokens: int, n_experts: int, k: int) -> np.ndarray:
     """What to add to logits so that the first T recorded tokens choose the experts they had.
@@ -19,8 +21,7 @@ def offsets_TE(path: Path, layer: int, tokens: int, n_experts: int, k: int) -> n
     Raises:
       ValueError: with the numbers, if the recorded routing does not fit.
     """
-    with np.load(path) as arrays:
-        ids_BLSK = arrays["ids_BLSK"]
+    ids_BLSK, _ = load(path)
     b, n_layers, s, found = ids_BLSK.shape
     if not 0 <= layer < n_layers:
         raise ValueError(f"--layer={layer}: {path} has layers 0 to {n_layers - 1}")

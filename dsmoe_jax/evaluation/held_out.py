@@ -99,6 +99,8 @@ class HeldOut:
         Raises:
           RuntimeError: if assignments are missing: neither computed nor dropped.
         """
+        if self._recording is not None:  # the last batch first: too few are not worth a start
+            self._recording.read(name, self.n_batches, self._batch_size)
         total_3G, total = np.zeros((3, len(self._corpus.domains))), None
         batches = validation_batches(
             self._corpus.directory, self._batch_size, self._max_batches or None, self._rows

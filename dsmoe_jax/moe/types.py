@@ -104,8 +104,3 @@ def count_load(ids_TK: jax.Array, n_experts: int, valid_T: jax.Array | None = No
     if valid_T is not None:
         chosen_TE = jnp.where(valid_T[:, None], chosen_TE, 0.0)
     return chosen_TE.sum(axis=0)
-
-
-def softmax_entropy(logits_TE: jax.Array) -> jax.Array:
-    """Entropy of softmax(logits) in nats; (T,)."""
-    return -(jax.nn.softmax(logits_TE) * jax.nn.log_softmax(logits_TE)).sum(axis=1)

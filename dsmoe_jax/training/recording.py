@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ class Recording:
         path = directory / MANIFEST
         if not path.is_file():
             raise ValueError(f"{key}: no recorded routing there (no {MANIFEST})")
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{key}: {path} is damaged: not the manifest of a recording") from None
         wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if wrong:
             raise ValueError(f"{key}: recorded with {'; '.join(wrong)}")
@@ -156,8 +160,7 @@ class Recording:
         path = _path(self.directory, name, number)
         if not path.is_file():
             raise ValueError(f"{self._key}: holds no batch {number} of {name}")
-        with np.load(path) as arrays:
-            ids, gates = arrays["ids_BLSK"].astype(np.int32), arrays["gates_BLSK"]
+        ids, gates = load(path)
         if len(ids) != batch_size:
             raise ValueError(
                 f"{self._key}: {name} has batches of {len(ids)} sequences, not {batch_size}"
@@ -171,6 +174,19 @@ class Recording:
         if rows is not None:
             ids, gates = ids[list(rows)], gates[list(rows)]
         return {"replayed_ids_BLSK": ids, "replayed_gates_BLSK": gates}
+
+
+def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A batch as it was written: ids_BLSK (int32) and gates_BLSK.
+
+    Raises:
+      ValueError: naming the file, if it is none.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:  # numpy leaves a damaged one open
+            return arrays["ids_BLSK"].astype(np.int32), arrays["gates_BLSK"]
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path}: cannot be read, or is not a batch of recorded routing") from None
 
 
 def of_run(

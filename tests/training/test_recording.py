@@ -211,6 +211,33 @@ def test_one_step_evaluated_with_the_routing_of_another(learned, hashed, tmp_pat
             held_out(learned, 4, folder)
 
 
+@pytest.mark.parametrize("junk", [b"junk", b"", b"PK\x03\x04", b"[1]"])
+def test_damaged_files_are_named(learned, tmp_path, junk):
+    directory = shutil.copytree(learned / "routing", tmp_path / "routing")
+    batch = directory / "validation-00000004/00000001.npz"
+    batch.write_bytes(junk)
+    with pytest.raises(ValueError, match=r"00000001\.npz: cannot be read, or is not a batch"):
+        held_out(learned, 4, batch.parent)
+    with pytest.raises(ValueError, match=r"00000001\.npz: cannot be read, or is not a batch"):
+        recorded.offsets_TE(batch, 1, 100, 4, 2)
+    (directory / MANIFEST).write_bytes(junk)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: not the manifest"):
+        held_out(learned, 4, batch.parent)
+
+
+def test_too_few_batches_are_refused_before_the_first(learned, tmp_path):
+    directory = shutil.copytree(learned / "routing", tmp_path / "routing")
+    (directory / "validation-00000004/00000002.npz").unlink()
+    run = load_run(learned, 4)
+    folder = str(directory / "validation-00000004")
+    recording, name = of_held_out(folder, run.config, run.corpus.fingerprint)
+    graph, params, other = nnx.split(run.model, nnx.Param, ...)
+    some, seen = HeldOut(graph, run.corpus, 4, 2, None, recording), []
+    with pytest.raises(ValueError, match=r"holds no batch 2 of validation-00000004"):
+        some.measure(params, other, seen.append, name)
+    assert seen == []
+
+
 def test_a_benchmark_takes_it(learned, hashed):
     path = learned / "routing/train/00000001.npz"
     offsets_TE = recorded.offsets_TE(path, 1, 100, 4, 2)

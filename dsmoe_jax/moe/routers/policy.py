@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import scored
-from dsmoe_jax.moe.types import Drawn, RouterInputs, Routing, softmax_entropy
+from dsmoe_jax.moe.types import Drawn, RouterInputs, Routing
 
 
 def reinforce(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
@@ -44,6 +44,11 @@ def log_probability(logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
         total_T += drawn_T - jax.nn.logsumexp(left_TE, axis=1)
         left_TE = jnp.where(drawn_TE, -jnp.inf, left_TE)
     return total_T
+
+
+def softmax_entropy(logits_TE: jax.Array) -> jax.Array:
+    """Entropy of softmax(logits) in nats; (T,)."""
+    return -(jax.nn.softmax(logits_TE) * jax.nn.log_softmax(logits_TE)).sum(axis=1)
 
 
 def policy_loss(
