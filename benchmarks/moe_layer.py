@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness, recorded
-from dsmoe_jax.host_memory import keep_freed_memory
-from dsmoe_jax.moe import dispatch, experts, native
+from dsmoe_jax.hardware.host_memory import keep_freed_memory
+from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.moe.kernels import native
 from dsmoe_jax.moe.types import Routing
 
 

@@ -28,11 +28,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks import harness
-from dsmoe_jax.host_memory import keep_freed_memory
+from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.config.mesh import MeshConfig
+from dsmoe_jax.hardware.host_memory import keep_freed_memory
 from dsmoe_jax.moe import dispatch, experts
-from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.moe.types import Routing
-from dsmoe_jax.parallel.mesh import MeshConfig, make_mesh
+from dsmoe_jax.parallel.mesh import make_mesh
 from dsmoe_jax.parallel.sharding import spec
 
 T, D, F, E, K = 4096, 256, 176, 64, 6  # the experts of V1 16B, an eighth as wide

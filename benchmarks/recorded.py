@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsmoe_jax.training.recording import load
+from dsmoe_jax.runs.routing_records import load
 
 
 def offsets_TE(path: Path, layer: int, tokens: int, n_experts: int, k: int) -> np.ndarray:

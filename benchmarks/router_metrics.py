@@ -35,12 +35,13 @@ from flax import nnx
 import configs
 from benchmarks import harness
 from dsmoe_jax.config import Config, from_config_dict, replace
-from dsmoe_jax.host_memory import keep_freed_memory
-from dsmoe_jax.moe import capacity, dispatch, experts, losses
+from dsmoe_jax.hardware.host_memory import keep_freed_memory
+from dsmoe_jax.moe import dispatch, dropping, experts, losses
 from dsmoe_jax.moe import layer as moe_layer
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.router_stats import RouterStats
-from dsmoe_jax.training.metrics import MetricsLog, RunningLoad, training_row
+from dsmoe_jax.moe.report import RouterStats
+from dsmoe_jax.runs.metrics_log import MetricsLog
+from dsmoe_jax.training.rows import RunningLoad, training_row
 from dsmoe_jax.training.step import init_state, make_train_step
 
 
@@ -48,8 +49,8 @@ def bare(routing, kept_TK, valid_BS, ledger, exchange, config) -> RouterStats:
     """`router_stats` without what is only logged."""
     del kept_TK, ledger
     e, d, none = config.n_routed_experts, config.expert_groups, jnp.zeros
-    reasons, buckets = len(capacity.REASONS), capacity.POSITION_BUCKETS
-    nothing = capacity.Ledger(none(e), none(e), none(e), none(d), none(buckets), none(reasons))
+    reasons, buckets = len(dropping.REASONS), dropping.POSITION_BUCKETS
+    nothing = dropping.Ledger(none(e), none(e), none(e), none(d), none(buckets), none(reasons))
     parts = {n: losses.part(n, routing, valid_BS, config) for n in losses.active_terms(config)}
     unseen = dispatch.Exchange(none(e), *(None if x is None else none(()) for x in exchange[1:]))
     return RouterStats(none(()), none(e), {}, parts, nothing, none(d), unseen)

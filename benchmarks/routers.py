@@ -25,8 +25,8 @@ from flax import nnx
 
 from benchmarks import harness
 from dsmoe_jax.config import ModelConfig, MoEConfig
-from dsmoe_jax.host_memory import keep_freed_memory
-from dsmoe_jax.moe import capacity, losses
+from dsmoe_jax.hardware.host_memory import keep_freed_memory
+from dsmoe_jax.moe import dropping, losses
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, count_load
@@ -143,7 +143,7 @@ def routing_loss(layer: MoELayer, x_BSD, inputs: RouterInputs, dgate_TE, nll_BS)
     kept, ledger = routing, None
     if config.capacity_factor:
         places_B, factor = jnp.arange(B), config.capacity_factor
-        kept, ledger = capacity.drop(routing, places_B, factor, config)
+        kept, ledger = dropping.drop(routing, places_B, factor, config)
     used = (kept.gates_TK * dgate_TE[:, : kept.gates_TK.shape[1]]).sum()
     return loss + used, (load_E, kept.ids_TK, ledger)
 

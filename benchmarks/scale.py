@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import harness
-from dsmoe_jax import accounting
 from dsmoe_jax.config import Config, from_config_dict, replace
-from dsmoe_jax.parallel import planner, sharding
-from dsmoe_jax.parallel.chips import CHIPS
+from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.model import size
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.planning import planner
 from dsmoe_jax.training.step import TrainState, state_shapes
 
 CHIP_COUNTS = tuple(2**n for n in range(3, 13))
@@ -85,7 +86,7 @@ def costs(config: Config, chip: str, chips: int, name: str) -> list[Cost]:
     """All that fits in the memory of so many chips, the fastest first."""
     state, data = state_shapes(config), CHIPS[chip]
     dimensions = 3 if chip in ("v4", "v5p") else 2
-    flops = accounting.train_flops_per_token(config) * config.tokens_per_step
+    flops = size.train_flops_per_token(config) * config.tokens_per_step
     found = []
     for sizes in meshes(config, state, chips):
         with_dispatch = dispatched(config, name, sizes["expert"])
@@ -140,7 +141,7 @@ def table(config: Config, chip: str) -> str:
 def exchange_by_shards(config: Config, chip: str) -> dict[str, list[tuple[int, float]]]:
     """Seconds of exchange over seconds of compute by the size of the axis `expert`."""
     state, data = state_shapes(config), CHIPS[chip]
-    per_token = 4 / 3 * accounting.train_flops_per_token(config) / data.peak_flops
+    per_token = 4 / 3 * size.train_flops_per_token(config) / data.peak_flops
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in DISPATCHES}
     for name in DISPATCHES:
         p = 2

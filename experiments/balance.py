@@ -7,8 +7,8 @@ on when half of the steps are done, so that the recovery can be watched.  Router
 how they choose are in balanced_routers.py.  What came out is in docs/routers_and_losses.md.
 """
 
-from experiments import runner
-from experiments.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.study import runner
+from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
 
 NONE = {"model.moe.expert_balance_factor": 0.0}
 GLOBAL = {"model.moe.expert_balance_scope": "global_batch"}

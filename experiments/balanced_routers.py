@@ -8,8 +8,8 @@ the future, so its loss does not compare) and BASE (one expert of sixteen).  Los
 themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
 """
 
-from experiments import runner
-from experiments.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.study import runner
+from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
 
 
 def moe(**settings: object) -> dict[str, object]:

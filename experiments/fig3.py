@@ -5,8 +5,8 @@
 From GShard's 16 experts: one becomes shared, then all are cut in two, then in four.
 """
 
-from experiments import runner
-from experiments.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.study import runner
+from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
 
 ARMS = (
     Arm("0 + 16 (2)", "gshard_2b", paper_loss=1.867),

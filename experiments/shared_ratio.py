@@ -3,8 +3,8 @@
 python -m experiments.shared_ratio --scale=demo
 """
 
-from experiments import runner
-from experiments.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.study import runner
+from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
 
 ARMS = (
     Arm("1 + 63 (7)", "dsmoe_2b", "shared=1", paper_loss=1.808),

@@ -6,8 +6,8 @@ The same command continues after an interruption and skips what is finished; it 
 RESULTS/table1-SCALE/report.html.
 """
 
-from experiments import runner
-from experiments.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.study import runner
+from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
 
 TOP_1, TOP_2 = ("Hash Layer", "Switch"), ("GShard", "DeepSeekMoE")
 

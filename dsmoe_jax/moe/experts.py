@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe import blocked, native
-from dsmoe_jax.parallel.mesh import platform
+from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.moe.kernels import blocked, native
 
 
 class ExpertWeights(NamedTuple):

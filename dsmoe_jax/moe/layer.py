@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
-from dsmoe_jax.moe import capacity, dispatch, experts, losses, routers
-from dsmoe_jax.moe.router_stats import RouterStats, router_stats
+from dsmoe_jax.moe import dispatch, dropping, experts, losses, routers
+from dsmoe_jax.moe.report import RouterStats, router_stats
 from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
@@ -52,7 +52,7 @@ class MoELayer(nnx.Module):
         if not e:
             return
         router = routers.get_router(moe)
-        capacity.check_policies(moe, scored=router.learned)
+        dropping.check_policies(moe, scored=router.learned)
         dispatch.check_name(moe.dispatch)
         experts.get_backend(moe.expert_backend)
         terms = losses.active_terms(moe)
@@ -96,7 +96,7 @@ class MoELayer(nnx.Module):
         Returns:
           y_BSD, and the router's statistics (None without routed experts).
         """
-        moe = self.config if rng is not None else capacity.in_evaluation(self.config)
+        moe = self.config if rng is not None else dropping.in_evaluation(self.config)
         y_BSD, stats = None, None
         if moe.n_routed_experts:
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -116,7 +116,7 @@ class MoELayer(nnx.Module):
                 if replayed is not None and rng is None:
                     routing = routing._replace(ids_TK=replayed.ids, gates_TK=replayed.gates)
             kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
-            ledger, limit = capacity.ledger(kept.ids_TK, kept.ids_TK, len(x_BSD), moe), None
+            ledger, limit = dropping.ledger(kept.ids_TK, kept.ids_TK, len(x_BSD), moe), None
             if moe.capacity_factor:
                 kept, ledger, limit = drop(kept, sequence_B, moe)
             y_TD, exchange = self.routed(x_TD, kept, limit)
@@ -182,17 +182,17 @@ class MoELayer(nnx.Module):
 
 def drop(
     routing: Routing, sequence_B: jax.Array, config: MoEConfig
-) -> tuple[Routing, capacity.Ledger, int | None]:
+) -> tuple[Routing, dropping.Ledger, int | None]:
     """What the capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
 
     Buffers of fixed size need a limit for each shard of the mesh: there each drops for itself.
     """
     factor, b, t = config.capacity_factor, len(sequence_B), len(routing.ids_TK)
     if config.dispatch != "capacity":
-        return *capacity.drop(routing, sequence_B, factor, config), None
+        return *dropping.drop(routing, sequence_B, factor, config), None
     shards, devices = dispatch.token_shards(), dispatch.expert_devices()
-    kept, ledger = capacity.drop(routing, sequence_B, factor, config, shards)
-    return kept, ledger, capacity.most_kept((b // shards, t // b), factor, config, devices)
+    kept, ledger = dropping.drop(routing, sequence_B, factor, config, shards)
+    return kept, ledger, dropping.most_kept((b // shards, t // b), factor, config, devices)
 
 
 def nobody_computes_padding(routing: Routing, valid_BS: jax.Array, n_experts: int) -> Routing:

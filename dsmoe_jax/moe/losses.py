@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe.config import MoEConfig, Schedule
+from dsmoe_jax.config import MoEConfig, Schedule
 from dsmoe_jax.moe.types import Routing
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsmoe_jax.checks import require
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 
 

@@ -13,29 +13,28 @@ from typing import Any
 
 import jax
 
-from dsmoe_jax.accounting import train_flops_per_token
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.opening import check_same_corpus, open_corpus
+from dsmoe_jax.hardware.peak import peak_flops
+from dsmoe_jax.model.size import train_flops_per_token
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.progress import ProgressLine, Silent
-from dsmoe_jax.training import recording
-from dsmoe_jax.training import workdir as workdirs
-from dsmoe_jax.training.checkpoint import Checkpoints
+from dsmoe_jax.runs import routing_records
+from dsmoe_jax.runs import workdir as workdirs
+from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.runs.metrics_log import MetricsLog, NoLog, read_rows
 from dsmoe_jax.training.clock import DeviceClock
-from dsmoe_jax.training.hardware import peak_flops
+from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
-from dsmoe_jax.training.metrics import (
-    MetricsLog,
-    NoLog,
+from dsmoe_jax.training.optimizer import make_schedule
+from dsmoe_jax.training.rows import (
     RunningLoad,
     first_non_finite,
-    read_rows,
     shown,
     training_row,
     validation_row,
 )
-from dsmoe_jax.training.optimizer import make_schedule
-from dsmoe_jax.training.run import check_same_corpus, open_corpus, open_mesh
 from dsmoe_jax.training.stages import StageRun
 from dsmoe_jax.training.step import (
     StepMetrics,
@@ -127,7 +126,9 @@ class _Trainer:
         self.config, self.corpus, self.directory = config, corpus, directory
         self.line, self.interrupts = line, interrupts
         train = config.train
-        self.recorder, self.recording = recording.of_run(config, directory, corpus.fingerprint)
+        self.recorder, self.recording = routing_records.of_run(
+            config, directory, corpus.fingerprint
+        )
         self.checkpoints = Checkpoints(directory / workdirs.CHECKPOINTS, train.keep_checkpoints)
         self.log: MetricsLog | None = None
         self.running_load = RunningLoad()
@@ -199,7 +200,7 @@ class _Trainer:
         if self.recorder is not None:
             assert metrics.router is not None
             assert metrics.router.choice is not None
-            self.recorder.write(recording.TRAIN, step, metrics.router.choice)
+            self.recorder.write(routing_records.TRAIN, step, metrics.router.choice)
         assert self.log is not None
         train = self.config.train
         asked = step == 1 or step % train.log_every == 0
@@ -287,7 +288,7 @@ class _Trainer:
             if self.interrupts.signum is not None:
                 self._stop(step, state)
 
-        name = recording.validation_name(step)
+        name = routing_records.validation_name(step)
         return self.now.held_out.measure(state.params, state.other, stop_if_asked, name)
 
     def _non_finite(self, step: int, name: str, value: float) -> str:

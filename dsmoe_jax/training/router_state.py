@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsmoe_jax.checks import require
 from dsmoe_jax.config import Config
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.moe.layer import HashTable, RouterBias
 from dsmoe_jax.moe.routers.fixed import balanced_table
 

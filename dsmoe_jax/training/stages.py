@@ -12,7 +12,7 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.training.recording import TRAIN, Recorder, Recording
+from dsmoe_jax.runs.routing_records import TRAIN, Recorder, Recording
 from dsmoe_jax.training.step import abstract_model, jit_train_step
 
 

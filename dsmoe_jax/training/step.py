@@ -17,15 +17,15 @@ from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.moe import capacity, losses
-from dsmoe_jax.moe.router_stats import RouterStats
+from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.moe import dropping, losses
+from dsmoe_jax.moe.report import RouterStats
 from dsmoe_jax.moe.routers.policy import policy_loss
-from dsmoe_jax.nn.transformer import Transformer
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.parallel.mesh import platform
+from dsmoe_jax.runs.routing_records import replayed
 from dsmoe_jax.training import micro_batches, router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dsmoe_jax.training.recording import replayed
 
 # Without this a TPU computes nothing while tokens travel to their experts.
 _COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": True}}
@@ -91,7 +91,7 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
       ValueError: for a model that cannot be, or experts without room for the tokens of a step.
     """
     train = config.train
-    capacity.check_room(config.model.moe, config.tokens_per_step // train.accumulation_steps)
+    dropping.check_room(config.model.moe, config.tokens_per_step // train.accumulation_steps)
     key = jax.random.key(config.train.seed) if key is None else key
     return Transformer(config.model, rngs=nnx.Rngs(key))
 

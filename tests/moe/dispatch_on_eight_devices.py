@@ -28,10 +28,10 @@ from dispatch_product_on_eight_devices import (
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
-from dsmoe_jax.moe import capacity, dispatch, experts
+from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.moe import dispatch, dropping, experts
 from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
 from dsmoe_jax.moe.types import RouterInputs, Routing
-from dsmoe_jax.parallel.mesh import AXES
 
 EXPERT_8, DATA_2_EXPERT_4 = (1, 1, 8, 1), (2, 1, 4, 1)
 
@@ -143,7 +143,7 @@ def test_capacity_of_each_shard(policy):
             layer = nnx.merge(graph, params)
             routing = layer.route(x, RouterInputs(tokens.reshape(-1), valid.reshape(-1), rng))
             routing = nobody_computes_padding(routing, valid, E)
-            kept, ledger = capacity.drop(routing, jnp.arange(b), 0.8, moe, shards=8)
+            kept, ledger = dropping.drop(routing, jnp.arange(b), 0.8, moe, shards=8)
             weights = layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...]
             return dense_loop(x, kept, weights), (ledger, kept.ids_TK)
 
@@ -157,7 +157,7 @@ def test_capacity_of_each_shard(policy):
     jax.tree.map(close, (got, ledger), (expected, expected_ledger))
     assert ledger.dropped_E.sum() > 0
     on_device = (kept.reshape(8, -1, 1) // 2 == np.arange(4)).sum(axis=1)
-    assert on_device.max() <= capacity.most_kept((b // 8, s), 0.8, moe, 4)
+    assert on_device.max() <= dropping.most_kept((b // 8, s), 0.8, moe, 4)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe import dispatch, experts
-from dsmoe_jax.moe.config import MoEConfig
 from dsmoe_jax.moe.types import Routing
 
 T, D, F, E, K = 48, 8, 8, 8, 3

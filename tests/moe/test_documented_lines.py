@@ -9,7 +9,7 @@ import pytest
 
 import configs
 from dsmoe_jax.config import from_config_dict, replace
-from dsmoe_jax.moe import capacity, losses
+from dsmoe_jax.moe import dropping, losses
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.training.step import abstract_model
 
@@ -59,4 +59,4 @@ def test_nothing_is_left_out():
     assert routers - {None} == set(ROUTERS) - {"topk_softmax"}, "that one is the default"
     assert {f"model.moe.{name}_factor" for name in losses.BALANCE_TERMS} <= lines.keys()
     policies = {overrides(needed).get("model.moe.drop_policy") for _, needed, _ in rows}
-    assert policies - {None} == set(capacity.POLICIES) - {"position"}, "that one is the default"
+    assert policies - {None} == set(dropping.POLICIES) - {"position"}, "that one is the default"

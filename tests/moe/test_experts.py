@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.moe import blocked, experts, native
+from dsmoe_jax.moe import experts
 from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, run_experts
+from dsmoe_jax.moe.kernels import blocked, native
 
 FAST_BACKENDS = sorted(set(BACKENDS) - {"loop"})
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.moe.dispatch.local import group, local
-from dsmoe_jax.moe.native import rows
+from dsmoe_jax.moe.kernels.native import rows
 from dsmoe_jax.moe.types import Routing
 
 

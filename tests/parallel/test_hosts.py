@@ -15,7 +15,7 @@ import pytest
 from trainers import Launcher, Run, xla_flags
 
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.training.metrics import read_rows
+from dsmoe_jax.runs.metrics_log import read_rows
 
 A_MINUTE = 60
 NUMBERS = ("step", "loss", "total_loss", "grad_norm", "load", "validation_loss")

@@ -10,7 +10,7 @@ import yaml
 
 from configs import dsmoe_16b
 from dsmoe_jax.config import from_config_dict, replace
-from dsmoe_jax.parallel import planner
+from dsmoe_jax.planning import planner
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "launch").iterdir())

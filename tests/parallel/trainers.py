@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.training.metrics import read_rows
+from dsmoe_jax.runs.metrics_log import read_rows
 
 TINY = {
     "name": "tiny",
@@ -164,8 +164,8 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
     """What a forked process does."""
     from jax._src import cache_key
 
-    from dsmoe_jax import cli
-    from dsmoe_jax import train as command
+    from dsmoe_jax.commands import command_line
+    from dsmoe_jax.commands import train as command
 
     with open(says, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -175,4 +175,4 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None
     sys.argv = ["train", *arguments]
-    cli.run(command.main)
+    command_line.run(command.main)

@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config import Config, MoEConfig, replace
+from dsmoe_jax.config.mesh import AXES, MeshConfig
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import RouterInputs
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from dsmoe_jax.parallel.mesh import make_mesh
 
 B, S, D = 8, 12, 16
 SCOPES = ("sequence", "global_batch")

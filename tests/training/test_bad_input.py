@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from dsmoe_jax.data.opening import open_corpus
+from dsmoe_jax.runs.loading import load_run
+from dsmoe_jax.runs.workdir import claim, read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.run import load_run, open_corpus
-from dsmoe_jax.training.workdir import claim, read_config, read_evaluation
 
 
 def refused(message, call, *args, **kwargs):

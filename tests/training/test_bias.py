@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe.layer import RouterBias
-from dsmoe_jax.training.checkpoint import Checkpoints
+from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.training.step import abstract_state, init_state, make_train_step
 
 B, S, V, E, GAMMA = 4, 16, 64, 8, 0.01

@@ -6,9 +6,9 @@ import pytest
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.data.pipeline import train_batches
 from dsmoe_jax.moe.routers.fixed import balanced_table
+from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.router_state import make_hash_table
-from dsmoe_jax.training.run import load_run
 from dsmoe_jax.training.step import init_state
 
 HASH = {

@@ -18,12 +18,12 @@ from flax import nnx
 
 from dsmoe_jax.config import differences
 from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.runs.loading import load_run
+from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.workdir import read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
-from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.run import load_run
-from dsmoe_jax.training.workdir import read_config, read_evaluation
 
 # Rows of the same step of two runs differ in how fast they were, and in nothing else.
 SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}

@@ -9,10 +9,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from dsmoe_jax.config import Config, ModelConfig, replace
-from dsmoe_jax.moe.capacity import Ledger
 from dsmoe_jax.moe.dispatch import Exchange
-from dsmoe_jax.moe.router_stats import RouterStats
-from dsmoe_jax.training import metrics as m
+from dsmoe_jax.moe.dropping import Ledger
+from dsmoe_jax.moe.report import RouterStats
+from dsmoe_jax.runs import metrics_log as m
 from dsmoe_jax.training.step import StepMetrics
 
 

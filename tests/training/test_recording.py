@@ -15,10 +15,10 @@ from flax import nnx
 from benchmarks import recorded
 from dsmoe_jax.data.pipeline import validation_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.runs.loading import load_run
+from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.routing_records import MANIFEST, belongs_to, of_held_out
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.recording import MANIFEST, belongs_to, of_held_out
-from dsmoe_jax.training.run import load_run
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
 FIXED = {

@@ -11,12 +11,13 @@ import pytest
 from test_loop import assert_same_run
 
 from dsmoe_jax.config import Config, from_config_dict, replace, to_config_dict
+from dsmoe_jax.data.opening import open_corpus
 from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.runs.loading import load_run
+from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.metrics import read_rows
-from dsmoe_jax.training.run import load_run, open_corpus
 from dsmoe_jax.training.stages import StageRun
 
 S = 64

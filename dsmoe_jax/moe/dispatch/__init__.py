@@ -16,8 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe import native
-from dsmoe_jax.moe.config import MoEConfig
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.dispatch.expert_parallel import all_gather, all_to_all, capacity
 from dsmoe_jax.moe.dispatch.local import local
 from dsmoe_jax.moe.dispatch.on_mesh import (
@@ -28,6 +27,7 @@ from dsmoe_jax.moe.dispatch.on_mesh import (
     token_shards,
 )
 from dsmoe_jax.moe.experts import ExpertWeights
+from dsmoe_jax.moe.kernels import native
 from dsmoe_jax.moe.types import Routing
 
 __all__ = [

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.parallel.mesh import platform
+from dsmoe_jax.hardware.platform import platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

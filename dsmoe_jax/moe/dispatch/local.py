@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe.native import rows
+from dsmoe_jax.moe.kernels.native import rows
 from dsmoe_jax.moe.types import Routing, count_load
 
 # (rows_ND grouped by expert, group_sizes_E) -> rows_ND

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dsmoe_jax.moe.config import MoEConfig
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.dispatch.expert_parallel import distinct
 from dsmoe_jax.moe.experts import ExpertWeights
 from dsmoe_jax.moe.types import Routing, count_load

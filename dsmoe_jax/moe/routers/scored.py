@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe import native
+from dsmoe_jax.moe.kernels import native
 from dsmoe_jax.moe.types import RouterInputs, Routing
 
 SUB_EXPERTS = 4  # logits that the dynamic specialised router has for each expert

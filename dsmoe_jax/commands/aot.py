@@ -1,0 +1,150 @@
+"""Compiles the train step of a config for a TPU slice, without a TPU: does it fit, what does it
+send, how fast can it be?  A minute or two for any size of model.
+
+python -m dsmoe_jax.aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
+python -m dsmoe_jax.aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
+    --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
+python -m dsmoe_jax.aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
+
+The mesh is the config's; if that leaves it open, the planner's (dsmoe_jax.plan).  It needs
+pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error, with the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import flags
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.planning.ahead_of_time import Proof, prove
+
+command_line.define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6e, colon, shape.")
+_BUFFERS = flags.DEFINE_bool("buffers", False, "Also with exchange buffers for MaxVio 0, 1 and 4.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
+
+# Room for the busiest device at this MaxVio over devices -> model.moe.buffer_factor.
+BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": 0.0}
+
+
+def describe(proof: Proof) -> str:
+    """The proof as text."""
+    chip, roof = CHIPS[proof.chip], proof.roofline
+    shape = " x ".join(f"{axis} {n}" for axis, n in proof.sizes.items() if n > 1) or "one chip"
+    by = "chosen by dsmoe_jax.plan" if proof.planned else "from the config"
+    slow, fast = roof.mfu
+    lines = [
+        f"{proof.config.name} ({proof.config.scale}) on {proof.topology}, {proof.chips} chips",
+        f"mesh      {shape}, {proof.config.train.accumulation_steps} micro-batches; {by}",
+        f"memory    {proof.used:.2f} of {chip.hbm_gb} GB a chip: {_listing(proof.memory)};"
+        f" all gradients in float32 would be {proof.gradients:.2f}",
+        f"FLOPs     {proof.flops:.4g} a step (forward and backward, nothing recomputed)",
+        f"received  {sum(proof.collectives.values()):.2f} GB a chip and step:"
+        f" {_listing(proof.collectives) or 'nothing'}",
+        f"overlap   {_overlap(proof)}",
+        f"at least  compute {roof.compute:.3g} s, memory {roof.memory:.3g} s, network"
+        f" {roof.network:.3g} s a step",
+        f"estimate  {roof.overlapped:.3g} s (all of them at once, MFU {fast:.0%}) to"
+        f" {roof.serial:.3g} s (one after the other, MFU {slow:.0%})",
+        f"assumed   {chip.peak_flops / 1e12:.0f} TFLOP/s, HBM {chip.hbm_bandwidth / 1e9:.0f} GB/s,"
+        f" links {chip.link_bandwidth / 1e9:.0f} GB/s a chip, each fully used; ragged exchanges as"
+        " large as they can be; experts compute no padding; memory: only state and weights",
+        f"compiled  in {proof.seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _overlap(proof: Proof) -> str:
+    o = proof.overlap
+    if not o.exchanges:
+        return "no exchange of tokens in the program"
+    return (
+        f"of {o.exchanges} exchanges in the program {o.asynchronous} have a start and an end,"
+        f" {o.with_compute} of them with computation in between,"
+        f" {o.with_shared_experts} with the shared experts'"
+    )
+
+
+def _room(proof: Proof | str) -> str:
+    if isinstance(proof, str):
+        return proof
+    ragged = proof.collectives.get("ragged-all-to-all", 0.0)
+    return f"{proof.used:.2f} GB, ragged exchanges at most {ragged:.2f} GB"
+
+
+def _listing(costs: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gb:.2f}" for name, gb in costs.items())
+
+
+def as_json(proof: Proof) -> dict[str, Any]:
+    """The proof as JSON: GB, seconds, FLOPs."""
+    roof = proof.roofline
+    return {
+        "name": proof.config.name,
+        "scale": proof.config.scale,
+        "topology": proof.topology,
+        "chips": proof.chips,
+        "mesh": {axis: proof.sizes[axis] for axis in AXES},
+        "planned": proof.planned,
+        "accumulation_steps": proof.config.train.accumulation_steps,
+        "buffer_factor": proof.config.model.moe.buffer_factor,
+        "hbm_gb": CHIPS[proof.chip].hbm_gb,
+        "used_gb": proof.used,
+        "memory_gb": proof.memory,
+        "gradients_gb": proof.gradients,
+        "flops": proof.flops,
+        "collectives_gb": proof.collectives,
+        "overlap": proof.overlap._asdict(),
+        "roofline": {
+            "compute_s": roof.compute,
+            "memory_s": roof.memory,
+            "network_s": roof.network,
+            "step_s": [roof.overlapped, roof.serial],
+            "mfu": list(roof.mfu),
+        },
+        "compile_s": proof.seconds,
+    }
+
+
+def other_buffers(proof: Proof) -> Iterator[tuple[str, Proof | str]]:
+    """The same step with other room for the exchange; a sentence where it does not fit."""
+    for name, factor in BUFFERS.items():
+        if factor == proof.config.model.moe.buffer_factor:
+            yield name, proof
+            continue
+        moe = dataclasses.replace(proof.config.model.moe, buffer_factor=factor)
+        model = dataclasses.replace(proof.config.model, moe=moe)
+        try:
+            yield name, prove(dataclasses.replace(proof.config, model=model), proof.topology)
+        except ValueError as error:
+            yield name, str(error)
+
+
+def main() -> None:
+    """Runs the command."""
+    if not _TOPOLOGY.value:
+        raise ValueError("--topology: missing; for example --topology=v5p:4x4x4")
+    jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
+    proof = prove(command_line.config(), _TOPOLOGY.value)
+    report: dict[str, Any] = as_json(proof)
+    if not _JSON.value:
+        print(describe(proof), flush=True)
+    if _BUFFERS.value:
+        report["buffers"] = {}
+        for name, other in other_buffers(proof):
+            report["buffers"][name] = as_json(other) if isinstance(other, Proof) else other
+            if not _JSON.value:
+                print(f"buffers   {name}: {_room(other)}", flush=True)
+    if _JSON.value:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,119 @@
+"""Counts a model's parameters and FLOPs beside the figures of the DeepSeekMoE paper.
+
+python -m dsmoe_jax.count                                        every model of the paper
+python -m dsmoe_jax.count --config=configs/dsmoe_2b.py:demo      one model
+python -m dsmoe_jax.count --config=configs/dsmoe_16b.py:paper --json
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from absl import flags
+
+import configs
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.config import Config, from_config_dict
+from dsmoe_jax.model import size
+
+command_line.define_config()
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+_ALL = flags.DEFINE_bool("all", False, "Every model of the paper (the default without --config).")
+
+QUANTITIES = {
+    "total": "total",
+    "activated": "activated",
+    "expert_total": "experts",
+    "expert_activated": "experts act.",
+    "flops_per_sequence": "FLOPs/sequence",
+}
+
+
+def report(config: Config) -> dict[str, Any]:
+    """The figures of a config; under "paper" those that the paper prints of this very model."""
+    figures = size.account(config)
+    return {
+        "name": config.name,
+        "scale": config.scale,
+        **figures,
+        "sequence_length": config.data.sequence_length,
+        "train_flops_per_token": size.train_flops_per_token(config),
+        "state_bytes": size.state_bytes(int(figures["total"])),
+        "paper": {key: size.printed(text) for key, text in _paper(config).items()},
+    }
+
+
+def _paper(config: Config) -> dict[str, str]:
+    """What the paper prints; nothing for another scale or after an override of a size."""
+    if config.scale != "paper" or config.name not in size.PAPER:
+        return {}
+    original = from_config_dict(configs.load(config.name))
+    same = config.model == original.model
+    same &= config.data.sequence_length == original.data.sequence_length
+    return size.PAPER[config.name] if same else {}
+
+
+def table(some: list[Config]) -> str:
+    """One line a model; each figure as "ours / the paper's", with notes below."""
+    rows, notes = [["model", *QUANTITIES.values()]], []
+    for config in some:
+        figures, paper = size.account(config), _paper(config)
+        row = [config.name + (f":{config.scale}" if config.scale != "paper" else "")]
+        for key in QUANTITIES:
+            cell = _short(figures[key])
+            if key in paper:
+                cell += f" / {paper[key]}"
+                off = size.deviation(figures[key], paper[key])
+                if off:
+                    cell += f" ({off:+.2%})"
+                if (config.name, key) in size.IRREPRODUCIBLE:
+                    cell += " !"
+                    reason = size.IRREPRODUCIBLE[config.name, key]
+                    notes.append(f"! {config.name}, {key}: not reproducible. {reason}.")
+            row.append(cell)
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if any(_paper(config) for config in some):
+        notes.insert(0, "ours / as the paper prints it (how far outside those digits, if at all)")
+    return "\n".join([*lines, "", *notes]).rstrip()
+
+
+def _short(value: float) -> str:
+    for unit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:#.4g}".rstrip(".") + letter
+    return f"{value:.4g}"
+
+
+def details(config: Config) -> str:
+    """What the paper does not print: bytes of training state, and FLOPs at the widths used."""
+    state = size.state_bytes(size.parameters_by_formula(config.model).total)
+    gb = {key: f"{value / 1e9:.3g} GB" for key, value in state.items()}
+    return (
+        f"Training state (float32): parameters {gb['parameters']}, optimizer {gb['optimizer']},"
+        f" gradients {gb['gradients']}\n"
+        f"Training FLOPs per token at the widths used:"
+        f" {_short(size.train_flops_per_token(config))}"
+    )
+
+
+def main() -> None:
+    everything = _ALL.value or command_line.FLAGS.config is None
+    names = list(size.PAPER) if everything else []
+    some = [from_config_dict(configs.load(name)) for name in names] or [command_line.config()]
+    if _JSON.value:
+        reports = [report(config) for config in some]
+        print(json.dumps(reports if everything else reports[0], indent=2))
+    else:
+        print(table(some))
+        if not everything:
+            print(details(some[0]))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,94 @@
+r"""Measures a trained run on held-out text: nats per token and bits per byte, by domain.
+
+python -m dsmoe_jax.evaluate --workdir=runs/dsmoe
+python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
+
+The routing can be written down and replayed by the experts of another step or run:
+
+python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
+python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 \
+    --replay_routing=routing/validation-00000400
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from flax import nnx
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.moe import dropping
+from dsmoe_jax.progress import ProgressLine
+from dsmoe_jax.runs import routing_records
+from dsmoe_jax.runs.loading import Run, load_run
+
+command_line.define_mesh()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at once.", lower_bound=1)
+_MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "Stop early; 0 is all.", lower_bound=0)
+_RECORD_ROUTING = flags.DEFINE_string(
+    "record_routing", None, "Write which experts every token went to in this new directory."
+)
+_REPLAY_ROUTING = flags.DEFINE_string(
+    "replay_routing", None, "Take the recorded routing of this folder, DIRECTORY/validation-..."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+
+
+def main() -> None:
+    """Runs the command."""
+    if not _WORKDIR.value:
+        raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
+    with jax.set_mesh(command_line.mesh()):
+        run = load_run(_WORKDIR.value, _STEP.value)
+        tokens = _BATCH_SIZE.value * run.config.data.sequence_length
+        dropping.check_room(run.config.model.moe, tokens)
+        graph, params, other = nnx.split(run.model, nnx.Param, ...)
+        recorder, replayed, name = _routing(run)
+        batches = _BATCH_SIZE.value, _MAX_BATCHES.value
+        held_out = HeldOut(graph, run.corpus, *batches, recorder, replayed)
+        line = ProgressLine(run.config.name, held_out.n_batches)
+        result = {"step": run.step} | held_out.measure(params, other, line.update, name)
+    line.close()
+    print(json.dumps(result) if _JSON.value else table(result))
+
+
+def _routing(
+    run: Run,
+) -> tuple[routing_records.Recorder | None, routing_records.Recording | None, str]:
+    """Where the routing goes to, where it comes from, and the name of the pass there."""
+    directory, folder = _RECORD_ROUTING.value, _REPLAY_ROUTING.value
+    fingerprint = run.corpus.fingerprint
+    if directory and folder:
+        raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
+    if folder:
+        config = run.config.stage_of(run.step).config
+        return None, *routing_records.of_held_out(folder, config, fingerprint)
+    recorder = None
+    if directory:
+        if Path(directory).exists():
+            raise ValueError(f"--record_routing={directory}: exists already; name a new directory")
+        belongs = routing_records.belongs_to(run.config, fingerprint)
+        recorder = routing_records.Recorder(Path(directory), belongs)
+    replayed = routing_records.for_held_out(run.config, fingerprint)
+    return recorder, replayed, routing_records.validation_name(run.step)
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line a domain, the whole last."""
+    width = max(len(name) for name in (*result["domains"], "all"))
+    lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
+    for name, row in [*result["domains"].items(), ("all", result)]:
+        numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
+        lines.append(f"{name:{width}}  {numbers}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

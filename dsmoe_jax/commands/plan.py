@@ -1,0 +1,48 @@
+"""Proposes a mesh for a model on so many chips, and says what it costs; refuses what cannot fit.
+
+python -m dsmoe_jax.plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64
+python -m dsmoe_jax.plan --config=configs/dsmoe_145b.py --chip=h100 --chips=512 --json
+python -m dsmoe_jax.plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64 \\
+    --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.accumulation_steps=36
+
+A mesh in the config is examined instead of proposing one.  It is arithmetic and takes seconds;
+activations are an estimate.  What the compiler really allocates, `python -m dsmoe_jax.aot` says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from absl import flags
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.config.mesh import MeshConfig
+from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.planning import planner
+from dsmoe_jax.planning.plan_report import describe
+
+command_line.define_config()
+_CHIP = flags.DEFINE_string("chip", None, f"One of {', '.join(CHIPS)}.")
+_CHIPS = flags.DEFINE_integer("chips", None, "How many.", lower_bound=1)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
+
+
+def main() -> None:
+    """Runs the command."""
+    config, chip, chips = command_line.config(), _CHIP.value, _CHIPS.value
+    if chip is None or chips is None:
+        missing = "chip" if chip is None else "chips"
+        raise ValueError(f"--{missing}: missing; for example --chip=v5p --chips=64")
+    if config.mesh == MeshConfig():
+        plan, plans = planner.propose(config, chip, chips)
+    else:
+        plan, plans = planner.examine(config, chip, chips), []
+    if _JSON.value:
+        print(json.dumps(dataclasses.asdict(plan)))
+    else:
+        print(describe(config, plan, plans, chip))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

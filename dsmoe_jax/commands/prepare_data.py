@@ -1,0 +1,79 @@
+"""Prepares a corpus: fetches or reads text, trains a tokenizer, packs sequences.
+
+python -m dsmoe_jax.prepare_data --corpus=demo --out=DIR --vocab_size=4096 --sequence_length=256
+python -m dsmoe_jax.prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 \\
+    --sequence_length=2048
+
+Training does this by itself where it has to; prepared here, a corpus can be shared and looked at.
+`--config.data.corpus=DIR` trains on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.data import sources
+from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.prepare import DEFAULT_MAX_BYTES, prepare
+
+_CORPUS = flags.DEFINE_string(
+    "corpus",
+    None,
+    "demo (downloads 70 MB), stdlib (no download), or a path: .txt, .jsonl (text, optional"
+    " domain), .parquet, a directory of them, a saved Hugging Face dataset.",
+)
+_OUT = flags.DEFINE_string("out", None, "Directory to make; never overwritten.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens, special ones included.")
+_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", None, "Inputs of a sequence.")
+_DOMAINS = flags.DEFINE_list(
+    "domains",
+    None,
+    f"The domains to take.  Of demo: {', '.join(sources.DEMO)}; and only when named:"
+    f" {', '.join(sources.EXTRA)}.  Of stdlib: {', '.join(sources.STDLIB)}.",
+)
+_MAX_BYTES = flags.DEFINE_integer(
+    "max_bytes_per_domain",
+    None,
+    "Cap on the text of a domain; by default "
+    + ", ".join(f"{size:,} ({name})" for name, size in DEFAULT_MAX_BYTES.items())
+    + ", and no cap on your own text.",
+)
+
+
+def main() -> None:
+    """Runs the command."""
+    corpus = prepare(
+        _given(_CORPUS, "demo"),
+        _given(_OUT, "DIR"),
+        _given(_VOCAB_SIZE, 4096),
+        _given(_SEQUENCE_LENGTH, 256),
+        _DOMAINS.value or None,
+        _MAX_BYTES.value,
+    )
+    _print_table(corpus)
+
+
+def _given(flag: flags.FlagHolder, example: object) -> Any:
+    if flag.value is None:
+        raise ValueError(f"--{flag.name}: missing; for example --{flag.name}={example}")
+    return flag.value
+
+
+def _print_table(corpus: Corpus) -> None:
+    """What the corpus holds, a line per domain."""
+    print(f"{'domain':<16}{'documents':>11}{'train MB':>10}{'train tokens':>14}{'held out':>11}")
+    for domain in corpus.manifest["domains"]:
+        print(
+            f"{domain['name']:<16}{sum(domain['documents'].values()):>11}"
+            f"{domain['bytes']['train'] / 1e6:>10.2f}{domain['tokens']['train']:>14}"
+            f"{domain['tokens']['validation']:>11}"
+        )
+    train, validation = (corpus.num_records(split) for split in ("train", "validation"))
+    print(f"{train} training and {validation} validation sequences in {corpus.directory}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

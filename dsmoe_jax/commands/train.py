@@ -1,0 +1,50 @@
+"""Trains a model, or goes on with a run that was interrupted: the same command does both.
+
+python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=runs/dsmoe
+python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=runs/wide \\
+    --config.model.moe.n_shared_experts=2
+
+The workdir then holds config.json, metrics.jsonl (one row a logged step), checkpoints/,
+tensorboard/ and, when the run is finished, evaluation.json.  SIGTERM and Ctrl-C save first.
+
+On several hosts the same command is started once a host, with a workdir that all of them see.
+Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
+for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.hardware.host_memory import keep_freed_memory
+from dsmoe_jax.parallel import hosts
+from dsmoe_jax.training.loop import train
+
+command_line.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "Join the processes on other hosts; by default if Slurm or GKE say so."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process.", lower_bound=0)
+
+
+def main() -> None:
+    """Runs the command."""
+    if not _WORKDIR.value:
+        raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
+    keep_freed_memory()
+    hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
+    result = train(command_line.config(), _WORKDIR.value)
+    held_out = result.evaluation
+    if hosts.is_first():
+        print(
+            f"step {result.step}: held-out loss {held_out['loss']:.4f} nats per token,"
+            f" {held_out['bits_per_byte']:.4f} bits per byte"
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,96 @@
+"""From the section `data` of a config to its corpus, prepared now if it is not yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+from dsmoe_jax.config import DataConfig
+from dsmoe_jax.data import user_files
+from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
+from dsmoe_jax.data.prepare import RECIPE, prepare
+from dsmoe_jax.hardware.caches import cache_directory
+
+BUILT_IN = ("demo", "stdlib")
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus of a config; one that is not prepared yet is prepared now, in the cache.
+
+    Raises:
+      ValueError: naming the key, if there is no such corpus or it does not fit the config.
+    """
+    name = config.corpus
+    if not name:
+        raise ValueError(
+            "data.corpus='': must be 'demo', 'stdlib', a file or directory of text, or a corpus"
+            " prepared from it"
+        )
+    path = Path(name).expanduser()
+    if name not in BUILT_IN and not path.exists():
+        raise ValueError(f"data.corpus={name!r}: no such file or directory, nor one of {BUILT_IN}")
+    if name not in BUILT_IN and (path / MANIFEST).is_file():
+        corpus = load_corpus(path)
+        _check_prepared(config, corpus)
+        return corpus
+    source = name if name in BUILT_IN else os.path.abspath(path)
+    return prepare(
+        source,
+        _prepared_directory(config, source),
+        config.tokenizer_vocab_size,
+        config.sequence_length,
+        config.domains or None,
+    )
+
+
+def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
+    """A prepared corpus has its sizes already: they must be the config's."""
+    if corpus.sequence_length != config.sequence_length:
+        raise ValueError(
+            f"data.sequence_length={config.sequence_length}: the corpus {corpus.directory} is"
+            f" packed for {corpus.sequence_length}"
+        )
+    if corpus.vocab_size > config.tokenizer_vocab_size:
+        raise ValueError(
+            f"data.tokenizer_vocab_size={config.tokenizer_vocab_size}: the corpus"
+            f" {corpus.directory} has {corpus.vocab_size} tokens"
+        )
+    if config.domains and set(config.domains) != set(corpus.domains):
+        raise ValueError(
+            f"data.domains={config.domains}: the corpus {corpus.directory} has {corpus.domains};"
+            " leave data.domains empty for a prepared corpus"
+        )
+
+
+def _prepared_directory(config: DataConfig, source: str) -> Path:
+    """Where in the cache: a name for people, and a hash of all that decides the content."""
+    content = (
+        platform.python_version() if source in BUILT_IN else user_files.fingerprint(Path(source))
+    )
+    key = [
+        RECIPE,
+        source,
+        content,
+        config.tokenizer_vocab_size,
+        config.sequence_length,
+        config.domains,
+    ]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    return cache_directory() / "corpora" / f"{Path(source).stem}-{digest}"
+
+
+def check_same_corpus(corpus: Corpus, fingerprint: str) -> None:
+    """Refuses to go on with other data than a checkpoint was made with.
+
+    Raises:
+      ValueError: if the corpus has changed.
+    """
+    if corpus.fingerprint != fingerprint:
+        raise ValueError(
+            f"data.corpus: {corpus.directory} has changed since the checkpoint was made"
+            f" (fingerprint {corpus.fingerprint[:12]}, then {fingerprint[:12]});"
+            " bring the old text back or start in another workdir"
+        )

@@ -1,0 +1,277 @@
+"""Compiles the train step for a TPU slice that is not there, and says what it needs.
+
+The program is the one that `dsmoe_jax.train` runs: forward, backward, optimizer, dispatch.  Only
+its arrays are missing: shapes with shardings on the devices of the slice's description.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.config.mesh import MeshConfig
+from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
+from dsmoe_jax.model import size
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.planning import hlo, planner
+from dsmoe_jax.training.devices import open_mesh
+from dsmoe_jax.training.step import TrainState, abstract_state, jit_train_step
+
+_COMPUTE = 2  # bytes: what is computed with is bfloat16
+# Float32: parameter and two moments read and written, gradient written and read.
+_STATE_TRAFFIC = 32
+# libtpu wants to know what machine it is on, complains if it finds none, and lets one process use
+# its TPUs, of which there are none.
+_NO_TPU_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# What the compiler says early, of temporaries alone, and what it says at the end.
+_OUT_OF_MEMORY = re.compile(
+    r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w) hbm"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that a step takes a chip at least, for each of its three resources.
+
+    compute  the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included
+    memory   at least: the state once, gradients once a micro-batch, the weights once a pass
+    network  what the program's collectives bring, at the bandwidth of all links together
+    """
+
+    compute: float
+    memory: float
+    network: float
+    model_compute: float  # the part of `compute` that MFU counts
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of a step in which the three overlap perfectly."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step in which nothing overlaps."""
+        return self.compute + self.memory + self.network
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs utilisation, with no overlap and with perfect overlap."""
+        return self.model_compute / self.serial, self.model_compute / self.overlapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the compiler says of a train step.
+
+    Attributes:
+      config: as compiled.
+      topology, chip, chips: of the slice.
+      sizes: of the mesh's axes.
+      planned: whether the planner chose them.
+      memory: GB of one chip by category; they add up to what the program allocates.
+      gradients: GB of one chip's part of the gradients, float32, if they are all there at once.
+      flops: of a step, by our accounting.
+      collectives: GB that a chip receives in a step, by kind.
+      overlap: of exchange and computation.
+      seconds: that lowering and compiling took.
+    """
+
+    config: Config
+    topology: str
+    chip: str
+    chips: int
+    sizes: dict[str, int]
+    planned: bool
+    memory: dict[str, float]
+    gradients: float
+    flops: float
+    collectives: dict[str, float]
+    overlap: hlo.Overlap
+    roofline: Roofline
+    seconds: float
+
+    @property
+    def used(self) -> float:
+        """GB of one chip."""
+        return sum(self.memory.values())
+
+
+def slice_devices(topology: str) -> tuple[str, list[Any]]:
+    """The chip's name and the devices of a TPU slice, `CHIP:AxB` or `CHIP:AxBxC`, without a TPU.
+
+    Raises:
+      ValueError: for what is no slice, or if libtpu is missing.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
+    if match is None or match[1] not in TPUS:
+        raise ValueError(
+            f"--topology={topology}: must be one of {', '.join(TPUS)}, a colon, and the shape of"
+            " the slice in chips: v5e:4x4, v5p:4x4x4"
+        )
+    if find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology={topology}: libtpu, which compiles for TPUs, is not installed; it needs"
+            " no TPU: pip install 'dsmoe_jax[tpu]'"
+        )
+    os.environ.update(_NO_TPU_MACHINE)
+    # The two cores of a v4 work as one device; otherwise the description has both.
+    cores = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+    except Exception as error:
+        raise ValueError(f"--topology={topology}: no such slice: {_line(error)}") from None
+    return match[1], list(found.devices)
+
+
+def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh, bool]:
+    """The mesh of a config, or the planner's if the config leaves it open.
+
+    Returns:
+      The config, with the mesh and the number of micro-batches that are used; the mesh; whether
+      the planner chose them.
+
+    Raises:
+      ValueError: if the mesh does not divide devices, model or batch, or if no mesh fits.
+    """
+    planned = config.mesh == MeshConfig()
+    if planned:
+        plan, _ = planner.propose(config, chip, len(devices))
+        train = dataclasses.replace(config.train, accumulation_steps=plan.accumulation_steps)
+        config = dataclasses.replace(config, mesh=MeshConfig(**plan.sizes), train=train)
+    return config, open_mesh(config, devices), planned
+
+
+def prove(config: Config, topology: str) -> Proof:
+    """Compiles the train step of a config for a TPU slice.
+
+    Raises:
+      ValueError: for a slice or mesh that cannot be, or a program that does not fit, with numbers.
+    """
+    chip, devices = slice_devices(topology)
+    config, mesh, planned = lay_out(config, chip, devices)
+    with jax.set_mesh(mesh):
+        state, batch = abstract_state(config), abstract_batch(config, mesh)
+        step: Any = jit_train_step(config, np.ones(config.model.vocab_size, np.int32))
+        start = time.perf_counter()
+        kernels = contextlib.nullcontext()
+        if config.model.moe.expert_backend == "tokamax":  # picks its kernels by this
+            kernels = jax.default_device(devices[0])
+        with kernels:
+            lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
+        compiled = _compile(lowered, f"{config.name} on {topology}", config, dict(mesh.shape))
+        seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    collectives = hlo.by_kind(hlo.traffic(text))
+    flops = size.train_flops_per_token(config) * config.tokens_per_step
+    return Proof(
+        config=config,
+        topology=topology,
+        chip=chip,
+        chips=len(devices),
+        sizes=dict(mesh.shape),
+        planned=planned,
+        memory=_memory(compiled.memory_analysis(), state, batch),
+        gradients=local_bytes(state.params) / 1e9,
+        flops=flops,
+        collectives=collectives,
+        overlap=hlo.overlap(text),
+        roofline=roofline(config, state.params, mesh, CHIPS[chip], sum(collectives.values())),
+        seconds=seconds,
+    )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """The shapes of a global batch with their shardings."""
+    shape = (config.train.global_batch_size, config.data.sequence_length)
+    split = sharding.batch_sharding(mesh)
+    array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=split)  # noqa: E731
+    return Batch(
+        tokens_BS=array(jnp.int32),
+        targets_BS=array(jnp.int32),
+        segment_ids_BS=array(jnp.int32),
+        positions_BS=array(jnp.int32),
+        loss_mask_BS=array(jnp.float32),
+    )
+
+
+def _compile(lowered: Any, what: str, config: Config, sizes: dict[str, int]) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            raise
+        used, hbm = (group for group in found.groups() if group)
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{what}: does not fit: the step needs {used}iB of the {hbm}iB of a chip, on the"
+            f" mesh {shape or 'of one chip'} with {config.train.accumulation_steps} micro-batches"
+            " (train.accumulation_steps); take more of them, another mesh, or more chips"
+        ) from None
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of one chip's shards of all arrays of a tree."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]:
+    """GB of one chip: what we know of the arguments, and what the compiler adds."""
+    known = {
+        "parameters": local_bytes(state.params),
+        "moments": local_bytes(state.opt_state),
+        "batch": local_bytes(batch) + local_bytes((state.step, state.other)),
+    }
+    categories = {
+        **known,
+        "padding of the above": allocated.argument_size_in_bytes - sum(known.values()),
+        "gradients and temporaries": allocated.temp_size_in_bytes,
+        "metrics": allocated.output_size_in_bytes - allocated.alias_size_in_bytes,
+        "program": allocated.generated_code_size_in_bytes,
+    }
+    return {name: size / 1e9 for name, size in categories.items()}
+
+
+def roofline(config: Config, params: Any, mesh: Mesh, chip: Chip, received_gb: float) -> Roofline:
+    """The bounds of a step, see `Roofline`; of what a chip receives in one, `received_gb`."""
+    tokens, n_micro = config.tokens_per_step / mesh.size, config.train.accumulation_steps
+    model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
+    passes = 3 if config.model.remat == "full" else 2  # forward, again, backward
+    local, in_use = local_bytes(params) / 4, 0.0
+    for path, x in jax.tree.leaves_with_path(params):
+        letters = sharding.axes_of(path, x.shape)
+        axes = {axis for axes in sharding.split(letters) for axis in axes}
+        axes &= {"tensor", "expert" if "E" in letters else "tensor"}  # FSDP gathers from the rest
+        in_use += x.size / math.prod(mesh.shape[axis] for axis in axes)
+    moved = _STATE_TRAFFIC * local + n_micro * (8 * local + passes * _COMPUTE * in_use)
+    return Roofline(
+        compute=model_compute * (4 / 3 if config.model.remat == "full" else 1),
+        memory=moved / chip.hbm_bandwidth,
+        network=received_gb * 1e9 / chip.link_bandwidth,
+        model_compute=model_compute,
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

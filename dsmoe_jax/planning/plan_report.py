@@ -1,0 +1,51 @@
+"""A plan in words: what it is, what it costs, and why no other."""
+
+from __future__ import annotations
+
+import math
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.planning import planner
+from dsmoe_jax.training.step import state_shapes
+
+
+def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip: str) -> str:
+    """The plan in a few lines: flags, memory, traffic, and what each axis is good for."""
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
+    flags.append(f"--config.train.accumulation_steps={plan.accumulation_steps}")
+    chips, hbm = math.prod(plan.sizes.values()), CHIPS[chip].hbm_gb
+    limit = planner.USABLE * hbm
+    lines = [
+        f"{config.name} on {chips} {chip}: {planner.shape(plan.sizes)},"
+        f" micro-batches {plan.accumulation_steps}",
+        f"flags    {' '.join(flags)}",
+        f"memory   {plan.used:.1f} of {hbm} GB a chip: {planner.listing(plan.memory)}",
+        f"traffic  {plan.moved:.1f} GB a chip and step: {planner.listing(plan.traffic) or 'none'}",
+    ]
+    if not plans:
+        return "\n".join([*lines, "why      it is the mesh of the config"])
+    lines.append(
+        f"why      it moves the fewest bytes of the meshes that take at most {limit:.1f} GB"
+    )
+    lines += [f"         {_instead(config, axis, plan, plans, limit)}" for axis in AXES]
+    return "\n".join(lines)
+
+
+def _instead(
+    config: Config, axis: str, plan: planner.Plan, plans: list[planner.Plan], limit: float
+) -> str:
+    """What the best mesh would cost that uses an axis which the plan does not, or the reverse."""
+    change = f"without {axis}" if plan.sizes[axis] > 1 else f"with {axis}"
+    others = [p for p in plans if (p.sizes[axis] > 1) != (plan.sizes[axis] > 1)]
+    if not others:
+        sizes, divided = planner.possible(config, state_shapes(config), axis)
+        can_be = ", ".join(map(str, sizes))
+        return f"{change}: no such mesh; it must divide {', '.join(divided)}, so can be {can_be}"
+    fitting = [p for p in others if p.used <= limit]
+    if not fitting:
+        least = min(others, key=lambda p: p.used)
+        return f"{change}: does not fit, at least {least.used:.1f} GB a chip"
+    best = min(fitting, key=lambda p: (p.moved, p.used))
+    return f"{change}: {best.moved:.1f} GB of traffic ({planner.shape(best.sizes)})"

@@ -1,0 +1,103 @@
+"""Draws the load of every expert over training, and MaxVio, layer by layer, of any runs.
+
+python -m experiments.load_over_training --workdir=runs/dsmoe --out=load.png
+python -m experiments.load_over_training --workdir=runs/without --workdir=runs/with --out=load.svg
+
+Reads metrics.jsonl; a run may still be going on.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.report.style import WIDTH, load_bar, load_map, styled
+from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.summaries import maxvio
+from dsmoe_jax.study.results import Loads, loads_of
+
+STRETCHES = 24  # columns of a heat map
+
+
+def draw(runs: Mapping[str, Loads]) -> Figure:
+    """A column a run: a heat map (experts over training) a layer, and below MaxVio of all layers.
+
+    Args:
+      runs: by title, of which the last two parts of a path are shown.
+    """
+    n_layers = max(run.load_SLE.shape[1] for run in runs.values())
+    panel = min(0.4 + 0.014 * max(run.load_SLE.shape[2] for run in runs.values()), 1.4)
+    height = 0.95 + panel * n_layers + 1.0
+    figure = Figure(figsize=(WIDTH, height), dpi=200)
+    panels = figure.subplots(
+        n_layers + 1, len(runs), sharex="col", squeeze=False,
+        gridspec_kw={"height_ratios": [panel] * n_layers + [1.0]},
+    )  # fmt: skip
+    image = None
+    for column, (title, run) in zip(panels.T, runs.items(), strict=True):
+        column[0].set_title("/".join(title.split("/")[-2:]), loc="left", pad=3)
+        for layer, ax in enumerate(column[:-1]):
+            if layer < run.load_SLE.shape[1]:
+                image = _heat_map(ax, run.tokens_S, run.load_SLE[:, layer])
+            else:
+                ax.set_axis_off()
+        _violations(column[-1], run)
+    top = max(ax.get_ylim()[1] for ax in panels[-1])
+    for ax in panels[-1]:
+        ax.set_ylim(0, top)
+        ax.label_outer()
+    for layer, ax in enumerate(panels[:-1, 0]):
+        ax.set_ylabel(f"layer {layer + 1}")
+    panels[-1, 0].set_ylabel("MaxVio")
+    figure.supxlabel("tokens trained on", fontsize="medium", y=0.04 / height)
+    figure.subplots_adjust(0.13, 0.46 / height, 0.86, 1 - 0.24 / height, 0.3, 0.2)
+    assert image is not None
+    load_bar(figure, image, (0.885, 0.5, 0.022, 0.3)).ax.set_title("load", pad=5)
+    return figure
+
+
+def _heat_map(ax, tokens_S: np.ndarray, load_SE: np.ndarray):
+    """A cell is the mean over a stretch of logged steps: a column a step would be too thin."""
+    stretches = np.array_split(np.arange(len(tokens_S)), min(len(tokens_S), STRETCHES))
+    mean_SE = np.array([load_SE[steps].mean(axis=0) for steps in stretches])
+    ends_S = np.array([tokens_S[steps[-1]] for steps in stretches])
+    edges = np.append(0.0, ends_S), np.arange(load_SE.shape[1] + 1) + 0.5
+    return load_map(ax, *edges, mean_SE.T)
+
+
+def _violations(ax, run: Loads) -> None:
+    n_layers = run.load_SLE.shape[1]
+    maxvio_SL = np.array([maxvio(load_LE) for load_LE in run.load_SLE])
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1.0, n_layers))
+    for maxvio_S, shade in zip(maxvio_SL.T, shades, strict=True):
+        ax.plot(run.tokens_S, maxvio_S, color=shade, lw=0.9)
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def main() -> None:
+    """Runs the command."""
+    if not _WORKDIR.value or not _OUT.value:
+        raise ValueError("--workdir, --out: both are needed, for example --out=load.png")
+    if pathlib.Path(_OUT.value).exists():
+        raise ValueError(f"--out={_OUT.value}: exists already; name a new file")
+    runs = {workdir: loads_of(read_rows(workdir)) for workdir in _WORKDIR.value}
+    for name, run in runs.items():
+        if run is None:
+            raise ValueError(f"--workdir={name}: no row of metrics.jsonl has a load")
+    with styled():
+        draw({name: run for name, run in runs.items() if run is not None}).savefig(_OUT.value)
+    print(_OUT.value)
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_multi_string("workdir", [], "Directory of a run; may be repeated.")
+    _OUT = flags.DEFINE_string("out", None, "Picture to write: .png, .svg or .pdf.")
+    command_line.run(main)

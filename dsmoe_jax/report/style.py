@@ -1,0 +1,146 @@
+"""How the pictures of a report look: colours, type, axes, and names at the ends of lines.
+
+Colours come from `PALETTE` alone: the report swaps them in the dark.  The arms' colours were chosen
+so that they stay apart for colour-blind readers; markers differ as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from dsmoe_jax.study.results import Comparison
+from dsmoe_jax.study.spec import Arm
+
+# Each colour by day and by night.
+PALETTE = {
+    "#4a4a4a": "#d0d0d0",
+    "#2e93d1": "#4fa8e8",
+    "#12a383": "#1fb596",
+    "#3b3b98": "#8a86f5",
+    "#d1440c": "#ff6a3d",
+    "#b08a00": "#e0c23c",
+    "#c05a9b": "#e58cc6",
+    "#202124": "#e8e6e1",  # text
+    "#73716c": "#a19e97",  # axes
+    "#e4e1da": "#35373c",  # grid
+}
+ARM_COLOURS, (INK, AXIS, GRID) = list(PALETTE)[:7], list(PALETTE)[7:]
+MARKERS = "os^DvPX"
+STYLE = {
+    "font.size": 8.5,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.6,
+    "grid.color": GRID,
+    "axes.edgecolor": AXIS,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",  # text stays text, in the reader's font
+    "svg.hashsalt": "dsmoe_jax",  # the same numbers give the same file
+}
+WIDTH = 4.5  # inches: a picture is as wide as a phone and half as wide as a page
+
+
+def styled() -> contextlib.AbstractContextManager[None]:
+    """Within it figures are drawn and saved in this style, whatever the user's own settings."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})  # pyright: ignore
+
+
+def colour(comparison: Comparison, arm: Arm) -> str:
+    """The same colour for an arm in every picture, also when only some arms are shown."""
+    return ARM_COLOURS[comparison.experiment.arms.index(arm) % len(ARM_COLOURS)]
+
+
+def marker(comparison: Comparison, arm: Arm) -> str:
+    return MARKERS[comparison.experiment.arms.index(arm) % len(MARKERS)]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over the last twentieth of all values; shorter at the beginning."""
+    window = max(len(values) // 20, 1)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def axes(
+    height: float = 3.1, left: float = 0.15, right: float = 0.97, top_lines: int = 0
+) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height))
+    ax = figure.subplots()
+    figure.subplots_adjust(left, 0.46 / height, right, 1 - (0.08 + 0.26 * top_lines) / height)
+    return figure, ax
+
+
+def token_axis(ax: Axes) -> None:
+    """Tokens trained on, as 250k or 1.5G."""
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set_xlabel("tokens trained on")
+
+
+def label_ends(comparison: Comparison, ax: Axes, ends: dict[Arm, float]) -> None:
+    """Writes each arm's name beside the end of its line, moved apart where they would touch."""
+    last = max(float(np.max(line.get_xdata())) for line in ax.lines)
+    ax.set_xlim(right=1.015 * last)  # room for a marker at the end
+    low, high = ax.get_ylim()
+    gap = 0.065
+    order = sorted(ends, key=lambda arm: ends[arm])
+    wanted = [(ends[arm] - low) / (high - low) for arm in order]
+    places = np.clip(wanted, 0.0, 1.0)
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    places -= max(places[-1] - 1.0, 0.0)
+    for i in reversed(range(len(places) - 1)):
+        places[i] = min(places[i], places[i + 1] - gap)
+    for arm, y, place in zip(order, wanted, places, strict=True):
+        line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        ax.annotate(
+            arm.label, (1.0, y), (1.06, float(place)), xycoords="axes fraction", va="center",
+            color=colour(comparison, arm), annotation_clip=False,
+            arrowprops={**line, "color": colour(comparison, arm)},
+        )  # fmt: skip
+
+
+def load_map(ax: Axes, x_edges: np.ndarray, y_edges: np.ndarray, load: np.ndarray) -> QuadMesh:
+    """A heat map of loads, 1 in the middle; one image in an SVG, where cells would be shapes."""
+    norm = TwoSlopeNorm(1.0, 0.0, 3.0)
+    cells = ax.pcolormesh(x_edges, y_edges, load, norm=norm, cmap="PuOr_r", rasterized=True)
+    ax.invert_yaxis()
+    ax.set_yticks(sorted({1, len(load)}))
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, pad=2)
+    return cells
+
+
+def load_bar(figure: Figure, cells: QuadMesh, place: tuple[float, float, float, float]) -> Colorbar:
+    """The scale of colours beside such maps; `place` is left, bottom, width and height."""
+    bar = figure.colorbar(cells, cax=figure.add_axes(place), ticks=[0, 1, 2, 3])
+    bar.ax.set_yticklabels(["0", "1", "2", "≥ 3"])
+    bar.outline.set_visible(False)  # pyright: ignore
+    bar.solids.set(rasterized=False, edgecolor="face")  # pyright: ignore
+    return bar

@@ -1,0 +1,192 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+Orbax writes them in the background and makes each one visible in a single rename.  Two checks are
+added, because a wrong byte in a weight would otherwise be loaded without a word: the sizes of the
+files, and a digest of every array, the same under every sharding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from dsmoe_jax.parallel import hosts
+from dsmoe_jax.training.step import TrainState
+from dsmoe_jax.runs.workdir import write_json
+
+_FILES = "files.json"  # inside a step's directory: the size of every other file
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: the state, and what was saved beside it (JSON)."""
+
+    state: TrainState
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The `checkpoints/` of a run.
+
+    Args:
+      directory: where the step directories are.
+      keep: how many of the newest are kept; None opens them for reading only.
+    """
+
+    def __init__(self, directory: Path, keep: int | None):
+        logging.set_verbosity(logging.FATAL)  # Orbax logs pages of what it then raises anyway
+        self.directory = directory
+        self._saving: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            read_only=keep is None,
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
+        )
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that are there, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
+        """Starts writing; returns once the arrays may be overwritten.
+
+        Raises:
+          OSError: if this or the previous checkpoint cannot be written (a full disk).
+        """
+        self.wait()
+        self._saving = step
+        hosts.on_first(lambda: self._check_space(sum(x.nbytes for x in jax.tree.leaves(state))))
+        meta = {**extra, "step": step, "digests": digests(state)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def check(self) -> None:
+        """Raises the OSError of a checkpoint that could not be written in the background."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk; raises like `check`."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            directory = self.directory / str(self._saving)
+            if hosts.is_first():
+                write_json(directory / _FILES, _sizes(directory))
+        except Exception as error:
+            raise self._not_written(error) from error
+        self._saving = None
+
+    def restore(self, abstract: TrainState, step: int) -> Restored:
+        """Loads a step into the shapes (and shardings) of `abstract`.
+
+        Raises:
+          ValueError: if the checkpoint is damaged or not of this model.
+        """
+        directory = self.directory / str(step)
+        try:
+            _check_files(directory)
+            got = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+                ),
+            )
+            meta = got["meta"]
+            if digests(got["state"]) != meta.pop("digests"):
+                raise ValueError("an array is not what was saved")
+        except Exception as error:  # whatever a damaged file led the libraries to
+            raise ValueError(self._damaged(step, error)) from error
+        return Restored(got["state"], meta)
+
+    def close(self) -> None:
+        """Waits for what is being written, and lets go; raises like `check`."""
+        self.wait()
+        with contextlib.suppress(Exception):  # an error that `_not_written` has told already
+            self._manager.close()
+
+    def _check_space(self, needed: int) -> None:
+        """A disk that fills up while it is written to is noticed too, but less politely."""
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            error = OSError(f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
+            raise self._not_written(error)
+
+    def _not_written(self, error: Exception) -> OSError:
+        last = max((s for s in self.steps() if s != self._saving), default=None)
+        good = "there is none before it" if last is None else f"the last good one is step {last}"
+        step, self._saving = self._saving, None
+        return OSError(
+            f"{self.directory / str(step)}: the checkpoint could not be written"
+            f" ({_reason(error)}); {good}.  Make room, then run the same command again"
+        )
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        earlier = [s for s in self.steps() if s < step]
+        then = f"go on from step {max(earlier)}" if earlier else "start again from step 0"
+        directory = self.directory / str(step)
+        return (
+            f"{directory}: the checkpoint cannot be read ({_reason(error)});"
+            f" delete that directory to {then}"
+        )
+
+
+def digests(tree: Any) -> list[int]:
+    """Of each array: the sum of its bits, weighted by position, modulo 2^32.
+
+    Integer sums have no rounding, so the order of adding, and with it the sharding, is free.
+    """
+    # One array after the other: a single program for all would hold a copy of the whole state.
+    return [int(_digest(x)) for x in jax.tree.leaves(tree)]
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # The position in row-major order, by axis: flattening would gather a sharded array.
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
+        stride *= bits.shape[axis]
+    return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != _FILES)
+    return {str(p.relative_to(directory)): p.stat().st_size for p in files}
+
+
+def _check_files(directory: Path) -> None:
+    """Compares sizes; a run killed just after the rename left no list: then only digests speak."""
+    if not (directory / _FILES).exists():
+        return
+    wanted, found = json.loads((directory / _FILES).read_text()), _sizes(directory)
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            raise ValueError(f"{name} has {found.get(name, 0)} bytes, {size} were written")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an exception, short enough to be part of a line."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,261 @@
+"""Recorded routing on disk: what a run's routers chose, to be replayed in another run.
+
+    manifest.json                    what the routing belongs to, and its sizes
+    train/00000001.npz               step 1: ids_BLSK (integers, E is nobody), gates_BLSK (float32)
+    validation-00000010/00000001.npz  the first held-out batch after step 10, the same arrays
+
+The routing is that of the experts' real work: after anything was dropped.
+
+Shapes: B sequences of a batch, L MoE layers, S positions, E routed experts, K columns of a routing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.parallel import hosts
+from dsmoe_jax.runs.workdir import ROUTING, write_json
+
+MANIFEST = "manifest.json"
+TRAIN = "train"
+
+
+def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
+    """What a recording must have in common with the run that replays it.
+
+    Args:
+      config: of the run.
+      fingerprint: of the corpus.
+    """
+    model, moe, stages = config.model, config.model.moe, config.stages()
+    columns = [stage.config.model.moe.num_experts_per_tok for stage in stages]
+    if moe.router == "expert_choice":
+        columns = [moe.n_routed_experts] * len(stages)
+    return {
+        "layers": model.num_hidden_layers - model.first_k_dense_replace,
+        "experts": moe.n_routed_experts,
+        "experts_per_token": columns,  # of each stage, and the updates made before it:
+        "stages_after": [stage.first for stage in stages],
+        "sequence_length": config.data.sequence_length,
+        "corpus": fingerprint,
+        "seed": config.train.seed,
+    }
+
+
+def validation_name(step: int) -> str:
+    """Of the routing of the held-out batches after a step."""
+    return f"validation-{step:08}"
+
+
+class Recorder:
+    """Writes a recording; what is written again (by a run that goes on) replaces the old.
+
+    Of several processes, all of which have the routing of the whole batch, the first one writes.
+
+    Args:
+      directory: created if missing.
+      belongs: from `belongs_to`.
+    """
+
+    def __init__(self, directory: Path, belongs: dict[str, Any]):
+        self.directory = directory
+        if hosts.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / MANIFEST, belongs)
+
+    def write(self, name: str, number: int, choice: Choice) -> None:
+        """Adds a batch.
+
+        Args:
+          name: "train", or from `validation_name`.
+          number: of the step or batch, from 1.
+          choice: ids_LBSK and gates_LBSK.
+        """
+        if not hosts.is_first():
+            return
+        ids, gates = (np.swapaxes(np.asarray(x), 0, 1) for x in choice)
+        small = np.int16 if ids.max() < 2**15 else np.int32
+        path = _path(self.directory, name, number)
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, ids_BLSK=ids.astype(small), gates_BLSK=gates)
+        os.replace(temporary, path)
+
+
+class Recording:
+    """Reads a recording.
+
+    Args:
+      key: how the user names it, with its value, for errors.
+      directory: of a `Recorder`.
+      wanted: what its manifest must say of `belongs_to`.
+      columns: the K that a batch may have.
+
+    Raises:
+      ValueError: with the numbers, if it is of other sizes or data.
+    """
+
+    def __init__(self, key: str, directory: Path, wanted: dict[str, Any], columns: list[int]):
+        self.directory, self._key = directory, key
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{key}: no recorded routing there (no {MANIFEST})")
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{key}: {path} is damaged: not the manifest of a recording") from None
+        wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
+        if wrong:
+            raise ValueError(f"{key}: recorded with {'; '.join(wrong)}")
+        sizes = wanted["layers"], wanted["sequence_length"]
+        self._shapes_LSK = [(*sizes, k) for k in dict.fromkeys(columns)]
+
+    def check_run(self, config: Config) -> None:
+        """Looks for the batches of all steps of a run.
+
+        Raises:
+          ValueError: with the numbers, if there are too few, or of another size.
+        """
+        steps = config.train.steps
+        missing = [i for i in range(1, steps + 1) if not _path(self.directory, TRAIN, i).is_file()]
+        if missing:
+            raise ValueError(
+                f"{self._key}: there is no step {missing[0]}, train.steps={steps} must be at most"
+                f" {missing[0] - 1}"
+            )
+        for stage in config.stages():
+            self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
+        every = config.train.eval_every or steps
+        if config.model.moe.router == "replay":  # the other one chooses by itself in evaluation
+            for step in {*range(every, steps, every), steps}:
+                train = config.stage_of(step).config.train
+                micro_batch = train.global_batch_size // train.accumulation_steps
+                self.read(validation_name(step), 1, micro_batch)
+
+    def read(
+        self, name: str, number: int, batch_size: int, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """What is added to a batch: `replayed_ids_BLSK` (int32) and `replayed_gates_BLSK`.
+
+        Args:
+          name, number: as for `Recorder.write`.
+          batch_size: sequences that the batch must have.
+          rows: the ones to return; None is all.
+
+        Raises:
+          ValueError: if there is no such batch, or it is of another shape.
+        """
+        path = _path(self.directory, name, number)
+        if not path.is_file():
+            raise ValueError(f"{self._key}: holds no batch {number} of {name}")
+        ids, gates = load(path)
+        if len(ids) != batch_size:
+            raise ValueError(
+                f"{self._key}: {name} has batches of {len(ids)} sequences, not {batch_size}"
+            )
+        wanted = [(batch_size, *shape) for shape in self._shapes_LSK]
+        if ids.shape not in wanted or gates.shape != ids.shape:
+            raise ValueError(
+                f"{self._key}: {path.relative_to(self.directory)} has ids of shape {ids.shape} and"
+                f" gates of {gates.shape}, not {' or '.join(map(str, wanted))}"
+            )
+        if rows is not None:
+            ids, gates = ids[list(rows)], gates[list(rows)]
+        return {"replayed_ids_BLSK": ids, "replayed_gates_BLSK": gates}
+
+
+def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A batch as it was written: ids_BLSK (int32) and gates_BLSK.
+
+    Raises:
+      ValueError: naming the file, if it is none.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:  # numpy leaves a damaged one open
+            return arrays["ids_BLSK"].astype(np.int32), arrays["gates_BLSK"]
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path}: cannot be read, or is not a batch of recorded routing") from None
+
+
+def of_run(
+    config: Config, workdir: Path, fingerprint: str
+) -> tuple[Recorder | None, Recording | None]:
+    """Where the routing of a training run goes to, and where it comes from.
+
+    Raises:
+      ValueError: for a recording that cannot be replayed.
+    """
+    recorder = replayed = None
+    if config.train.record_routing:
+        recorder = Recorder(workdir / ROUTING, belongs_to(config, fingerprint))
+    if config.train.replay_routing:
+        replayed = for_run(config, fingerprint)
+    return recorder, replayed
+
+
+def for_run(config: Config, fingerprint: str) -> Recording:
+    """The recording of `train.replay_routing`.
+
+    Raises:
+      ValueError: if it is of another model, text or order of the text, or has too few steps.
+    """
+    key, wanted = "train.replay_routing", belongs_to(config, fingerprint)
+    directory = config.train.replay_routing
+    recording = Recording(
+        f"{key}={directory!r}", Path(directory).expanduser(), wanted, wanted["experts_per_token"]
+    )
+    recording.check_run(config)
+    return recording
+
+
+def for_held_out(config: Config, fingerprint: str) -> Recording | None:
+    """The recording of a run that cannot route held-out text by itself; None if it can."""
+    return for_run(config, fingerprint) if config.model.moe.router == "replay" else None
+
+
+def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recording, str]:
+    """One recorded pass over the held-out text, to be replayed by a model of any router.
+
+    Args:
+      folder: of the pass, ROUTING/validation-00000400.
+      config: of the model.
+      fingerprint: of its corpus.
+
+    Returns:
+      The recording, and the name of the pass in it.
+
+    Raises:
+      ValueError: if it is of another size or text, or no such pass.
+    """
+    key, path = f"--replay_routing={folder}", Path(folder).expanduser()
+    belongs = belongs_to(config, fingerprint)
+    wanted = {k: belongs[k] for k in ("layers", "experts", "sequence_length", "corpus")}
+    recording = Recording(key, path.parent, wanted, belongs["experts_per_token"])
+    if not _path(path.parent, path.name, 1).is_file() or path.name == TRAIN:
+        raise ValueError(f"{key}: holds no held-out batches; name a folder validation-...")
+    return recording, path.name
+
+
+def replayed(batch: Batch) -> Choice | None:
+    """The recorded routing that a batch brings along."""
+    if "replayed_ids_BLSK" not in batch:
+        return None
+    assert "replayed_gates_BLSK" in batch, "ids and gates come together"
+    ids_BLSK, gates_BLSK = batch["replayed_ids_BLSK"], batch["replayed_gates_BLSK"]
+    return Choice(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
+
+
+def _path(directory: Path, name: str, number: int) -> Path:
+    return directory / name / f"{number:08}.npz"

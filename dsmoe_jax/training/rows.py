@@ -1,0 +1,104 @@
+"""The rows of metrics.jsonl, from what a step or an evaluation returns.
+
+Shapes: L MoE layers, E routed experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary, maxvio
+from dsmoe_jax.training.step import StepMetrics
+
+RUNNING_DECAY = 0.99  # a step's weight in the running load after one more step
+
+
+class RunningLoad:
+    """The load of the last 100 steps or so: each weighs 0.99 of the one after it.
+
+    Attributes:
+      load_LE: weighted sum; None before the first step.  Saved with a checkpoint.
+    """
+
+    def __init__(self, load_LE: Any = None):
+        self.load_LE = None if load_LE is None else np.asarray(load_LE, np.float64)
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Counts a step."""
+        if metrics.router is not None:
+            load_LE = np.asarray(metrics.router.load_E, np.float64)
+            before = 0.0 if self.load_LE is None else RUNNING_DECAY * self.load_LE
+            self.load_LE = load_LE + before
+
+    def row(self) -> dict[str, Any]:
+        """What of it is logged."""
+        return {} if self.load_LE is None else {"maxvio_running": maxvio(self.load_LE)}
+
+    def saved(self) -> list[list[float]] | None:
+        """For the checkpoint (JSON)."""
+        return None if self.load_LE is None else self.load_LE.tolist()
+
+
+def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
+    """The numbers of one step, fetched from the device.
+
+    Raises:
+      RuntimeError: if assignments are missing: neither computed nor in the drop ledger.
+    """
+    loss, tokens, n_bytes = (float(x) for x in (metrics.loss, metrics.tokens, metrics.bytes))
+    row = {
+        "loss": loss,
+        "total_loss": float(metrics.total_loss),
+        "bits_per_byte": bits_per_byte(loss * tokens, n_bytes),
+        "grad_norm": float(metrics.grad_norm),
+        "learning_rate": float(metrics.learning_rate),
+    }
+    if metrics.router is None:
+        return row
+    stats = metrics.router
+    row |= load_summary(np.asarray(stats.load_E, np.float64))
+    row |= {f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.sums.items()}
+    row |= {name: as_list(term_L) for name, term_L in metrics.terms.items()}
+    row |= drop_summary(stats.ledger, detailed=bool(model.moe.capacity_factor))
+    if model.moe.expert_groups > 1:
+        bytes_of_row = model.hidden_size * compute_dtype(model).itemsize
+        row["device_rows"] = as_list(stats.device_rows_D, int)
+        row["device_megabytes"] = as_list(stats.device_rows_D * (bytes_of_row / 1e6))
+    if stats.exchange.rows is not None:
+        row["exchange_rows"] = as_list(stats.exchange.rows, int)
+        row["exchange_retries"] = as_list(stats.exchange.retries, int)
+    return row
+
+
+def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
+    """What `HeldOut.measure` found after a step; of the expert loads only how uneven they are."""
+    keys = ("loss", "bits_per_byte", "tokens", "maxvio", "dropped", "domains")
+    return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
+
+
+def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
+    """Name and value of the first metric that is not finite: causes before what they spoil."""
+    watched = {"loss": metrics.loss, **metrics.terms}
+    if metrics.router is not None:
+        watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.sums.items()}
+    watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}
+    for name, value in watched.items():
+        array = np.asarray(value).reshape(-1)
+        if not np.isfinite(array).all():
+            return name, float(array[~np.isfinite(array)][0])
+    return None
+
+
+def shown(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What a progress line says besides the loss: the last speed and MaxVio."""
+    row = next((r for r in reversed(rows) if "tokens_per_second" in r), {})
+    fields = {}
+    if "tokens_per_second" in row:
+        fields["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
+    if "maxvio" in row:
+        fields["MaxVio"] = f"{sum(row['maxvio']) / len(row['maxvio']):.2f}"
+    return fields

@@ -1,0 +1,132 @@
+"""`count` reproduces the paper's figures, from the real module and from a formula."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import configs
+from dsmoe_jax.commands import count
+from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.model import size
+
+
+def load(name, arg="paper"):
+    return from_config_dict(configs.load(name, arg))
+
+
+FIGURES = [(name, key) for name, figures in size.PAPER.items() for key in figures]
+
+
+@pytest.mark.parametrize("name", configs.names())
+@pytest.mark.parametrize("scale", ["paper", "demo"])
+def test_module_equals_formula(name, scale):
+    model = load(name, scale).model
+    assert size.count_parameters(model) == size.parameters_by_formula(model)
+
+
+@pytest.mark.parametrize(("name", "key"), FIGURES)
+def test_the_papers_digits(name, key):
+    digits = size.PAPER[name][key]
+    config = load(name)
+    ours = {
+        **vars(size.parameters_by_formula(config.model)),
+        "flops_per_sequence": size.flops_per_sequence(config),
+    }[key]
+    tolerance = size.TOLERANCE.get(key, size.TOLERANCE["parameters"])
+    within = abs(size.deviation(ours, digits)) <= tolerance
+    assert within == ((name, key) not in size.IRREPRODUCIBLE), f"{ours:.4g} is not {digits}"
+
+
+def test_what_follows_instead_of_the_irreproducible_figure():
+    ours = size.parameters_by_formula(load("dsmoe_142b_half").model).activated
+    assert ours == pytest.approx(13.6e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("model", "reference", "percent"),
+    [
+        ("dsmoe_16b", "deepseek_7b", 40.5),
+        ("dsmoe_16b", "llama2_7b", 39.6),
+        ("dsmoe_145b", "deepseek_67b", 28.5),
+        ("dsmoe_142b_half", "deepseek_67b", 18.2),
+    ],
+)
+def test_headline_ratios(model, reference, percent):
+    ratio = size.flops_per_sequence(load(model)) / size.flops_per_sequence(load(reference))
+    assert 100 * ratio == pytest.approx(percent, abs=0.1)
+
+
+def test_flops_at_used_widths_by_hand():
+    """A model small enough to add up: every matrix product counts 6 FLOPs a weight and token."""
+    config = replace(load("dsmoe_16b", "smoke"), **{"model.num_key_value_heads": 1})
+    d, n, kv = 48, 64, 24
+    attention = 2 * (2 * d * d + 2 * d * kv)
+    ffn = 3 * d * 256 + 3 * d * 32 * (2 + 6) + 64 * d  # dense layer; experts; router
+    head = 512 * d
+    by_hand = 6 * (attention + ffn + head) + 12 * 2 * n * d
+    assert size.train_flops_per_token(config) == by_hand
+
+
+@pytest.mark.parametrize("name", ["dense_2b", "dsmoe_2b", "dsmoe_16b"])
+def test_used_and_nominal_flops_are_close(name):
+    config = load(name)
+    used = size.train_flops_per_token(config) * config.data.sequence_length
+    assert used == pytest.approx(size.flops_per_sequence(config), rel=0.03)
+
+
+def test_state_bytes():
+    assert sum(size.state_bytes(10).values()) == 160  # 4 + 4 + 4 + 4 bytes a parameter
+
+
+def test_deviation_is_measured_from_the_printed_digits():
+    assert size.printed("24.6T") == 24.6e12
+    assert size.deviation(1.95e9, "2.0B") == 0
+    assert size.deviation(2.05e9, "2.0B") == 0
+    assert size.deviation(2.15e9, "2.0B") == pytest.approx(0.05)
+    assert size.deviation(1.85e9, "2.0B") == pytest.approx(-0.05)
+    assert size.deviation(2057.65e12, "2057.5T") == pytest.approx(0.1 / 2057.5)
+
+
+def test_an_override_hides_the_papers_figures():
+    config = load("dsmoe_2b")
+    assert count.report(config)["paper"]["expert_total"] == 1.89e9
+    assert count.report(replace(config, **{"model.num_hidden_layers": 2}))["paper"] == {}
+    assert count.report(replace(config, **{"data.sequence_length": 64}))["paper"] == {}
+    assert count.report(load("dsmoe_2b", "smoke"))["paper"] == {}
+
+
+# Not ru_maxrss: a child begins with that of the process that it was forked from.
+COUNT_AND_WEIGH = """
+import re
+from absl import flags
+from dsmoe_jax import count
+flags.FLAGS(["count", "--config=configs/dsmoe_145b.py", "--json"])
+count.main()
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+def test_the_largest_model_counts_in_little_memory():
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_AND_WEIGH], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    output, _, kilobytes = done.stdout.rstrip().rpartition("\n")
+    assert int(kilobytes) < 2e6
+    figures = json.loads(output)
+    assert figures["total"] == pytest.approx(144.6e9, rel=0.001)
+    assert figures["paper"] == {
+        "total": 144.6e9, "activated": 22.2e9, "flops_per_sequence": 585.6e12
+    }  # fmt: skip
+
+
+def test_the_table_shows_both_numbers():
+    some = [load(name) for name in ("dsmoe_16b", "dsmoe_142b_half")]
+    text = count.table(some)
+    assert re.search(r"dsmoe_16b +16\.38B / 16\.4B +2\.829B / 2\.8B", text)
+    assert re.search(r"13\.61B / 12\.2B \(\+\d+\.\d+%\) !", text)
+    assert "not reproducible" in text

@@ -1,0 +1,143 @@
+"""Ahead-of-time compilation: bad input in one line, the bounds of a step, and one real compile."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import dsmoe_2b
+from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.config.mesh import MeshConfig
+from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.moe import experts
+from dsmoe_jax.planning import ahead_of_time
+from dsmoe_jax.training.step import state_shapes
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    return from_config_dict(dsmoe_2b.get_config("smoke"))
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:16", "v9:2x2", "h100:2x2", "v5p:4x4x"])
+def test_a_slice_that_cannot_be(topology):
+    with pytest.raises(ValueError, match=rf"^--topology={topology}: must be one of v4, v5e, v5p"):
+        ahead_of_time.slice_devices(topology)
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed.*pip install 'dsmoe_jax\[tpu\]'"):
+        ahead_of_time.slice_devices("v5e:4x4")
+
+
+def test_a_mesh_that_does_not_divide(smoke):
+    config = dataclasses.replace(smoke, mesh=MeshConfig(fsdp=3))
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3: .*must divide the 1 devices"):
+        ahead_of_time.lay_out(config, "v5e", jax.devices()[:1])
+
+
+def test_an_open_mesh_is_the_planners_with_its_micro_batches(smoke):
+    config, mesh, planned = ahead_of_time.lay_out(smoke, "v5e", jax.devices()[:1])
+    assert planned
+    assert config.mesh == MeshConfig(data=1)
+    assert mesh.size == 1
+    given = dataclasses.replace(smoke, mesh=MeshConfig(data=1))
+    assert not ahead_of_time.lay_out(given, "v5e", jax.devices()[:1])[2]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.58G of"
+        " 15.75G hbm. Exceeded hbm capacity by 9.83G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (25.58G) exceeds"
+        " available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_compilers_numbers(smoke, message):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+    with pytest.raises(ValueError, match=r"needs 25.58GiB of the 15.75GiB .*fsdp 4 with 1 micro"):
+        ahead_of_time._compile(Lowered(), "x", smoke, {"data": 1, "fsdp": 4})
+
+
+def test_code_asks_the_mesh_what_it_will_run_on(smoke):
+    """On a mesh of TPUs the model computes as on a TPU, whatever this machine is."""
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=tpu)
+    assert platform() == jax.default_backend()
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert platform() == "tpu"
+        assert compute_dtype(smoke.model) == "bfloat16"
+        assert experts.get_backend("auto") is experts.ragged_dot
+
+
+def test_bounds_of_a_step(smoke):
+    """By hand for two chips of `fsdp`, on which everything but norms is split in two."""
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 1), ("data", "fsdp", "expert", "tensor"))
+    chip, params = CHIPS["v5e"], state_shapes(smoke).params
+    split = ahead_of_time.sharding.specs(params)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, s)
+        ),
+        params,
+        split,
+    )
+    whole = sum(x.size for x in jax.tree.leaves(params))
+    norms = sum(x.size for x in jax.tree.leaves(params) if max(x.shape) == x.size or x.ndim == 1)
+    config = replace(smoke, **{"model.remat": "full", "train.accumulation_steps": 2})
+    bounds = ahead_of_time.roofline(config, params, mesh, chip, received_gb=3.0)
+    assert bounds.network == pytest.approx(3e9 / 200e9)
+    assert bounds.compute == pytest.approx(4 / 3 * bounds.model_compute)
+    local = whole / 2  # norms, which are whole on both, are 1 % of this model
+    assert norms < 0.02 * whole
+    moved = 32 * local + 2 * (8 * local + 3 * 2 * whole)
+    assert bounds.memory == pytest.approx(moved / chip.hbm_bandwidth, rel=0.02)
+    assert bounds.overlapped <= bounds.serial
+    assert bounds.mfu[0] <= bounds.mfu[1] <= 0.75
+
+
+# `make test` puts libtpu there and not among the packages: JAX would look for TPUs all the time.
+LIBTPU = Path(sys.prefix) / "libtpu"
+
+
+@pytest.mark.skipif(
+    find_spec("libtpu") is None and not LIBTPU.is_dir(),
+    reason="libtpu is not installed; `make test` does it",
+)
+def test_a_small_step_compiles_for_a_slice():
+    sizes = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    flags = [f"--config.mesh.{axis}={n}" for axis, n in sizes.items()]
+    flags += ["--config.model.moe.n_routed_experts=8", "--config.model.moe.num_experts_per_tok=2"]
+    command = [
+        sys.executable, "-m", "dsmoe_jax.aot", "--config=configs/dsmoe_2b.py:smoke",
+        "--topology=v5e:2x2", "--json", *flags,
+    ]  # fmt: skip
+    path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["mesh"] == sizes
+    assert not report["planned"]
+    assert 0 < report["used_gb"] < report["hbm_gb"]
+    assert report["memory_gb"]["moments"] == pytest.approx(
+        2 * report["memory_gb"]["parameters"], rel=0.01
+    )
+    assert report["collectives_gb"]["ragged-all-to-all"] > 0
+    assert report["collectives_gb"]["all-gather"] > 0
+    overlap = report["overlap"]
+    assert overlap["exchanges"] == overlap["asynchronous"] == overlap["with_compute"] == 6
+    assert overlap["with_shared_experts"] > 0

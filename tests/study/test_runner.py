@@ -1,0 +1,237 @@
+"""What the runner does with cells: order, skipping, continuing, refusing."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+from fakes import FakeTrain
+
+from dsmoe_jax.report import plots
+from dsmoe_jax.study import results, runner
+from dsmoe_jax.study.spec import Arm, Equal
+from dsmoe_jax.training import loop
+from experiments import balance, balanced_routers, fig3, shared_ratio, table1
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """Pictures are the business of test_report.py."""
+    monkeypatch.setattr(plots, "PLOTS", {})
+
+
+NAMES = ["dense_2b", "hash_2b", "switch_2b", "gshard_2b", "dsmoe_2b"]
+
+
+def test_first_seed_of_every_arm_comes_first(fake_run):
+    train = FakeTrain()
+    fake_run(train, seeds=2)
+    assert train.calls == [(name, seed) for seed in (0, 1) for name in NAMES]
+
+
+def test_finished_runs_are_skipped_and_the_report_is_the_same(fake_run, tmp_path):
+    fake_run(FakeTrain(), seeds=1)
+    page = tmp_path / "runs/table1-smoke/report.html"
+    before = page.read_text()
+    train = FakeTrain()
+    fake_run(train, seeds=1)
+    assert train.calls == []
+    assert page.read_text() == before
+
+
+def test_interrupted_experiment_continues_with_the_interrupted_run(fake_run):
+    with pytest.raises(KeyboardInterrupt):
+        fake_run(FakeTrain(stop_after=3), seeds=2)
+    train = FakeTrain()
+    comparison = fake_run(train, seeds=2)
+    assert train.calls == [(n, 0) for n in NAMES[2:]] + [(n, 1) for n in NAMES]
+    assert all(row.finished for row in comparison.rows)
+
+
+def test_more_seeds_later_train_only_the_new_ones(fake_run):
+    fake_run(FakeTrain(), seeds=1)
+    train = FakeTrain()
+    fake_run(train, seeds=2)
+    assert train.calls == [(name, 1) for name in NAMES]
+
+
+def test_arms_are_chosen_by_label_or_directory_name(fake_run):
+    train = FakeTrain()
+    fake_run(train, arms=("hash_layer", "DeepSeekMoE"))
+    assert train.calls == [("hash_2b", 0), ("dsmoe_2b", 0)]
+    with pytest.raises(ValueError, match=r"--arms=gshrd: no such arm; there are dense, hash_layer"):
+        fake_run(arms=("gshrd",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model.moe.n_routed_experts": 20},
+            r"total parameters of Hash Layer \([\d,]+\) and DeepSeekMoE \([\d,]+\) differ by"
+            r" [\d.]+ %; at most 2 % is allowed",
+        ),
+        (
+            {"model.moe.num_experts_per_tok": 9},
+            r"activated parameters of GShard \([\d,]+\) and DeepSeekMoE \([\d,]+\) differ by",
+        ),
+        (
+            {"model.moe.nominal_width": 0.3},
+            r"FLOPs per sequence of GShard \([\d,]+\) and DeepSeekMoE \([\d,]+\) differ",
+        ),
+        ({"train.steps": 9}, r"train.steps is 8 in Dense and 9 in DeepSeekMoE; arms may differ"),
+        ({"data.domains": ["x"]}, r"data.domains is \(\) in Dense and \('x',\) in DeepSeekMoE"),
+    ],
+)
+def test_unfair_arms_are_refused_before_training(fake_run, tmp_path, change, message):
+    *others, last = table1.EXPERIMENT.arms
+    unfair = dataclasses.replace(
+        table1.EXPERIMENT, arms=(*others, dataclasses.replace(last, overrides=change))
+    )
+    train = FakeTrain()
+    with pytest.raises(ValueError, match="table1: unfair: " + message):
+        fake_run(train, unfair)
+    assert train.calls == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_changed_config_is_refused_and_nothing_is_lost(fake_run, tmp_path):
+    fake_run(seeds=1)
+    metrics = tmp_path / "runs/table1-smoke/gshard/seed0/metrics.jsonl"
+    before = metrics.read_bytes()
+    train = FakeTrain()
+    with pytest.raises(ValueError, match=r"holds a run with train.steps=8, here it is 4"):
+        fake_run(train, overrides={"train.steps": 4})
+    assert train.calls == []
+    assert metrics.read_bytes() == before
+
+
+def test_changed_corpus_is_refused(fake_run):
+    with pytest.raises(KeyboardInterrupt):
+        fake_run(FakeTrain(stop_after=3), seeds=1)
+    train = FakeTrain()
+    with pytest.raises(ValueError, match=r"unfair: Dense, seed 0 was trained on data abab.* now"):
+        fake_run(train, fingerprint="cd" * 32)
+    assert train.calls == []
+
+
+def test_runs_judged_on_different_text_are_refused_before_training(fake_run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fake_run(FakeTrain(stop_after=4))
+    path = tmp_path / "runs/table1-smoke/switch/seed0/evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": 999}))
+    train = FakeTrain()
+    with pytest.raises(
+        ValueError, match=r"validation_tokens is 1000 in Dense, seed 0, and 999 in Switch, seed 0"
+    ):
+        fake_run(train)
+    assert train.calls == []
+
+
+def test_a_run_that_diverges_stays_missing_and_the_others_go_on(fake_run, tmp_path):
+    class Diverges(FakeTrain):
+        def __call__(self, config, workdir):
+            if config.name == "switch_2b":
+                self.calls.append((config.name, config.train.seed))
+                raise loop.NonFinite("step 3: loss=nan; stopped")
+            super().__call__(config, workdir)
+
+    train = Diverges()
+    with pytest.raises(
+        ValueError, match=r"table1: 1 runs failed: Switch, seed 0: step 3: loss=nan"
+    ):
+        fake_run(train)
+    assert [name for name, _ in train.calls] == NAMES
+    rows = results.load_rows(tmp_path / "runs/table1-smoke/results.jsonl")
+    assert [row.finished for row in rows] == [True, True, False, True, True]
+
+
+def test_results_are_rebuilt_from_the_workdirs(fake_run, tmp_path):
+    comparison = fake_run(seeds=2)
+    path = tmp_path / "runs/table1-smoke/results.jsonl"
+    before = path.read_bytes()
+    path.write_text("nonsense")
+    train = FakeTrain()
+    fake_run(train, seeds=2, report_only=True)
+    assert path.read_bytes() == before
+    assert train.calls == []
+    assert results.load_rows(path) == list(comparison.rows)
+
+
+def test_a_row_says_what_was_measured(fake_run, tmp_path):
+    row = fake_run().rows[4]
+    evaluation = json.loads(
+        (tmp_path / "runs/table1-smoke/deepseekmoe/seed0/evaluation.json").read_text()
+    )
+    assert row.validation_loss == evaluation["loss"]
+    assert row.maxvio == pytest.approx(sum(evaluation["maxvio"]) / 2)
+    assert row.tokens == 8 * 4 * 64
+    assert row.seconds == pytest.approx(8 * 4 * 64 / 10_000)
+    assert row.data_fingerprint == "ab" * 32
+    dense = fake_run().rows[0]
+    assert dense.maxvio is None
+    assert dense.dead_experts is None
+
+
+def test_report_only_trains_nothing_and_shows_what_is_missing(fake_run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fake_run(FakeTrain(stop_after=2), seeds=1)
+    train = FakeTrain()
+    comparison = fake_run(train, seeds=1, report_only=True)
+    assert train.calls == []
+    assert [row.finished for row in comparison.rows] == [True, False, False, False, False]
+    text = (tmp_path / "runs/table1-smoke/report.md").read_text()
+    assert "Not finished, so not in these numbers: Hash Layer (seed 0), Switch (seed 0)" in text
+
+
+def test_no_seed_is_refused(fake_run):
+    with pytest.raises(ValueError, match=r"--seeds=0: must be at least 1"):
+        fake_run(seeds=0)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("train.steps", r"--set='train.steps': must be KEY=VALUE"),
+        ("train.seed=3", r"--set='train.seed=3': seeds are 0, 1, ...; --seeds says how many"),
+    ],
+)
+def test_overrides_that_make_no_sense_are_refused(item, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner.parse_override(item)
+
+
+def test_overrides_are_literals_or_else_strings():
+    assert runner.parse_override("train.steps=5") == ("train.steps", 5)
+    assert runner.parse_override("data.domains=('a',)") == ("data.domains", ("a",))
+    assert runner.parse_override("data.corpus=some/path") == ("data.corpus", "some/path")
+
+
+def test_overrides_reach_every_arm_and_the_report(fake_run, tmp_path):
+    comparison = fake_run(overrides={"train.steps": 4})
+    assert all(row.tokens == 4 * 4 * 64 for row in comparison.rows)
+    assert "--set=train.steps=4" in (tmp_path / "runs/table1-smoke/report.md").read_text()
+
+
+@pytest.mark.parametrize("experiment", [table1, fig3, shared_ratio, balance, balanced_routers])
+@pytest.mark.parametrize("scale", ["smoke", "demo", "proxy", "paper"])
+def test_every_experiment_is_fair_at_every_scale(fake_run, experiment, scale):
+    train = FakeTrain()
+    fake_run(train, experiment.EXPERIMENT, scale=scale, report_only=True)
+    assert train.calls == []
+
+
+def test_experiments_with_impossible_rules_are_refused_when_built():
+    one = table1.EXPERIMENT
+    with pytest.raises(ValueError, match=r"arm 'GShrd': must be one of"):
+        dataclasses.replace(one, equal=(Equal("total", ("Dense", "GShrd"), 0.1),))
+    with pytest.raises(ValueError, match=r"quantity 'parameters': must be one of"):
+        dataclasses.replace(one, equal=(Equal("parameters", ("Dense", "GShard"), 0.1),))
+    with pytest.raises(ValueError, match=r"labels must differ"):
+        dataclasses.replace(one, arms=(Arm("A b", "dense_2b"), Arm("a B", "hash_2b")))
+
+
+def test_workdirs_are_named_after_arm_and_seed(fake_run, tmp_path: pathlib.Path):
+    fake_run(seeds=1, arms=("hash_layer",))
+    assert (tmp_path / "runs/table1-smoke/hash_layer/seed0/config.json").exists()
