@@ -20,7 +20,7 @@ CASES = {
     f"{FILE} --config.model.hidden_size=wide": "invalid literal for int() with base 10: 'wide'",
     f"{FILE} {MOE}num_experts_per_tok=64": "cannot exceed the n_routed_experts=63",
     f"{FILE} {MOE}router=best": "must be one of",
-    f"{FILE} --config.model.num_key_value_heads=3": "must divide num_attention_heads=2",
+    f"{FILE} --config.model.attention.num_key_value_heads=3": "must divide num_attention_heads=2",
     "--config=configs/dsmoe_2b.py:demmo": "did you mean demo?",
     "--config=configs/dsmoe_2b.py:demo,sharde=2": "known: split, shared",
     "--config=configs/dsmo_2b.py": "did you mean configs/dsmoe_2b.py?",
@@ -32,7 +32,7 @@ CASES = {
     "--jsn": "did you mean --json?",
     "--xyzzy": "no such flag; see --help",
     f"{FILE} smoke": "unexpected argument",
-    f"{FILE} --config.model.rope_theta=500": None,
+    f"{FILE} --config.model.attention.rope_theta=500": None,
     f"{FILE} --config.optimizer.decay_at=(0.5,0.75)": None,
     "--help": None,
 }
