@@ -42,7 +42,8 @@ from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.report import RouterStats
 from dsmoe_jax.runs.metrics_log import MetricsLog
 from dsmoe_jax.training.rows import RunningLoad, training_row
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
 
 
 def bare(routing, kept_TK, valid_BS, ledger, exchange, config) -> RouterStats:

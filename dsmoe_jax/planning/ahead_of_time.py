@@ -29,7 +29,8 @@ from dsmoe_jax.model import size
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import hlo, planner
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import TrainState, abstract_state, jit_train_step
+from dsmoe_jax.training.start import TrainState, abstract_state
+from dsmoe_jax.training.step import jit_train_step
 
 _COMPUTE = 2  # bytes: what is computed with is bfloat16
 # Float32: parameter and two moments read and written, gradient written and read.

@@ -32,7 +32,7 @@ from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning.volume import volume
-from dsmoe_jax.training.step import TrainState, state_shapes
+from dsmoe_jax.training.start import TrainState, state_shapes
 
 USABLE = 0.9  # the rest is for the program, its buffers, and what the estimate misses
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16

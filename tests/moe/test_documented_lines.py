@@ -11,7 +11,7 @@ import configs
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.moe import dropping, losses
 from dsmoe_jax.moe.routers import ROUTERS
-from dsmoe_jax.training.step import abstract_model
+from dsmoe_jax.training.start import state_shapes
 
 PAGE = (Path(__file__).parents[2] / "docs/routers_and_losses.md").read_text()
 SIZES = {"D": 9, "M": 3}  # devices of the smoke scale's 63 experts, and how many a token may use
@@ -49,7 +49,7 @@ def test_lines_build_a_model(name, needed, optional):
     for more in (None, *overrides(optional).items()):
         changes = overrides(needed) | dict([more] if more else [])
         assert changes, name
-        abstract_model(replace(smoke, **changes))
+        state_shapes(replace(smoke, **changes))
 
 
 def test_nothing_is_left_out():

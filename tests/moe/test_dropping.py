@@ -13,7 +13,7 @@ from dsmoe_jax.config import Config, MoEConfig, replace
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
 from dsmoe_jax.moe.types import RouterInputs, Routing
-from dsmoe_jax.training.step import abstract_model
+from dsmoe_jax.training.start import state_shapes
 
 B, S, E, K, D = 4, 16, 8, 2, 2
 T = B * S
@@ -194,10 +194,10 @@ def test_a_run_without_room_is_refused_before_it_begins():
         Config(), **{"model.moe.drop.capacity_factor": 0.001, "train.accumulation_steps": 64}
     )
     # 2048 sequences of 2048 tokens in 64 parts, 7 of 63 experts each: 7,282 for an expert.
-    abstract_model(config)
+    state_shapes(config)
     one = replace(config, **{"data.sequence_length": 1})
     with pytest.raises(ValueError, match=r"capacity_factor=0\.001: 32 tokens are 3\.556"):
-        abstract_model(one)
+        state_shapes(one)
 
 
 def test_refusals():

@@ -11,7 +11,8 @@ from dsmoe_jax.config import Config, replace
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import abstract_state, init_state, jit_train_step
+from dsmoe_jax.training.start import abstract_state, init_state
+from dsmoe_jax.training.step import jit_train_step
 
 B, S, V = 8, 32, 64
 CONFIG = {

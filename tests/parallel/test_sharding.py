@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from dsmoe_jax.config import Config, MeshConfig, replace
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 SMALL = {
     "model.hidden_size": 24,

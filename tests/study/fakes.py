@@ -6,10 +6,10 @@ import json
 import pathlib
 
 import numpy as np
-from dsmoe_jax.runs.summaries import load_summary
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.runs import workdir as workdirs
+from dsmoe_jax.runs.summaries import load_summary
 
 FINAL_LOSS = {"dense_2b": 5.2, "hash_2b": 5.12, "switch_2b": 5.1, "gshard_2b": 5.0, "dsmoe_2b": 4.9}
 DOMAINS = ("code_python", "en_books", "zh_news", "de_parliament")

@@ -11,7 +11,8 @@ from flax import nnx
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe.layer import RouterBias
 from dsmoe_jax.runs.checkpoint import Checkpoints
-from dsmoe_jax.training.step import abstract_state, init_state, make_train_step
+from dsmoe_jax.training.start import abstract_state, init_state
+from dsmoe_jax.training.step import make_train_step
 
 B, S, V, E, GAMMA = 4, 16, 64, 8, 0.01
 BIASED = {

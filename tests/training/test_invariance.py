@@ -17,7 +17,8 @@ import pytest
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe import losses
-from dsmoe_jax.training.step import init_state, make_gradients
+from dsmoe_jax.training.micro_batches import make_gradients
+from dsmoe_jax.training.start import init_state
 
 FAST = {"xla_cpu_use_fusion_emitters": False}  # compiles in a third of the time
 B, S, V, E = 8, 16, 64, 8

@@ -13,7 +13,8 @@ from test_step import B, S, synthetic_batch
 from tiny import TINY
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
 
 # Without the noise of a router, other tokens change nothing about a token's experts: the loads of
 # one step are the same in any number of micro-batches if the noise is.

@@ -10,7 +10,8 @@ from flax import nnx
 from tiny import TINY
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
 
 B, S, V = 4, 64, 512
 GOLDEN = {"loss": 6.248553, "total_loss": 6.272792, "grad_norm": 0.681197}

@@ -36,6 +36,10 @@ class Router(NamedTuple):
       top: the K that the router is defined for; None: any.
       competes: the tokens that it sees at once, a micro-batch, compete for experts.
       balanced: even by construction, or fixed: there is nothing for a balance term to move.
+      all_columns: a routing has a column for each of the E experts, not K of them.
+      samples: draws from a policy, which learns by `policy.policy_loss`.
+      needs_recording: what it replays: "" nothing, "ids" the recorded experts in training,
+        "routing" experts and gates, in evaluation too.
     """
 
     route: Callable[..., Routing]
@@ -44,11 +48,18 @@ class Router(NamedTuple):
     top: int | None = None
     competes: bool = False
     balanced: bool = False
+    all_columns: bool = False
+    samples: bool = False
+    needs_recording: str = ""
 
     @property
     def learned(self) -> bool:
         """Whether the layer has a router matrix, and the router affinities."""
         return self.logits_per_expert > 0
+
+    def columns(self, n_experts: int, k: int) -> int:
+        """Columns of its routings, unassigned ones among them."""
+        return n_experts if self.all_columns else k
 
 
 ROUTERS: dict[str, Router] = {
@@ -76,10 +87,12 @@ ROUTERS: dict[str, Router] = {
         frozenset({"scoring_func", "routed_scaling_factor", "router_jitter"}),
         competes=True,
         balanced=True,
+        all_columns=True,
     ),
     "reinforce": Router(
         policy.reinforce,
         frozenset({"routed_scaling_factor", "router_jitter", "policy_entropy_factor"}),
+        samples=True,
     ),
     "hash": Router(
         fixed.hash_tokens,
@@ -88,8 +101,8 @@ ROUTERS: dict[str, Router] = {
         top=1,
         balanced=True,
     ),
-    "replay": Router(fixed.replay, logits_per_expert=0, balanced=True),
-    "replay_ids": Router(scored.replay_ids, _GATES | {"scoring_func"}),
+    "replay": Router(fixed.replay, logits_per_expert=0, balanced=True, needs_recording="routing"),
+    "replay_ids": Router(scored.replay_ids, _GATES | {"scoring_func"}, needs_recording="ids"),
     "uniform": Router(fixed.uniform, logits_per_expert=0, balanced=True),
 }
 SETTINGS = frozenset().union(*(router.reads for router in ROUTERS.values()))
