@@ -24,7 +24,6 @@ from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import stage_of
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.loading import Run, load_run
@@ -50,7 +49,7 @@ def main() -> None:
     with jax.set_mesh(command_line.mesh()):
         run = load_run(_WORKDIR.value, _STEP.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
-        dropping.check_room(flat(run.config.model.moe), tokens)
+        dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run)
         batches = _BATCH_SIZE.value, _MAX_BATCHES.value
