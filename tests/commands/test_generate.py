@@ -1,4 +1,4 @@
-"""`python -m dsmoe_jax.generate` on a run of a few steps."""
+"""`python -m dsmoe_jax generate` on a run of a few steps."""
 
 import json
 import subprocess
@@ -174,14 +174,14 @@ def test_text_is_cut_at_the_first_end_of_text(driven):
 
 
 def test_the_command_as_users_call_it(workdir, results):
-    command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax.generate", f"--workdir={workdir}"]
+    command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate", f"--workdir={workdir}"]
     done = subprocess.run([*command, *GOOD["greedy"]], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == tuple(results["greedy"])
 
 
 def test_help_explains():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "dsmoe_jax.generate", "--help"],
+        [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate", "--help"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0

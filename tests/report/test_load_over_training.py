@@ -42,7 +42,7 @@ def test_without_experts_there_is_nothing(empty):
 def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     there = tmp_path / "load.png"
     there.write_text("mine")
-    command = [sys.executable, "-m", "experiments.load_over_training"]
+    command = [sys.executable, "-m", "dsmoe_jax", "plot_load"]
     flags = [f"--workdir={tmp_path}", f"--out={there}"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 2
