@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import flags
 
-from dsmoe_jax.commands import command_line
 from dsmoe_jax.data import sources
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.prepare import DEFAULT_MAX_BYTES, prepare

@@ -34,14 +34,15 @@ CASES = {
     f"{FILE} --config.data.corpus=": None,
     "--config configs/dsmoe_2b.py:smoke --config.train.seed=1": None,
 }
-SHAPE = f"{FILE} {MOE}num_experts_per_tok="
+K = f"{MOE}num_experts_per_tok="
+CHANGES = [f"{K}2", f"{K}4", f"{K}4 {K}2", f"{K}2 {K}4 {K}2"]
 
 
 @pytest.fixture(scope="module")
 def results():
-    lines = [*CASES, f"{SHAPE}2 --json", f"{SHAPE}4 --json", f"{SHAPE}2 {SHAPE}4 {SHAPE}2 --json"]
+    lines = [*CASES, *(f"{FILE} {changes} --json" for changes in CHANGES)]
     found = run_all([["count", *line.split()] for line in lines])
-    return dict(zip(lines, found, strict=True))
+    return dict(zip((*CASES, *CHANGES), found, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,9 +61,9 @@ def test_command_line(results, case):
 
 
 def test_overrides_count_and_the_last_one_wins(results):
-    two, four, last = (results[line].out for line in [*results][-3:])
+    two, four, *last = (results[changes].out for changes in CHANGES)
     assert two != four
-    assert last == two
+    assert last == [two, two]
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
@@ -74,5 +75,3 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
         command_line.run(interrupted, [])
     assert left.value.code == 130
     assert "interrupted" in capsys.readouterr().err
-
-

@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from unittest import mock
