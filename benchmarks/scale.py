@@ -59,7 +59,7 @@ def hops(n: int, dimensions: int) -> float:
 def dispatched(config: Config, name: str, n_devices: int) -> Config:
     """The config with one of `DISPATCHES`, on so many devices of the axis `expert`."""
     if name != "device-limited":
-        return replace(config, **{"model.moe.dispatch": name})
+        return replace(config, **{"model.moe.dispatch.name": name})
     moe = config.model.moe
     enough = LIMIT * moe.n_routed_experts // moe.num_experts_per_tok  # M groups hold K experts
     groups = min(n_devices, 2 ** int(math.log2(enough)))

@@ -66,7 +66,7 @@ def planned_gb(report: dict) -> float:
     """What the planner's arithmetic says of the memory of the compiled step."""
     module = importlib.import_module(f"configs.{report['config']}")
     config = from_config_dict(module.get_config())
-    config = replace(config, **{"model.moe.buffer_factor": report["buffer_factor"]})
+    config = replace(config, **{"model.moe.dispatch.buffer_factor": report["buffer_factor"]})
     state = state_shapes(config)
     return planner.estimate(config, state, report["mesh"], report["accumulation_steps"]).used
 

@@ -22,14 +22,18 @@ import re
 import ml_collections
 
 from dsmoe_jax.config import (
+    AttentionConfig,
+    BalanceTerm,
     Config,
     DataConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    RouterConfig,
     TrainConfig,
     to_config_dict,
 )
+from dsmoe_jax.config.frozen import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Scale:
     Attributes:
       hidden, layers, heads, head_dim, kv_heads: of the Transformer.
       vocab: rows of the embedding; tokenizer_vocab (0: the same) is what the tokenizer fills.
-      corpus: "" where no corpus that comes with the project is large enough: the user names one.
+      corpus: None where no corpus that comes with the project is large enough: the user names one.
       sequence: tokens; batch: sequences of one optimizer step.
       lr: peak learning rate; decay_at: shares of the steps at which it drops by 0.316.
     """
@@ -58,13 +62,13 @@ class Scale:
     tokenizer_vocab: int = 0
     init: float = 0.006
     decay_at: tuple[float, ...] = (0.8, 0.9)
-    corpus: str = ""
+    corpus: str | None = None
     accumulation: int = 1
     remat: str = "full"
     log_every: int = 10
     checkpoint_every: int = 1000
     eval_every: int = 1000
-    eval_batches: int = 0  # 0: the whole validation split
+    eval_batches: int | None = None  # None: the whole validation split
 
 
 # V1 sections 4.1, 5.1, 7.1 and table 7: the sizes behind "paper" differ from family to family.
@@ -121,8 +125,7 @@ class Setup:
       name: of the config file, with its options.
       paper: the family's sizes at paper scale.
       width: of one expert relative to a standard FFN.
-      balance, device_balance: weights of these balance terms; expert_groups: the devices of the
-        second.
+      balance: factors of the balance terms, by name; expert_groups: devices of the device term.
       dense_layers, dense_width: leading layers with a dense FFN, and its relative width.
       released_width, released_dense_width: of the released model at paper scale, where known.
       flops_at_released_width: the paper's FLOPs figure is at the released widths instead of the
@@ -135,9 +138,8 @@ class Setup:
     routed: int
     top_k: int
     width: float
-    router: str = "topk_softmax"
-    balance: float = 0.01
-    device_balance: float = 0.0
+    router: str = "topk"
+    balance: FrozenDict[str, float] = FrozenDict(expert=0.01)
     expert_groups: int = 1
     dense_layers: int = 0
     dense_width: float = 1.0
@@ -220,23 +222,26 @@ def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:
         vocab_size=scale.vocab,
         hidden_size=scale.hidden,
         num_hidden_layers=scale.layers,
-        num_attention_heads=scale.heads,
-        num_key_value_heads=max(scale.heads // 8, 1) if grouped else scale.heads,
-        head_dim=scale.head_dim,
         first_k_dense_replace=setup.dense_layers,
         intermediate_size=dense_width,
         nominal_dense_width=nominal_dense,
         initializer_range=scale.init,
         remat=scale.remat,
+        attention=AttentionConfig(
+            num_attention_heads=scale.heads,
+            num_key_value_heads=max(scale.heads // 8, 1) if grouped else scale.heads,
+            head_dim=scale.head_dim,
+        ),
         moe=MoEConfig(
             n_routed_experts=setup.routed,
             n_shared_experts=setup.shared,
             num_experts_per_tok=setup.top_k,
             moe_intermediate_size=width,
             nominal_width=nominal,
-            router=setup.router,
-            expert_balance_factor=setup.balance,
-            device_balance_factor=setup.device_balance,
+            router=RouterConfig(name=setup.router),
+            balance=FrozenDict(
+                {name: BalanceTerm(factor) for name, factor in setup.balance.items()}
+            ),
             expert_groups=setup.expert_groups,
         ),
     )

@@ -8,8 +8,11 @@ V1 table 1, 100B tokens: Pile loss 2.060 with 0.2B parameters, 2.9T FLOPs per 2K
 """
 
 from configs import base
+from dsmoe_jax.config.frozen import FrozenDict
 
-SETUP = base.Setup("dense_2b", base.PAPER_2B, shared=1, routed=0, top_k=0, width=1.0, balance=0.0)
+SETUP = base.Setup(
+    "dense_2b", base.PAPER_2B, shared=1, routed=0, top_k=0, width=1.0, balance=FrozenDict()
+)
 
 
 def get_config(arg: str = "paper"):

@@ -9,9 +9,11 @@ V1 table 3: 16.4B parameters, 2.8B activated, 74.4T FLOPs per 4K tokens, 40.5 % 
 """
 
 from configs import base
+from dsmoe_jax.config.frozen import FrozenDict
 
 SETUP = base.Setup(
-    "dsmoe_16b", base.PAPER_16B, shared=2, routed=64, top_k=6, width=1 / 4, balance=0.001,
+    "dsmoe_16b", base.PAPER_16B, shared=2, routed=64, top_k=6, width=1 / 4,
+    balance=FrozenDict(expert=0.001),
     dense_layers=1, dense_width=2.0, released_width=1408, released_dense_width=10944,
 )  # fmt: skip
 

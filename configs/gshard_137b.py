@@ -10,10 +10,12 @@ V1 table 6, 245B tokens: loss 1.961, 136.5B parameters, 21.6B activated, 572.7T 
 import dataclasses
 
 from configs import base, dsmoe_145b
+from dsmoe_jax.config.frozen import FrozenDict
 
 SETUP = dataclasses.replace(
     dsmoe_145b.SETUP, name="gshard_137b", shared=0, routed=16, top_k=2, width=1.0,
-    device_balance=0.0, expert_groups=1, released_width=10944, flops_at_released_width=False,
+    balance=FrozenDict(expert=0.003), expert_groups=1, released_width=10944,
+    flops_at_released_width=False,
 )  # fmt: skip
 
 

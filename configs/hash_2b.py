@@ -11,8 +11,9 @@ tokens.
 import dataclasses
 
 from configs import base, switch_2b
+from dsmoe_jax.config.frozen import FrozenDict
 
-SETUP = dataclasses.replace(switch_2b.SETUP, name="hash_2b", router="hash", balance=0.0)
+SETUP = dataclasses.replace(switch_2b.SETUP, name="hash_2b", router="hash", balance=FrozenDict())
 
 
 def get_config(arg: str = "paper"):

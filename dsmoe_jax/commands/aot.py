@@ -12,7 +12,6 @@ pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error, with the nu
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import jax
 from absl import flags
 
 from dsmoe_jax.commands import command_line
+from dsmoe_jax.config import replace
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning.ahead_of_time import Proof, prove
@@ -30,8 +30,8 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6
 _BUFFERS = flags.DEFINE_bool("buffers", False, "Also with exchange buffers for MaxVio 0, 1 and 4.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
-# Room for the busiest device at this MaxVio over devices -> model.moe.buffer_factor.
-BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": 0.0}
+# Room for the busiest device at this MaxVio over devices -> model.moe.dispatch.buffer_factor.
+BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": None}
 
 
 def describe(proof: Proof) -> str:
@@ -94,7 +94,7 @@ def as_json(proof: Proof) -> dict[str, Any]:
         "mesh": {axis: proof.sizes[axis] for axis in AXES},
         "planned": proof.planned,
         "accumulation_steps": proof.config.train.accumulation_steps,
-        "buffer_factor": proof.config.model.moe.buffer_factor,
+        "buffer_factor": proof.config.model.moe.dispatch.buffer_factor,
         "hbm_gb": CHIPS[proof.chip].hbm_gb,
         "used_gb": proof.used,
         "memory_gb": proof.memory,
@@ -116,13 +116,12 @@ def as_json(proof: Proof) -> dict[str, Any]:
 def other_buffers(proof: Proof) -> Iterator[tuple[str, Proof | str]]:
     """The same step with other room for the exchange; a sentence where it does not fit."""
     for name, factor in BUFFERS.items():
-        if factor == proof.config.model.moe.buffer_factor:
+        if factor == proof.config.model.moe.dispatch.buffer_factor:
             yield name, proof
             continue
-        moe = dataclasses.replace(proof.config.model.moe, buffer_factor=factor)
-        model = dataclasses.replace(proof.config.model, moe=moe)
+        other = replace(proof.config, **{"model.moe.dispatch.buffer_factor": factor})
         try:
-            yield name, prove(dataclasses.replace(proof.config, model=model), proof.topology)
+            yield name, prove(other, proof.topology)
         except ValueError as error:
             yield name, str(error)
 

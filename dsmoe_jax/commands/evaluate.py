@@ -21,8 +21,10 @@ from absl import flags
 from flax import nnx
 
 from dsmoe_jax.commands import command_line
+from dsmoe_jax.config import stage_of
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
+from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.loading import Run, load_run
@@ -48,7 +50,7 @@ def main() -> None:
     with jax.set_mesh(command_line.mesh()):
         run = load_run(_WORKDIR.value, _STEP.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
-        dropping.check_room(run.config.model.moe, tokens)
+        dropping.check_room(flat(run.config.model.moe), tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run)
         batches = _BATCH_SIZE.value, _MAX_BATCHES.value
@@ -68,7 +70,7 @@ def _routing(
     if directory and folder:
         raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
     if folder:
-        config = run.config.stage_of(run.step).config
+        config = stage_of(run.config, run.step).config
         return None, *routing_records.of_held_out(folder, config, fingerprint)
     recorder = None
     if directory:

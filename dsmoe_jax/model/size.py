@@ -23,6 +23,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import get_router
 
 
@@ -72,9 +73,9 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     moe, d, layers = model.moe, model.hidden_size, model.num_hidden_layers
     moe_layers = layers - model.first_k_dense_replace
     heads = (
-        model.num_attention_heads + model.num_key_value_heads
+        model.attention.num_attention_heads + model.attention.num_key_value_heads
     )  # queries and output; keys, values
-    attention = 2 * d * model.head_dim * heads
+    attention = 2 * d * model.attention.head_dim * heads
     embedding_and_head = 2 * model.vocab_size * d
     norms = d * (2 * layers + 1)
     dense = model.first_k_dense_replace * 3 * d * model.intermediate_size
@@ -89,7 +90,7 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
 
 
 def _logits_per_expert(model: ModelConfig) -> int:
-    return get_router(model.moe).logits_per_expert if model.moe.n_routed_experts else 0
+    return get_router(flat(model.moe)).logits_per_expert if model.moe.n_routed_experts else 0
 
 
 def flops_per_sequence(config: Config) -> float:
@@ -125,7 +126,10 @@ def train_flops_per_token(config: Config) -> float:
     d, layers = model.hidden_size, model.num_hidden_layers
     no_matmul = model.vocab_size * d + d * (2 * layers + 1)
     matmul = parameters_by_formula(model).activated - no_matmul
-    return 6 * matmul + 12 * layers * n * model.num_attention_heads * model.head_dim
+    return (
+        6 * matmul
+        + 12 * layers * n * model.attention.num_attention_heads * model.attention.head_dim
+    )
 
 
 def state_bytes(parameters: int) -> dict[str, int]:

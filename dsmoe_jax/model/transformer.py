@@ -209,7 +209,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 def init_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
     """An empty cache for `batch` sequences of up to `max_length` positions."""
-    shape = (batch, max_length, config.num_key_value_heads, config.head_dim)
+    shape = (batch, max_length, config.attention.num_key_value_heads, config.attention.head_dim)
     dtype, leading = compute_dtype(config), config.first_k_dense_replace
     empty = lambda *lead: KVCache(*(jnp.zeros((*lead, *shape), dtype) for _ in range(2)))  # noqa: E731
     stacked = empty(config.num_hidden_layers - leading)

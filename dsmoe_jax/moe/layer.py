@@ -18,6 +18,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.moe import dispatch, dropping, experts, losses, routers
+from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.report import RouterStats, router_stats
 from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
@@ -43,7 +44,7 @@ class MoELayer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        moe = config.moe
+        moe = flat(config.moe)
         d, e, f = config.hidden_size, moe.n_routed_experts, moe.moe_intermediate_size
         self.config = moe
         if moe.n_shared_experts:

@@ -230,8 +230,10 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     """Bytes on one chip: kept for the backward pass, a layer at work, and logits."""
     model, s, tensor = config.model, config.data.sequence_length, sizes["tensor"]
     moe, t, d = model.moe, micro_batch * config.data.sequence_length, model.hidden_size
-    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    scores = micro_batch * model.num_attention_heads / tensor * s * s * (4 + _COMPUTE)
+    heads = (
+        model.attention.num_attention_heads + 2 * model.attention.num_key_value_heads
+    ) * model.attention.head_dim
+    scores = micro_batch * model.attention.num_attention_heads / tensor * s * s * (4 + _COMPUTE)
     rows, f = volume(moe, t, sizes["expert"]), moe.moe_intermediate_size / tensor
     # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
     layer = 2 * (_COMPUTE * (4 * t * d + t * heads / tensor) + scores)

@@ -37,14 +37,18 @@ def volume(moe: MoEConfig, t: int, p: int) -> Volume:
     if p == 1 or not e:
         return Volume(0.0, 0, 0.0, float(t * k))
     choices = min(k, e // p)  # that a token can have on one chip
-    chunk = t / moe.exchange_chunks
+    chunk = t / moe.dispatch.chunks
     worst = p * chunk * choices
-    load = min(worst, math.ceil(moe.buffer_factor * chunk * k)) if moe.buffer_factor else worst
+    load = (
+        min(worst, math.ceil(moe.dispatch.buffer_factor * chunk * k))
+        if moe.dispatch.buffer_factor
+        else worst
+    )
     label_bytes = 4 * _LANES * math.ceil(2 * choices / _LANES)
-    if moe.dispatch == "all_gather":
+    if moe.dispatch.name == "all_gather":
         return Volume(float((p - 1) * t), 8 * k, p * chunk, load)
-    if moe.dispatch == "capacity":
-        factor = moe.capacity_factor
+    if moe.dispatch.name == "fixed_slots":
+        factor = moe.drop.capacity_factor if moe.drop else None
         slots = min(t, math.ceil(factor * t * k / p)) if factor else t
         return Volume(float((p - 1) * slots), label_bytes, p * slots, float(p * slots))
     others = chips_of_a_token(moe, p) * (p - 1) / p
@@ -57,7 +61,12 @@ def chips_of_a_token(moe: MoEConfig, p: int) -> float:
     With a device limit (`topk_group` of `n_group` groups, V2 section 2.1.2) as many as there are
     in those groups at most.  Chips and groups nest: one's number divides the other's.
     """
-    e, k, groups, m = moe.n_routed_experts, moe.num_experts_per_tok, moe.n_group, moe.topk_group
+    e, k, groups, m = (
+        moe.n_routed_experts,
+        moe.num_experts_per_tok,
+        moe.router.n_group,
+        moe.router.topk_group,
+    )
     of_chip, of_group = e // p, e // groups
     open_ = m * of_group  # experts in the groups that a token may use
     miss = lambda n: math.comb(open_ - n, k) / math.comb(open_, k)  # noqa: E731

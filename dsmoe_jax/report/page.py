@@ -9,6 +9,7 @@ import datetime
 import os
 import pathlib
 
+from dsmoe_jax.config import tokens_after
 from dsmoe_jax.report import plots, tables
 from dsmoe_jax.report.blocks import (
     Block,
@@ -177,7 +178,7 @@ def facts(comparison: Comparison) -> Facts:
     prints = sorted({row.data_fingerprint for row in rows if row.data_fingerprint})
     held_out = {row.validation_tokens for row in rows if row.validation_tokens}
     finished = sum(row.finished for row in rows)
-    tokens = tables.short(config.tokens_after(train.steps))
+    tokens = tables.short(tokens_after(config, train.steps))
     return Facts(
         {
             "scale": f"{comparison.scale}: {model.num_hidden_layers} layers, hidden size"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.config import Config, replace
+from dsmoe_jax.config import Config, replace, tokens_after
 from dsmoe_jax.model import size
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_evaluation
@@ -181,7 +181,7 @@ def read_row(cell: Cell) -> Row:
     running = logged[-1].get(RUNNING)
     return dataclasses.replace(
         row,
-        tokens=cell.config.tokens_after(cell.config.train.steps),
+        tokens=tokens_after(cell.config, cell.config.train.steps),
         validation_tokens=held_out["tokens"],
         validation_loss=held_out["loss"],
         validation_bits_per_byte=held_out["bits_per_byte"],

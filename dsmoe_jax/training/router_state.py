@@ -15,6 +15,7 @@ from flax import nnx
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.moe.layer import HashTable, RouterBias
+from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers.fixed import balanced_table
 
 
@@ -30,10 +31,15 @@ def make_hash_table(
     Raises:
       ValueError: if it is needed and None.
     """
-    moe = config.model.moe
+    moe = flat(config.model.moe)
     if moe.hash_table != "frequency":
         return None
-    require(token_counts is not None, "model.moe.hash_table", "frequency", "needs token counts")
+    require(
+        token_counts is not None,
+        "model.moe.router.options.table",
+        "frequency",
+        "needs token counts",
+    )
     assert token_counts is not None
     counted = token_counts()
     counts_V = np.zeros(config.model.vocab_size, np.int64)

@@ -63,7 +63,7 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row |= load_summary(np.asarray(stats.load_E, np.float64))
     row |= {f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.sums.items()}
     row |= {name: as_list(term_L) for name, term_L in metrics.terms.items()}
-    row |= drop_summary(stats.ledger, detailed=bool(model.moe.capacity_factor))
+    row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:
         bytes_of_row = model.hidden_size * compute_dtype(model).itemsize
         row["device_rows"] = as_list(stats.device_rows_D, int)

@@ -20,6 +20,7 @@ from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.moe import dropping, losses
+from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.report import RouterStats
 from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.parallel import sharding
@@ -91,7 +92,7 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
       ValueError: for a model that cannot be, or experts without room for the tokens of a step.
     """
     train = config.train
-    dropping.check_room(config.model.moe, config.tokens_per_step // train.accumulation_steps)
+    dropping.check_room(flat(config.model.moe), config.tokens_per_step // train.accumulation_steps)
     key = jax.random.key(config.train.seed) if key is None else key
     return Transformer(config.model, rngs=nnx.Rngs(key))
 
@@ -185,7 +186,11 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
       config: of the run.
       bytes_V: UTF-8 bytes of each token.
     """
-    graph, n_micro, moe = abstract_model(config), config.train.accumulation_steps, config.model.moe
+    graph, n_micro, moe = (
+        abstract_model(config),
+        config.train.accumulation_steps,
+        flat(config.model.moe),
+    )
 
     def forward(params, other, micro: Batch, sequence_B, rng):
         model = nnx.merge(graph, params, other)
@@ -249,7 +254,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        weights = losses.weights_at(config.model.moe, state.step / steps)
+        weights = losses.weights_at(flat(config.model.moe), state.step / steps)
         parts, grads = gradients(state.params, state.other, batch, rng, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
@@ -264,7 +269,7 @@ def make_train_step(
             terms=parts.terms,
             router=parts.router,
         )
-        if parts.router is not None and (speed := config.model.moe.bias_update_speed):
+        if parts.router is not None and (speed := config.model.moe.router.bias_update_speed):
             other = router_state.move_bias(other, parts.router.load_E, speed)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 

@@ -19,7 +19,7 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     config = replace(
         from_config_dict(configs.load("dsmoe_2b", "smoke,split=1")),
         **{
-            "model.hidden_size": 16, "model.num_hidden_layers": 1, "model.head_dim": 8,
+            "model.hidden_size": 16, "model.num_hidden_layers": 1, "model.attention.head_dim": 8,
             "model.initializer_range": 0.3, "model.moe.n_routed_experts": 4,
             "model.moe.moe_intermediate_size": 8, "model.moe.expert_backend": "loop",
             "data.corpus": str(tiny_corpus),

@@ -61,7 +61,7 @@ def test_headline_ratios(model, reference, percent):
 
 def test_flops_at_used_widths_by_hand():
     """A model small enough to add up: every matrix product counts 6 FLOPs a weight and token."""
-    config = replace(load("dsmoe_16b", "smoke"), **{"model.num_key_value_heads": 1})
+    config = replace(load("dsmoe_16b", "smoke"), **{"model.attention.num_key_value_heads": 1})
     d, n, kv = 48, 64, 24
     attention = 2 * (2 * d * d + 2 * d * kv)
     ffn = 3 * d * 256 + 3 * d * 32 * (2 + 6) + 64 * d  # dense layer; experts; router

@@ -139,7 +139,7 @@ def assert_same_routing(workdir, wanted):
 def test_two_processes_replay_what_one_recorded(launcher, tmp_path, undisturbed):
     """Each reads its own sequences' routing."""
     recorded = f"train.replay_routing={undisturbed.workdir / 'routing'}"
-    changes = ("train.record_routing=False", "train.steps=3", "model.moe.router=replay_ids")
+    changes = ("train.record_routing=False", "train.steps=3", "model.moe.router.name=replay_ids")
     run = Run(launcher, tmp_path / "run", 2, *changes, recorded)
     codes, said = run.end()
     assert codes == [0, 0], said

@@ -22,14 +22,14 @@ TINY = {
     "model.vocab_size": 512,
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
-    "model.num_attention_heads": 2,
-    "model.num_key_value_heads": 2,
-    "model.head_dim": 8,
+    "model.attention.num_attention_heads": 2,
+    "model.attention.num_key_value_heads": 2,
+    "model.attention.head_dim": 8,
     "model.moe.n_routed_experts": 4,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
-    "model.moe.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
+    "model.moe.dispatch.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
     "data.sequence_length": 64,
     "data.tokenizer_vocab_size": 512,
     "optimizer.warmup_steps": 2,

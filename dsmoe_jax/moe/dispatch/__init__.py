@@ -78,12 +78,12 @@ def dispatch(
         name = "local" if n_devices == 1 else "all_to_all"
     if name == "local" and n_devices > 1:
         raise ValueError(
-            f"model.moe.dispatch='local': the mesh splits the experts over expert={n_devices}"
+            f"model.moe.dispatch.name='local': the mesh splits the experts over expert={n_devices}"
             f" devices; must be one of {sorted({'auto', *DISPATCHERS} - {'local'})}"
         )
     if name != "local" and mesh.empty:
         raise ValueError(
-            f"model.moe.dispatch={name!r}: there is no mesh; must be 'auto' or 'local'"
+            f"model.moe.dispatch.name={name!r}: there is no mesh; must be 'auto' or 'local'"
         )
     if name != "local" or math.prod(mesh.axis_sizes) > 1:
         dispatcher = DISPATCHERS[name]
@@ -103,4 +103,4 @@ def check_name(name: str) -> None:
     """
     if name not in ("auto", *DISPATCHERS):
         names = ["auto", *sorted(DISPATCHERS)]
-        raise ValueError(f"model.moe.dispatch={name!r}: must be one of {names}")
+        raise ValueError(f"model.moe.dispatch.name={name!r}: must be one of {names}")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import assignment, balanced, fixed, policy, scored
 from dsmoe_jax.moe.types import Routing
 
@@ -52,7 +53,6 @@ class Router(NamedTuple):
 
 ROUTERS: dict[str, Router] = {
     "topk": Router(scored.topk, _SCORED | {"scoring_func"}),
-    "topk_softmax": Router(scored.topk, _SCORED),
     "switch": Router(scored.topk, _SCORED, top=1),
     "gshard": Router(scored.gshard, _SCORED | {"random_second_expert"}, top=2),
     "noisy_topk": Router(scored.noisy_topk, _SCORED, logits_per_expert=2),
@@ -95,6 +95,9 @@ ROUTERS: dict[str, Router] = {
 SETTINGS = frozenset().union(*(router.reads for router in ROUTERS.values()))
 
 
+DEFAULTS = dataclasses.asdict(flat(MoEConfig()))
+
+
 def get_router(config: MoEConfig) -> Router:
     """The router of a config.
 
@@ -103,7 +106,7 @@ def get_router(config: MoEConfig) -> Router:
     """
     name, k = config.router, config.num_experts_per_tok
     if name not in ROUTERS:
-        raise ValueError(f"model.moe.router={name!r}: must be one of {sorted(ROUTERS)}")
+        raise ValueError(f"model.moe.router.name={name!r}: must be one of {sorted(ROUTERS)}")
     router = ROUTERS[name]
     if router.top not in (None, k):
         experts = "expert" if router.top == 1 else "experts"
@@ -111,17 +114,17 @@ def get_router(config: MoEConfig) -> Router:
             f"model.moe.num_experts_per_tok={k}:"
             f" the {name} router activates exactly {router.top} {experts}"
         )
-    for field in dataclasses.fields(MoEConfig):
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in SETTINGS - router.reads and value != field.default:
+        if field.name in SETTINGS - router.reads and value != DEFAULTS.get(field.name):
             readers = sorted(r for r in ROUTERS if field.name in ROUTERS[r].reads)
             raise ValueError(
                 f"model.moe.{field.name}={value!r}: the {name} router does not know it; must be"
-                f" {field.default!r}, or the router one of {readers}"
+                f" {DEFAULTS.get(field.name)!r}, or the router one of {readers}"
             )
     if config.norm_topk_prob and k == 1:
         raise ValueError(
-            "model.moe.norm_topk_prob=True: with num_experts_per_tok=1 every gate would be 1 and"
-            " the router would learn nothing; must be False"
+            "model.moe.router.norm_topk_prob=True: with num_experts_per_tok=1 every gate would be"
+            " 1 and the router would learn nothing; must be False"
         )
     return router

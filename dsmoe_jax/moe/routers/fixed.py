@@ -85,7 +85,7 @@ def replay(logits: None, inputs: RouterInputs, config: MoEConfig) -> Routing:
     del logits
     if inputs.replayed is None:
         raise ValueError(
-            f"model.moe.router={config.router!r}: there is no recorded routing for this text; only"
-            " the recorded run's training and held-out batches can be replayed"
+            f"model.moe.router.name={config.router!r}: there is no recorded routing for this text;"
+            " only the recorded run's training and held-out batches can be replayed"
         )
     return Routing(*inputs.replayed, None)
