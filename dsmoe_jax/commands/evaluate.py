@@ -1,12 +1,12 @@
 r"""Measures a trained run on held-out text: nats per token and bits per byte, by domain.
 
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
 
 The routing can be written down and replayed by the experts of another step or run:
 
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 \
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
     --replay_routing=routing/validation-00000400
 """
 
@@ -89,7 +89,3 @@ def table(result: dict[str, Any]) -> str:
         numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
         lines.append(f"{name:{width}}  {numbers}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    command_line.run(main)

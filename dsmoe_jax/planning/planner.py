@@ -11,7 +11,7 @@ fewest bytes.  What is counted:
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
-`python -m dsmoe_jax.aot` replaces the estimate by what the compiler allocates.
+`python -m dsmoe_jax aot` replaces the estimate by what the compiler allocates.
 
 Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated experts.
 """

@@ -138,9 +138,7 @@ class Recording:
         for stage in stages_of(config):
             self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
         every = config.train.eval_every or steps
-        if (
-            config.model.moe.router.name == "replay"
-        ):  # the other one chooses by itself in evaluation
+        if config.model.moe.router.name == "replay":  # `replay_ids` chooses by itself there
             for step in {*range(every, steps, every), steps}:
                 train = stage_of(config, step).config.train
                 micro_batch = train.global_batch_size // train.accumulation_steps
