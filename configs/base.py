@@ -40,10 +40,10 @@ from dsmoe_jax.planning.papers import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What all models of a comparison have in common.
+    """The settings that all models of a comparison share.
 
     Attributes:
-      settings: sizes of the Transformer and of its training.
+      settings: sizes of the Transformer, training settings.
       corpus: None where no corpus that comes with the project is large enough: the user names one.
       eval_batches: None is the whole validation split.
     """

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
@@ -258,7 +258,9 @@ def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]
     return {name: n_bytes / 1e9 for name, n_bytes in categories.items()}
 
 
-def roofline(config: Config, params: Any, mesh: Mesh, chip: Chip, received_gb: float) -> Roofline:
+def roofline(
+    config: Config, params: Any, mesh: Mesh | AbstractMesh, chip: Chip, received_gb: float
+) -> Roofline:
     """The bounds of a step in which a chip receives `received_gb`."""
     tokens = config.tokens_per_step / mesh.size
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
@@ -278,7 +280,7 @@ def roofline(config: Config, params: Any, mesh: Mesh, chip: Chip, received_gb: f
     )
 
 
-def _in_use(params: Any, mesh: Mesh) -> float:
+def _in_use(params: Any, mesh: Mesh | AbstractMesh) -> float:
     """Elements of the weights that one chip computes with, when FSDP has gathered them."""
     total = 0.0
     for path, x in jax.tree.leaves_with_path(params):
