@@ -18,6 +18,7 @@ from flax import nnx
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.model import build
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.moe import dropping, losses
 from dsmoe_jax.moe.legacy import flat
@@ -94,7 +95,7 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
     train = config.train
     dropping.check_room(flat(config.model.moe), config.tokens_per_step // train.accumulation_steps)
     key = jax.random.key(config.train.seed) if key is None else key
-    return Transformer(config.model, rngs=nnx.Rngs(key))
+    return build.build_model(config.model, key)
 
 
 def _first_state(config: Config, key: jax.Array, table_V: Any = None) -> TrainState:
