@@ -25,7 +25,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
-from dsmoe_jax.model import size
+from dsmoe_jax.model import remat, size
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import hlo, planner
 from dsmoe_jax.training.devices import open_mesh
@@ -257,7 +257,8 @@ def roofline(config: Config, params: Any, mesh: Mesh, chip: Chip, received_gb: f
     """The bounds of a step, see `Roofline`; of what a chip receives in one, `received_gb`."""
     tokens, n_micro = config.tokens_per_step / mesh.size, config.train.accumulation_steps
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
-    passes = 3 if config.model.remat == "full" else 2  # forward, again, backward
+    again = remat.get(config.model.remat).whole_layers
+    passes = 3 if again else 2  # forward, again, backward
     local, in_use = local_bytes(params) / 4, 0.0
     for path, x in jax.tree.leaves_with_path(params):
         letters = sharding.axes_of(path, x.shape)
@@ -266,7 +267,7 @@ def roofline(config: Config, params: Any, mesh: Mesh, chip: Chip, received_gb: f
         in_use += x.size / math.prod(mesh.shape[axis] for axis in axes)
     moved = _STATE_TRAFFIC * local + n_micro * (8 * local + passes * _COMPUTE * in_use)
     return Roofline(
-        compute=model_compute * (4 / 3 if config.model.remat == "full" else 1),
+        compute=model_compute * (4 / 3 if again else 1),
         memory=moved / chip.hbm_bandwidth,
         network=received_gb * 1e9 / chip.link_bandwidth,
         model_compute=model_compute,

@@ -29,6 +29,8 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.model import remat
+from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning.volume import volume
@@ -230,17 +232,15 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     """Bytes on one chip: kept for the backward pass, a layer at work, and logits."""
     model, s, tensor = config.model, config.data.sequence_length, sizes["tensor"]
     moe, t, d = model.moe, micro_batch * config.data.sequence_length, model.hidden_size
-    heads = (
-        model.attention.num_attention_heads + 2 * model.attention.num_key_value_heads
-    ) * model.attention.head_dim
-    scores = micro_batch * model.attention.num_attention_heads / tensor * s * s * (4 + _COMPUTE)
+    attended = attention.get(model.attention).activations(model.attention, s)
+    scores = t * attended.scores / tensor * (4 + _COMPUTE)
     rows, f = volume(moe, t, sizes["expert"]), moe.moe_intermediate_size / tensor
     # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
-    layer = 2 * (_COMPUTE * (4 * t * d + t * heads / tensor) + scores)
+    layer = 2 * (_COMPUTE * (4 * t * d + t * attended.projected / tensor) + scores)
     layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.room * d
     layer += t * moe.n_shared_experts * _ROW_F * f
     kept = model.num_hidden_layers * _COMPUTE * t * d
-    if model.remat != "full":  # `dots` keeps less than `none`; counted as `none`
+    if not remat.get(model.remat).whole_layers:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
     logits = 3 * 4 * t * model.vocab_size / tensor
     # They are gone before the backward pass comes to the layers.
@@ -252,12 +252,13 @@ def _exchange(
 ) -> dict[str, float]:
     """Bytes that one chip receives in a step for tokens to meet experts, and tensor's sums."""
     model, s, tensor = config.model, config.data.sequence_length, sizes["tensor"]
-    remat, d = model.remat == "full", model.hidden_size
+    d = model.hidden_size
+    again = remat.get(model.remat).whole_layers
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
     rows = volume(model.moe, micro_batch * s, sizes["expert"])
     vectors = _COMPUTE * accumulation * micro_batch * s * d
     # Out and back, in the forward and in the backward pass; out again where it is recomputed.
-    bytes_a_row = (5 if remat else 4) * _COMPUTE * d + (3 if remat else 2) * rows.label_bytes
+    bytes_a_row = (5 if again else 4) * _COMPUTE * d + (3 if again else 2) * rows.label_bytes
     return {
         "tokens": moe_layers * accumulation * rows.received * bytes_a_row,
         # Two sums a layer each way; a sum is a scatter and a gather.

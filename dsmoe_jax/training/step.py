@@ -20,12 +20,12 @@ from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model import build
 from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import dropping, losses
 from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.report import RouterStats
 from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.routing_records import replayed
 from dsmoe_jax.training import micro_batches, router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -195,13 +195,12 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
 
     def forward(params, other, micro: Batch, sequence_B, rng):
         model = nnx.merge(graph, params, other)
-        inputs = micro["tokens_BS"], micro["segment_ids_BS"], micro["positions_BS"]
-        return model.forward(*inputs, rng=rng, sequence_B=sequence_B, replayed=replayed(micro))
+        return model.forward(ModelInputs.of_batch(micro, sequence_B, rng))
 
     def loss_fn(params, other, micro: Batch, sequence_B, rng, weights, all_tokens, whole):
         output = forward(params, other, micro, sequence_B, rng)
         nll_BS, sums = token_sums(output.logits_BSV, micro, bytes_V)
-        loss, terms, router, choice = sums.nll / all_tokens, {}, output.router_stats, None
+        loss, terms, router, choice = sums.nll / all_tokens, {}, output.report, None
         if router is not None:
             terms = {name: losses.value(name, part, whole) for name, part in router.terms.items()}
             loss += sum(weights[name] * terms[name].sum() for name in weights)
@@ -213,7 +212,7 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
         return loss, (Parts(loss, sums, terms, router), choice)
 
     def sent(params, other, micro: Batch, sequence_B, rng):
-        router = forward(params, other, micro, sequence_B, rng).router_stats
+        router = forward(params, other, micro, sequence_B, rng).report
         assert router is not None
         return {name: router.terms[name].sent_G for name in losses.counted_terms(moe)}
 
