@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def has_mark(item: pytest.Item | None) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the mark; in the second process, takes the place of pytest's loop over all tests."""
+    """Registers the mark; in the second process, has tests run as they are asked for."""
     config.addinivalue_line("markers", f"{MARK}: runs in a process with eight virtual devices")
     if descriptor := os.environ.pop(CONNECTION, None):
         config.pluginmanager.register(_TestsOnRequest(config, Connection(int(descriptor))))
@@ -71,7 +72,7 @@ class _SecondProcess:
 
     def __init__(self, items: list[pytest.Item]):
         self._connection, theirs = multiprocessing.Pipe()
-        self._says = tempfile.TemporaryFile("w+")
+        says, self._says = tempfile.mkstemp(text=True)
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers"),
@@ -82,9 +83,10 @@ class _SecondProcess:
             env=_environment() | {CONNECTION: str(theirs.fileno())},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=self._says,
+            stdout=says,
             stderr=subprocess.STDOUT,
         )
+        os.close(says)
         theirs.close()  # else the end of the process would not end the connection
 
     def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
@@ -99,21 +101,21 @@ class _SecondProcess:
         read = item.config.hook.pytest_report_from_serializable
         return [read(config=item.config, data=report) for report in reports]
 
-    def end(self) -> int:
-        """Waits until it has torn down its fixtures; its exit code."""
+    def end(self) -> str:
+        """Waits until it has torn down its fixtures; its exit code, and what it printed."""
         self._connection.close()
-        return self._process.wait()
+        code = self._process.wait()
+        printed = Path(self._says).read_text()
+        os.unlink(self._says)
+        return f"exit code {code}:\n{printed}"
 
     def _crashed(self, item: pytest.Item) -> pytest.TestReport:
-        code = self.end()
-        self._says.seek(0)
         return pytest.TestReport(
             nodeid=item.nodeid,
             location=item.location,
             keywords={},
             outcome="failed",
-            longrepr=f"the process with eight devices ended, exit code {code}:\n"
-            + self._says.read(),
+            longrepr=f"the process with eight devices ended, {self.end()}",
             when="call",
         )
 
