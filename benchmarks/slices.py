@@ -4,7 +4,7 @@
     python -m benchmarks.slices --only=dsmoe_16b    # the same for one model
     python -m benchmarks.slices --table             # print the table of what is there
 
-Each case is one `python -m dsmoe_jax.aot --json` at the paper's sizes and global batch, on the
+Each case is one `python -m dsmoe_jax aot --json` at the paper's sizes and global batch, on the
 mesh that the planner proposes (or the one given below).  Needs pip install 'dsmoe_jax[tpu]'.
 """
 
@@ -52,7 +52,7 @@ def mesh_flags(sizes: dict[str, int], micro_batches: int) -> list[str]:
 def prove(config: str, topology: str, flags: list[str]) -> dict:
     """The report of one case; under "error" the sentence of one that is refused."""
     command = [
-        sys.executable, "-m", "dsmoe_jax.aot", f"--config=configs/{config}.py",
+        sys.executable, "-m", "dsmoe_jax", "aot", f"--config=configs/{config}.py",
         f"--topology={topology}", "--json", *flags,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

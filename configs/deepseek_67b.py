@@ -1,6 +1,6 @@
 """DeepSeek 67B, dense with grouped-query attention: compared with the 145B (V1 table 6).
 
-    python -m dsmoe_jax.train --config=configs/deepseek_67b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/deepseek_67b.py:demo --workdir=DIR
 
 The FFN is 22016 wide (nominal 21845.33) and 64 heads share 8 key/value heads; the paper's FLOPs
 are at the nominal width and take full multi-head attention.

@@ -1,6 +1,6 @@
 """DeepSeek 7B, dense: what DeepSeekMoE 16B is compared with (V1 table 3).
 
-    python -m dsmoe_jax.train --config=configs/deepseek_7b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/deepseek_7b.py:demo --workdir=DIR
 
 The FFN is 11008 wide (nominal 10922.67); the paper's FLOPs are at the nominal width.
 

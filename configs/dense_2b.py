@@ -1,6 +1,6 @@
 """The dense model of V1 table 1: one FFN of standard width a layer, written as one shared expert.
 
-    python -m dsmoe_jax.train --config=configs/dense_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dense_2b.py:demo --workdir=DIR
 
 It belongs to the 2B comparison and has 0.2B parameters itself.
 

@@ -1,6 +1,6 @@
 """Dense with 16 standard FFNs a layer, all active: what no MoE of the size can beat (V1 table 2).
 
-    python -m dsmoe_jax.train --config=configs/dense_2b_x16.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dense_2b_x16.py:demo --workdir=DIR
 
 V1, 100B tokens: Pile loss 1.806 with 1.89B expert parameters, 24.6T FLOPs per 2K tokens.
 """

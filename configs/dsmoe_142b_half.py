@@ -1,6 +1,6 @@
 """DeepSeekMoE 142B, half activated: 2 shared and 6 of 128 routed experts (V1 7.2).
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_142b_half.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_142b_half.py:demo --workdir=DIR
 
 The dense first layer is half as wide as the 145B's, too.
 

@@ -1,6 +1,6 @@
 """DeepSeekMoE 145B: 4 shared and 128 routed experts, 12 activated, first layer dense (V1 7.1).
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_145b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_145b.py:demo --workdir=DIR
 
 The widths are 1408 (an eighth is 1365.33) and 21888; the paper's FLOPs are at these.  Beside the
 expert balance loss there is a device balance loss over 4 groups of experts.

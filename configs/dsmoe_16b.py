@@ -1,6 +1,6 @@
 """DeepSeekMoE 16B: 2 shared and 64 routed experts, 6 activated, first layer dense (V1 5.1).
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_16b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_16b.py:demo --workdir=DIR
 
 The released widths are 1408 for an expert (a quarter is 1365.33) and 10944 for the dense layer;
 the paper's FLOPs are at the nominal quarter and double width.

@@ -1,6 +1,6 @@
 """DeepSeekMoE 2B: 1 shared and 63 routed experts of quarter width, 7 of them activated (V1 4.1).
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=DIR
 
 Options build the other points of the design: with `split=m`, 16 standard FFNs are cut into 16 m
 experts of 1/m the width and 2 m are activated; `shared` of these are always active (V1 eqs. 6-11).

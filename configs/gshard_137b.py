@@ -1,6 +1,6 @@
 """GShard 137B: 16 routed experts of standard width, 2 activated, first layer dense (V1 7.2).
 
-    python -m dsmoe_jax.train --config=configs/gshard_137b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/gshard_137b.py:demo --workdir=DIR
 
 An expert is 10944 wide (nominal 10922.67); the paper's FLOPs are at the nominal width.
 

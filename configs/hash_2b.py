@@ -1,6 +1,6 @@
 """Hash layer 2B: 16 experts of standard width, one per token by a fixed table (2106.04426).
 
-    python -m dsmoe_jax.train --config=configs/hash_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/hash_2b.py:demo --workdir=DIR
 
 Nothing is learned about routing, so there is nothing to balance: the balance factor is 0.
 

@@ -1,6 +1,6 @@
 """LLaMA2 7B, dense: the open model that DeepSeekMoE 16B is compared with (V1 table 4).
 
-    python -m dsmoe_jax.train --config=configs/llama2_7b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/llama2_7b.py:demo --workdir=DIR
 
 Sizes only: the training settings are DeepSeek 7B's, so that the architectures compare.
 

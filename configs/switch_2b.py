@@ -1,6 +1,6 @@
 """Switch Transformer 2B: 16 routed experts of standard width, the best one activated (2101.03961).
 
-    python -m dsmoe_jax.train --config=configs/switch_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/switch_2b.py:demo --workdir=DIR
 
 V1 table 1, 100B tokens: Pile loss 1.881 with 2.0B parameters, 0.2B activated, 2.9T FLOPs per 2K
 tokens.

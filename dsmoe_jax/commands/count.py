@@ -1,8 +1,8 @@
 """Counts a model's parameters and FLOPs beside the figures of the DeepSeekMoE paper.
 
-python -m dsmoe_jax.count                                        every model of the paper
-python -m dsmoe_jax.count --config=configs/dsmoe_2b.py:demo      one model
-python -m dsmoe_jax.count --config=configs/dsmoe_16b.py:paper --json
+python -m dsmoe_jax count                                        # every model of the paper
+python -m dsmoe_jax count --config=configs/dsmoe_2b.py:demo      # one model
+python -m dsmoe_jax count --config=configs/dsmoe_16b.py:paper --json
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 
 from absl import flags
 
-import configs
 from dsmoe_jax.commands import command_line
-from dsmoe_jax.config import Config, from_config_dict
+from dsmoe_jax.config import Config, files, from_config_dict
 from dsmoe_jax.model import size
 
 command_line.define_config()
@@ -48,10 +47,15 @@ def _paper(config: Config) -> dict[str, str]:
     """What the paper prints; nothing for another scale or after an override of a size."""
     if config.scale != "paper" or config.name not in size.PAPER:
         return {}
-    original = from_config_dict(configs.load(config.name))
+    original = _load(config.name)
     same = config.model == original.model
     same &= config.data.sequence_length == original.data.sequence_length
     return size.PAPER[config.name] if same else {}
+
+
+def _load(name: str) -> Config:
+    """A model of the paper, at the paper's size."""
+    return from_config_dict(files.load(f"configs/{name}.py"))
 
 
 def table(some: list[Config]) -> str:
@@ -103,9 +107,9 @@ def details(config: Config) -> str:
 
 
 def main() -> None:
+    """Runs the command."""
     everything = _ALL.value or command_line.FLAGS.config is None
-    names = list(size.PAPER) if everything else []
-    some = [from_config_dict(configs.load(name)) for name in names] or [command_line.config()]
+    some = list(map(_load, size.PAPER)) if everything else [command_line.config()]
     if _JSON.value:
         reports = [report(config) for config in some]
         print(json.dumps(reports if everything else reports[0], indent=2))
@@ -113,7 +117,3 @@ def main() -> None:
         print(table(some))
         if not everything:
             print(details(some[0]))
-
-
-if __name__ == "__main__":
-    command_line.run(main)

@@ -65,8 +65,8 @@ class HeldOut:
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             router = output.router_stats
-            ledger = None if router is None else router.ledger
-            return jnp.stack(sums), ledger, router.choice if router and recorder else None
+            ledger = None if router is None else router.logged.ledger
+            return jnp.stack(sums), ledger, router.recorded if router and recorder else None
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)

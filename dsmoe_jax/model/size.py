@@ -23,7 +23,6 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.model.transformer import Transformer
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import get_router
 
 
@@ -90,7 +89,7 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
 
 
 def _logits_per_expert(model: ModelConfig) -> int:
-    return get_router(flat(model.moe)).logits_per_expert if model.moe.n_routed_experts else 0
+    return get_router(model.moe)[0].logits_per_expert if model.moe.n_routed_experts else 0
 
 
 def flops_per_sequence(config: Config) -> float:

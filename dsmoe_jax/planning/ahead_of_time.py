@@ -1,6 +1,6 @@
 """Compiles the train step for a TPU slice that is not there, and says what it needs.
 
-The program is the one that `dsmoe_jax.train` runs: forward, backward, optimizer, dispatch.  Only
+The program is the one that training runs: forward, backward, optimizer, dispatch.  Only
 its arrays are missing: shapes with shardings on the devices of the slice's description.
 """
 

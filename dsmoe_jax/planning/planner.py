@@ -11,7 +11,7 @@ fewest bytes.  What is counted:
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
-`python -m dsmoe_jax.aot` replaces the estimate by what the compiler allocates.
+`python -m dsmoe_jax aot` replaces the estimate by what the compiler allocates.
 
 Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated experts.
 """
@@ -29,9 +29,9 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
-from dsmoe_jax.planning.volume import volume
 from dsmoe_jax.training.step import TrainState, state_shapes
 
 USABLE = 0.9  # the rest is for the program, its buffers, and what the estimate misses
@@ -237,7 +237,7 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     rows, f = volume(moe, t, sizes["expert"]), moe.moe_intermediate_size / tensor
     # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
     layer = 2 * (_COMPUTE * (4 * t * d + t * heads / tensor) + scores)
-    layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.room * d
+    layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.buffered * d
     layer += t * moe.n_shared_experts * _ROW_F * f
     kept = model.num_hidden_layers * _COMPUTE * t * d
     if model.remat != "full":  # `dots` keeps less than `none`; counted as `none`

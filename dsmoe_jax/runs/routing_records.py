@@ -23,7 +23,7 @@ import numpy as np
 
 from dsmoe_jax.config import Config, stage_of, stages_of
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.workdir import ROUTING, write_json
 
@@ -74,7 +74,7 @@ class Recorder:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / MANIFEST, belongs)
 
-    def write(self, name: str, number: int, choice: Choice) -> None:
+    def write(self, name: str, number: int, choice: RecordedRouting) -> None:
         """Adds a batch.
 
         Args:
@@ -138,7 +138,7 @@ class Recording:
         for stage in stages_of(config):
             self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
         every = config.train.eval_every or steps
-        if config.model.moe.router.name == "replay":  # the other one chooses by itself in evaluation
+        if config.model.moe.router.name == "replay":  # `replay_ids` chooses by itself there
             for step in {*range(every, steps, every), steps}:
                 train = stage_of(config, step).config.train
                 micro_batch = train.global_batch_size // train.accumulation_steps
@@ -248,13 +248,13 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
     return recording, path.name
 
 
-def replayed(batch: Batch) -> Choice | None:
+def replayed(batch: Batch) -> RecordedRouting | None:
     """The recorded routing that a batch brings along."""
     if "replayed_ids_BLSK" not in batch:
         return None
     assert "replayed_gates_BLSK" in batch, "ids and gates come together"
     ids_BLSK, gates_BLSK = batch["replayed_ids_BLSK"], batch["replayed_gates_BLSK"]
-    return Choice(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
+    return RecordedRouting(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
 
 
 def _path(directory: Path, name: str, number: int) -> Path:

@@ -59,7 +59,6 @@ class Options:
 
 def main(experiment: Experiment) -> None:
     """The command line of an experiment."""
-    flags.disclaim_key_flags()  # so that --help lists these as the experiment's own
     flags.DEFINE_enum("scale", "demo", ["smoke", "demo", "proxy", "paper"], "Sizes of the models.")
     flags.DEFINE_integer("seeds", None, "How many seeds (default: the experiment's own).")
     flags.DEFINE_string("results", "runs", "Directory for NAME-SCALE/ with runs and report.")
@@ -76,7 +75,7 @@ def main(experiment: Experiment) -> None:
             Options(f.scale, f.seeds, f.results, tuple(f.arms), overrides, f.report_only),
         )
 
-    command_line.run(parsed)
+    command_line.run(parsed, manual=sys.modules["__main__"].__doc__)
 
 
 def parse_override(item: str) -> tuple[str, Any]:

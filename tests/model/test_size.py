@@ -101,9 +101,8 @@ def test_an_override_hides_the_papers_figures():
 # Not ru_maxrss: a child begins with that of the process that it was forked from.
 COUNT_AND_WEIGH = """
 import re
-from absl import flags
-from dsmoe_jax import count
-flags.FLAGS(["count", "--config=configs/dsmoe_145b.py", "--json"])
+from dsmoe_jax.commands import command_line, count
+command_line.parse(["--config=configs/dsmoe_145b.py", "--json"])
 count.main()
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

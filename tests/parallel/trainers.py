@@ -1,7 +1,7 @@
 """Starts the training command as several processes of this machine, again and again.
 
 Half of the start of a trainer is imports.  They are done once, in a process that forks the trainers
-(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax.train` does.
+(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax train` does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -102,7 +101,7 @@ class Launcher:
             "PYTHONPATH": os.getcwd(),
         }
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dsmoe_jax.train", "tensorboardX"])
+        self.context.set_forkserver_preload(["dsmoe_jax.commands.train", "tensorboardX"])
         with mock.patch.dict(os.environ, self.environment):  # JAX reads it when it is imported
             multiprocessing.forkserver.ensure_running()
         self.started: list[Trainer] = []
@@ -155,5 +154,4 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
     # On CPU each process hashes the devices in another order, and finds nothing of what the first
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None
-    sys.argv = ["train", *arguments]
-    command_line.run(command.main)
+    command_line.run(command.main, arguments)
