@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.config.mesh import AXES
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

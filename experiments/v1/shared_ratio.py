@@ -1,10 +1,10 @@
 """How many of 64 experts to share: 1, 2 or 4 (V1 section 4.4).
 
-python -m experiments.shared_ratio --scale=demo
+python -m experiments.v1.shared_ratio --scale=demo
 """
 
-from dsmoe_jax.study import runner
-from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 ARMS = (
     Arm("1 + 63 (7)", "dsmoe_2b", "shared=1", paper_loss=1.808),
@@ -14,14 +14,14 @@ ARMS = (
 LABELS = tuple(arm.label for arm in ARMS)
 
 EXPERIMENT = Experiment(
-    name="shared_ratio",
+    module="experiments.v1.shared_ratio",
     title="One, two or four shared experts of 64",
     source="DeepSeekMoE (arXiv 2401.06066), section 4.4",
-    claim="The number of shared experts makes little difference; two are slightly better than one"
+    summary="The number of shared experts makes little difference; two are slightly better than one"
     " or four. (Arms read: shared + routed experts, routed ones activated.)",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    experiment.main(EXPERIMENT)

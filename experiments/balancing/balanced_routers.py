@@ -1,6 +1,6 @@
 """Routers that even the load out by how they choose, beside one that is left alone.
 
-    python -m experiments.balanced_routers --scale=demo
+    python -m experiments.balancing.balanced_routers --scale=demo
 
 The recipes of V2 (groups of experts by device, three losses) and V3 (sigmoid scores, bias, groups,
 a little sequence loss) as wholes, and the rivals: Sinkhorn, REINFORCE, expert choice (which leaks
@@ -8,8 +8,8 @@ the future, so its loss does not compare) and BASE (one expert of sixteen).  Los
 themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
 """
 
-from dsmoe_jax.study import runner
-from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 
 def moe(**settings: object) -> dict[str, object]:
@@ -46,15 +46,15 @@ ARMS = (
 LABELS = tuple(arm.label for arm in ARMS)
 
 EXPERIMENT = Experiment(
-    name="balanced_routers",
+    module="experiments.balancing.balanced_routers",
     title="Routers that balance by how they choose",
     source="DeepSeek-V2 (arXiv 2405.04434), section 2.2; DeepSeek-V3 (2412.19437), section 2.1.2;"
     " 2202.01169 (Sinkhorn, REINFORCE); 2202.09368 (expert choice); 2103.16716 (BASE)",
-    claim="A router can choose evenly by construction, or be kept even by groups, losses and a"
+    summary="A router can choose evenly by construction, or be kept even by groups, losses and a"
     " bias together.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS[:-1])),
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    experiment.main(EXPERIMENT)
