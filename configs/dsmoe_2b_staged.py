@@ -1,10 +1,10 @@
 """DeepSeekMoE 2B in three stages: few experts and large batches first, all of it at the end.
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_2b_staged.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_2b_staged.py:demo --workdir=DIR
 
 An example of `train.stages`, not a recipe of a paper: 3, then 7, then 15 of the 63 routed experts
 activated, batches of twice, once and half the size of `dsmoe_2b`, all on one stream of data.  Any
-column of `StagesConfig` (dsmoe_jax/config.py) can be set like this or on the command line.
+key that can change during a run has a column like these, here or on the command line.
 """
 
 from configs import dsmoe_2b
@@ -19,7 +19,7 @@ def get_config(arg: str = "paper"):
     stages = {
         "name": "dsmoe_2b_staged",
         "train.stages.share": SHARES,
-        "train.stages.global_batch_size": (2 * batch, batch, batch // 2),
-        "train.stages.num_experts_per_tok": (3, 7, 15),
+        "train.stages.train.global_batch_size": (2 * batch, batch, batch // 2),
+        "train.stages.model.moe.num_experts_per_tok": (3, 7, 15),
     }
     return to_config_dict(replace(config, **stages))

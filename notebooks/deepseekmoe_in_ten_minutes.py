@@ -436,7 +436,7 @@ def held_out_loss(model):
 
 
 routers.ROUTERS["write_down"] = routers.Router(write_down)  # as configs name it
-whole = held_out_loss(variant(**{"model.moe.router": "write_down"}))
+whole = held_out_loss(variant(**{"model.moe.router.name": "write_down"}))
 jax.effects_barrier()
 assert abs(whole - result.evaluation["loss"]) < 1e-5, "writing down changes nothing"
 
@@ -494,7 +494,7 @@ def without_the_best(n):
 
 
 routers.ROUTERS["without_16"] = without_the_best(16)
-model = variant(**{"model.moe.router": "without_16"})
+model = variant(**{"model.moe.router.name": "without_16"})
 found = {"as trained": whole, "16 best of 63 masked": held_out_loss(model)}
 
 silent = jax.tree.map(lambda x: x, params)  # a copy: the trained parameters stay as they are
@@ -535,6 +535,6 @@ folder.cleanup()
 # - `dsmoe_jax/moe/`: the parts of this notebook, with all routers, losses and dispatchers; start
 #   with `layer.py`.
 # - `configs/`: the models of the paper from 2B to 145B, each a few lines.
-#   `python -m dsmoe_jax.count --config=configs/dsmoe_16b.py` counts them.
-# - `python -m dsmoe_jax.generate --workdir=DIR --prompt="def "` lets a trained model write.
+#   `python -m dsmoe_jax count --config=configs/dsmoe_16b.py` counts them.
+# - `python -m dsmoe_jax generate --workdir=DIR --prompt="def "` lets a trained model write.
 # - `make demo`: DeepSeekMoE against Dense, Hash, Switch and GShard on real text.

@@ -1,18 +1,17 @@
 """Compiles the train step of a config for a TPU slice, without a TPU: does it fit, what does it
 send, how fast can it be?  A minute or two for any size of model.
 
-python -m dsmoe_jax.aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
-python -m dsmoe_jax.aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
+python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
+python -m dsmoe_jax aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
     --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
-python -m dsmoe_jax.aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
+python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
 
-The mesh is the config's; if that leaves it open, the planner's (dsmoe_jax.plan).  It needs
+The mesh is the config's; if that leaves it open, the planner's (the command plan).  It needs
 pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error, with the numbers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import jax
 from absl import flags
 
 from dsmoe_jax.commands import command_line
+from dsmoe_jax.config import replace
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning.ahead_of_time import Proof, prove
@@ -30,15 +30,15 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6
 _BUFFERS = flags.DEFINE_bool("buffers", False, "Also with exchange buffers for MaxVio 0, 1 and 4.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
-# Room for the busiest device at this MaxVio over devices -> model.moe.buffer_factor.
-BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": 0.0}
+# Room for the busiest device at this MaxVio over devices -> model.moe.dispatch.buffer_factor.
+BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": None}
 
 
 def describe(proof: Proof) -> str:
     """The proof as text."""
     chip, roof = CHIPS[proof.chip], proof.roofline
     shape = " x ".join(f"{axis} {n}" for axis, n in proof.sizes.items() if n > 1) or "one chip"
-    by = "chosen by dsmoe_jax.plan" if proof.planned else "from the config"
+    by = "chosen by the planner" if proof.planned else "from the config"
     slow, fast = roof.mfu
     lines = [
         f"{proof.config.name} ({proof.config.scale}) on {proof.topology}, {proof.chips} chips",
@@ -94,7 +94,7 @@ def as_json(proof: Proof) -> dict[str, Any]:
         "mesh": {axis: proof.sizes[axis] for axis in AXES},
         "planned": proof.planned,
         "accumulation_steps": proof.config.train.accumulation_steps,
-        "buffer_factor": proof.config.model.moe.buffer_factor,
+        "buffer_factor": proof.config.model.moe.dispatch.buffer_factor,
         "hbm_gb": CHIPS[proof.chip].hbm_gb,
         "used_gb": proof.used,
         "memory_gb": proof.memory,
@@ -116,13 +116,12 @@ def as_json(proof: Proof) -> dict[str, Any]:
 def other_buffers(proof: Proof) -> Iterator[tuple[str, Proof | str]]:
     """The same step with other room for the exchange; a sentence where it does not fit."""
     for name, factor in BUFFERS.items():
-        if factor == proof.config.model.moe.buffer_factor:
+        if factor == proof.config.model.moe.dispatch.buffer_factor:
             yield name, proof
             continue
-        moe = dataclasses.replace(proof.config.model.moe, buffer_factor=factor)
-        model = dataclasses.replace(proof.config.model, moe=moe)
+        other = replace(proof.config, **{"model.moe.dispatch.buffer_factor": factor})
         try:
-            yield name, prove(dataclasses.replace(proof.config, model=model), proof.topology)
+            yield name, prove(other, proof.topology)
         except ValueError as error:
             yield name, str(error)
 
@@ -144,7 +143,3 @@ def main() -> None:
                 print(f"buffers   {name}: {_room(other)}", flush=True)
     if _JSON.value:
         print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    command_line.run(main)

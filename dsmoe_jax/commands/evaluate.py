@@ -1,12 +1,12 @@
 r"""Measures a trained run on held-out text: nats per token and bits per byte, by domain.
 
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
 
 The routing can be written down and replayed by the experts of another step or run:
 
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 \
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
     --replay_routing=routing/validation-00000400
 """
 
@@ -21,6 +21,7 @@ from absl import flags
 from flax import nnx
 
 from dsmoe_jax.commands import command_line
+from dsmoe_jax.config import stage_of
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.progress import ProgressLine
@@ -48,7 +49,7 @@ def main() -> None:
     with jax.set_mesh(command_line.mesh()):
         run = load_run(_WORKDIR.value, _STEP.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
-        dropping.check_room(run.config.model.moe, tokens)
+        dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run)
         batches = _BATCH_SIZE.value, _MAX_BATCHES.value
@@ -68,7 +69,7 @@ def _routing(
     if directory and folder:
         raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
     if folder:
-        config = run.config.stage_of(run.step).config
+        config = stage_of(run.config, run.step).config
         return None, *routing_records.of_held_out(folder, config, fingerprint)
     recorder = None
     if directory:
@@ -88,7 +89,3 @@ def table(result: dict[str, Any]) -> str:
         numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
         lines.append(f"{name:{width}}  {numbers}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    command_line.run(main)

@@ -5,6 +5,8 @@ The module of an experiment is its manual; running it ends with the report.
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 
 from dsmoe_jax.commands import command_line
@@ -18,14 +20,14 @@ from dsmoe_jax.study.runner import Options
 
 def main(experiment: Experiment) -> None:
     """Parses the flags, runs the experiment, writes its report and leaves the process."""
-    flags.disclaim_key_flags()  # so that --help lists these as the experiment's own
     flags.DEFINE_enum("scale", "demo", list(experiment.seeds), "Sizes of the models.")
     flags.DEFINE_integer("seeds", None, "How many seeds (default: the experiment's own).")
     flags.DEFINE_string("results", "runs", "Directory for NAME-SCALE/ with runs and report.")
     flags.DEFINE_list("arms", [], "Only these arms, by label or directory name.")
     flags.DEFINE_multi_string("set", [], "KEY=VALUE: changes a config key in every arm.")
     flags.DEFINE_bool("report_only", False, "Train nothing; report the runs that are there.")
-    command_line.run(lambda: _run(experiment, options()))
+    manual = sys.modules["__main__"].__doc__
+    command_line.run(lambda: _run(experiment, options()), manual=manual)
 
 
 def options() -> Options:

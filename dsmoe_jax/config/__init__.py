@@ -1,32 +1,51 @@
-"""Every knob of a run: frozen dataclasses by section, which refuse to be built wrong.  No jax."""
+"""Every knob of a run: frozen dataclasses by section, which refuse to be built wrong.  No jax.
+
+Read `run` first, then `moe`; `stages` says what is in force when, `trees` how a dotted key finds
+its place.
+"""
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import ModelConfig
-from dsmoe_jax.config.moe import MoEConfig, Schedule
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig
+from dsmoe_jax.config.moe import (
+    BalanceTerm,
+    DispatchConfig,
+    DropConfig,
+    MoEConfig,
+    RouterConfig,
+    Schedule,
+)
+from dsmoe_jax.config.optimizer import OptimizerConfig
 from dsmoe_jax.config.run import (
     Config,
-    Stage,
     differences,
     from_config_dict,
     replace,
     to_config_dict,
 )
-from dsmoe_jax.config.train import OptimizerConfig, StagesConfig, TrainConfig
+from dsmoe_jax.config.stages import Stage, stage_of, stages_of, tokens_after
+from dsmoe_jax.config.train import TrainConfig
 
 __all__ = [
+    "AttentionConfig",
+    "BalanceTerm",
     "Config",
     "DataConfig",
+    "DispatchConfig",
+    "DropConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RouterConfig",
     "Schedule",
     "Stage",
-    "StagesConfig",
     "TrainConfig",
     "differences",
     "from_config_dict",
     "replace",
+    "stage_of",
+    "stages_of",
     "to_config_dict",
+    "tokens_after",
 ]

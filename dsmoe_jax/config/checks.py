@@ -22,12 +22,14 @@ def checker(section: Any, prefix: str) -> Callable[[str, bool, str], None]:
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:
-    """Requires that the named fields of a section are > 0."""
+    """Requires that the named fields of a section are > 0, or None where they may be."""
     for name in names:
-        require(getattr(section, name) > 0, prefix + name, getattr(section, name), "must be > 0")
+        value = getattr(section, name)
+        require(value is None or value > 0, prefix + name, value, "must be > 0")
 
 
 def not_negative(section: Any, prefix: str, *names: str) -> None:
-    """Requires that the named fields of a section are >= 0."""
+    """Requires that the named fields of a section are >= 0, or None where they may be."""
     for name in names:
-        require(getattr(section, name) >= 0, prefix + name, getattr(section, name), "must be >= 0")
+        value = getattr(section, name)
+        require(value is None or value >= 0, prefix + name, value, "must be >= 0")

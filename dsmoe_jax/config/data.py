@@ -11,10 +11,12 @@ from dsmoe_jax.config.checks import positive
 class DataConfig:
     """Where the tokens come from."""
 
-    corpus: str = "demo"  # "demo", "stdlib", a file or directory of text, or a prepared corpus
+    # "demo", "stdlib", a file or directory of text, or a prepared corpus; None must be replaced:
+    # no corpus that comes with the project is large enough for the paper's scale.
+    corpus: str | None = "demo"
     sequence_length: int = 2048
     tokenizer_vocab_size: int = 8192  # of the byte-level BPE trained on the corpus
-    domains: tuple[str, ...] = ()  # () is all of the corpus
+    domains: tuple[str, ...] | None = None  # None is all of the corpus
 
     def __post_init__(self) -> None:
         positive(self, "data.", "sequence_length", "tokenizer_vocab_size")

@@ -1,4 +1,4 @@
-"""The section `model` of a config."""
+"""The section `model` of a config, with `model.attention` and `model.moe` in it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,58 @@ from dsmoe_jax.config.moe import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder-only Transformer: RMSNorm, RoPE attention, SwiGLU, untied embeddings."""
+class AttentionConfig:
+    """How tokens look at earlier ones."""
 
-    vocab_size: int = 8192
-    hidden_size: int = 1280
-    num_hidden_layers: int = 9
+    name: str = "grouped"  # in dsmoe_jax/nn/attention
     num_attention_heads: int = 10
     num_key_value_heads: int = 10  # fewer than the heads is grouped-query attention
     head_dim: int = 128
-    first_k_dense_replace: int = 0  # leading layers whose FFN is dense (16B, 145B: 1)
-    intermediate_size: int = 3413  # width of those dense layers
-    nominal_dense_width: float = 1.0  # the same relative to a standard FFN; accounting only
     rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.006  # standard deviation of every matrix at the start
-    compute_dtype: str = "auto"  # float32 on CPU, bfloat16 on accelerators
-    remat: str = "none"  # a name in dsmoe_jax/nn/transformer.py: what the backward pass recomputes
-    moe: MoEConfig = MoEConfig()
 
     def __post_init__(self) -> None:
-        at, check = "model.", checker(self, "model.")
-        heads, layers = self.num_attention_heads, self.num_hidden_layers
-        positive(
-            self,
-            at,
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "nominal_dense_width",
-            "rope_theta",
-            "rms_norm_eps",
-            "initializer_range",
-        )
+        at, check = "model.attention.", checker(self, "model.attention.")
+        heads = self.num_attention_heads
+        positive(self, at, "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
         check(
             "num_key_value_heads",
             heads % self.num_key_value_heads == 0,
             f"must divide num_attention_heads={heads}",
         )
         check("head_dim", self.head_dim % 2 == 0, "must be even for RoPE")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer: RMSNorm, RoPE attention, SwiGLU, untied embeddings."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 1280
+    num_hidden_layers: int = 9
+    first_k_dense_replace: int = 0  # leading layers whose FFN is dense (16B, 145B: 1)
+    intermediate_size: int = 3413  # width of those dense layers
+    nominal_dense_width: float = 1.0  # the same relative to a standard FFN, for the paper's FLOPs
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006  # standard deviation of every matrix at the start
+    compute_dtype: str = "auto"  # float32 on CPU, bfloat16 on accelerators
+    remat: str = "none"  # what the backward pass recomputes: dsmoe_jax/model/transformer.py
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+
+    def __post_init__(self) -> None:
+        at, check = "model.", checker(self, "model.")
+        layers = self.num_hidden_layers
+        positive(
+            self,
+            at,
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "nominal_dense_width",
+            "rms_norm_eps",
+            "initializer_range",
+        )
         check(
             "first_k_dense_replace",
             0 <= self.first_k_dense_replace < layers,

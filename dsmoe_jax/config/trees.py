@@ -1,4 +1,15 @@
-"""Dataclasses from nested dictionaries, such as a `ConfigDict` or JSON gives."""
+"""Dataclasses to nested dictionaries and back, and single values in them by dotted key.
+
+A tree is what a `ConfigDict` or JSON gives: dictionaries, lists or tuples, numbers, strings, None.
+The type hints of the dataclasses say what may be where:
+
+    int, float, str, bool, tuple[...]    a value; an int is taken for a float
+    X | None                             None is "none of it": no dropping, no schedule
+    another dataclass                    a section
+    FrozenDict[str, X]                   sections or values by a name that the config does not know,
+                                         such as the balance terms; None takes one out
+    FrozenDict[str, tuple[Any, ...]]     values by dotted key (the columns of `train.stages`)
+"""
 
 from __future__ import annotations
 
@@ -6,12 +17,16 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.frozen import FrozenDict
+
+Tree = dict[str, Any]
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+def flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested dictionaries."""
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -20,16 +35,32 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str
             yield prefix + key, value
 
 
+def to_tree(section: Any) -> Any:
+    """A dataclass as nested dictionaries."""
+    if dataclasses.is_dataclass(section):
+        return {f.name: to_tree(getattr(section, f.name)) for f in dataclasses.fields(section)}
+    if isinstance(section, dict):
+        tree: Tree = {}
+        for key, value in section.items():
+            *path, leaf = key.split(".")
+            node = tree
+            for part in path:
+                node = node.setdefault(part, {})
+            node[leaf] = to_tree(value)
+        return tree
+    return section
+
+
 def build(cls: type, tree: Any, prefix: str = "") -> Any:
-    """A dataclass, with those inside of it, from nested dictionaries.
+    """A dataclass, with the sections in it, from nested dictionaries.
 
     Args:
       cls: the dataclass.
-      tree: exactly its fields.
-      prefix: of the keys in errors.
+      tree: a value for each of its fields.
+      prefix: dotted key of the section, ending in a dot, for errors.
 
     Raises:
-      ValueError: naming the key for an unknown or missing key or a wrong type.
+      ValueError: naming the key for an unknown or missing key, a wrong type or a wrong value.
     """
     require(isinstance(tree, dict), prefix.rstrip(".") or "config", tree, "must be a section")
     hints = typing.get_type_hints(cls)
@@ -43,12 +74,154 @@ def build(cls: type, tree: Any, prefix: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
+    if hint is Any:
+        return _frozen(value)
+    if isinstance(hint, types.UnionType):
+        return _convert_union(typing.get_args(hint), value, key)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, key + ".")
-    if isinstance(hint, types.GenericAlias):  # tuple[X, ...]
-        require(isinstance(value, (list, tuple)), key, value, "must be a list")
+    if typing.get_origin(hint) is FrozenDict:
+        require(isinstance(value, dict), key, value, "must be a section")
+        return _convert_named(typing.get_args(hint)[1], value, key)
+    if typing.get_origin(hint) is tuple:
+        require(isinstance(value, (list, tuple)), key, value, "must be a tuple")
         return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    require(type(value) is hint, key, value, f"must be of type {hint.__name__}")
+    require(type(value) is hint, key, value, f"must be {_SAID.get(hint, hint.__name__)}")
     return value
+
+
+_SAID = {
+    int: "a whole number (int)",
+    float: "a number (float)",
+    str: "a string (str)",
+    bool: "True or False (bool)",
+}
+
+
+def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
+    """`X | None`, or one of several plain types."""
+    others = [hint for hint in hints if hint is not types.NoneType]
+    if value is None and len(others) < len(hints):
+        return None
+    if len(others) == 1:
+        return _convert(others[0], value, key)
+    names = ", ".join(hint.__name__ for hint in others)
+    require(type(value) in others, key, value, f"must be one of the types {names}")
+    return value
+
+
+def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
+    """Sections or values by name; values that are tuples go by dotted key."""
+    if typing.get_origin(hint) is tuple:
+        tree = dict(flatten(tree))
+    return FrozenDict(
+        {
+            name: _convert(hint, value, f"{key}.{name}")
+            for name, value in tree.items()
+            if value is not None
+        }
+    )
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, which JSON has in place of tuples, as tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    return value
+
+
+def put(cls: type, tree: Tree, key: str, value: Any) -> None:
+    """Sets the value of a dotted key in a tree of `cls`.
+
+    A section that is None, or a name that a `FrozenDict` does not have yet, begins with its
+    defaults: `put(Config, tree, "model.moe.drop.policy", "probability")`.
+
+    Raises:
+      ValueError: for an unknown key, saying which one was probably meant.
+    """
+    *path, leaf = key.split(".")
+    hint: Any = cls
+    node = tree
+    for depth, part in enumerate(path):
+        hint = _inside(hint, part)
+        if hint is None:
+            _refuse_unknown(cls, tree, key, value)
+        if hint is _DOTTED:
+            node.setdefault(part, {})
+        elif node.get(part) is None:
+            node[part] = _defaults(hint)
+        node = node[part]
+        if not isinstance(node, dict):
+            above = ".".join(path[: depth + 1])
+            raise ValueError(f"{key}={value!r}: no such key; {above} is {node!r}, not a section")
+    if _inside(hint, leaf) is None:
+        _refuse_unknown(cls, tree, key, value)
+    node[leaf] = to_tree(value) if dataclasses.is_dataclass(value) else value
+
+
+_DOTTED = object()  # inside of a `FrozenDict` that goes by dotted key, any key is fine
+
+
+def _inside(hint: Any, part: str) -> Any:
+    """The hint of a field or name of a section; None where there is no such thing."""
+    if hint is _DOTTED:
+        return _DOTTED
+    hint = _without_none(hint)
+    if dataclasses.is_dataclass(hint):
+        return typing.get_type_hints(hint).get(part)
+    if typing.get_origin(hint) is FrozenDict:
+        value = typing.get_args(hint)[1]
+        return _DOTTED if typing.get_origin(value) is tuple else value
+    return None
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        others = [h for h in typing.get_args(hint) if h is not types.NoneType]
+        return others[0] if len(others) == 1 else hint
+    return hint
+
+
+def _defaults(hint: Any) -> Tree:
+    """The tree of a section that was None: its defaults, as far as it has them."""
+    hint = _without_none(hint)
+    if not dataclasses.is_dataclass(hint):
+        return {}
+    found = {}
+    for field in dataclasses.fields(hint):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = to_tree(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = to_tree(field.default_factory())
+    return found
+
+
+def _refuse_unknown(cls: type, tree: Tree, key: str, value: Any) -> typing.NoReturn:
+    known = sorted({*known_keys(cls), *dict(flatten(tree))})
+    leaf = key.rpartition(".")[2]
+    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+    close = (
+        difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)
+        or difflib.get_close_matches(key, known, n=1)
+        or _close_by_leaf(leaf, known)
+    )
+    hint = f"did you mean {close[0]}?" if close else f"the keys are in {cls.__module__}"
+    raise ValueError(f"{key}={value!r}: no such key; {hint}")
+
+
+def _close_by_leaf(leaf: str, known: list[str]) -> list[str]:
+    """Keys elsewhere in the tree whose last part is spelled alike."""
+    leaves = {k.rpartition(".")[2]: k for k in known}
+    return [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+
+
+def known_keys(hint: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a dataclass, those of sections that are None by default included."""
+    hint = _without_none(hint)
+    if dataclasses.is_dataclass(hint):
+        for name, inner in typing.get_type_hints(hint).items():
+            yield from known_keys(inner, f"{prefix}.{name}" if prefix else name)
+    elif typing.get_origin(hint) is not FrozenDict:
+        yield prefix

@@ -24,9 +24,9 @@ def open_corpus(config: DataConfig) -> Corpus:
       ValueError: naming the key, if there is no such corpus or it does not fit the config.
     """
     name = config.corpus
-    if not name:
+    if name is None:
         raise ValueError(
-            "data.corpus='': must be 'demo', 'stdlib', a file or directory of text, or a corpus"
+            "data.corpus=None: must be 'demo', 'stdlib', a file or directory of text, or a corpus"
             " prepared from it"
         )
     path = Path(name).expanduser()
@@ -76,7 +76,7 @@ def _prepared_directory(config: DataConfig, source: str) -> Path:
         content,
         config.tokenizer_vocab_size,
         config.sequence_length,
-        config.domains,
+        config.domains or (),
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     return cache_directory() / "corpora" / f"{Path(source).stem}-{digest}"

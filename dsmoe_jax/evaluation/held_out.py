@@ -31,7 +31,7 @@ class HeldOut:
       graph: of the model, from `nnx.split(model, nnx.Param, ...)`.
       corpus: prepared.
       batch_size: sequences evaluated at once.
-      max_batches: look at this many only (every domain has its share); 0 is all of the text.
+      max_batches: look at this many only (every domain has its share); None is all of the text.
       recorder: gets the routing of every batch.
       recording: has the routing of every batch, for a router that replays it.
     """
@@ -41,7 +41,7 @@ class HeldOut:
         graph: nnx.GraphDef,
         corpus: Corpus,
         batch_size: int,
-        max_batches: int = 0,
+        max_batches: int | None = None,
         recorder: Recorder | None = None,
         recording: Recording | None = None,
     ):
@@ -65,8 +65,8 @@ class HeldOut:
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             router = output.router_stats
-            ledger = None if router is None else router.ledger
-            return jnp.stack(sums), ledger, router.choice if router and recorder else None
+            ledger = None if router is None else router.logged.ledger
+            return jnp.stack(sums), ledger, router.recorded if router and recorder else None
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)
@@ -129,7 +129,7 @@ class HeldOut:
 
 
 def evaluate(
-    model: Transformer, corpus: Corpus, *, batch_size: int = 8, max_batches: int = 0
+    model: Transformer, corpus: Corpus, *, batch_size: int = 8, max_batches: int | None = None
 ) -> dict[str, Any]:
     """Measures a model on the held-out text of a corpus: see `HeldOut.measure`."""
     graph, params, other = nnx.split(model, nnx.Param, ...)

@@ -17,8 +17,8 @@ from flax import nnx
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.report import RouterStats
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.report import LayerReport
+from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn.attention import Attention, KVCache
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear
 from dsmoe_jax.parallel.sharding import constrain, gathered
@@ -56,7 +56,7 @@ class Output(NamedTuple):
     """
 
     logits_BSV: jax.Array
-    router_stats: RouterStats | None
+    router_stats: LayerReport | None
     cache: Cache | None
 
 
@@ -72,7 +72,13 @@ class Block(nnx.Module):
         if dense:
             self.ffn = SwiGLU(d, config.intermediate_size, config.initializer_range, rngs=rngs)
         else:
-            self.moe = MoELayer(config, rngs=rngs)
+            self.moe = MoELayer(
+                config.moe,
+                hidden_size=d,
+                vocab_size=config.vocab_size,
+                initializer_range=config.initializer_range,
+                rngs=rngs,
+            )
 
     def __call__(self, x_BSD, inputs: _Inputs, cache: KVCache | None, rng=None, replayed=None):
         """Returns the block's output, its router statistics (or None) and the updated cache."""
@@ -86,9 +92,10 @@ class Block(nnx.Module):
         if self.dense:
             y_BSD = self.ffn(normed_BSD)
         else:
-            y_BSD, stats = self.moe(
-                normed_BSD, inputs.token_ids_BS, inputs.valid_BS, rng, inputs.sequence_B, replayed
+            moe_inputs = MoEInputs(
+                inputs.token_ids_BS, inputs.valid_BS, rng, inputs.sequence_B, replayed
             )
+            y_BSD, stats = self.moe(normed_BSD, moe_inputs)
         return constrain(x_BSD + y_BSD, "BSD"), stats, cache
 
 
@@ -139,7 +146,7 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         rng: jax.Array | None = None,
         sequence_B: jax.Array | None = None,
-        replayed: Choice | None = None,
+        replayed: RecordedRouting | None = None,
     ) -> Output:
         """Runs the model.
 
@@ -209,7 +216,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 def init_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
     """An empty cache for `batch` sequences of up to `max_length` positions."""
-    shape = (batch, max_length, config.num_key_value_heads, config.head_dim)
+    shape = (batch, max_length, config.attention.num_key_value_heads, config.attention.head_dim)
     dtype, leading = compute_dtype(config), config.first_k_dense_replace
     empty = lambda *lead: KVCache(*(jnp.zeros((*lead, *shape), dtype) for _ in range(2)))  # noqa: E731
     stacked = empty(config.num_hidden_layers - leading)

@@ -46,9 +46,13 @@ class Attention(nnx.Module):
     """Multi-head attention; with fewer key/value heads than heads, grouped-query (2305.13245)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, n, m = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        h, std = config.head_dim, config.initializer_range
-        self.theta = config.rope_theta
+        d, n, m = (
+            config.hidden_size,
+            config.attention.num_attention_heads,
+            config.attention.num_key_value_heads,
+        )
+        h, std = config.attention.head_dim, config.initializer_range
+        self.theta = config.attention.rope_theta
         self.query_NHD = init_matrix(rngs, (n, h, d), std)
         self.key_MHD = init_matrix(rngs, (m, h, d), std)
         self.value_MHD = init_matrix(rngs, (m, h, d), std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsmoe_jax.config import tokens_after
 from dsmoe_jax.progress import duration
 from dsmoe_jax.report import tables
 from dsmoe_jax.report.blocks import Block, Facts, Text
@@ -18,7 +19,7 @@ def facts(comparison: Comparison) -> Facts:
     prints = sorted({row.data_fingerprint for row in rows if row.data_fingerprint})
     held_out = {int(tokens) for row in rows if (tokens := row["validation_tokens"])}
     finished = sum(row.finished for row in rows)
-    tokens = short(config.tokens_after(train.steps))
+    tokens = short(tokens_after(config, train.steps))
     pairs = {
         "scale": f"{comparison.scale}: {model.num_hidden_layers} layers, hidden size"
         f" {model.hidden_size}, vocabulary {model.vocab_size:,}",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, stage_of
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_corpus, open_corpus
 from dsmoe_jax.model.transformer import Transformer
@@ -54,6 +54,6 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
         checkpoints.close()
     corpus = open_corpus(config.data)
     check_same_corpus(corpus, extra["corpus"])
-    graph = abstract_model(config.stage_of(step).config)
+    graph = abstract_model(stage_of(config, step).config)
     model = nnx.merge(graph, state.params, state.other)
     return Run(config, model, corpus, step)

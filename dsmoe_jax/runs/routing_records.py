@@ -21,9 +21,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, stage_of, stages_of
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.workdir import ROUTING, write_json
 
@@ -38,9 +38,9 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
       config: of the run.
       fingerprint: of the corpus.
     """
-    model, moe, stages = config.model, config.model.moe, config.stages()
+    model, moe, stages = config.model, config.model.moe, stages_of(config)
     columns = [stage.config.model.moe.num_experts_per_tok for stage in stages]
-    if moe.router == "expert_choice":
+    if moe.router.name == "expert_choice":
         columns = [moe.n_routed_experts] * len(stages)
     return {
         "layers": model.num_hidden_layers - model.first_k_dense_replace,
@@ -74,7 +74,7 @@ class Recorder:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / MANIFEST, belongs)
 
-    def write(self, name: str, number: int, choice: Choice) -> None:
+    def write(self, name: str, number: int, choice: RecordedRouting) -> None:
         """Adds a batch.
 
         Args:
@@ -135,12 +135,12 @@ class Recording:
                 f"{self._key}: there is no step {missing[0]}, train.steps={steps} must be at most"
                 f" {missing[0] - 1}"
             )
-        for stage in config.stages():
+        for stage in stages_of(config):
             self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
         every = config.train.eval_every or steps
-        if config.model.moe.router == "replay":  # the other one chooses by itself in evaluation
+        if config.model.moe.router.name == "replay":  # `replay_ids` chooses by itself there
             for step in {*range(every, steps, every), steps}:
-                train = config.stage_of(step).config.train
+                train = stage_of(config, step).config.train
                 micro_batch = train.global_batch_size // train.accumulation_steps
                 self.read(validation_name(step), 1, micro_batch)
 
@@ -222,7 +222,7 @@ def for_run(config: Config, fingerprint: str) -> Recording:
 
 def for_held_out(config: Config, fingerprint: str) -> Recording | None:
     """The recording of a run that cannot route held-out text by itself; None if it can."""
-    return for_run(config, fingerprint) if config.model.moe.router == "replay" else None
+    return for_run(config, fingerprint) if config.model.moe.router.name == "replay" else None
 
 
 def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recording, str]:
@@ -248,13 +248,13 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
     return recording, path.name
 
 
-def replayed(batch: Batch) -> Choice | None:
+def replayed(batch: Batch) -> RecordedRouting | None:
     """The recorded routing that a batch brings along."""
     if "replayed_ids_BLSK" not in batch:
         return None
     assert "replayed_gates_BLSK" in batch, "ids and gates come together"
     ids_BLSK, gates_BLSK = batch["replayed_ids_BLSK"], batch["replayed_gates_BLSK"]
-    return Choice(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
+    return RecordedRouting(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
 
 
 def _path(directory: Path, name: str, number: int) -> Path:

@@ -36,8 +36,8 @@ _LOCK = ".lock"
 # micro-batches and buffers: to divide the batch, and to fit.
 _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "model.remat",
-    "model.moe.buffer_factor",
-    "model.moe.exchange_chunks",
+    "model.moe.dispatch.buffer_factor",
+    "model.moe.dispatch.chunks",
     "train.accumulation_steps",
     "train.stages.accumulation_steps",
     "train.log_every",
@@ -54,8 +54,8 @@ def may_change(key: str, config: Config) -> bool:
     Micro-batches are part of the model where their tokens compete for places.
     """
     moe = config.model.moe
-    drops = moe.capacity_factor or moe.evaluation_capacity_factor
-    if key.endswith("accumulation_steps") and (drops or get_router(moe).competes):
+    drops = moe.drop or moe.evaluation_drop
+    if key.endswith("accumulation_steps") and (drops or get_router(moe)[0].competes):
         return False
     return key in _MAY_CHANGE
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, tokens_after
 from dsmoe_jax.model import size
 
 # The tables of a report that have a column for each of their measures.
@@ -106,7 +106,7 @@ def _held_out(key: str, over_layers: Callable[[Any], Any] | None = None):
 
 def _tokens(outcome: Outcome) -> int | None:
     config = outcome.config
-    return config.tokens_after(config.train.steps) if outcome.evaluation is not None else None
+    return tokens_after(config, config.train.steps) if outcome.evaluation is not None else None
 
 
 def _seconds(outcome: Outcome) -> float | None:

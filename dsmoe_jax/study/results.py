@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, trees
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_evaluation
 from dsmoe_jax.study.experiment import AnyArm, Experiment
@@ -154,7 +154,7 @@ def read_record(cell: Cell) -> dict[str, Any]:
 
 def config_sha256(config: Config) -> str:
     """Hexadecimal sha256 of a config's JSON."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    text = json.dumps(trees.to_tree(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, stages_of
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.parallel.mesh import BATCH_AXES, make_mesh
@@ -24,7 +24,7 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     mesh = make_mesh(config.mesh, devices)
     sharding.check(state_shapes(config), mesh.shape)
     n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    for train in (stage.config.train for stage in config.stages()):
+    for train in (stage.config.train for stage in stages_of(config)):
         micro_batch = train.global_batch_size // train.accumulation_steps
         require(
             micro_batch % n_shards == 0,

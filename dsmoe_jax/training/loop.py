@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, stage_of, stages_of, tokens_after
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_corpus, open_corpus
 from dsmoe_jax.hardware.peak import peak_flops
@@ -82,7 +82,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
-    for stage in config.stages():  # refuses the impossible before anything is written
+    for stage in stages_of(config):  # refuses the impossible before anything is written
         abstract_model(stage.config)
         make_schedule(stage.config.optimizer, config.train.steps)
     hosts.require_same_config(config)
@@ -169,7 +169,7 @@ class _Trainer:
 
     def _stage(self, step: int, position: dict[str, Any] | None = None) -> StageRun:
         routing = self.recorder, self.recording
-        return StageRun(self.config.stage_of(step), self.corpus, position, *routing)
+        return StageRun(stage_of(self.config, step), self.corpus, position, *routing)
 
     def _next_stage(self, step: int) -> None:
         self.now = self._stage(step, self.now.position())
@@ -199,13 +199,13 @@ class _Trainer:
         self.checkpoints.check()
         if self.recorder is not None:
             assert metrics.router is not None
-            assert metrics.router.choice is not None
-            self.recorder.write(routing_records.TRAIN, step, metrics.router.choice)
+            assert metrics.recorded is not None
+            self.recorder.write(routing_records.TRAIN, step, metrics.recorded)
         assert self.log is not None
         train = self.config.train
         asked = step == 1 or step % train.log_every == 0
         if asked or step == self.now.stage.end or self._evaluates(step):
-            row = {"step": step, "tokens": self.config.tokens_after(step)}
+            row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step)
             self.log.write(row)
@@ -215,7 +215,7 @@ class _Trainer:
     def _rates(self, step: int) -> dict[str, float]:
         """Speeds since the last row; no share of the peak on a machine whose peak is unknown."""
         seconds, idle = self.clock.lap()
-        tokens = self.config.tokens_after(step) - self.config.tokens_after(self.logged_step)
+        tokens = tokens_after(self.config, step) - tokens_after(self.config, self.logged_step)
         flops = tokens * train_flops_per_token(self.now.stage.config) / seconds
         rates = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
         if (peak := peak_flops()) is not None:

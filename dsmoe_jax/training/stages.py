@@ -63,7 +63,7 @@ class StageRun:
             micro_batch,
             train.eval_batches,
             recorder,
-            recording if config.model.moe.router == "replay" else None,
+            recording if config.model.moe.router.name == "replay" else None,
         )
         self.train_step = jit_train_step(config, corpus.bytes_per_token_V)
 

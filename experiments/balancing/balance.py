@@ -10,17 +10,19 @@ how they choose are in balanced_routers.py.  What came out is in docs/routers_an
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
-NONE = {"model.moe.expert_balance_factor": 0.0}
-GLOBAL = {"model.moe.expert_balance_scope": "global_batch"}
+NONE = {"model.moe.balance.expert": None}
+GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
 LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))  # multiples of the weight: a jump
-DEVICES = {"model.moe.expert_groups": 9, "model.moe.device_balance_factor": 0.05}  # 7 experts each
+DEVICES = {"model.moe.expert_groups": 9, "model.moe.balance.device.factor": 0.05}  # 7 experts each
 ARMS = (
     Arm("nothing", "dsmoe_2b", overrides=NONE),
-    Arm("loss-free bias", "dsmoe_2b", overrides={**NONE, "model.moe.bias_update_speed": 1e-3}),
+    Arm(
+        "loss-free bias", "dsmoe_2b", overrides={**NONE, "model.moe.router.bias_update_speed": 1e-3}
+    ),
     Arm("expert loss", "dsmoe_2b"),  # the config's own: 0.01, by sequence
     Arm("global loss", "dsmoe_2b", overrides=GLOBAL),  # the same over the batch
-    Arm("late loss", "dsmoe_2b", overrides={"model.moe.expert_balance_schedule": LATE}),
-    Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.switch_balance_factor": 0.01}),
+    Arm("late loss", "dsmoe_2b", overrides={"model.moe.balance.expert.schedule": LATE}),
+    Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.balance.switch.factor": 0.01}),
     Arm("device loss", "dsmoe_2b", overrides={**NONE, **DEVICES}),  # evens out devices, not experts
 )
 LABELS = tuple(arm.label for arm in ARMS)

@@ -12,36 +12,39 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 
-def moe(**settings: object) -> dict[str, object]:
-    """Overrides of the layer, the expert loss off if they do not say otherwise."""
-    return {f"model.moe.{key}": value for key, value in {**NONE, **settings}.items()}
+def moe(settings: dict[str, object]) -> dict[str, object]:
+    """Overrides of the layer, without the expert loss unless they set it."""
+    own = "balance.expert.factor" in settings
+    settings = settings if own else {"balance.expert": None, **settings}
+    return {f"model.moe.{key}": value for key, value in settings.items()}
 
 
-NONE = {"expert_balance_factor": 0.0}
-GROUPS = {"n_group": 9, "topk_group": 3, "expert_groups": 9}  # of 7 experts; the paper: 8 and 3
-V2 = moe(
+# Groups of 7 experts; the paper: 8 and 3.
+GROUPS = {"router.n_group": 9, "router.topk_group": 3, "expert_groups": 9}
+V2 = {
     **GROUPS,
-    expert_balance_factor=0.003,
-    device_balance_factor=0.05,
-    communication_balance_factor=0.02,
-)
-V3 = moe(
+    "balance.expert.factor": 0.003,
+    "balance.device.factor": 0.05,
+    "balance.communication.factor": 0.02,
+}
+V3 = {
     **GROUPS,
-    router="topk",
-    scoring_func="sigmoid",
-    norm_topk_prob=True,
-    group_score="top2_sum",
-    bias_update_speed=1e-2,  # the paper: 1e-3, for many more steps than a demo has
-    sequence_balance_factor=1e-4,
-)
+    "router.scoring_func": "sigmoid",
+    "router.norm_topk_prob": True,
+    "router.group_score": "top2_sum",
+    "router.bias_update_speed": 1e-2,  # the paper: 1e-3, for many more steps than a demo has
+    "balance.sequence.factor": 1e-4,
+}
+REINFORCE = {"router.name": "reinforce", "router.options.entropy_factor": 0.01}
+BASE = {"router.name": "base"}
 ARMS = (
-    Arm("nothing", "dsmoe_2b", overrides=moe()),
-    Arm("V2", "dsmoe_2b", overrides=V2),
-    Arm("V3", "dsmoe_2b", overrides=V3),
-    Arm("Sinkhorn", "dsmoe_2b", overrides=moe(router="sinkhorn")),
-    Arm("REINFORCE", "dsmoe_2b", overrides=moe(router="reinforce", policy_entropy_factor=0.01)),
-    Arm("expert choice", "dsmoe_2b", overrides=moe(router="expert_choice")),
-    Arm("BASE", "switch_2b", overrides=moe(switch_balance_factor=0.0, router="base")),
+    Arm("nothing", "dsmoe_2b", overrides=moe({})),
+    Arm("V2", "dsmoe_2b", overrides=moe(V2)),
+    Arm("V3", "dsmoe_2b", overrides=moe(V3)),
+    Arm("Sinkhorn", "dsmoe_2b", overrides=moe({"router.name": "sinkhorn"})),
+    Arm("REINFORCE", "dsmoe_2b", overrides=moe(REINFORCE)),
+    Arm("expert choice", "dsmoe_2b", overrides=moe({"router.name": "expert_choice"})),
+    Arm("BASE", "switch_2b", overrides=moe(BASE)),
 )
 LABELS = tuple(arm.label for arm in ARMS)
 

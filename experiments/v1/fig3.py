@@ -6,14 +6,15 @@ From GShard's 16 experts: one becomes shared, then all are cut in two, then in f
 """
 
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.claims import decreasing
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 ARMS = (
-    Arm("0 + 16 (2)", "gshard_2b", paper_loss=1.867),
+    Arm("0 + 16 (2)", "gshard_2b", paper_loss=V1["gshard_2b"].loss),
     Arm("1 + 15 (1)", "dsmoe_2b", "split=1"),
     Arm("1 + 31 (3)", "dsmoe_2b", "split=2"),
-    Arm("1 + 63 (7)", "dsmoe_2b", paper_loss=1.808),
+    Arm("1 + 63 (7)", "dsmoe_2b", paper_loss=V1["dsmoe_2b"].loss),
 )
 LABELS = tuple(arm.label for arm in ARMS)
 

@@ -6,6 +6,7 @@ python -m experiments.v1.no_shared_expert --scale=demo    # measures it
 
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.experiment import Experiment, ProbeArm
 from experiments.v1 import table1
 
@@ -18,7 +19,7 @@ EXPERIMENT = Experiment(
     summary="The shared expert holds what the routed ones do not: without it, and with one more of"
     " them, the loss is far higher at the same FLOPs.",
     arms=(
-        ProbeArm("as trained", table1.EXPERIMENT, "DeepSeekMoE", paper_loss=1.808),
+        ProbeArm("as trained", table1.EXPERIMENT, "DeepSeekMoE", paper_loss=V1["dsmoe_2b"].loss),
         ProbeArm("0 + 63 (8)", table1.EXPERIMENT, "DeepSeekMoE", OFF, paper_loss=2.414),
     ),
     measures=("validation_loss", "validation_bits_per_byte", "maxvio", "dead_experts"),

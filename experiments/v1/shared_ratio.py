@@ -4,12 +4,13 @@ python -m experiments.v1.shared_ratio --scale=demo
 """
 
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 ARMS = (
-    Arm("1 + 63 (7)", "dsmoe_2b", "shared=1", paper_loss=1.808),
-    Arm("2 + 62 (6)", "dsmoe_2b", "shared=2", paper_loss=1.806),
-    Arm("4 + 60 (4)", "dsmoe_2b", "shared=4", paper_loss=1.811),
+    Arm("1 + 63 (7)", "dsmoe_2b", "shared=1", paper_loss=V1["dsmoe_2b"].loss),
+    Arm("2 + 62 (6)", "dsmoe_2b", "shared=2", paper_loss=V1["dsmoe_2b_shared2"].loss),
+    Arm("4 + 60 (4)", "dsmoe_2b", "shared=4", paper_loss=V1["dsmoe_2b_shared4"].loss),
 )
 LABELS = tuple(arm.label for arm in ARMS)
 

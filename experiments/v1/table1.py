@@ -7,6 +7,7 @@ RESULTS/table1-SCALE/report.html.
 """
 
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 TOP_1, TOP_2 = ("Hash Layer", "Switch"), ("GShard", "DeepSeekMoE")
@@ -19,11 +20,11 @@ EXPERIMENT = Experiment(
     " DeepSeekMoE reaches a clearly lower loss; GShard is slightly better than Switch, Switch"
     " better than Hash layers, and every MoE model better than the dense one.",
     arms=(
-        Arm("Dense", "dense_2b", paper_loss=2.060),
-        Arm("Hash Layer", "hash_2b", paper_loss=1.932),
-        Arm("Switch", "switch_2b", paper_loss=1.881),
-        Arm("GShard", "gshard_2b", paper_loss=1.867),
-        Arm("DeepSeekMoE", "dsmoe_2b", paper_loss=1.808),
+        Arm("Dense", "dense_2b", paper_loss=V1["dense_2b"].loss),
+        Arm("Hash Layer", "hash_2b", paper_loss=V1["hash_2b"].loss),
+        Arm("Switch", "switch_2b", paper_loss=V1["switch_2b"].loss),
+        Arm("GShard", "gshard_2b", paper_loss=V1["gshard_2b"].loss),
+        Arm("DeepSeekMoE", "dsmoe_2b", paper_loss=V1["dsmoe_2b"].loss),
     ),
     equal=(
         *same_total(*TOP_1, *TOP_2),

@@ -7,6 +7,7 @@ activates all parameters of a mixture.
 """
 
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.claims import ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment
 
@@ -17,9 +18,9 @@ EXPERIMENT = Experiment(
     summary="DeepSeekMoE is as good as a GShard with 1.5 times the expert parameters and FLOPs, and"
     " nearly as good as the dense model that no mixture of its size can beat.",
     arms=(
-        Arm("GShard x1.5", "gshard_2b_x1_5", paper_loss=1.808),
-        Arm("Dense x16", "dense_2b_x16", paper_loss=1.806),
-        Arm("DeepSeekMoE", "dsmoe_2b", paper_loss=1.808),
+        Arm("GShard x1.5", "gshard_2b_x1_5", paper_loss=V1["gshard_2b_x1_5"].loss),
+        Arm("Dense x16", "dense_2b_x16", paper_loss=V1["dense_2b_x16"].loss),
+        Arm("DeepSeekMoE", "dsmoe_2b", paper_loss=V1["dsmoe_2b"].loss),
     ),
     claims=(
         # "As good as" is read as within 0.5 %, the distance of shared expert counts in section 4.4.

@@ -19,9 +19,9 @@ CONFIG = replace(
         "model.vocab_size": 512,
         "model.hidden_size": 16,
         "model.num_hidden_layers": 1,
-        "model.num_attention_heads": 2,
-        "model.num_key_value_heads": 1,
-        "model.head_dim": 8,
+        "model.attention.num_attention_heads": 2,
+        "model.attention.num_key_value_heads": 1,
+        "model.attention.head_dim": 8,
         "model.initializer_range": 0.2,
         "model.moe.n_routed_experts": 4,
         "model.moe.num_experts_per_tok": 2,
@@ -109,7 +109,7 @@ def test_a_look_at_some_batches(model, corpus, result):
 
 def test_what_is_dropped_is_counted(corpus, result):
     assert result["dropped"] == [0]
-    config = replace(CONFIG, **{"model.moe.evaluation_capacity_factor": 0.5})
+    config = replace(CONFIG, **{"model.moe.evaluation_drop.capacity_factor": 0.5})
     graph, params, other = nnx.split(build_model(config), nnx.Param, ...)
     cut = HeldOut(graph, corpus, batch_size=8, max_batches=2).measure(params, other)
     sent = np.sum(cut["load"])

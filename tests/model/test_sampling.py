@@ -17,7 +17,8 @@ def model():
         Config(),
         **{
             "model.vocab_size": 32, "model.hidden_size": 16, "model.num_hidden_layers": 2,
-            "model.num_attention_heads": 2, "model.num_key_value_heads": 2, "model.head_dim": 8,
+            "model.attention.num_attention_heads": 2, "model.attention.num_key_value_heads": 2,
+            "model.attention.head_dim": 8,
             "model.initializer_range": 0.5, "model.moe.n_routed_experts": 4,
             "model.moe.num_experts_per_tok": 2, "model.moe.moe_intermediate_size": 16,
             "data.tokenizer_vocab_size": 32,

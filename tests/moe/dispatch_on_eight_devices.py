@@ -163,10 +163,15 @@ def test_capacity_of_each_shard(policy):
 @pytest.mark.parametrize(
     ("name", "mesh", "n_experts", "message"),
     [
-        ("all_to_all", None, 8, r"model\.moe\.dispatch='all_to_all': .*no mesh; must be 'auto' or"),
-        ("local", EXPERT_8, 8, r"model\.moe\.dispatch='local': .* expert=8 .*'all_to_all'"),
+        (
+            "all_to_all",
+            None,
+            8,
+            r"model\.moe\.dispatch\.name='all_to_all': .*no mesh; must be 'auto' or",
+        ),
+        ("local", EXPERT_8, 8, r"model\.moe\.dispatch\.name='local': .* expert=8 .*'all_to_all'"),
         ("all_to_all", EXPERT_8, 6, r"mesh\.expert=8: must divide .*n_routed_experts=6"),
-        ("nope", EXPERT_8, 8, r"model\.moe\.dispatch='nope'"),
+        ("nope", EXPERT_8, 8, r"model\.moe\.dispatch\.name='nope'"),
     ],
 )
 def test_refused(name, mesh, n_experts, message):

@@ -55,8 +55,8 @@ def test_lines_build_a_model(name, needed, optional):
 def test_nothing_is_left_out():
     rows = documented()
     lines = dict(itertools.chain(*(overrides(needed).items() for _, needed, _ in rows)))
-    routers = {overrides(needed).get("model.moe.router") for _, needed, _ in rows}
+    routers = {overrides(needed).get("model.moe.router.name") for _, needed, _ in rows}
     assert routers - {None} == set(ROUTERS) - {"topk_softmax"}, "that one is the default"
     assert {f"model.moe.{name}_factor" for name in losses.BALANCE_TERMS} <= lines.keys()
-    policies = {overrides(needed).get("model.moe.drop_policy") for _, needed, _ in rows}
+    policies = {overrides(needed).get("model.moe.drop.policy") for _, needed, _ in rows}
     assert policies - {None} == set(dropping.POLICIES) - {"position"}, "that one is the default"

@@ -191,7 +191,7 @@ def test_a_capacity_below_the_need_of_one_token_is_refused(key):
 
 def test_a_run_without_room_is_refused_before_it_begins():
     config = replace(
-        Config(), **{"model.moe.capacity_factor": 0.001, "train.accumulation_steps": 64}
+        Config(), **{"model.moe.drop.capacity_factor": 0.001, "train.accumulation_steps": 64}
     )
     # 2048 sequences of 2048 tokens in 64 parts, 7 of 63 experts each: 7,282 for an expert.
     abstract_model(config)
@@ -217,7 +217,7 @@ def test_refusals():
         config = replace(Config(), **{f"model.moe.{key}": v for key, v in overrides.items()})
         with pytest.raises(ValueError, match=rf"{key}='probability': the hash router has no"):
             nnx.eval_shape(lambda config=config: MoELayer(config.model, rngs=nnx.Rngs(0)))
-    unknown = {"model.moe.evaluation_drop_policy": "nope"}
+    unknown = {"model.moe.evaluation_drop.policy": "nope"}
     with pytest.raises(ValueError, match=r"evaluation_drop_policy='nope': must be one of"):
         dropping.check_policies(replace(Config(), **unknown).model.moe, scored=True)
 

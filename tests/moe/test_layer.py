@@ -248,8 +248,8 @@ def test_the_bias_chooses_in_evaluation_too():
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"router": "nope"}, r"model\.moe\.router='nope'"),
-        ({"dispatch": "nope"}, r"model\.moe\.dispatch='nope'"),
+        ({"router": "nope"}, r"model\.moe\.router\.name='nope'"),
+        ({"dispatch": "nope"}, r"model\.moe\.dispatch\.name='nope'"),
         ({"expert_backend": "nope"}, r"model\.moe\.expert_backend='nope'"),
         ({"router": "hash", "k": 1}, r"expert_balance_factor=0\.01: the hash router has no"),
         ({"router": "expert_choice"}, r"expert_balance_factor=0\.01: the expert_choice router"),

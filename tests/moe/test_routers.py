@@ -126,7 +126,7 @@ def test_uniform_is_exactly_balanced():
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"router": "topk_sofmax"}, r"model\.moe\.router='topk_sofmax'.*topk_softmax"),
+        ({"router": "topk_sofmax"}, r"model\.moe\.router\.name='topk_sofmax'.*topk_softmax"),
         ({"router": "switch"}, r"num_experts_per_tok=3.*switch.*exactly 1 expert"),
         ({"router": "gshard"}, r"num_experts_per_tok=3.*gshard.*exactly 2 experts"),
         ({"scoring_func": "sigmoid"}, r"scoring_func='sigmoid'.*topk_softmax router.*'topk'"),

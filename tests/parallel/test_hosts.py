@@ -139,7 +139,7 @@ def assert_same_routing(workdir, wanted):
 def test_two_processes_replay_what_one_recorded(launcher, tmp_path, undisturbed):
     """Each reads its own sequences' routing."""
     recorded = f"train.replay_routing={undisturbed.workdir / 'routing'}"
-    changes = ("train.record_routing=False", "train.steps=3", "model.moe.router=replay_ids")
+    changes = ("train.record_routing=False", "train.steps=3", "model.moe.router.name=replay_ids")
     run = Run(launcher, tmp_path / "run", 2, *changes, recorded)
     codes, said = run.end()
     assert codes == [0, 0], said
@@ -166,7 +166,7 @@ def test_processes_with_different_configs_all_end_with_the_difference(launcher, 
     commands[1].append("--config.train.seed=1")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "dsmoe_jax.train", *command],
+            [sys.executable, "-m", "dsmoe_jax", "train", *command],
             env=environment, stderr=subprocess.PIPE, text=True,
         )
         for command in commands

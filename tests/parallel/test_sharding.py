@@ -11,8 +11,8 @@ from dsmoe_jax.training.step import state_shapes
 
 SMALL = {
     "model.hidden_size": 24,
-    "model.num_attention_heads": 2,
-    "model.num_key_value_heads": 2,
+    "model.attention.num_attention_heads": 2,
+    "model.attention.num_key_value_heads": 2,
     "model.moe.n_routed_experts": 6,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.moe_intermediate_size": 10,

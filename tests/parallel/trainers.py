@@ -1,7 +1,7 @@
 """Starts the training command as several processes of this machine, again and again.
 
 Half of the start of a trainer is imports.  They are done once, in a process that forks the trainers
-(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax.train` does.
+(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax train` does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -23,14 +22,14 @@ TINY = {
     "model.vocab_size": 512,
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
-    "model.num_attention_heads": 2,
-    "model.num_key_value_heads": 2,
-    "model.head_dim": 8,
+    "model.attention.num_attention_heads": 2,
+    "model.attention.num_key_value_heads": 2,
+    "model.attention.head_dim": 8,
     "model.moe.n_routed_experts": 4,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
-    "model.moe.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
+    "model.moe.dispatch.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
     "data.sequence_length": 64,
     "data.tokenizer_vocab_size": 512,
     "optimizer.warmup_steps": 2,
@@ -120,7 +119,7 @@ class Launcher:
             "PYTHONPATH": os.getcwd(),
         }
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dsmoe_jax.train", "tensorboardX"])
+        self.context.set_forkserver_preload(["dsmoe_jax.commands.train", "tensorboardX"])
         with mock.patch.dict(os.environ, self.environment):  # JAX reads it when it is imported
             multiprocessing.forkserver.ensure_running()
         self.started: list[Trainer] = []
@@ -174,5 +173,4 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
     # On CPU each process hashes the devices in another order, and finds nothing of what the first
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None
-    sys.argv = ["train", *arguments]
-    command_line.run(command.main)
+    command_line.run(command.main, arguments)

@@ -60,7 +60,7 @@ class TestWorkdir:
         assert read_config(tmp_path / "run") == tiny_config()
 
     def test_what_does_not_touch_the_numbers_may_change(self, finished_run, tiny_config):
-        other_hardware = {"train.accumulation_steps": 2, "model.moe.buffer_factor": 2.0}
+        other_hardware = {"train.accumulation_steps": 2, "model.moe.dispatch.buffer_factor": 2.0}
         config = tiny_config(
             **other_hardware, **{"train.log_every": 2, "train.keep_checkpoints": 5}
         )
@@ -70,10 +70,10 @@ class TestWorkdir:
     @pytest.mark.parametrize(
         "competing",
         [
-            {"model.moe.capacity_factor": 2.0},
-            {"model.moe.evaluation_capacity_factor": 2.0},
-            {"model.moe.router": "sinkhorn"},
-            {"model.moe.router": "expert_choice", "model.moe.expert_balance_factor": 0.0},
+            {"model.moe.drop.capacity_factor": 2.0},
+            {"model.moe.evaluation_drop.capacity_factor": 2.0},
+            {"model.moe.router.name": "sinkhorn"},
+            {"model.moe.router.name": "expert_choice", "model.moe.balance.expert": None},
         ],
     )
     def test_micro_batches_stay_where_their_tokens_compete(self, tmp_path, tiny_config, competing):
@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path):
         "from dsmoe_jax.config import *\n"
         f"def get_config():\n    return to_config_dict({tiny_config()!r})\n"
     )
-    command = f"{sys.executable} -m dsmoe_jax.train --config={script} --workdir={tmp_path / 'run'}"
+    command = f"{sys.executable} -m dsmoe_jax train --config={script} --workdir={tmp_path / 'run'}"
     child = subprocess.run(
         ["bash", "-c", f"ulimit -f 30; exec {command}"],
         env={**os.environ, "PYTHONPATH": os.getcwd()},

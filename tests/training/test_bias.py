@@ -18,19 +18,19 @@ BIASED = {
     "model.vocab_size": V,
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
-    "model.num_attention_heads": 1,
-    "model.num_key_value_heads": 1,
-    "model.head_dim": 16,
+    "model.attention.num_attention_heads": 1,
+    "model.attention.num_key_value_heads": 1,
+    "model.attention.head_dim": 16,
     "model.initializer_range": 0.1,
     "model.moe.n_routed_experts": E,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.moe_intermediate_size": 8,
-    "model.moe.router": "topk",
-    "model.moe.scoring_func": "sigmoid",
-    "model.moe.norm_topk_prob": True,
-    "model.moe.bias_update_speed": GAMMA,
-    "model.moe.expert_balance_factor": 0.0,
-    "model.moe.sequence_balance_factor": 1e-4,
+    "model.moe.router.name": "topk",
+    "model.moe.router.scoring_func": "sigmoid",
+    "model.moe.router.norm_topk_prob": True,
+    "model.moe.router.bias_update_speed": GAMMA,
+    "model.moe.balance.expert": None,
+    "model.moe.balance.sequence.factor": 1e-4,
     "model.moe.expert_backend": "ragged_dot",
     "data.tokenizer_vocab_size": V,
     "train.global_batch_size": B,
@@ -120,7 +120,7 @@ def test_survives_a_checkpoint(tmp_path):
 
 def test_random_routers_draw_anew_each_step_and_the_same_again():
     """All randomness comes from the seed and the step."""
-    noisy = {"model.moe.router": "noisy_topk", "model.moe.scoring_func": "softmax"}
+    noisy = {"model.moe.router.name": "noisy_topk", "model.moe.router.scoring_func": "softmax"}
     state, step = compiled(**noisy)
     _, one = step(state, batch(0))
     _, again = step(state, batch(0))

@@ -12,11 +12,11 @@ from dsmoe_jax.training.router_state import make_hash_table
 from dsmoe_jax.training.step import init_state
 
 HASH = {
-    "model.moe.router": "hash",
-    "model.moe.hash_table": "frequency",
+    "model.moe.router.name": "hash",
+    "model.moe.router.options.table": "frequency",
     "model.moe.num_experts_per_tok": 1,
-    "model.moe.expert_balance_factor": 0.0,
-    "model.moe.router_z_factor": 0.0,
+    "model.moe.balance.expert": None,
+    "model.moe.balance.router_z": None,
     "train.steps": 2,
     "train.eval_every": 0,
 }
@@ -52,5 +52,7 @@ def test_a_tokenizer_may_leave_rows_of_the_embedding_unused(tiny_config):
 
 
 def test_without_counts_it_is_refused(tiny_config):
-    with pytest.raises(ValueError, match=r"model\.moe\.hash_table='frequency': needs token counts"):
+    with pytest.raises(
+        ValueError, match=r"model\.moe\.router\.options\.table='frequency': needs token counts"
+    ):
         init_state(tiny_config(**HASH))

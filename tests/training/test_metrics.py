@@ -88,7 +88,7 @@ def test_drops_are_checked():
     by = np.float32([[2, 0], [0, 0]])
     good = Ledger(load, load - dropped, dropped, by, by, by)
     row = training_row(
-        step_metrics(router=router_stats(ledger=good)), **{"model.moe.capacity_factor": 1.0}
+        step_metrics(router=router_stats(ledger=good)), **{"model.moe.drop.capacity_factor": 1.0}
     )
     assert row["dropped"] == [2, 0]
     assert row["dropped_by_expert"] == [[2, 0, 0, 0], [0, 0, 0, 0]]

@@ -22,8 +22,8 @@ from dsmoe_jax.training.loop import train
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
 FIXED = {
-    "model.moe.expert_balance_factor": 0.0,
-    "model.moe.router_z_factor": 0.0,
+    "model.moe.balance.expert": None,
+    "model.moe.balance.router_z": None,
     "model.moe.num_experts_per_tok": 1,
 }
 
@@ -45,7 +45,7 @@ def learned(tiny_config, tmp_path_factory, compile_cache):
 def hashed(tiny_config, tmp_path_factory, compile_cache):
     """A recorded run of a router without parameters, with dropping."""
     workdir = tmp_path_factory.mktemp("recorded") / "run"
-    hashed = {"model.moe.router": "hash", "model.moe.capacity_factor": 0.9}
+    hashed = {"model.moe.router.name": "hash", "model.moe.drop.capacity_factor": 0.9}
     config = {**SHORT, **FIXED, **hashed, "train.record_routing": True}
     train(tiny_config(**config), workdir, progress=False)
     return workdir
@@ -63,13 +63,16 @@ def test_what_is_recorded(hashed):
 
 def test_recorded_experts_with_live_gates_give_the_same_run(learned, tiny_config, tmp_path):
     """The experts are forced, the gates' and balance terms' gradients flow as they did."""
-    replays = {"model.moe.router": "replay_ids", "train.replay_routing": str(learned / "routing")}
+    replays = {
+        "model.moe.router.name": "replay_ids",
+        "train.replay_routing": str(learned / "routing"),
+    }
     train(tiny_config(**SHORT, **replays), tmp_path / "run", progress=False)
     assert losses(tmp_path / "run") == losses(learned)
 
 
 def test_recorded_experts_and_gates_give_the_same_run(hashed, tiny_config, tmp_path):
-    replays = {"model.moe.router": "replay", "train.replay_routing": str(hashed / "routing")}
+    replays = {"model.moe.router.name": "replay", "train.replay_routing": str(hashed / "routing")}
     train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
     assert losses(tmp_path / "run") == losses(hashed)
 
@@ -83,7 +86,7 @@ def test_the_replay_is_what_decides(hashed, tiny_config, tmp_path):
         with np.load(path) as arrays:
             np.savez(target, ids_BLSK=4 - arrays["ids_BLSK"], gates_BLSK=arrays["gates_BLSK"])
     (directory / MANIFEST).write_text((hashed / "routing" / MANIFEST).read_text())
-    replays = {"model.moe.router": "replay", "train.replay_routing": str(directory)}
+    replays = {"model.moe.router.name": "replay", "train.replay_routing": str(directory)}
     train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
     assert losses(tmp_path / "run")[0] != losses(hashed)[0]
 
@@ -100,11 +103,11 @@ def test_the_replay_is_what_decides(hashed, tiny_config, tmp_path):
         ({"train.eval_every": 1}, r"holds no batch 1 of validation-0000000[13]"),
         ({"train.replay_routing": "/none"}, r"no recorded routing there"),
         ({"train.replay_routing": ""}, r"router='replay' needs the WORKDIR/routing of a run"),
-        ({"model.moe.router": "uniform"}, r"router='uniform' replays nothing"),
+        ({"model.moe.router.name": "uniform"}, r"router='uniform' replays nothing"),
     ],
 )
 def test_refused_before_the_first_step(hashed, tiny_config, tmp_path, change, message):
-    replays = {"model.moe.router": "replay", "train.replay_routing": str(hashed / "routing")}
+    replays = {"model.moe.router.name": "replay", "train.replay_routing": str(hashed / "routing")}
     with pytest.raises(ValueError, match=message) as caught:
         train(tiny_config(**{**SHORT, **FIXED, **replays, **change}), tmp_path, progress=False)
     assert "\n" not in str(caught.value)
@@ -117,7 +120,7 @@ def test_a_file_of_another_shape_is_refused(hashed, tiny_config, tmp_path, axis)
     path = directory / "train/00000001.npz"
     with np.load(path) as arrays:
         np.savez(path, **{key: np.repeat(array, 2, axis) for key, array in arrays.items()})
-    replays = {"model.moe.router": "replay", "train.replay_routing": str(directory)}
+    replays = {"model.moe.router.name": "replay", "train.replay_routing": str(directory)}
     found = [4, 2, 64, 1]
     found[axis] *= 2
     found = re.escape(str(tuple(found)))
@@ -140,7 +143,7 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
         with np.load(records / f"routing/train/{step:08}.npz") as arrays:
             assert arrays["ids_BLSK"].shape == (4, 2, 64, columns)
     recorded = str(records / "routing")
-    config = {"model.moe.router": "replay_ids", "train.replay_routing": recorded}
+    config = {"model.moe.router.name": "replay_ids", "train.replay_routing": recorded}
     train(tiny_config(**SHORT, **stages, **config), replays, progress=False)
     assert losses(replays) == losses(records)
     with pytest.raises(ValueError, match=r"stages_after=\[0, 2\], not \[0\]"):
@@ -149,7 +152,7 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
 
 def test_an_evaluation_by_itself_is_recorded(learned, compile_cache, tmp_path):
     """The command writes what the run wrote when it evaluated, and not over another recording."""
-    command = [sys.executable, "-m", "dsmoe_jax.evaluate", f"--workdir={learned}", "--json"]
+    command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={learned}", "--json"]
     command += ["--batch_size=4", "--max_batches=2", f"--record_routing={tmp_path / 'routing'}"]
     run = functools.partial(
         subprocess.run, command, env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},
@@ -258,7 +261,7 @@ def test_another_text_is_refused(hashed, tiny_config, tmp_path):
     directory = shutil.copytree(hashed / "routing", tmp_path / "routing")
     manifest = json.loads((directory / MANIFEST).read_text())
     (directory / MANIFEST).write_text(json.dumps(manifest | {"corpus": "another"}))
-    replays = {"model.moe.router": "replay", "train.replay_routing": str(directory)}
+    replays = {"model.moe.router.name": "replay", "train.replay_routing": str(directory)}
     with pytest.raises(ValueError, match=r"recorded with corpus=another, not \w+"):
         train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
 
@@ -266,8 +269,8 @@ def test_another_text_is_refused(hashed, tiny_config, tmp_path):
 def test_the_manifest_counts_moe_layers_and_columns(tiny_config):
     """Not the dense layers; expert choice has a column for each expert."""
     config = tiny_config(
-        **{"model.first_k_dense_replace": 1, "model.moe.router": "expert_choice",
-           "model.moe.expert_balance_factor": 0.0}
+        **{"model.first_k_dense_replace": 1, "model.moe.router.name": "expert_choice",
+           "model.moe.balance.expert": None}
     )  # fmt: skip
     belongs = belongs_to(config, "text")
     assert (belongs["layers"], belongs["experts_per_token"]) == (1, [4])

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from test_loop import assert_same_run
 
-from dsmoe_jax.config import Config, from_config_dict, replace, to_config_dict
+from dsmoe_jax.config import (
+    Config,
+    from_config_dict,
+    replace,
+    stage_of,
+    stages_of,
+    to_config_dict,
+    tokens_after,
+)
 from dsmoe_jax.data.opening import open_corpus
 from dsmoe_jax.data.pipeline import train_batches
 from dsmoe_jax.runs.loading import load_run
@@ -48,19 +56,27 @@ STAGES = {  # steps 1-3, 4-7, 8-10
 def test_a_stage_is_the_config_with_its_values():
     config = replace(Config(), **{**STAGES, "train.steps": 10})
     assert from_config_dict(to_config_dict(config)) == config
-    stages = config.stages()
+    stages = stages_of(config)
     assert [(s.first, s.end, s.sequences) for s in stages] == [(0, 3, 0), (3, 7, 12), (7, 10, 20)]
     assert stages[1].config == replace(
         Config(),
         **{
             "train.steps": 10, "train.global_batch_size": 2, "train.accumulation_steps": 1,
             "optimizer.peak_learning_rate": 0.003, "model.moe.num_experts_per_tok": 2,
-            "model.moe.router_z_factor": 0.001,
+            "model.moe.balance.router_z.factor": 0.001,
         },
     )  # fmt: skip
-    assert [config.stage_of(step).first for step in (0, 1, 3, 4, 7, 8, 10)] == [0, 0, 0, 3, 3, 7, 7]
+    assert [stage_of(config, step).first for step in (0, 1, 3, 4, 7, 8, 10)] == [
+        0,
+        0,
+        0,
+        3,
+        3,
+        7,
+        7,
+    ]
     in_sequences = [0, 4, 8, 12, 14, 16, 18, 20, 24, 28, 32]
-    assert [config.tokens_after(step) for step in range(11)] == [n * 2048 for n in in_sequences]
+    assert [tokens_after(config, step) for step in range(11)] == [n * 2048 for n in in_sequences]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +124,7 @@ def test_a_run_goes_on_in_the_stream_at_every_border(tiny_config, tiny_corpus):
     """What its stages feed to their steps: the records of batches of 1, none twice, none lost."""
     found, position = [], None
     config = tiny_config(**STAGES)
-    for stage in config.stages():
+    for stage in stages_of(config):
         run = StageRun(stage, open_corpus(config.data), position)
         for step in range(stage.first + 1, stage.end + 1):
             found += list(run.next_batch(step)["tokens_BS"])
@@ -129,8 +145,8 @@ def staged(tiny_config, tmp_path_factory):
 def test_rows_show_the_stages(staged):
     config, workdir = staged
     for row in read_rows(workdir):
-        step, stage = row["step"], config.stage_of(row["step"]).config
-        assert row["tokens"] == config.tokens_after(step)
+        step, stage = row["step"], stage_of(config, row["step"]).config
+        assert row["tokens"] == tokens_after(config, step)
         sequences, k = stage.train.global_batch_size, stage.model.moe.num_experts_per_tok
         # A short last record of a domain is filled with padding, which counts nowhere.
         assert all(0.7 < sum(load) / (sequences * S * k) <= 1 for load in row["load"]), step
@@ -139,7 +155,7 @@ def test_rows_show_the_stages(staged):
         rate = stage.optimizer.peak_learning_rate * warmup * drops
         np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-6)
         weighted = 0.01 * sum(row["expert_balance"])
-        weighted += stage.model.moe.router_z_factor * sum(row["router_z"])
+        weighted += stage.model.moe.balance.router_z.factor * sum(row["router_z"])
         np.testing.assert_allclose(row["total_loss"], row["loss"] + weighted, rtol=1e-5)
     assert load_run(workdir).model.config.moe.num_experts_per_tok == 3
 

@@ -115,8 +115,8 @@ def test_the_returned_state_is_the_one_that_counts():
 def test_accumulation_changes_no_gradient(padding, micro_batches):
     """Gradients of 1, 2 and 4 micro-batches agree, balance terms included (sequence scope)."""
     strong = {
-        "model.moe.expert_balance_factor": 0.5,
-        "model.moe.router_z_factor": 0.1,
+        "model.moe.balance.expert.factor": 0.5,
+        "model.moe.balance.router_z.factor": 0.1,
         "optimizer.clip_norm": 1e9,
     }
     results = [
@@ -140,7 +140,7 @@ def test_accumulation_changes_no_gradient(padding, micro_batches):
 
 def test_balance_terms_reach_the_router():
     """Without the terms the router's gradient is another one (it never flowed in one trainer)."""
-    off = {"model.moe.expert_balance_factor": 0.0, "model.moe.router_z_factor": 0.0}
+    off = {"model.moe.balance.expert": None, "model.moe.balance.router_z": None}
     key = "['layers']['moe']['router_ED'].value"
     with_terms, without = (leaves(adam(one_step(**o)[2]).mu)[key] for o in ({}, off))
     assert np.linalg.norm(with_terms - without) > 1e-3 * np.linalg.norm(without)
@@ -148,8 +148,8 @@ def test_balance_terms_reach_the_router():
 
 def test_the_weight_of_a_term_follows_its_schedule():
     """From 0 before the first step on, to its factor at the end of the run."""
-    ramp = {"model.moe.expert_balance_schedule": ((0.0, 0.0), (1.0, 1.0)),
-            "model.moe.router_z_factor": 0.0}  # fmt: skip
+    ramp = {"model.moe.balance.expert.schedule": ((0.0, 0.0), (1.0, 1.0)),
+            "model.moe.balance.router_z": None}  # fmt: skip
     config = replace(Config(), **{**TINY, **ramp})
     step = jax.jit(make_train_step(config, jnp.ones(V)))
     for done in (0, 5):

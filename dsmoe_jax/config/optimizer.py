@@ -1,0 +1,36 @@
+"""The section `optimizer` of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsmoe_jax.config.checks import checker, not_negative, positive
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule (V1 section 4.1.3)."""
+
+    peak_learning_rate: float = 1.08e-3
+    schedule: str = "multi_step"  # a name in dsmoe_jax/training/optimizer.py
+    warmup_steps: int = 2000
+    decay_factor: float = 0.316  # `multi_step`: applied at each of `decay_at`
+    decay_at: tuple[float, ...] = (0.8, 0.9)  # shares of all steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        at, check = "optimizer.", checker(self, "optimizer.")
+        positive(self, at, "peak_learning_rate", "decay_factor", "eps", "clip_norm")
+        not_negative(self, at, "warmup_steps", "weight_decay", "b1", "b2")
+        check("b1", self.b1 < 1, "must be below 1")
+        check("b2", self.b2 < 1, "must be below 1")
+        increasing = tuple(sorted(self.decay_at)) == self.decay_at
+        check(
+            "decay_at",
+            increasing and all(0 < share < 1 for share in self.decay_at),
+            "must be increasing shares between 0 and 1",
+        )
