@@ -19,15 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.config import Config, stage_of, stages_of
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import Router, get_router
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.workdir import ROUTING, write_json
 
@@ -38,7 +35,7 @@ TRAIN = "train"
 def router_of(config: Config) -> Router | None:
     """The registry line of the router of a config; None without routed experts."""
     moe = config.model.moe
-    return get_router(flat(moe)) if moe.n_routed_experts else None
+    return get_router(moe)[0] if moe.n_routed_experts else None
 
 
 def needs(config: Config) -> str:
@@ -121,7 +118,7 @@ class Recorder:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / MANIFEST, belongs)
 
-    def write(self, name: str, number: int, routing: Choice) -> None:
+    def write(self, name: str, number: int, routing: RecordedRouting) -> None:
         """Adds a batch.
 
         Args:
@@ -295,15 +292,6 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
     if not _path(path.parent, path.name, 1).is_file() or path.name == TRAIN:
         raise ValueError(f"{key}: holds no held-out batches; name a folder validation-...")
     return recording, path.name
-
-
-def replayed(batch: Batch) -> Choice | None:
-    """The recorded routing in a batch; None without one."""
-    if "replayed_ids_BLSK" not in batch:
-        return None
-    assert "replayed_gates_BLSK" in batch, "ids and gates come together"
-    ids_BLSK, gates_BLSK = batch["replayed_ids_BLSK"], batch["replayed_gates_BLSK"]
-    return Choice(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
 
 
 def _path(directory: Path, name: str, number: int) -> Path:

@@ -27,7 +27,6 @@ from dsmoe_jax.config import (
     to_config_dict,
 )
 from dsmoe_jax.config.mesh import AXES
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
 
@@ -70,7 +69,7 @@ def _competes(stage: Stage) -> bool:
     moe = stage.config.model.moe
     if moe.n_routed_experts == 0:
         return False
-    return bool(moe.drop or moe.evaluation_drop or get_router(flat(moe)).competes)
+    return bool(moe.drop or moe.evaluation_drop or get_router(moe)[0].competes)
 
 
 @contextlib.contextmanager

@@ -20,12 +20,11 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import Sums, token_sums
 from dsmoe_jax.model.build import abstract_model
-from dsmoe_jax.model.transformer import Output
+from dsmoe_jax.model.types import ModelInputs, Output
 from dsmoe_jax.moe import losses
-from dsmoe_jax.moe.legacy import flat
-from dsmoe_jax.moe.report import RouterStats
+from dsmoe_jax.moe.report import LoggedSums
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.routing_records import replayed
 from dsmoe_jax.training.objective import LossContext, balance_terms, training_loss
 
 
@@ -47,38 +46,44 @@ class Totals(NamedTuple):
       parts: of the loss, by name.
       sums: over predicted tokens.
       terms: of the balance, without their weights, (L,).
-      router: reports of the MoE layers; None without routed experts.
+      router: sums of the MoE layers, for the log; None without routed experts.
     """
 
     total_loss: jax.Array
     parts: dict[str, jax.Array]
     sums: Sums
     terms: dict[str, jax.Array]
-    router: RouterStats | None
+    router: LoggedSums | None
 
 
-def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Totals, nnx.State]]:
-    """Builds `(params, other, batch, rng, weights) -> (Totals, gradients)` of a global batch.
+class Gradients(NamedTuple):
+    """Results of a global batch.
+
+    Attributes:
+      totals: of all micro-batches.
+      params: the gradient of the total loss with respect to the parameters.
+      recorded: routing of the batch, (L, B, S, K), if the run records it.
+    """
+
+    totals: Totals
+    params: nnx.State
+    recorded: RecordedRouting | None
+
+
+def make_gradients(config: Config, bytes_V: Any) -> Callable[..., Gradients]:
+    """Builds `(params, other, batch, rng, weights) -> Gradients` of a global batch.
 
     Args:
       config: of the run.
       bytes_V: UTF-8 bytes of each token.
     """
     graph = abstract_model(config.model)
-    counted = losses.counted_terms(flat(config.model.moe))
+    counted = losses.counted_over_batch(config.model.moe.balance)
     n_micro = config.train.accumulation_steps
 
     def forward(params, other, micro: MicroBatch, rng) -> Output:
         model = nnx.merge(graph, params, other)
-        batch = micro.batch
-        return model.forward(
-            batch["tokens_BS"],
-            batch["segment_ids_BS"],
-            batch["positions_BS"],
-            rng=rng,
-            sequence_B=micro.sequence_ids_B,
-            replayed=replayed(batch),
-        )
+        return model.forward(ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng))
 
     def loss_fn(params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
         output = forward(params, other, micro, rng)
@@ -86,11 +91,10 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Totals, 
         terms = balance_terms(output, whole)
         context = LossContext(config, micro.batch, output, nll_BS, sums, terms, weights, all_tokens)
         loss, parts = training_loss(context)
-        router, choice = output.router_stats, None
-        if router is not None:
-            choice = router.choice if config.train.record_routing else None
-            router = router._replace(drawn_BS=None, choice=None)
-        return loss, (Totals(loss, parts, sums, terms, router), choice)
+        report = output.report
+        logged = None if report is None else report.logged
+        recorded = report.recorded if report is not None and config.train.record_routing else None
+        return loss, (Totals(loss, parts, sums, terms, logged), recorded)
 
     def load_of_batch(params, other, micros: MicroBatch, rng) -> dict[str, jax.Array] | None:
         """What all micro-batches together send to each group, by term.
@@ -102,28 +106,27 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Totals, 
             return None
 
         def sent(micro: MicroBatch):
-            router = forward(params, other, micro, rng).router_stats
-            assert router is not None
-            return {name: router.terms[name].sent_G for name in counted}, None
+            report = forward(params, other, micro, rng).report
+            assert report is not None
+            return {name: report.loss_inputs.terms[name].sent_G for name in counted}, None
 
         return add_up(sent, micros)[0]
 
-    def gradients(params, other, batch: Batch, rng, weights) -> tuple[Totals, nnx.State]:
+    def gradients(params, other, batch: Batch, rng, weights) -> Gradients:
         micros = split(batch, n_micro)
         sent_LG = load_of_batch(params, other, micros, rng)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
-        whole = losses.whole(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
+        whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
 
         def part_of(micro: MicroBatch):
             grad_fn = jax.grad(loss_fn, has_aux=True)
-            grads, (totals, choice) = grad_fn(params, other, micro, rng, weights, all_tokens, whole)
-            return (totals, grads), choice
+            grads, (totals, recorded) = grad_fn(
+                params, other, micro, rng, weights, all_tokens, whole
+            )
+            return (totals, grads), recorded
 
-        (totals, grads), choice = add_up(part_of, micros)
-        if choice is not None:
-            assert totals.router is not None
-            totals = totals._replace(router=totals.router._replace(choice=join(choice)))
-        return totals, grads
+        (totals, grads), recorded = add_up(part_of, micros)
+        return Gradients(totals, grads, None if recorded is None else join(recorded))
 
     return gradients
 

@@ -24,9 +24,8 @@ import jax.numpy as jnp
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import Sums
-from dsmoe_jax.model.transformer import Output
+from dsmoe_jax.model.types import Output
 from dsmoe_jax.moe import losses
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.policy import policy_loss
 
@@ -83,22 +82,23 @@ def balance(context: LossContext) -> jax.Array:
 
 def policy(context: LossContext) -> jax.Array:
     """REINFORCE for a router that draws its experts; the value is the entropy bonus alone."""
-    router = context.output.router_stats
-    assert router is not None
-    assert router.drawn_BS is not None, "a router that samples says what it has drawn"
-    factor = flat(context.config.model.moe).policy_entropy_factor
+    report = context.output.report
+    assert report is not None
+    sample_LBS = report.loss_inputs.policy
+    assert sample_LBS is not None, "a router that samples reports its sample"
+    factor = get_router(context.config.model.moe)[1].option("entropy_factor")
     mask_BS = jnp.asarray(context.batch["loss_mask_BS"])
-    return policy_loss(router.drawn_BS, context.nll_BS, mask_BS, factor) / context.all_tokens
+    return policy_loss(sample_LBS, context.nll_BS, mask_BS, factor) / context.all_tokens
 
 
 def _balances(config: Config) -> bool:
     moe = config.model.moe
-    return moe.n_routed_experts > 0 and bool(losses.active_terms(flat(moe)))
+    return moe.n_routed_experts > 0 and bool(moe.balance)
 
 
 def _samples(config: Config) -> bool:
     moe = config.model.moe
-    return moe.n_routed_experts > 0 and get_router(flat(moe)).samples
+    return moe.n_routed_experts > 0 and get_router(moe)[0].samples
 
 
 # In the order in which they are added.
@@ -119,9 +119,9 @@ def training_loss(context: LossContext) -> tuple[jax.Array, dict[str, jax.Array]
     return functools.reduce(operator.add, values.values()), values
 
 
-def balance_terms(output: Output, whole: losses.Whole) -> dict[str, jax.Array]:
+def balance_terms(output: Output, whole: losses.WholeBatch) -> dict[str, jax.Array]:
     """Share of a micro-batch in each balance term that has a weight, without it, (L,)."""
-    router = output.router_stats
-    if router is None:
+    if output.report is None:
         return {}
-    return {name: losses.value(name, part, whole) for name, part in router.terms.items()}
+    sums = output.report.loss_inputs.terms
+    return {name: losses.value(name, part, whole) for name, part in sums.items()}

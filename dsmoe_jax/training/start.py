@@ -1,16 +1,14 @@
 """The state of a run, and where it begins.
 
-    fresh     parameters drawn at random
-    resumed   the newest checkpoint of this run
-    from_run  parameters and router variables of another run (`train.start_from`), nothing else
-
-Shapes: V vocabulary.
+fresh     parameters drawn at random
+resumed   the newest checkpoint of this run
+from_run  parameters and router variables of another run (`train.start_from`), nothing else
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +22,6 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_corpus, check_same_tokenizer
 from dsmoe_jax.model.build import ModelState, build_model, model_shapes
 from dsmoe_jax.moe import dropping
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import loading
 from dsmoe_jax.runs import workdir as workdirs
@@ -98,16 +95,16 @@ def init_state(config: Config, token_counts: Callable[[], np.ndarray] | None = N
 
     Args:
       config: of the run.
-      token_counts: how often each token is in the training text; called by a config whose hash
-        table needs it.
+      token_counts: how often each token is in the training text; called if a router variable
+        begins with values that depend on it.
 
     Raises:
       ValueError: if it needs it and there is none.
     """
-    table_V = router_state.make_hash_table(config, token_counts)
+    values = router_state.first_values(config.model, token_counts)
     out_shardings = sharding.shardings(state_shapes(config))
     init = jax.jit(functools.partial(_first_state, config), out_shardings=out_shardings)
-    return init(jax.random.key(config.train.seed), table_V)  # one program for all seeds and tables
+    return init(jax.random.key(config.train.seed), values)  # one program for all seeds and values
 
 
 def from_run(config: Config, corpus: Corpus) -> TrainState:
@@ -168,11 +165,13 @@ def shapes_by_path(tree: Any) -> dict[str, Any]:
     return found
 
 
-def _first_state(config: Config, key: jax.Array, table_V: Any = None) -> TrainState:
+def _first_state(
+    config: Config, key: jax.Array, values: Mapping[str, Any] | None = None
+) -> TrainState:
     _refuse_without_room(config)
     _, params, other = nnx.split(build_model(config.model, key), nnx.Param, ...)
-    if table_V is not None:
-        other = router_state.fill_hash_tables(other, table_V)
+    if values:
+        other = router_state.fill(other, values)
     opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
     return TrainState(jnp.int32(0), params, opt_state, other)
 
@@ -180,7 +179,7 @@ def _first_state(config: Config, key: jax.Array, table_V: Any = None) -> TrainSt
 def _refuse_without_room(config: Config) -> None:
     """Refuses experts that have no room for the tokens of a micro-batch."""
     tokens = config.tokens_per_step // config.train.accumulation_steps
-    dropping.check_room(flat(config.model.moe), tokens)
+    dropping.check_capacity(config.model.moe, tokens)
 
 
 def state_shapes(config: Config) -> TrainState:

@@ -20,8 +20,8 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe import losses
-from dsmoe_jax.moe.legacy import flat
-from dsmoe_jax.moe.report import RouterStats
+from dsmoe_jax.moe.report import LoggedSums
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
 from dsmoe_jax.training.micro_batches import make_gradients
@@ -46,8 +46,9 @@ class StepMetrics(NamedTuple):
       grad_norm: global norm before clipping.
       learning_rate: of this update.
       terms: value of each balance term that has a weight, here without it, (L,).
-      router: RouterStats with a leading layer axis, over the global batch; None without routed
-        experts.
+      router: sums of the MoE layers, with a leading layer axis, over the global batch; None without
+        routed experts.
+      recorded: routing of the global batch, (L, B, S, K), if the run records it.
     """
 
     loss: jax.Array
@@ -58,7 +59,8 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     terms: dict[str, jax.Array]
-    router: RouterStats | None
+    router: LoggedSums | None
+    recorded: RecordedRouting | None
 
 
 def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
@@ -76,8 +78,8 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         assert_shapes(batch)
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        weights = losses.weights_at(flat(config.model.moe), state.step / steps)
-        totals, grads = gradients(state.params, state.other, batch, rng, weights)
+        weights = losses.weights_at(config.model.moe.balance, state.step / steps)
+        totals, grads, recorded = gradients(state.params, state.other, batch, rng, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         sums, other = totals.sums, state.other
@@ -91,9 +93,10 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             terms=totals.terms,
             router=totals.router,
+            recorded=recorded,
         )
-        if totals.router is not None and (speed := config.model.moe.router.bias_update_speed):
-            other = router_state.move_bias(other, totals.router.load_E, speed)
+        if totals.router is not None:
+            other = router_state.after_step(other, totals.router.load_E, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
