@@ -11,6 +11,7 @@ import numpy as np
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.moe.losses import TERMS
 from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary, maxvio
 from dsmoe_jax.training.objective import LOSS_PARTS
 from dsmoe_jax.training.step import StepMetrics
@@ -66,7 +67,7 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row |= {
         f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.token_sums.items()
     }
-    row |= {name: as_list(term_L) for name, term_L in metrics.terms.items()}
+    row |= {_term_key(name): as_list(term_L) for name, term_L in metrics.terms.items()}
     row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:
         bytes_of_row = model.hidden_size * compute_dtype(model).itemsize
@@ -76,6 +77,11 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
         row["exchange_rows"] = as_list(stats.dispatch.exchanged_rows, int)
         row["exchange_retries"] = as_list(stats.dispatch.retries, int)
     return row
+
+
+def _term_key(name: str) -> str:
+    """The key of a balance term: expert_balance, ...; router_z, which balances nothing."""
+    return f"{name}_balance" if TERMS[name].balances else name
 
 
 def _logged_parts(metrics: StepMetrics) -> dict[str, float]:
@@ -92,7 +98,9 @@ def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
 
 def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     """Name and value of the first metric that is not finite: causes before their effects."""
-    watched = {"loss": metrics.loss, **metrics.terms, **_logged_parts(metrics)}
+    watched = {"loss": metrics.loss}
+    watched |= {_term_key(name): term_L for name, term_L in metrics.terms.items()}
+    watched |= _logged_parts(metrics)
     if metrics.router is not None:
         watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.token_sums.items()}
     watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}
