@@ -102,7 +102,7 @@ def test_an_override_hides_the_papers_figures():
 COUNT_AND_WEIGH = """
 import re
 from absl import flags
-from dsmoe_jax import count
+from dsmoe_jax.commands import count
 flags.FLAGS(["count", "--config=configs/dsmoe_145b.py", "--json"])
 count.main()
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
