@@ -22,8 +22,9 @@ import math
 from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig
-from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.moe.routers import get_router
+from dsmoe_jax.nn import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,11 @@ def count_parameters(model: ModelConfig) -> Parameters:
     Raises:
       ValueError: if the module cannot be built from the config.
     """
-    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
     sizes = {"routed": 0, "shared": 0, "router": 0, "other": 0}
-    for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
-        sizes[_kind(path)] += math.prod(param.shape)
-    e, k = model.moe.n_routed_experts, model.moe.num_experts_per_tok
+    for path, param in nnx.to_flat_state(model_shapes(model).params):
+        sizes[_part(path)] += math.prod(param.shape)
+    e = model.moe.n_routed_experts
+    k = model.moe.num_experts_per_tok
     assert not e or sizes["routed"] % e == 0, "routed experts are all of one size"
     routed_activated = sizes["routed"] // e * k if e else 0
     return Parameters(
@@ -57,8 +58,8 @@ def count_parameters(model: ModelConfig) -> Parameters:
     )
 
 
-def _kind(path: tuple) -> str:
-    """What a parameter is of: a path such as ("layers", "moe", "shared", "gate_FD")."""
+def _part(path: tuple) -> str:
+    """The part of the model that a parameter belongs to: ("layers", "moe", "shared", "gate_FD")."""
     if "moe" not in path:
         return "other"
     part = str(path[path.index("moe") + 1])
@@ -69,17 +70,16 @@ def _kind(path: tuple) -> str:
 
 def parameters_by_formula(model: ModelConfig) -> Parameters:
     """The same numbers from the sizes alone, to check `count_parameters` against."""
-    moe, d, layers = model.moe, model.hidden_size, model.num_hidden_layers
+    moe = model.moe
+    d = model.hidden_size
+    layers = model.num_hidden_layers
     moe_layers = layers - model.first_k_dense_replace
-    heads = (
-        model.attention.num_attention_heads + model.attention.num_key_value_heads
-    )  # queries and output; keys, values
-    attention = 2 * d * model.attention.head_dim * heads
+    attentions = layers * attention.get(model.attention).parameters(d, model.attention)
     embedding_and_head = 2 * model.vocab_size * d
     norms = d * (2 * layers + 1)
     dense = model.first_k_dense_replace * 3 * d * model.intermediate_size
     router = moe_layers * d * moe.n_routed_experts * _logits_per_expert(model)
-    outside = layers * attention + embedding_and_head + norms + dense + router
+    outside = attentions + embedding_and_head + norms + dense + router
     expert = moe_layers * 3 * d * moe.moe_intermediate_size
     expert_total = expert * (moe.n_shared_experts + moe.n_routed_experts)
     expert_activated = expert * (moe.n_shared_experts + moe.num_experts_per_tok)
@@ -102,8 +102,11 @@ def flops_per_sequence(config: Config) -> float:
     router and embedding lookup do not.  For comparisons with the paper; what is really computed is
     `train_flops_per_token`.
     """
-    model, n = config.model, config.data.sequence_length
-    moe, d, layers = model.moe, model.hidden_size, model.num_hidden_layers
+    n = config.data.sequence_length
+    model = config.model
+    moe = model.moe
+    d = model.hidden_size
+    layers = model.num_hidden_layers
     experts = moe.n_shared_experts + moe.num_experts_per_tok
     standard_ffns = (
         model.first_k_dense_replace * model.nominal_dense_width
@@ -117,18 +120,17 @@ def train_flops_per_token(config: Config) -> float:
     """Training FLOPs of one token at the widths really used: the numerator of MFU.
 
     Forward and backward are 6 FLOPs per activated parameter that takes part in a matrix product
-    (router included; embedding lookup and norms not), plus 12 L n (heads x head size) for the
-    attention scores and values, without a causal discount as is usual (PaLM, 2204.02311,
-    appendix B).  What rematerialisation or padding computes on top is not counted.
+    (router included; embedding lookup and norms not), plus what attention adds for scores and
+    values: with full heads 12 L n (heads x head size), without a causal discount as is usual (PaLM,
+    2204.02311, appendix B).  What rematerialisation or padding computes on top is not counted.
     """
-    model, n = config.model, config.data.sequence_length
-    d, layers = model.hidden_size, model.num_hidden_layers
+    n = config.data.sequence_length
+    model = config.model
+    d = model.hidden_size
+    layers = model.num_hidden_layers
     no_matmul = model.vocab_size * d + d * (2 * layers + 1)
     matmul = parameters_by_formula(model).activated - no_matmul
-    return (
-        6 * matmul
-        + 12 * layers * n * model.attention.num_attention_heads * model.attention.head_dim
-    )
+    return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
 
 
 def state_bytes(parameters: int) -> dict[str, int]:

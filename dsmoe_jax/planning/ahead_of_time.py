@@ -25,7 +25,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
-from dsmoe_jax.model import size
+from dsmoe_jax.model import remat, size
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import hlo, planner
@@ -272,7 +272,7 @@ def roofline(
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
     passes = 2  # forward and backward
     recomputed = 1.0
-    if config.model.remat == "full":
+    if remat.get(config.model.remat).whole_layers:
         passes = 3
         recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
     local = local_bytes(params) / 4

@@ -30,7 +30,9 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.model import remat
 from dsmoe_jax.moe.dispatch import volume
+from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.training.step import TrainState, state_shapes
@@ -288,18 +290,16 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     t = micro_batch * s
     d = model.hidden_size
     tensor = sizes["tensor"]
-    heads = (
-        model.attention.num_attention_heads + 2 * model.attention.num_key_value_heads
-    ) * model.attention.head_dim
-    scores = micro_batch * model.attention.num_attention_heads / tensor * s * s * (4 + _COMPUTE)
+    attended = attention.get(model.attention).activations(model.attention, s)
+    scores = t * attended.scores / tensor * (4 + _COMPUTE)
     rows = volume(moe, t, sizes["expert"])
     f = moe.moe_intermediate_size / tensor
     # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
-    layer = 2 * (_COMPUTE * (4 * t * d + t * heads / tensor) + scores)
+    layer = 2 * (_COMPUTE * (4 * t * d + t * attended.projected / tensor) + scores)
     layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.buffered * d
     layer += t * moe.n_shared_experts * _ROW_F * f
     kept = model.num_hidden_layers * _COMPUTE * t * d
-    if model.remat != "full":  # `dots` keeps less than `none`; counted as `none`
+    if not remat.get(model.remat).whole_layers:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
     logits = 3 * 4 * t * model.vocab_size / tensor
     # The larger of the two: logits are gone before the backward pass comes to the layers.
@@ -318,7 +318,7 @@ def _exchange(
     # Rows go out and back, in the forward and in the backward pass; labels go out only.
     row_trips = 4
     label_trips = 2
-    if model.remat == "full":  # out again in the recomputed forward pass
+    if remat.get(model.remat).whole_layers:  # out again in the recomputed forward pass
         row_trips += 1
         label_trips += 1
     bytes_a_row = row_trips * _COMPUTE * d + label_trips * rows.label_bytes

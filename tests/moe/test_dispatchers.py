@@ -1,6 +1,6 @@
-"""Run by test_dispatch.py in a process with eight virtual devices: what single dispatchers promise.
+"""What single dispatchers promise, on eight devices.
 
-That they all compute the same is in dispatch_product_on_eight_devices.py.
+That they all compute the same is in test_dispatch_product.py.
 
 Shapes: T tokens, D hidden, F expert width, E experts, K activated.
 """
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dispatch_product_on_eight_devices import (
+from flax import nnx
+from test_dispatch_product import (
     D,
     E,
     F,
@@ -25,7 +26,6 @@ from dispatch_product_on_eight_devices import (
     routings,
     set_mesh,
 )
-from flax import nnx
 
 from dsmoe_jax.config import ModelConfig, MoEConfig
 from dsmoe_jax.config.mesh import AXES
@@ -33,6 +33,7 @@ from dsmoe_jax.moe import dispatch, dropping, experts
 from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
 from dsmoe_jax.moe.types import RouterInputs, Routing
 
+pytestmark = pytest.mark.eight_devices
 EXPERT_8, DATA_2_EXPERT_4 = (1, 1, 8, 1), (2, 1, 4, 1)
 
 

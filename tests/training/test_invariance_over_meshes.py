@@ -1,4 +1,4 @@
-"""Run by test_invariance.py in a process with eight virtual devices: each term on each mesh.
+"""The gradient of every balance term at a fixed scope is the same on all meshes of eight devices.
 
 Two MoE layers, one after the other, so that the terms of the second reach back through the experts
 and the dispatch of the first.  One compiled function a mesh has every term in both scopes; their
@@ -7,15 +7,14 @@ weights are arguments, so that each term's gradient is seen by itself.
 Shapes: B sequences, S positions, D hidden.
 """
 
+import functools
 import itertools
-import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, MoEConfig, replace
@@ -25,6 +24,7 @@ from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import RouterInputs
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.parallel.mesh import make_mesh
+from tests.tools.trees import assert_all_below
 
 B, S, D = 8, 12, 16
 SCOPES = ("sequence", "global_batch")
@@ -50,6 +50,11 @@ MESHES = [
     for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
     if np.prod(sizes) == 8
 ]
+
+
+def mesh_name(sizes: dict[str, int]) -> str:
+    """The axes that are split: "fsdp 2 x expert 4"."""
+    return " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1)
 
 
 def of_scope(scope: str) -> MoEConfig:
@@ -92,48 +97,52 @@ def make_loss(graph: nnx.GraphDef):
     return loss
 
 
-def gradients(sizes: dict[str, int], params, graph: nnx.GraphDef) -> dict[str, list[np.ndarray]]:
-    """By scope and term, the gradients of both layers' parameters and of the tokens.
+@functools.cache
+def two_layers() -> tuple[nnx.GraphDef, list]:
+    """The graph of a layer, and the parameters of two."""
+    model = replace(Config(), **LAYERS).model
+    layers = [nnx.split(MoELayer(model, rngs=nnx.Rngs(seed))) for seed in range(2)]
+    return layers[0][0], [jax.tree.map(np.asarray, state) for _, state in layers]
 
-    Only of what has one: the last layer's experts come after the last router.
-    """
+
+def gradients(sizes: dict[str, int]) -> dict[tuple[str, str], list[np.ndarray]]:
+    """By scope and term, the gradients of both layers' parameters and of the tokens."""
+    graph, params = two_layers()
     devices = jax.devices()[: math.prod(sizes.values())]
     with jax.set_mesh(make_mesh(MeshConfig(**sizes), devices)):
-        place = jax.tree.map(jax.device_put, params, sharding.shardings(params))
+        params = jax.tree.map(jax.device_put, params, sharding.shardings(params))
         rows = sharding.local_rows(B)
         x_BSD, valid_BS = batch()
         arrays = sharding.global_batch({"x": x_BSD, "valid": valid_BS}, rows, B)
-        grad = jax.jit(
-            jax.grad(make_loss(graph), argnums=(0, 1)),
-            compiler_options={"xla_cpu_use_fusion_emitters": False},  # compiles in a third
-        )
+        grad = jax.jit(jax.grad(make_loss(graph), argnums=(0, 1)))
         found = {}
         for name, weights in zip(TERMS, np.eye(len(TERMS), dtype=np.float32), strict=True):
-            leaves = jax.tree.leaves(grad(place, arrays["x"], arrays["valid"], weights))
-            found[" ".join(name)] = [np.asarray(x, np.float64) for x in leaves]
+            leaves = jax.tree.leaves(grad(params, arrays["x"], arrays["valid"], weights))
+            found[name] = [np.asarray(x, np.float64) for x in leaves]
     return found
 
 
-def main() -> dict[str, dict[str, float]]:
-    """The largest relative error of any array's gradient, by mesh and by term."""
-    model = replace(Config(), **LAYERS).model
-    graph, params = None, []
-    for seed in range(2):
-        graph, state = nnx.split(MoELayer(model, rngs=nnx.Rngs(seed)))
-        params.append(jax.tree.map(np.asarray, state))
-    assert graph is not None
-    wanted, results = gradients(dict.fromkeys(AXES, 1), params, graph), {}
-    for sizes in MESHES:
-        name = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1)
-        results[name] = {}
-        for term, found in gradients(sizes, params, graph).items():
-            pairs = list(zip(found, wanted[term], strict=True))
-            moved = [(x, y) for x, y in pairs if np.linalg.norm(y) > 0]
-            assert len(moved) >= 7, (term, len(moved))  # router twice, experts once, tokens, ...
-            assert all(not x.any() for x, y in pairs if not y.any())
-            results[name][term] = max(np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in moved)
-    return results
+@functools.cache
+def on_one_device() -> dict[tuple[str, str], list[np.ndarray]]:
+    """What is right."""
+    return gradients(dict.fromkeys(AXES, 1))
 
 
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(main()))
+def test_all_meshes_are_there():
+    assert len(MESHES) == 20, "ways to deal 2 x 2 x 2 to four axes"
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("sizes", MESHES, ids=mesh_name)
+def test_gradients_on_a_mesh(sizes):
+    """The error is that of the array that differs most."""
+    wanted, errors = on_one_device(), {}
+    for term, found in gradients(sizes).items():
+        pairs = list(zip(found, wanted[term], strict=True))
+        # The last layer's experts come after the last router, so they have no gradient.
+        moved = [(x, y) for x, y in pairs if np.linalg.norm(y) > 0]
+        assert len(moved) >= 7, (term, len(moved))  # router twice, experts once, tokens, ...
+        assert all(not x.any() for x, y in pairs if not y.any())
+        errors[term] = max(np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in moved)
+    assert len(errors) == 2 * len(losses.BALANCE_TERMS) - 1
+    assert_all_below(errors, 1e-6)

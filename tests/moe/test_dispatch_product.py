@@ -1,11 +1,10 @@
-"""Run by test_dispatch.py in a process with eight virtual devices: every dispatcher, every backend,
-every mesh, in values and in every gradient, against one dense loop over the experts on one device.
+"""Every dispatcher, every backend, every mesh of eight devices against one dense loop over the
+experts on one device: values and every gradient.
 
 There are too many cases for every day: a part of them in which every pair of values occurs (a
 dispatcher with a size of an axis, a backend with a way to make room ...), and every mesh.  All:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest -m "full or not full" \\
-        tests/moe/dispatch_product_on_eight_devices.py
+    python -m pytest -m "full or not full" tests/moe/test_dispatch_product.py
 
 Shapes: T tokens, D hidden, F expert width, E experts, K activated, P devices of the axis `expert`.
 """
@@ -162,6 +161,7 @@ def set_mesh(mesh):
     return jax.set_mesh(jax.make_mesh(mesh, AXES, axis_types=auto))
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(("name", "backend", "room", *AXES), FULL)
 def test_agrees_with_the_dense_loop(name, backend, room, data, fsdp, expert, tensor):
     mesh = (data, fsdp, expert, tensor)
@@ -184,6 +184,7 @@ def any_routing(draw):
     return ids
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("name", [name for name in dispatch.DISPATCHERS if name != "local"])
 def test_any_routing(name):
     mesh, room = (1, 2, 4, 1), "worst case" if name == "capacity" else "buffers"
