@@ -38,8 +38,9 @@ def first_values(
     state, settings = found
     if state.from_token_counts is None or not state.first(settings):
         return {}
-    key = f"model.moe.router.options of {model.moe.router.name}"
-    require(token_counts is not None, key, dict(settings.config.options), "needs token counts")
+    options = dict(model.moe.router.options)
+    want = "needs the token counts of a corpus"
+    require(token_counts is not None, "model.moe.router.options", options, want)
     assert token_counts is not None
     counted = token_counts()
     counts_V = np.zeros(model.vocab_size, np.int64)
@@ -77,7 +78,7 @@ def after_step(other: nnx.State, load_LE: jax.Array, model: ModelConfig) -> nnx.
 
 
 def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:
-    """What the model's router has of variables, and its settings; None for one without."""
+    """Variables of the model's router, and its settings; None for a router without variables."""
     if not model.moe.n_routed_experts:
         return None
     router, settings = get_router(model.moe)

@@ -28,13 +28,21 @@ FIXED = {
 }
 
 
+DENSE = {
+    "model.moe.router.name": "topk",
+    "model.moe.n_routed_experts": 0,
+    "model.moe.num_experts_per_tok": 0,
+    "train.record_routing": True,
+}
+
+
 def losses(workdir):
     keys = ("loss", "grad_norm", "validation_loss")
     return [{k: row.get(k) for k in keys} for row in read_rows(workdir)]
 
 
 @pytest.fixture(scope="module")
-def learned(tiny_config, tmp_path_factory, compile_cache):
+def learned(tiny_config, tmp_path_factory):
     """A recorded run of the paper's router."""
     workdir = tmp_path_factory.mktemp("recorded") / "run"
     train(tiny_config(**SHORT, **{"train.record_routing": True}), workdir, progress=False)
@@ -42,7 +50,7 @@ def learned(tiny_config, tmp_path_factory, compile_cache):
 
 
 @pytest.fixture(scope="module")
-def hashed(tiny_config, tmp_path_factory, compile_cache):
+def hashed(tiny_config, tmp_path_factory):
     """A recorded run of a router without parameters, with dropping."""
     workdir = tmp_path_factory.mktemp("recorded") / "run"
     hashed = {"model.moe.router.name": "hash", "model.moe.drop.capacity_factor": 0.9}
@@ -52,7 +60,7 @@ def hashed(tiny_config, tmp_path_factory, compile_cache):
 
 
 def test_what_is_recorded(hashed):
-    """What the experts got: a dropped assignment went to nobody, 4."""
+    """The experts' real work: a dropped assignment is unassigned, 4."""
     with np.load(hashed / "routing/train/00000004.npz") as arrays:
         ids, gates = arrays["ids_BLSK"], arrays["gates_BLSK"]
     assert ids.shape == gates.shape == (4, 2, 64, 1)
@@ -102,8 +110,12 @@ def test_the_replay_is_what_decides(hashed, tiny_config, tmp_path):
         ({"train.seed": 1}, r"recorded with seed=0, not 1"),
         ({"train.eval_every": 1}, r"holds no batch 1 of validation-0000000[13]"),
         ({"train.replay_routing": "/none"}, r"no recorded routing there"),
-        ({"train.replay_routing": ""}, r"router='replay' needs the WORKDIR/routing of a run"),
-        ({"model.moe.router.name": "uniform"}, r"router='uniform' replays nothing"),
+        (
+            {"train.replay_routing": None},
+            r"routing=None: model\.moe\.router\.name='replay' needs the WORKDIR/routing of a run",
+        ),
+        ({"model.moe.router.name": "uniform"}, r"router\.name='uniform' replays nothing"),
+        ({**DENSE, "train.replay_routing": None}, r"record_routing=True: there are no routed exp"),
     ],
 )
 def test_refused_before_the_first_step(hashed, tiny_config, tmp_path, change, message):
@@ -133,8 +145,8 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
     """Every sequence gets its own routing back, whichever micro-batch it was computed in."""
     stages = {
         "train.stages.share": (0.5, 0.5),
-        "train.stages.accumulation_steps": (1, 2),
-        "train.stages.num_experts_per_tok": (2, 1),
+        "train.stages.train.accumulation_steps": (1, 2),
+        "train.stages.model.moe.num_experts_per_tok": (2, 1),
     }
     records, replays = tmp_path / "records", tmp_path / "replays"
     config = {**SHORT, **stages, "train.record_routing": True}
@@ -150,12 +162,12 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
         train(tiny_config(**SHORT, **config), tmp_path / "another", progress=False)
 
 
-def test_an_evaluation_by_itself_is_recorded(learned, compile_cache, tmp_path):
+def test_an_evaluation_by_itself_is_recorded(learned, tmp_path):
     """The command writes what the run wrote when it evaluated, and not over another recording."""
     command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={learned}", "--json"]
     command += ["--batch_size=4", "--max_batches=2", f"--record_routing={tmp_path / 'routing'}"]
     run = functools.partial(
-        subprocess.run, command, env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},
+        subprocess.run, command, env={**os.environ, "PYTHONPATH": os.getcwd()},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     done = run()
@@ -267,7 +279,7 @@ def test_another_text_is_refused(hashed, tiny_config, tmp_path):
 
 
 def test_the_manifest_counts_moe_layers_and_columns(tiny_config):
-    """Not the dense layers; expert choice has a column for each expert."""
+    """No dense layers; expert choice has a column for each expert."""
     config = tiny_config(
         **{"model.first_k_dense_replace": 1, "model.moe.router.name": "expert_choice",
            "model.moe.balance.expert": None}
