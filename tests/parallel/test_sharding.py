@@ -101,7 +101,7 @@ def test_a_mesh_that_does_not_divide_the_batch(monkeypatch):
     """Of the micro-batches: they are what is split."""
     config = replace(Config(), **SMALL, **{"train.global_batch_size": 6})
     mesh = jax.sharding.AbstractMesh((4, 1, 1, 1), ("data", "fsdp", "expert", "tensor"))
-    monkeypatch.setattr("dsmoe_jax.training.run.make_mesh", lambda *_: mesh)
+    monkeypatch.setattr("dsmoe_jax.training.devices.make_mesh", lambda *_: mesh)
     with pytest.raises(ValueError, match=r"train.global_batch_size=6: must be a multiple of 4:"):
         open_mesh(config)
 
