@@ -9,7 +9,6 @@ mesh that the planner proposes (or the one given below).  Needs pip install 'dsm
 """
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+import configs
 from benchmarks import harness
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.planning import planner
@@ -63,10 +63,10 @@ def prove(config: str, topology: str, flags: list[str]) -> dict:
 
 
 def planned_gb(report: dict) -> float:
-    """What the planner's arithmetic says of the memory of the compiled step."""
-    module = importlib.import_module(f"configs.{report['config']}")
-    config = from_config_dict(module.get_config())
-    config = replace(config, **{"model.moe.dispatch.buffer_factor": report["buffer_factor"]})
+    """Memory of the compiled step by the planner's arithmetic."""
+    config = from_config_dict(configs.load(report["config"]))
+    factor = report["buffer_factor"] or None  # older results have 0 for the worst case
+    config = replace(config, **{"model.moe.dispatch.buffer_factor": factor})
     state = state_shapes(config)
     return planner.estimate(config, state, report["mesh"], report["accumulation_steps"]).used
 
@@ -77,8 +77,11 @@ def row(report: dict) -> dict[str, str]:
     if "error" in r:
         found = (r["config"], r["topology"], r["error"])
         return dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, found, strict=False))
-    memory, roof, overlap = r["memory_gb"], r["roofline"], r["overlap"]
-    planned, (slow, fast) = planned_gb(r), roof["mfu"]
+    memory = r["memory_gb"]
+    roof = r["roofline"]
+    overlap = r["overlap"]
+    planned = planned_gb(r)
+    slow, fast = roof["mfu"]
     found = (
         r["config"],
         f"{r['topology']} ({r['chips']} chips)",

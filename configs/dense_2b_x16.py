@@ -9,7 +9,7 @@ import dataclasses
 
 from configs import base, dense_2b
 
-SETUP = dataclasses.replace(dense_2b.SETUP, name="dense_2b_x16", shared=16)
+SETUP = dataclasses.replace(dense_2b.SETUP, name="dense_2b_x16", n_shared_experts=16)
 
 
 def get_config(arg: str = "paper"):

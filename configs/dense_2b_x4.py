@@ -9,7 +9,7 @@ import dataclasses
 
 from configs import base, dense_2b
 
-SETUP = dataclasses.replace(dense_2b.SETUP, name="dense_2b_x4", shared=4)
+SETUP = dataclasses.replace(dense_2b.SETUP, name="dense_2b_x4", n_shared_experts=4)
 
 
 def get_config(arg: str = "paper"):

@@ -10,7 +10,7 @@ import dataclasses
 
 from configs import base, dsmoe_2b
 
-SETUP = dataclasses.replace(dsmoe_2b.setup(), name="dsmoe_2b_half", top_k=3)
+SETUP = dataclasses.replace(dsmoe_2b.setup(), name="dsmoe_2b_half", num_experts_per_tok=3)
 
 
 def get_config(arg: str = "paper"):

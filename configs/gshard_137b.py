@@ -13,10 +13,17 @@ from configs import base, dsmoe_145b
 from dsmoe_jax.config.frozen import FrozenDict
 
 SETUP = dataclasses.replace(
-    dsmoe_145b.SETUP, name="gshard_137b", shared=0, routed=16, top_k=2, width=1.0,
-    balance=FrozenDict(expert=0.003), expert_groups=1, released_width=10944,
+    dsmoe_145b.SETUP,
+    name="gshard_137b",
+    n_shared_experts=0,
+    n_routed_experts=16,
+    num_experts_per_tok=2,
+    nominal_width=1.0,
+    balance=FrozenDict(expert=0.003),
+    expert_groups=1,
+    moe_intermediate_size=10944,
     flops_at_released_width=False,
-)  # fmt: skip
+)
 
 
 def get_config(arg: str = "paper"):

@@ -9,7 +9,7 @@ import dataclasses
 
 from configs import base, gshard_2b
 
-SETUP = dataclasses.replace(gshard_2b.SETUP, name="gshard_2b_x1_2", width=1.2)
+SETUP = dataclasses.replace(gshard_2b.SETUP, name="gshard_2b_x1_2", nominal_width=1.2)
 
 
 def get_config(arg: str = "paper"):

@@ -10,7 +10,7 @@ import dataclasses
 
 from configs import base, gshard_2b
 
-SETUP = dataclasses.replace(gshard_2b.SETUP, name="gshard_2b_x1_5", width=1.5)
+SETUP = dataclasses.replace(gshard_2b.SETUP, name="gshard_2b_x1_5", nominal_width=1.5)
 
 
 def get_config(arg: str = "paper"):

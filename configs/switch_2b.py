@@ -10,7 +10,9 @@ import dataclasses
 
 from configs import base, gshard_2b
 
-SETUP = dataclasses.replace(gshard_2b.SETUP, name="switch_2b", top_k=1, router="switch")
+SETUP = dataclasses.replace(
+    gshard_2b.SETUP, name="switch_2b", num_experts_per_tok=1, router="switch"
+)
 
 
 def get_config(arg: str = "paper"):

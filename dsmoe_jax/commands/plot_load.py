@@ -15,7 +15,7 @@ from absl import flags
 from dsmoe_jax.report.load_over_training import draw
 from dsmoe_jax.report.style import styled
 from dsmoe_jax.runs.metrics_log import read_rows
-from dsmoe_jax.study.results import Loads, loads_of
+from dsmoe_jax.study.histories import Loads, loads_of
 
 _WORKDIR = flags.DEFINE_multi_string("workdir", [], "Directory of a run; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Picture to write: .png, .svg or .pdf.")

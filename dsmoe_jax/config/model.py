@@ -5,26 +5,33 @@ from __future__ import annotations
 import dataclasses
 
 from dsmoe_jax.config.checks import checker, positive
+from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.config.moe import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """How tokens look at earlier ones."""
+    """How tokens look at earlier ones.
+
+    `options` are the settings of a single attention; its entry in dsmoe_jax/nn/attention names
+    them and their defaults.
+    """
 
     name: str = "grouped"  # in dsmoe_jax/nn/attention
     num_attention_heads: int = 10
-    num_key_value_heads: int = 10  # fewer than the heads is grouped-query attention
+    num_key_value_heads: int | None = None  # fewer is grouped-query attention; None: as many
     head_dim: int = 128
     rope_theta: float = 10_000.0
+    options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
-        at, check = "model.attention.", checker(self, "model.attention.")
+        at = "model.attention."
+        check = checker(self, at)
         heads = self.num_attention_heads
         positive(self, at, "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
         check(
             "num_key_value_heads",
-            heads % self.num_key_value_heads == 0,
+            heads % (self.num_key_value_heads or heads) == 0,
             f"must divide num_attention_heads={heads}",
         )
         check("head_dim", self.head_dim % 2 == 0, "must be even for RoPE")
@@ -43,12 +50,13 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006  # standard deviation of every matrix at the start
     compute_dtype: str = "auto"  # float32 on CPU, bfloat16 on accelerators
-    remat: str = "none"  # what the backward pass recomputes: dsmoe_jax/model/transformer.py
+    remat: str = "none"  # what the backward pass recomputes: dsmoe_jax/model/remat.py
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
 
     def __post_init__(self) -> None:
-        at, check = "model.", checker(self, "model.")
+        at = "model."
+        check = checker(self, at)
         layers = self.num_hidden_layers
         positive(
             self,

@@ -18,8 +18,9 @@ from flax import nnx
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.routing_records import Recorder, Recording, replayed
+from dsmoe_jax.runs.routing_records import Recorder, Recording
 from dsmoe_jax.runs.summaries import bits_per_byte, drop_summary, load_summary
 from dsmoe_jax.training.step import token_sums
 
@@ -51,12 +52,7 @@ class HeldOut:
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
             model = nnx.merge(graph, params, other)
-            output = model.forward(
-                batch["tokens_BS"],
-                batch["segment_ids_BS"],
-                batch["positions_BS"],
-                replayed=replayed(batch),
-            )
+            output = model.forward(ModelInputs.of_batch(batch))
             bytes_V = jnp.asarray(corpus.bytes_per_token_V)
             nll_BS, _ = token_sums(output.logits_BSV, batch, bytes_V)
             mask_BS = batch["loss_mask_BS"]
@@ -64,9 +60,10 @@ class HeldOut:
             assert "domain_BS" in batch, "held-out batches say their domain"
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
-            router = output.router_stats
-            ledger = None if router is None else router.logged.ledger
-            return jnp.stack(sums), ledger, router.recorded if router and recorder else None
+            report = output.report
+            ledger = None if report is None else report.logged.ledger
+            recorded = report.recorded if report is not None and recorder is not None else None
+            return jnp.stack(sums), ledger, recorded
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)

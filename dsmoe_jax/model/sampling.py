@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.model.transformer import Transformer, init_cache
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.types import ModelInputs
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
@@ -60,14 +62,10 @@ def generate(
     Raises:
       ValueError: naming the argument that is out of range.
     """
-    for name, value, ok, want in (
-        ("prompt", prompt_BP.shape, prompt_BP.shape[1] > 0, "needs at least one token"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens > 0, "must be > 0"),
-        ("temperature", temperature, temperature >= 0, "must be >= 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "must be in (0, 1]"),
-    ):
-        if not ok:
-            raise ValueError(f"{name}={value}: {want}")
+    require(prompt_BP.shape[1] > 0, "prompt", prompt_BP.shape, "needs at least one token")
+    require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be > 0")
+    require(temperature >= 0, "temperature", temperature, "must be >= 0")
+    require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
     graph, state = nnx.split(model)
     return _run(graph, state, prompt_BP, jax.random.key(seed), max_new_tokens, temperature, top_p)
 
@@ -76,13 +74,12 @@ def generate(
 def _run(graph, state, prompt_BP, key, max_new_tokens: int, temperature: float, top_p: float):
     model: Transformer = nnx.merge(graph, state)
     b, p = prompt_BP.shape
-    cache = init_cache(model.config, b, p + max_new_tokens)
-    output = model.forward(prompt_BP, cache=cache)
+    output = model.forward(ModelInputs(prompt_BP), model.empty_cache(b, p + max_new_tokens))
 
     def step(carry, key):
         logits_BV, cache = carry
         token_B = sample(logits_BV, key, temperature, top_p)
-        output = model.forward(token_B[:, None], cache=cache)
+        output = model.forward(ModelInputs(token_B[:, None]), cache)
         return (output.logits_BSV[:, -1], output.cache), token_B
 
     keys = jax.random.split(key, max_new_tokens)

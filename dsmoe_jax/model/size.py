@@ -1,4 +1,4 @@
-"""What a model costs: parameters, training FLOPs, bytes, and the figures the paper prints.
+"""What a model costs: parameters, training FLOPs and bytes, counted as the papers count them.
 
 Parameters are counted on the real module, initialised abstractly (nothing is allocated: the 145B
 model counts in seconds).  `parameters_by_formula` counts them again from the sizes alone.
@@ -22,8 +22,9 @@ import math
 from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig
-from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.moe.routers import get_router
+from dsmoe_jax.nn import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,11 @@ def count_parameters(model: ModelConfig) -> Parameters:
     Raises:
       ValueError: if the module cannot be built from the config.
     """
-    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
     sizes = {"routed": 0, "shared": 0, "router": 0, "other": 0}
-    for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
-        sizes[_kind(path)] += math.prod(param.shape)
-    e, k = model.moe.n_routed_experts, model.moe.num_experts_per_tok
+    for path, param in nnx.to_flat_state(model_shapes(model).params):
+        sizes[_part(path)] += math.prod(param.shape)
+    e = model.moe.n_routed_experts
+    k = model.moe.num_experts_per_tok
     assert not e or sizes["routed"] % e == 0, "routed experts are all of one size"
     routed_activated = sizes["routed"] // e * k if e else 0
     return Parameters(
@@ -57,8 +58,8 @@ def count_parameters(model: ModelConfig) -> Parameters:
     )
 
 
-def _kind(path: tuple) -> str:
-    """What a parameter is of: a path such as ("layers", "moe", "shared", "gate_FD")."""
+def _part(path: tuple) -> str:
+    """The part of the model that a parameter belongs to: ("layers", "moe", "shared", "gate_FD")."""
     if "moe" not in path:
         return "other"
     part = str(path[path.index("moe") + 1])
@@ -69,17 +70,16 @@ def _kind(path: tuple) -> str:
 
 def parameters_by_formula(model: ModelConfig) -> Parameters:
     """The same numbers from the sizes alone, to check `count_parameters` against."""
-    moe, d, layers = model.moe, model.hidden_size, model.num_hidden_layers
+    moe = model.moe
+    d = model.hidden_size
+    layers = model.num_hidden_layers
     moe_layers = layers - model.first_k_dense_replace
-    heads = (
-        model.attention.num_attention_heads + model.attention.num_key_value_heads
-    )  # queries and output; keys, values
-    attention = 2 * d * model.attention.head_dim * heads
+    attentions = layers * attention.get(model.attention).parameters(d, model.attention)
     embedding_and_head = 2 * model.vocab_size * d
     norms = d * (2 * layers + 1)
     dense = model.first_k_dense_replace * 3 * d * model.intermediate_size
     router = moe_layers * d * moe.n_routed_experts * _logits_per_expert(model)
-    outside = layers * attention + embedding_and_head + norms + dense + router
+    outside = attentions + embedding_and_head + norms + dense + router
     expert = moe_layers * 3 * d * moe.moe_intermediate_size
     expert_total = expert * (moe.n_shared_experts + moe.n_routed_experts)
     expert_activated = expert * (moe.n_shared_experts + moe.num_experts_per_tok)
@@ -102,8 +102,11 @@ def flops_per_sequence(config: Config) -> float:
     router and embedding lookup do not.  For comparisons with the paper; what is really computed is
     `train_flops_per_token`.
     """
-    model, n = config.model, config.data.sequence_length
-    moe, d, layers = model.moe, model.hidden_size, model.num_hidden_layers
+    n = config.data.sequence_length
+    model = config.model
+    moe = model.moe
+    d = model.hidden_size
+    layers = model.num_hidden_layers
     experts = moe.n_shared_experts + moe.num_experts_per_tok
     standard_ffns = (
         model.first_k_dense_replace * model.nominal_dense_width
@@ -117,18 +120,17 @@ def train_flops_per_token(config: Config) -> float:
     """Training FLOPs of one token at the widths really used: the numerator of MFU.
 
     Forward and backward are 6 FLOPs per activated parameter that takes part in a matrix product
-    (router included; embedding lookup and norms not), plus 12 L n (heads x head size) for the
-    attention scores and values, without a causal discount as is usual (PaLM, 2204.02311,
-    appendix B).  What rematerialisation or padding computes on top is not counted.
+    (router included; embedding lookup and norms not), plus what attention adds for scores and
+    values: with full heads 12 L n (heads x head size), without a causal discount as is usual (PaLM,
+    2204.02311, appendix B).  What rematerialisation or padding computes on top is not counted.
     """
-    model, n = config.model, config.data.sequence_length
-    d, layers = model.hidden_size, model.num_hidden_layers
+    n = config.data.sequence_length
+    model = config.model
+    d = model.hidden_size
+    layers = model.num_hidden_layers
     no_matmul = model.vocab_size * d + d * (2 * layers + 1)
     matmul = parameters_by_formula(model).activated - no_matmul
-    return (
-        6 * matmul
-        + 12 * layers * n * model.attention.num_attention_heads * model.attention.head_dim
-    )
+    return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
 
 
 def state_bytes(parameters: int) -> dict[str, int]:
@@ -146,64 +148,3 @@ def account(config: Config) -> dict[str, float]:
         **dataclasses.asdict(count_parameters(config.model)),
         "flops_per_sequence": flops_per_sequence(config),
     }
-
-
-# The digits as printed, by config name (paper scale); "1.89B" is 1.89e9 give or take half a digit.
-PAPER: dict[str, dict[str, str]] = {
-    "dense_2b": {"total": "0.2B", "activated": "0.2B", "flops_per_sequence": "2.9T"},
-    "hash_2b": {"total": "2.0B", "activated": "0.2B", "flops_per_sequence": "2.9T"},
-    "switch_2b": {"total": "2.0B", "activated": "0.2B", "flops_per_sequence": "2.9T"},
-    "gshard_2b": {"total": "2.0B", "activated": "0.3B", "flops_per_sequence": "4.3T"},
-    "dsmoe_2b": {
-        "total": "2.0B",
-        "activated": "0.3B",
-        "expert_total": "1.89B",
-        "expert_activated": "0.24B",
-        "flops_per_sequence": "4.3T",
-    },
-    "gshard_2b_x1_2": {"expert_total": "2.3B", "expert_activated": "0.28B"},
-    "gshard_2b_x1_5": {
-        "expert_total": "2.83B",
-        "expert_activated": "0.35B",
-        "flops_per_sequence": "5.8T",
-    },
-    "dense_2b_x4": {"expert_total": "0.47B", "expert_activated": "0.47B"},
-    "dense_2b_x16": {
-        "expert_total": "1.89B",
-        "expert_activated": "1.89B",
-        "flops_per_sequence": "24.6T",
-    },
-    "dsmoe_16b": {"total": "16.4B", "activated": "2.8B", "flops_per_sequence": "74.4T"},
-    "deepseek_7b": {"total": "6.9B", "activated": "6.9B", "flops_per_sequence": "183.5T"},
-    "llama2_7b": {"total": "6.7B", "activated": "6.7B", "flops_per_sequence": "187.9T"},
-    "deepseek_67b": {"total": "67.4B", "activated": "67.4B", "flops_per_sequence": "2057.5T"},
-    "gshard_137b": {"total": "136.5B", "activated": "21.6B", "flops_per_sequence": "572.7T"},
-    "dsmoe_145b": {"total": "144.6B", "activated": "22.2B", "flops_per_sequence": "585.6T"},
-    "dsmoe_142b_half": {"total": "142.3B", "activated": "12.2B", "flops_per_sequence": "374.6T"},
-}
-
-# How far a figure may lie outside what its printed digits allow.
-TOLERANCE = {"flops_per_sequence": 0.003, "parameters": 0.01}
-
-# Printed figures that do not follow from the paper's own sizes, with what does.
-IRREPRODUCIBLE = {
-    ("dsmoe_142b_half", "activated"): "The sizes (2 + 6 experts of 1408, a dense layer of 10944,"
-    " attention, embedding and head) add up to 13.6B",
-}
-
-
-def printed(digits: str) -> float:
-    """The number that a figure such as "16.4B" or "74.4T" stands for."""
-    return float(digits[:-1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[digits[-1]]
-
-
-def deviation(ours: float, digits: str) -> float:
-    """How far `ours` is outside the numbers that print as `digits`, relative to the figure.
-
-    0 if it prints the same; "2.0B" stands for everything from 1.95B to 2.05B.
-    """
-    value = printed(digits)
-    decimals = len(digits[:-1].partition(".")[2])
-    half_digit = value / float(digits[:-1]) * 10.0**-decimals / 2
-    excess = max(abs(ours - value) - half_digit, 0.0)
-    return math.copysign(excess / value, ours - value)

@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from dsmoe_jax.report.style import WIDTH, load_bar, load_map
+from dsmoe_jax.report.load_maps import load_bar, load_map
+from dsmoe_jax.report.style import WIDTH
 from dsmoe_jax.runs.summaries import maxvio
-from dsmoe_jax.study.results import Loads
+from dsmoe_jax.study.histories import Loads
 
 STRETCHES = 24  # columns of a heat map
 

@@ -18,11 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.config import Config, stage_of, stages_of
-from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.workdir import ROUTING, write_json
@@ -246,15 +244,6 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
     if not _path(path.parent, path.name, 1).is_file() or path.name == TRAIN:
         raise ValueError(f"{key}: holds no held-out batches; name a folder validation-...")
     return recording, path.name
-
-
-def replayed(batch: Batch) -> RecordedRouting | None:
-    """The recorded routing that a batch brings along."""
-    if "replayed_ids_BLSK" not in batch:
-        return None
-    assert "replayed_gates_BLSK" in batch, "ids and gates come together"
-    ids_BLSK, gates_BLSK = batch["replayed_ids_BLSK"], batch["replayed_gates_BLSK"]
-    return RecordedRouting(jnp.asarray(ids_BLSK), jnp.asarray(gates_BLSK))
 
 
 def _path(directory: Path, name: str, number: int) -> Path:

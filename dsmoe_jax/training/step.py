@@ -18,14 +18,15 @@ from flax import nnx
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.model import build
 from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import dropping, losses
 from dsmoe_jax.moe.report import LoggedSums
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.policy import policy_loss
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.routing_records import replayed
 from dsmoe_jax.training import micro_batches, router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -96,7 +97,7 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
     train = config.train
     dropping.check_capacity(config.model.moe, config.tokens_per_step // train.accumulation_steps)
     key = jax.random.key(config.train.seed) if key is None else key
-    return Transformer(config.model, rngs=nnx.Rngs(key))
+    return build.build_model(config.model, key)
 
 
 def _first_state(config: Config, key: jax.Array, table_V: Any = None) -> TrainState:
@@ -197,13 +198,12 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
 
     def forward(params, other, micro: Batch, sequence_B, rng):
         model = nnx.merge(graph, params, other)
-        inputs = micro["tokens_BS"], micro["segment_ids_BS"], micro["positions_BS"]
-        return model.forward(*inputs, rng=rng, sequence_B=sequence_B, replayed=replayed(micro))
+        return model.forward(ModelInputs.of_batch(micro, sequence_B, rng))
 
     def loss_fn(params, other, micro: Batch, sequence_B, rng, weights, all_tokens, whole):
         output = forward(params, other, micro, sequence_B, rng)
         nll_BS, sums = token_sums(output.logits_BSV, micro, bytes_V)
-        loss, terms, router, choice = sums.nll / all_tokens, {}, output.router_stats, None
+        loss, terms, router, choice = sums.nll / all_tokens, {}, output.report, None
         if router is not None:
             terms = {
                 name: losses.value(name, part, whole)
@@ -221,7 +221,7 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
         return loss, (Parts(loss, sums, terms, router), choice)
 
     def sent(params, other, micro: Batch, sequence_B, rng):
-        router = forward(params, other, micro, sequence_B, rng).router_stats
+        router = forward(params, other, micro, sequence_B, rng).report
         assert router is not None
         return {
             name: router.loss_inputs.terms[name].sent_G

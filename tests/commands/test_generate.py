@@ -24,7 +24,7 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "model.moe.moe_intermediate_size": 8, "model.moe.expert_backend": "loop",
             "data.corpus": str(tiny_corpus),
             "optimizer.peak_learning_rate": 0.3, "optimizer.warmup_steps": 0,
-            "train.steps": 2, "train.checkpoint_every": 1, "train.eval_every": 0,
+            "train.steps": 2, "train.checkpoint_every": 1, "train.eval_every": None,
         },
     )  # fmt: skip
     path = tmp_path_factory.mktemp("runs") / "few_steps"

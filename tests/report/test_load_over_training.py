@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.report.load_over_training import draw
-from dsmoe_jax.study.results import loads_of
+from dsmoe_jax.study.histories import loads_of
 
 
 def rows(n_steps=5, n_layers=2, n_experts=4):

@@ -5,6 +5,7 @@ import pytest
 
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe.routers.fixed import balanced_table
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.training.loop import train
@@ -39,7 +40,7 @@ def test_a_run_has_the_table_keeps_it_and_routes_by_it(tiny_config, tiny_corpus,
     load = np.bincount(table_LV[0], weights=counts_V, minlength=4)
     assert load.max() / load.mean() < 1.01
     tokens = np.arange(512, dtype=np.int32)[None]
-    stats = model.forward(tokens).router_stats
+    stats = model.forward(ModelInputs(tokens)).report
     np.testing.assert_array_equal(stats.load_E[0], np.bincount(table_LV[0], minlength=4))
 
 

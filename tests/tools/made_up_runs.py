@@ -1,15 +1,24 @@
-"""A `train` that trains nothing: it leaves a workdir like a real one, with made-up numbers."""
+"""Experiments with made-up training: a `train` that leaves a workdir like a real one."""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.report import page
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.summaries import load_summary
+from dsmoe_jax.study import runner
+from dsmoe_jax.study.experiment import Experiment
+from dsmoe_jax.study.results import Comparison
+from dsmoe_jax.study.runner import Options
+from experiments.v1.table1 import EXPERIMENT
 
 FINAL_LOSS = {"dense_2b": 5.2, "hash_2b": 5.12, "switch_2b": 5.1, "gshard_2b": 5.0, "dsmoe_2b": 4.9}
 DOMAINS = ("code_python", "en_books", "zh_news", "de_parliament")
@@ -78,3 +87,26 @@ class FakeTrain:
             for i, (name, shift) in enumerate(zip(DOMAINS, shifts, strict=True))
         }
         workdirs.write_json(workdir / workdirs.EVALUATION, found)
+
+
+def run_made_up(
+    results: pathlib.Path,
+    train: FakeTrain | None = None,
+    experiment: Experiment = EXPERIMENT,
+    fingerprint: str = "ab" * 32,
+    scale: str = "smoke",
+    report: bool = False,
+    **options,
+) -> Comparison:
+    """Runs an experiment with made-up training, and writes its report if asked to."""
+    options = Options(scale, results=str(results), **options)
+    made = runner.run(experiment, options, train or FakeTrain(), lambda data: fingerprint)
+    if report:
+        page.write(made, options.directory(experiment))
+    return made
+
+
+@pytest.fixture
+def fake_run(tmp_path: pathlib.Path) -> Callable[..., Comparison]:
+    """`fake_run(train, experiment=..., fingerprint=..., **options)` in a temporary directory."""
+    return functools.partial(run_made_up, tmp_path / "runs")

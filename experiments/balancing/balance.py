@@ -1,14 +1,14 @@
 """A router that is left alone collapses; what pulls at its scores brings it back.
 
-    python -m experiments.balance --scale=demo
+    python -m experiments.balancing.balance --scale=demo
 
 DeepSeekMoE seven times; only what balances the router differs.  One run has its balance term turned
 on when half of the steps are done, so that the recovery can be watched.  Routers that balance by
 how they choose are in balanced_routers.py.  What came out is in docs/routers_and_losses.md.
 """
 
-from dsmoe_jax.study import runner
-from dsmoe_jax.study.spec import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 NONE = {"model.moe.balance.expert": None}
 GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
@@ -28,14 +28,14 @@ ARMS = (
 LABELS = tuple(arm.label for arm in ARMS)
 
 EXPERIMENT = Experiment(
-    name="balance",
+    module="experiments.balancing.balance",
     title="Collapse without balance, and the ways back",
     source="DeepSeekMoE (arXiv 2401.06066), section 3.3; DeepSeek-V3 (2412.19437), section 2.1.2",
-    claim="Without balance a few experts get most of the tokens; a balance loss, or a bias on the"
+    summary="Without balance a few experts get most of the tokens; a balance loss, or a bias on the"
     " choice of experts, evens the load out.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    experiment.main(EXPERIMENT)

@@ -1,0 +1,57 @@
+"""A model from its config: drawn at random, or its structure and shapes without any array."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model.transformer import Transformer
+
+
+class ModelState(NamedTuple):
+    """The arrays of a model, or their shapes; `nnx.merge(graph, params, other)` makes it whole.
+
+    Attributes:
+      params: what is trained (`nnx.Param`), float32.
+      other: variables that carry no gradient: the routers' loss-free bias, hash tables.
+    """
+
+    params: nnx.State
+    other: nnx.State
+
+
+def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
+    """Draws the parameters of a new model; call it under `jax.jit` or `nnx.eval_shape`.
+
+    Raises:
+      ValueError: for a model that cannot be, naming the key of the config.
+    """
+    return Transformer(config, rngs=nnx.Rngs(key))
+
+
+def abstract_model(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of a model without its arrays, to merge a `ModelState` into.
+
+    Raises:
+      ValueError: as `build_model` does.
+    """
+    return _split(config)[0]
+
+
+def model_shapes(config: ModelConfig) -> ModelState:
+    """The shapes of a model's arrays; nothing is allocated.
+
+    Raises:
+      ValueError: as `build_model` does.
+    """
+    _, params, other = _split(config)
+    return ModelState(params, other)
+
+
+def _split(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    # The key is made in here: nothing may run, the ambient mesh's devices may not exist.
+    abstract = nnx.eval_shape(lambda: build_model(config, jax.random.key(0)))
+    return nnx.split(abstract, nnx.Param, ...)

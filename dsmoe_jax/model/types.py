@@ -1,0 +1,120 @@
+"""What goes into a model and what comes out of it.
+
+Shapes: B sequences, S positions, L positions of a cache, V vocabulary; of recorded routing, L MoE
+layers and K activated experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.moe.report import LayerReport
+from dsmoe_jax.moe.types import RecordedRouting
+
+if TYPE_CHECKING:  # the input pipeline takes a second to import, and counting needs none
+    from dsmoe_jax.data.pipeline import Batch
+
+
+class ModelInputs(NamedTuple):
+    """One batch as a model sees it; `ModelInputs(tokens_BS)` is whole single documents, evaluated.
+
+    Attributes:
+      tokens_BS: int32 token ids.
+      segment_ids_BS: int32, which document each token is of; 0 is padding.  Tokens see only earlier
+        tokens of their own document.  None: one document a sequence.
+      positions_BS: int32, position within the document; None: 0, 1, 2, ...
+      sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
+      rng: random key for routers that act at random in training; None is evaluation.
+      replayed: recorded routing, ids and gates of shape (B, L, S, K), for routers that replay; in
+        evaluation in place of any router's.
+    """
+
+    tokens_BS: jax.Array
+    segment_ids_BS: jax.Array | None = None
+    positions_BS: jax.Array | None = None
+    sequence_ids_B: jax.Array | None = None
+    rng: jax.Array | None = None
+    replayed: RecordedRouting | None = None
+
+    @classmethod
+    def of_batch(
+        cls,
+        batch: Batch,
+        sequence_ids_B: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> ModelInputs:
+        """The inputs that a batch of packed sequences holds, with its recorded routing if any.
+
+        Args:
+          batch: of the input pipeline.
+          sequence_ids_B, rng: see the attributes.
+        """
+        replayed = None
+        if "replayed_ids_BLSK" in batch:
+            assert "replayed_gates_BLSK" in batch, "ids and gates come together"
+            ids_BLSK = jnp.asarray(batch["replayed_ids_BLSK"])
+            gates_BLSK = jnp.asarray(batch["replayed_gates_BLSK"])
+            replayed = RecordedRouting(ids_BLSK, gates_BLSK)
+        return cls(
+            jnp.asarray(batch["tokens_BS"]),
+            jnp.asarray(batch["segment_ids_BS"]),
+            jnp.asarray(batch["positions_BS"]),
+            sequence_ids_B,
+            rng,
+            replayed,
+        )
+
+    def assert_shapes(self, n_moe_layers: int) -> None:
+        """Asserts that the parts belong to one batch; free at run time, shapes are static.
+
+        Args:
+          n_moe_layers: layers for which recorded routing must be there.
+        """
+        chex.assert_rank(self.tokens_BS, 2)
+        b, s = self.tokens_BS.shape
+        for x_BS in (self.segment_ids_BS, self.positions_BS):
+            if x_BS is not None:
+                chex.assert_shape(x_BS, (b, s))
+        if self.sequence_ids_B is not None:
+            chex.assert_shape(self.sequence_ids_B, (b,))
+        if self.replayed is not None:
+            chex.assert_shape([*self.replayed], (b, n_moe_layers, s, None))
+            chex.assert_equal_shape([*self.replayed])
+
+
+class Cache(NamedTuple):
+    """What generation keeps of the positions so far, for a whole model.
+
+    Attributes:
+      leading: the attention's cache of each leading dense layer.
+      stacked: that of the scanned layers, every array with a leading layer axis.
+      length: int32, positions filled so far, the same for every sequence.
+    """
+
+    leading: tuple[Any, ...]
+    stacked: Any
+    length: jax.Array
+
+    @property
+    def max_length(self) -> int:
+        """Positions that there is room for."""
+        # Every attention's arrays begin with (B, L); here the layers come before them.
+        return jax.tree.leaves(self.stacked)[0].shape[2]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+      logits_BSV: float32.
+      report: of the MoE layers, every array with a leading layer axis; None without routed experts.
+      cache: updated, if one was given.
+    """
+
+    logits_BSV: jax.Array
+    report: LayerReport | None
+    cache: Cache | None

@@ -1,0 +1,49 @@
+"""The form of an entry of the registry of attentions: all that other code must know of one.
+
+Shapes: B sequences, S query positions, L key positions (S, or the cache's length), D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Activations(NamedTuple):
+    """Numbers that one layer holds for each token while it works, to estimate its memory.
+
+    Attributes:
+      projected: what the projections make: queries, keys, values.
+      scores: one for each head and key.
+    """
+
+    projected: int
+    scores: int
+
+
+class Attention(NamedTuple):
+    """One kind of attention: its module, its cache and its costs.
+
+    Attributes:
+      module: `(hidden_size, initializer_range, config, *, rngs) -> nnx.Module`, a layer.  It is
+        called as `(x_BSD, positions_BS, mask_BSL, cache, cache_length) -> (y_BSD, cache)`:
+        activations; int32, the position of each token in its document; bool, the keys that each
+        query may see (causal, within the document); the cache of this layer or None, into which
+        the S new positions are written at `cache_length`, and which is returned with them.
+      empty_cache: `(config, batch, max_length, dtype) -> cache` of one layer: a pytree of arrays
+        (at least one) whose shapes all begin with (B, L).
+      parameters: `(hidden_size, config) -> int`, the parameters of one layer.
+      train_flops: `(config, length) -> int`, the training FLOPs of one token in one layer, in a
+        sequence of `length` tokens, besides the 6 for each parameter: scores and values.  Without
+        a causal discount, as is usual (PaLM, 2204.02311, appendix B).
+      activations: `(config, length) -> Activations` of one layer.
+      options: names and defaults of the settings that only this attention has
+        (`model.attention.options`).
+    """
+
+    module: Callable[..., Any]
+    empty_cache: Callable[..., Any]
+    parameters: Callable[..., int]
+    train_flops: Callable[..., int]
+    activations: Callable[..., Activations]
+    options: Mapping[str, bool | int | float | str] = {}
