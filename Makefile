@@ -14,10 +14,11 @@ demo: .venv/installed  ## train the five models of V1's table 1 on two CPU cores
 test: .venv/installed-test  ## run the tests, and the notebooks
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/installed-test  ## ruff and pyright
+lint: .venv/installed-test  ## ruff, pyright and the layers of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

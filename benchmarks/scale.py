@@ -1,24 +1,23 @@
-"""What a step costs from 8 to 4,096 chips with each dispatcher: arithmetic, seconds on any machine.
+"""Time of a step on 8 to 4,096 TPUs with each dispatcher: arithmetic, seconds on any machine.
 
     python -m benchmarks.scale                                # the tables of docs/scale.md
     python -m benchmarks.scale --picture=docs/scale.png       # and its picture
 
-The model, the batch and the planner's formulas are those of the repository, the chips' figures
-those of dsmoe_jax/parallel/chips.py.  docs/scale.md says what is assumed.
+Models and batches are the configs', memory and traffic the planner's, the chips' figures those of
+dsmoe_jax/hardware/chips.py.  The assumptions are in docs/scale.md.
 """
 
 import argparse
-import dataclasses
-import importlib
 import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import configs
 from benchmarks import harness
 from dsmoe_jax.config import Config, from_config_dict, replace
-from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
 from dsmoe_jax.model import size
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import planner
@@ -28,14 +27,17 @@ CHIP_COUNTS = tuple(2**n for n in range(3, 13))
 DISPATCHES = ("all_to_all", "all_gather", "device-limited")
 MODELS = ("dsmoe_16b", "dsmoe_145b")
 LIMIT = 3  # M: devices that a token may use (V2 section 2.1.2)
+_RECOMPUTED = 4 / 3  # of the FLOPs that MFU counts: a rematerialised layer runs forward twice
 
 
 class Cost(NamedTuple):
-    """The best mesh of so many chips, and what a chip needs for a step.
+    """A mesh, and the seconds that a chip needs for a step.
 
     Attributes:
       plan: mesh, memory and traffic, GB.
-      compute, exchange, other: seconds of FLOPs, of tokens on their way, of all other traffic.
+      compute: seconds of FLOPs.
+      exchange: seconds of tokens on their way to experts and back.
+      other: seconds of all other traffic.
     """
 
     plan: planner.Plan
@@ -45,30 +47,33 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of a step in which computation and traffic overlap perfectly."""
+        """Seconds of a step in which computation and traffic overlap perfectly."""
         return max(self.compute, self.exchange + self.other)
 
 
 def hops(n: int, dimensions: int) -> float:
-    """Mean links between two of n chips, a power of two, in the most even torus."""
+    """Mean number of links between two of n chips, a power of two, in the most even torus."""
     doublings = math.log2(n)
     sides = [2 ** int((doublings + i) // dimensions) for i in range(dimensions)]
     return sum(sum(min(i, side - i) for i in range(side)) / side for side in sides)
 
 
 def dispatched(config: Config, name: str, n_devices: int) -> Config:
-    """The config with one of `DISPATCHES`, on so many devices of the axis `expert`."""
+    """The config with one of `DISPATCHES`, for `n_devices` on the axis `expert`."""
     if name != "device-limited":
         return replace(config, **{"model.moe.dispatch.name": name})
     moe = config.model.moe
-    enough = LIMIT * moe.n_routed_experts // moe.num_experts_per_tok  # M groups hold K experts
-    groups = min(n_devices, 2 ** int(math.log2(enough)))
-    moe = dataclasses.replace(moe, n_group=groups, topk_group=min(LIMIT, groups))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    most = LIMIT * moe.n_routed_experts // moe.num_experts_per_tok  # else M groups hold too few
+    groups = min(n_devices, 2 ** int(math.log2(most)))
+    limited = {
+        "model.moe.router.n_group": groups,
+        "model.moe.router.topk_group": min(LIMIT, groups),
+    }
+    return replace(config, **limited)
 
 
 def meshes(config: Config, state: TrainState, chips: int) -> Iterator[dict[str, int]]:
-    """Experts split over `expert`, the rest over `fsdp` and as little `tensor` as can be."""
+    """Meshes of powers of two with at least two expert shards, without `data`."""
     powers = [2**n for n in range(13)]
     for expert, tensor in itertools.product(powers[1:], powers):
         fsdp, rest = divmod(chips, expert * tensor)
@@ -83,36 +88,45 @@ def meshes(config: Config, state: TrainState, chips: int) -> Iterator[dict[str, 
 
 
 def costs(config: Config, chip: str, chips: int, name: str) -> list[Cost]:
-    """All that fits in the memory of so many chips, the fastest first."""
-    state, data = state_shapes(config), CHIPS[chip]
-    dimensions = 3 if chip in ("v4", "v5p") else 2
-    flops = size.train_flops_per_token(config) * config.tokens_per_step
+    """The meshes of so many chips that fit their memory, the fastest first."""
+    state = state_shapes(config)
+    limit = planner.USABLE * CHIPS[chip].hbm_gb
     found = []
     for sizes in meshes(config, state, chips):
         with_dispatch = dispatched(config, name, sizes["expert"])
         whole = config.train.global_batch_size // (sizes["fsdp"] * sizes["expert"])
         for micro_batch in (n for n in (1, 2, 4) if whole % n == 0):
             plan = planner.estimate(with_dispatch, state, sizes, whole // micro_batch)
-            if plan.used > planner.USABLE * data.hbm_gb:
-                continue
-            tokens = plan.traffic.get("tokens", 0.0)
-            # A gathered row is forwarded from neighbour to neighbour; one that is sent to a
-            # certain chip takes a link of every chip on its way.
-            way = 1.0 if name == "all_gather" else hops(sizes["expert"], dimensions)
-            found.append(
-                Cost(
-                    plan,
-                    compute=4 / 3 * flops / chips / data.peak_flops,
-                    exchange=way * tokens * 1e9 / data.link_bandwidth,
-                    other=(plan.moved - tokens) * 1e9 / data.link_bandwidth,
-                )
-            )
+            if plan.used <= limit:
+                found.append(cost(config, plan, CHIPS[chip], name))
     return sorted(found, key=lambda c: (c.seconds, c.exchange + c.other))
+
+
+def cost(config: Config, plan: planner.Plan, chip: Chip, name: str) -> Cost:
+    """The seconds of a plan with one of `DISPATCHES`."""
+    flops = size.train_flops_per_token(config) * config.tokens_per_step
+    chips = math.prod(plan.sizes.values())
+    tokens = plan.traffic.get("tokens", 0.0)
+    links = links_on_the_way(name, plan.sizes["expert"], chip)
+    return Cost(
+        plan,
+        compute=_RECOMPUTED * flops / chips / chip.peak_flops,
+        exchange=links * tokens * 1e9 / chip.link_bandwidth,
+        other=(plan.moved - tokens) * 1e9 / chip.link_bandwidth,
+    )
+
+
+def links_on_the_way(name: str, n_devices: int, chip: Chip) -> float:
+    """Links that a row takes on its way to each chip that receives it."""
+    if name == "all_gather":  # forwarded from neighbour to neighbour
+        return 1.0
+    assert chip.torus_dimensions is not None, "of a TPU"
+    return hops(n_devices, chip.torus_dimensions)
 
 
 def load(model: str) -> Config:
     """A model of the paper at its own size and batch."""
-    return from_config_dict(importlib.import_module(f"configs.{model}").get_config())
+    return from_config_dict(configs.load(model))
 
 
 def table(config: Config, chip: str) -> str:
@@ -140,18 +154,16 @@ def table(config: Config, chip: str) -> str:
 
 def exchange_by_shards(config: Config, chip: str) -> dict[str, list[tuple[int, float]]]:
     """Seconds of exchange over seconds of compute by the size of the axis `expert`."""
-    state, data = state_shapes(config), CHIPS[chip]
-    per_token = 4 / 3 * size.train_flops_per_token(config) / data.peak_flops
+    state = state_shapes(config)
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in DISPATCHES}
     for name in DISPATCHES:
         p = 2
         while config.model.moe.n_routed_experts % p == 0:
             sizes = {"data": 1, "fsdp": 1, "expert": p, "tensor": 1}
             one = replace(config, **{"train.global_batch_size": p})  # a sequence a chip
-            tokens = planner.estimate(dispatched(one, name, p), state, sizes, 1).traffic["tokens"]
-            way = 1.0 if name == "all_gather" else hops(p, 3 if chip in ("v4", "v5p") else 2)
-            seconds = way * tokens * 1e9 / data.link_bandwidth
-            lines[name].append((p, seconds / (per_token * config.data.sequence_length)))
+            plan = planner.estimate(dispatched(one, name, p), state, sizes, 1)
+            found = cost(one, plan, CHIPS[chip], name)
+            lines[name].append((p, found.exchange / found.compute))
             p *= 2
     return lines
 
@@ -180,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chip", default="v5p", choices=list(CHIPS))
+    parser.add_argument("--chip", default="v5p", choices=TPUS)
     parser.add_argument("--picture", type=Path, help="also draw, into this file")
     args = parser.parse_args()
     for model in MODELS:

@@ -4,12 +4,11 @@
     python -m benchmarks.slices --only=dsmoe_16b    # the same for one model
     python -m benchmarks.slices --table             # print the table of what is there
 
-Each case is one `python -m dsmoe_jax.aot --json` at the paper's sizes and global batch, on the
+Each case is one `python -m dsmoe_jax aot --json` at the paper's sizes and global batch, on the
 mesh that the planner proposes (or the one given below).  Needs pip install 'dsmoe_jax[tpu]'.
 """
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+import configs
 from benchmarks import harness
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.planning import planner
@@ -52,7 +52,7 @@ def mesh_flags(sizes: dict[str, int], micro_batches: int) -> list[str]:
 def prove(config: str, topology: str, flags: list[str]) -> dict:
     """The report of one case; under "error" the sentence of one that is refused."""
     command = [
-        sys.executable, "-m", "dsmoe_jax.aot", f"--config=configs/{config}.py",
+        sys.executable, "-m", "dsmoe_jax", "aot", f"--config=configs/{config}.py",
         f"--topology={topology}", "--json", *flags,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -63,10 +63,10 @@ def prove(config: str, topology: str, flags: list[str]) -> dict:
 
 
 def planned_gb(report: dict) -> float:
-    """What the planner's arithmetic says of the memory of the compiled step."""
-    module = importlib.import_module(f"configs.{report['config']}")
-    config = from_config_dict(module.get_config())
-    config = replace(config, **{"model.moe.dispatch.buffer_factor": report["buffer_factor"]})
+    """Memory of the compiled step by the planner's arithmetic."""
+    config = from_config_dict(configs.load(report["config"]))
+    factor = report["buffer_factor"] or None  # older results have 0 for the worst case
+    config = replace(config, **{"model.moe.dispatch.buffer_factor": factor})
     state = state_shapes(config)
     return planner.estimate(config, state, report["mesh"], report["accumulation_steps"]).used
 
@@ -77,8 +77,11 @@ def row(report: dict) -> dict[str, str]:
     if "error" in r:
         found = (r["config"], r["topology"], r["error"])
         return dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, found, strict=False))
-    memory, roof, overlap = r["memory_gb"], r["roofline"], r["overlap"]
-    planned, (slow, fast) = planned_gb(r), roof["mfu"]
+    memory = r["memory_gb"]
+    roof = r["roofline"]
+    overlap = r["overlap"]
+    planned = planned_gb(r)
+    slow, fast = roof["mfu"]
     found = (
         r["config"],
         f"{r['topology']} ({r['chips']} chips)",

@@ -1,12 +1,12 @@
-"""What the config files share: the table of scales, and how a model is put together from it.
+"""How config files put a model together, and the scales below the paper's.
 
 A model is described by numbers relative to its hidden size d, so that it shrinks from the paper's
 size to a laptop's without changing its kind: widths count in standard FFNs (8 d^2 parameters,
-three matrices of d x 8d/3).  Only a file's `SETUP` says how one model differs from another;
-everything about sizes, steps and learning rates is in this file.
+three matrices of d x 8d/3).  A file's `SETUP` says how its model differs from others.  Sizes and
+training settings are the paper's (dsmoe_jax/planning/papers.py), below its scale those of `SMALL`.
 
-Choices that the papers leave open:
-- V1 gives the 2B expert widths only relative to the standard FFN.  8 * 1280 / 3 is not a whole
+Choices that V1 leaves open:
+- The 2B expert widths are only given relative to the standard FFN.  8 * 1280 / 3 is not a whole
   number: a standard FFN is 3413 wide here (nominal 3413.33) and a quarter expert 853 (853.33), so
   that the experts of DeepSeekMoE and GShard differ by 0.04 % in size.  The smaller scales have
   hidden sizes divisible by 24, where standard, half, quarter and eighth widths are exact.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from typing import NamedTuple
 
 import ml_collections
 
@@ -34,83 +35,63 @@ from dsmoe_jax.config import (
     to_config_dict,
 )
 from dsmoe_jax.config.frozen import FrozenDict
+from dsmoe_jax.planning.papers import Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Sizes and training settings that all models of a comparison have in common.
+    """The settings that all models of a comparison share.
 
     Attributes:
-      hidden, layers, heads, head_dim, kv_heads: of the Transformer.
-      vocab: rows of the embedding; tokenizer_vocab (0: the same) is what the tokenizer fills.
+      settings: sizes of the Transformer, training settings.
       corpus: None where no corpus that comes with the project is large enough: the user names one.
-      sequence: tokens; batch: sequences of one optimizer step.
-      lr: peak learning rate; decay_at: shares of the steps at which it drops by 0.316.
+      eval_batches: None is the whole validation split.
     """
 
-    hidden: int
-    layers: int
-    heads: int
-    head_dim: int
-    vocab: int
-    sequence: int
-    batch: int
-    steps: int
-    lr: float
-    warmup: int
-    kv_heads: int = 0  # 0: as many as heads
-    tokenizer_vocab: int = 0
-    init: float = 0.006
-    decay_at: tuple[float, ...] = (0.8, 0.9)
+    settings: Settings
     corpus: str | None = None
-    accumulation: int = 1
+    accumulation_steps: int = 1
     remat: str = "full"
     log_every: int = 10
     checkpoint_every: int = 1000
     eval_every: int = 1000
-    eval_batches: int | None = None  # None: the whole validation split
+    eval_batches: int | None = None
 
-
-# V1 sections 4.1, 5.1, 7.1 and table 7: the sizes behind "paper" differ from family to family.
-PAPER_2B = Scale(
-    hidden=1280, layers=9, heads=10, head_dim=128, vocab=8192, sequence=2048, batch=2048,
-    steps=25_000, lr=1.08e-3, warmup=2000,
-)  # fmt: skip
-PAPER_16B = Scale(
-    hidden=2048, layers=28, heads=16, head_dim=128, vocab=102_400, tokenizer_vocab=100_000,
-    sequence=4096, batch=4608, steps=106_449, lr=4.2e-4, warmup=2000,
-)  # fmt: skip
-PAPER_145B = dataclasses.replace(
-    PAPER_16B, hidden=4096, layers=62, heads=32, steps=13_000, lr=3.0e-4, decay_at=()
-)
-# Dense models to compare with.  V1 prints none of their training settings: those of the 16B (7B)
-# and of the 145B (67B, which V1 trained on the same 245B tokens) are used here.
-PAPER_7B = dataclasses.replace(PAPER_16B, hidden=4096, layers=30, heads=32)
-PAPER_67B = dataclasses.replace(PAPER_145B, hidden=8192, layers=95, heads=64, kv_heads=8)
-PAPER_LLAMA2_7B = dataclasses.replace(PAPER_7B, layers=32, vocab=32_000, tokenizer_vocab=32_000)
 
 # Below the paper's scale every family has the same sizes and keeps its own ratios.  The initial
-# deviation grows as hidden^-1/2 from the paper's 0.006 at 1280.
+# deviation grows as hidden_size^-1/2 from the paper's 0.006 at 1280.
 SMALL = {
     # One 80 GB GPU.  0.63B tokens at 0.85 GFLOP each (DeepSeekMoE 2B) are 5.3e17 FLOPs: 22 minutes
     # at 40 % of 990 TFLOP/s bfloat16.  An estimate; dense_2b_x16 takes five times as much.
     "proxy": Scale(
-        hidden=768, layers=9, heads=6, head_dim=128, vocab=8192, sequence=2048, batch=256,
-        steps=1200, lr=1.5e-3, warmup=120, init=0.008, accumulation=8, remat="none",
+        Settings(
+            hidden_size=768, num_hidden_layers=9, num_attention_heads=6, head_dim=128,
+            vocab_size=8192, sequence_length=2048, global_batch_size=256, steps=1200,
+            peak_learning_rate=1.5e-3, warmup_steps=120, initializer_range=0.008,
+        ),
+        accumulation_steps=8, remat="none",
         checkpoint_every=200, eval_every=200, eval_batches=20,
     ),
     # Two CPU cores, less than a minute a model and seed.  As narrow as this because a narrow
-    # model runs out of capacity within the million tokens that fit: at hidden 96 the same minutes
-    # did not tell a dense model from a mixture of experts (experiments/LOG.md).
+    # model runs out of capacity within the million tokens that fit: at a hidden size of 96 the same
+    # minutes did not tell a dense model from a mixture of experts (experiments/LOG.md).
     "demo": Scale(
-        hidden=48, layers=4, heads=2, head_dim=24, vocab=2048, sequence=128, batch=16,
-        steps=480, lr=6e-3, warmup=48, init=0.03, corpus="demo", remat="none",
+        Settings(
+            hidden_size=48, num_hidden_layers=4, num_attention_heads=2, head_dim=24,
+            vocab_size=2048, sequence_length=128, global_batch_size=16, steps=480,
+            peak_learning_rate=6e-3, warmup_steps=48, initializer_range=0.03,
+        ),
+        corpus="demo", remat="none",
         checkpoint_every=240, eval_every=240, eval_batches=80,
     ),
     # Seconds, for tests; needs no download.
     "smoke": Scale(
-        hidden=48, layers=2, heads=2, head_dim=24, vocab=512, sequence=64, batch=4,
-        steps=8, lr=4e-3, warmup=2, init=0.03, corpus="stdlib", remat="none",
+        Settings(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=24,
+            vocab_size=512, sequence_length=64, global_batch_size=4, steps=8,
+            peak_learning_rate=4e-3, warmup_steps=2, initializer_range=0.03,
+        ),
+        corpus="stdlib", remat="none",
         log_every=1, checkpoint_every=4, eval_every=4, eval_batches=2,
     ),
 }  # fmt: skip
@@ -119,32 +100,34 @@ SCALES = ("paper", *SMALL)
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """How one model differs from the others, in numbers that hold at every scale.
+    """What makes one model different from others, in numbers that hold at every scale.
 
     Attributes:
       name: of the config file, with its options.
-      paper: the family's sizes at paper scale.
-      width: of one expert relative to a standard FFN.
-      balance: factors of the balance terms, by name; expert_groups: devices of the device term.
-      dense_layers, dense_width: leading layers with a dense FFN, and its relative width.
-      released_width, released_dense_width: of the released model at paper scale, where known.
-      flops_at_released_width: the paper's FLOPs figure is at the released widths instead of the
+      settings: those of the paper, for the scale "paper".
+      nominal_width: of one expert, relative to a standard FFN.
+      balance: factors of the balance terms, by name.
+      expert_groups: devices of the device term.
+      first_k_dense_replace: leading layers with a dense FFN, of relative width nominal_dense_width.
+      moe_intermediate_size, intermediate_size: the widths of the released model where they are
+        known, for the scale "paper"; None rounds the nominal ones.
+      flops_at_released_width: whether the paper's FLOPs are at the released widths instead of the
         nominal ones (found by comparing digits: 145B and 142B).
     """
 
     name: str
-    paper: Scale
-    shared: int
-    routed: int
-    top_k: int
-    width: float
+    settings: Settings
+    n_shared_experts: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    nominal_width: float
     router: str = "topk"
     balance: FrozenDict[str, float] = FrozenDict(expert=0.01)
     expert_groups: int = 1
-    dense_layers: int = 0
-    dense_width: float = 1.0
-    released_width: int | None = None
-    released_dense_width: int | None = None
+    first_k_dense_replace: int = 0
+    nominal_dense_width: float = 1.0
+    moe_intermediate_size: int | None = None
+    intermediate_size: int | None = None
     flops_at_released_width: bool = False
 
 
@@ -178,7 +161,8 @@ def parse(arg: str, **options: int) -> tuple[str, dict[str, int]]:
 def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
     """The config of a model at the scale that `arg` names."""
     name, _ = parse(arg)
-    scale = setup.paper if name == "paper" else SMALL[name]
+    scale = Scale(setup.settings) if name == "paper" else SMALL[name]
+    settings = scale.settings
     return to_config_dict(
         Config(
             name=setup.name,
@@ -186,16 +170,18 @@ def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
             model=_model(setup, scale, at_paper_scale=name == "paper"),
             data=DataConfig(
                 corpus=scale.corpus,
-                sequence_length=scale.sequence,
-                tokenizer_vocab_size=scale.tokenizer_vocab or scale.vocab,
+                sequence_length=settings.sequence_length,
+                tokenizer_vocab_size=settings.tokenizer_vocab_size or settings.vocab_size,
             ),
             optimizer=OptimizerConfig(
-                peak_learning_rate=scale.lr, warmup_steps=scale.warmup, decay_at=scale.decay_at
+                peak_learning_rate=settings.peak_learning_rate,
+                warmup_steps=settings.warmup_steps,
+                decay_at=settings.decay_at,
             ),
             train=TrainConfig(
-                steps=scale.steps,
-                global_batch_size=scale.batch,
-                accumulation_steps=scale.accumulation,
+                steps=settings.steps,
+                global_batch_size=settings.global_batch_size,
+                accumulation_steps=scale.accumulation_steps,
                 log_every=scale.log_every,
                 checkpoint_every=scale.checkpoint_every,
                 eval_every=scale.eval_every,
@@ -206,38 +192,28 @@ def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
 
 
 def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:
-    standard = 8 * scale.hidden / 3
-    width, dense_width = round(setup.width * standard), round(setup.dense_width * standard)
-    nominal, nominal_dense = setup.width, setup.dense_width
-    if at_paper_scale:
-        width, dense_width = (
-            setup.released_width or width,
-            setup.released_dense_width or dense_width,
-        )
-        if setup.flops_at_released_width:
-            nominal, nominal_dense = width / standard, dense_width / standard
-    # Grouped-query attention keeps 8 query heads a key/value head, as far as there are heads.
-    grouped = bool(setup.paper.kv_heads)
+    sizes = scale.settings
+    widths = _widths(setup, sizes, at_paper_scale=at_paper_scale)
     return ModelConfig(
-        vocab_size=scale.vocab,
-        hidden_size=scale.hidden,
-        num_hidden_layers=scale.layers,
-        first_k_dense_replace=setup.dense_layers,
-        intermediate_size=dense_width,
-        nominal_dense_width=nominal_dense,
-        initializer_range=scale.init,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        first_k_dense_replace=setup.first_k_dense_replace,
+        intermediate_size=widths.dense,
+        nominal_dense_width=widths.nominal_dense,
+        initializer_range=sizes.initializer_range,
         remat=scale.remat,
         attention=AttentionConfig(
-            num_attention_heads=scale.heads,
-            num_key_value_heads=max(scale.heads // 8, 1) if grouped else scale.heads,
-            head_dim=scale.head_dim,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=_key_value_heads(setup, sizes),
+            head_dim=sizes.head_dim,
         ),
         moe=MoEConfig(
-            n_routed_experts=setup.routed,
-            n_shared_experts=setup.shared,
-            num_experts_per_tok=setup.top_k,
-            moe_intermediate_size=width,
-            nominal_width=nominal,
+            n_routed_experts=setup.n_routed_experts,
+            n_shared_experts=setup.n_shared_experts,
+            num_experts_per_tok=setup.num_experts_per_tok,
+            moe_intermediate_size=widths.expert,
+            nominal_width=widths.nominal,
             router=RouterConfig(name=setup.router),
             balance=FrozenDict(
                 {name: BalanceTerm(factor) for name, factor in setup.balance.items()}
@@ -245,3 +221,31 @@ def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:
             expert_groups=setup.expert_groups,
         ),
     )
+
+
+class _Widths(NamedTuple):
+    """Widths of an expert and of a leading dense FFN; nominal ones relative to a standard FFN."""
+
+    expert: int
+    dense: int
+    nominal: float
+    nominal_dense: float
+
+
+def _widths(setup: Setup, sizes: Settings, *, at_paper_scale: bool) -> _Widths:
+    standard = 8 * sizes.hidden_size / 3
+    expert = round(setup.nominal_width * standard)
+    dense = round(setup.nominal_dense_width * standard)
+    if at_paper_scale:
+        expert = setup.moe_intermediate_size or expert
+        dense = setup.intermediate_size or dense
+        if setup.flops_at_released_width:
+            return _Widths(expert, dense, expert / standard, dense / standard)
+    return _Widths(expert, dense, setup.nominal_width, setup.nominal_dense_width)
+
+
+def _key_value_heads(setup: Setup, sizes: Settings) -> int:
+    """As many as query heads; with grouped-query attention one for 8 of these at every scale."""
+    if setup.settings.num_key_value_heads is None:
+        return sizes.num_attention_heads
+    return max(sizes.num_attention_heads // 8, 1)

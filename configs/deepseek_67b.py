@@ -1,6 +1,6 @@
 """DeepSeek 67B, dense with grouped-query attention: compared with the 145B (V1 table 6).
 
-    python -m dsmoe_jax.train --config=configs/deepseek_67b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/deepseek_67b.py:demo --workdir=DIR
 
 The FFN is 22016 wide (nominal 21845.33) and 64 heads share 8 key/value heads; the paper's FLOPs
 are at the nominal width and take full multi-head attention.
@@ -11,9 +11,13 @@ V1 table 6, 245B tokens: loss 1.905, 67.4B parameters, 2057.5T FLOPs per 4K toke
 import dataclasses
 
 from configs import base, deepseek_7b
+from dsmoe_jax.planning import papers
 
 SETUP = dataclasses.replace(
-    deepseek_7b.SETUP, name="deepseek_67b", paper=base.PAPER_67B, released_width=22016
+    deepseek_7b.SETUP,
+    name="deepseek_67b",
+    settings=papers.V1["deepseek_67b"].settings,
+    moe_intermediate_size=22016,
 )
 
 

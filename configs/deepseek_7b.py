@@ -1,6 +1,6 @@
 """DeepSeek 7B, dense: what DeepSeekMoE 16B is compared with (V1 table 3).
 
-    python -m dsmoe_jax.train --config=configs/deepseek_7b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/deepseek_7b.py:demo --workdir=DIR
 
 The FFN is 11008 wide (nominal 10922.67); the paper's FLOPs are at the nominal width.
 
@@ -10,9 +10,13 @@ V1 table 3: 6.9B parameters, 183.5T FLOPs per 4K tokens.
 import dataclasses
 
 from configs import base, dense_2b
+from dsmoe_jax.planning import papers
 
 SETUP = dataclasses.replace(
-    dense_2b.SETUP, name="deepseek_7b", paper=base.PAPER_7B, released_width=11008
+    dense_2b.SETUP,
+    name="deepseek_7b",
+    settings=papers.V1["deepseek_7b"].settings,
+    moe_intermediate_size=11008,
 )
 
 

@@ -1,6 +1,6 @@
 """Dense with 16 standard FFNs a layer, all active: what no MoE of the size can beat (V1 table 2).
 
-    python -m dsmoe_jax.train --config=configs/dense_2b_x16.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dense_2b_x16.py:demo --workdir=DIR
 
 V1, 100B tokens: Pile loss 1.806 with 1.89B expert parameters, 24.6T FLOPs per 2K tokens.
 """
@@ -9,7 +9,7 @@ import dataclasses
 
 from configs import base, dense_2b
 
-SETUP = dataclasses.replace(dense_2b.SETUP, name="dense_2b_x16", shared=16)
+SETUP = dataclasses.replace(dense_2b.SETUP, name="dense_2b_x16", n_shared_experts=16)
 
 
 def get_config(arg: str = "paper"):

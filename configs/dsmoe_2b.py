@@ -1,6 +1,6 @@
 """DeepSeekMoE 2B: 1 shared and 63 routed experts of quarter width, 7 of them activated (V1 4.1).
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=DIR
 
 Options build the other points of the design: with `split=m`, 16 standard FFNs are cut into 16 m
 experts of 1/m the width and 2 m are activated; `shared` of these are always active (V1 eqs. 6-11).
@@ -12,21 +12,31 @@ tokens; 1 / 2 / 4 shared experts 1.808 / 1.806 / 1.811.
 """
 
 from configs import base
+from dsmoe_jax.planning import papers
 
 
 def setup(split: int = 4, shared: int = 1) -> base.Setup:
     """16 standard FFNs in `split` parts each, 2 standard FFNs activated, `shared` parts always."""
-    total, activated = 16 * split, 2 * split
+    total = 16 * split
+    activated = 2 * split
     if split < 1 or not 0 <= shared < activated:
         raise ValueError(
             f"split={split}, shared={shared}: split must be > 0 and shared below the {activated}"
             " activated experts"
         )
-    name = "dsmoe_2b" + f"_split{split}" * (split != 4) + f"_shared{shared}" * (shared != 1)
+    name = "dsmoe_2b"
+    if split != 4:
+        name += f"_split{split}"
+    if shared != 1:
+        name += f"_shared{shared}"
     return base.Setup(
-        name, base.PAPER_2B, shared=shared, routed=total - shared, top_k=activated - shared,
-        width=1 / split,
-    )  # fmt: skip
+        name,
+        papers.V1["dsmoe_2b"].settings,
+        n_shared_experts=shared,
+        n_routed_experts=total - shared,
+        num_experts_per_tok=activated - shared,
+        nominal_width=1 / split,
+    )
 
 
 def get_config(arg: str = "paper"):

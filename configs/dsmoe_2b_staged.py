@@ -1,6 +1,6 @@
 """DeepSeekMoE 2B in three stages: few experts and large batches first, all of it at the end.
 
-    python -m dsmoe_jax.train --config=configs/dsmoe_2b_staged.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_2b_staged.py:demo --workdir=DIR
 
 An example of `train.stages`, not a recipe of a paper: 3, then 7, then 15 of the 63 routed experts
 activated, batches of twice, once and half the size of `dsmoe_2b`, all on one stream of data.  Any

@@ -1,6 +1,6 @@
 """GShard 2B: 16 routed experts of standard width, 2 activated, none shared (V1 4.1; 2006.16668).
 
-    python -m dsmoe_jax.train --config=configs/gshard_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/gshard_2b.py:demo --workdir=DIR
 
 The gates are the softmax affinities, not renormalised over the two chosen: V1 writes its
 conventional MoE so (eqs. 3-5), unlike the original GShard.  It is also the first step of V1

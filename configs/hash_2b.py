@@ -1,8 +1,8 @@
 """Hash layer 2B: 16 experts of standard width, one per token by a fixed table (2106.04426).
 
-    python -m dsmoe_jax.train --config=configs/hash_2b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/hash_2b.py:demo --workdir=DIR
 
-Nothing is learned about routing, so there is nothing to balance: the balance factor is 0.
+Nothing is learned about routing, so there is nothing to balance and no balance term.
 
 V1 table 1, 100B tokens: Pile loss 1.932 with 2.0B parameters, 0.2B activated, 2.9T FLOPs per 2K
 tokens.

@@ -1,6 +1,6 @@
 """LLaMA2 7B, dense: the open model that DeepSeekMoE 16B is compared with (V1 table 4).
 
-    python -m dsmoe_jax.train --config=configs/llama2_7b.py:demo --workdir=DIR
+    python -m dsmoe_jax train --config=configs/llama2_7b.py:demo --workdir=DIR
 
 Sizes only: the training settings are DeepSeek 7B's, so that the architectures compare.
 
@@ -10,8 +10,11 @@ V1: 6.7B parameters, 187.9T FLOPs per 4K tokens.
 import dataclasses
 
 from configs import base, deepseek_7b
+from dsmoe_jax.planning import papers
 
-SETUP = dataclasses.replace(deepseek_7b.SETUP, name="llama2_7b", paper=base.PAPER_LLAMA2_7B)
+SETUP = dataclasses.replace(
+    deepseek_7b.SETUP, name="llama2_7b", settings=papers.V1["llama2_7b"].settings
+)
 
 
 def get_config(arg: str = "paper"):

@@ -87,3 +87,11 @@ class Silent(ProgressLine):
 
     def message(self, text: str) -> None:
         """Nothing."""
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 42 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

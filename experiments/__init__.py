@@ -1,1 +1,5 @@
-"""One module per table or figure of the papers; how to add one is in `experiments/spec.py`."""
+"""One module a table or figure, by paper: a literal `Experiment`, see `dsmoe_jax/study`.
+
+v1          DeepSeekMoE (arXiv 2401.06066)
+balancing   what keeps the load of the experts even, from several papers
+"""

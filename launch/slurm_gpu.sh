@@ -8,4 +8,4 @@
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 set -euo pipefail
-srun --kill-on-bad-exit=1 .venv/bin/python -m dsmoe_jax.train "$@"
+srun --kill-on-bad-exit=1 .venv/bin/python -m dsmoe_jax train "$@"

@@ -6,4 +6,4 @@ set -euo pipefail
 name=$1 zone=$2
 shift 2
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="\
-cd dsmoe_jax && exec .venv/bin/python -m dsmoe_jax.train --distributed $(printf '%q ' "$@")"
+cd dsmoe_jax && exec .venv/bin/python -m dsmoe_jax train --distributed $(printf '%q ' "$@")"

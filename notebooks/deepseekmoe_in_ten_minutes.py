@@ -535,6 +535,6 @@ folder.cleanup()
 # - `dsmoe_jax/moe/`: the parts of this notebook, with all routers, losses and dispatchers; start
 #   with `layer.py`.
 # - `configs/`: the models of the paper from 2B to 145B, each a few lines.
-#   `python -m dsmoe_jax.count --config=configs/dsmoe_16b.py` counts them.
-# - `python -m dsmoe_jax.generate --workdir=DIR --prompt="def "` lets a trained model write.
+#   `python -m dsmoe_jax count --config=configs/dsmoe_16b.py` counts them.
+# - `python -m dsmoe_jax generate --workdir=DIR --prompt="def "` lets a trained model write.
 # - `make demo`: DeepSeekMoE against Dense, Hash, Switch and GShard on real text.

@@ -1,10 +1,36 @@
 """Fixtures that every test may use."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from dsmoe_jax.config import Config
 from dsmoe_jax.data.prepare import prepare
+from tests.tools import compiling
+from tests.tools.tiny import tiny
+
+if TYPE_CHECKING:
+    from dsmoe_jax.training.loop import Result
+
+pytest_plugins = ["tests.tools.eight_devices"]
+compiling.set_flag()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For all tests, and the processes that they start; see `full_optimisation`."""
+    with compiling.compiling_quickly(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture
+def full_optimisation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiles as outside of tests, for tests of the compiled program: its size, its memory."""
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    with compiling.jax_settings(jax_disable_most_optimizations=False):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +39,24 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpora") / "tiny"
     prepare("stdlib", out, vocab_size=512, sequence_length=64, max_bytes_per_domain=60_000)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_corpus: Path) -> Callable[..., Config]:
+    """`tiny_config(**{"train.steps": 4})`: the tiny config, with text, and dotted keys changed."""
+
+    def make(**overrides: object) -> Config:
+        return tiny(**{"data.corpus": str(tiny_corpus), **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, "Result"]:
+    """Workdir and result of a run that nothing disturbed; to be copied before it is changed."""
+    from dsmoe_jax.training.loop import train  # most tests need not wait for its imports
+
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return workdir, train(tiny_config(), workdir, progress=False)

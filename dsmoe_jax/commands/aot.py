@@ -1,12 +1,12 @@
 """Compiles the train step of a config for a TPU slice, without a TPU: does it fit, what does it
 send, how fast can it be?  A minute or two for any size of model.
 
-python -m dsmoe_jax.aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
-python -m dsmoe_jax.aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
+python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
+python -m dsmoe_jax aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
     --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
-python -m dsmoe_jax.aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
+python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
 
-The mesh is the config's; if that leaves it open, the planner's (dsmoe_jax.plan).  It needs
+The mesh is the config's; if that leaves it open, the planner's (the command plan).  It needs
 pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error, with the numbers.
 """
 
@@ -30,7 +30,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6
 _BUFFERS = flags.DEFINE_bool("buffers", False, "Also with exchange buffers for MaxVio 0, 1 and 4.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
-# Room for the busiest device at this MaxVio over devices -> model.moe.buffer_factor.
+# Room for the busiest device at this MaxVio over devices -> model.moe.dispatch.buffer_factor.
 BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": None}
 
 
@@ -38,7 +38,7 @@ def describe(proof: Proof) -> str:
     """The proof as text."""
     chip, roof = CHIPS[proof.chip], proof.roofline
     shape = " x ".join(f"{axis} {n}" for axis, n in proof.sizes.items() if n > 1) or "one chip"
-    by = "chosen by dsmoe_jax.plan" if proof.planned else "from the config"
+    by = "chosen by the planner" if proof.planned else "from the config"
     slow, fast = roof.mfu
     lines = [
         f"{proof.config.name} ({proof.config.scale}) on {proof.topology}, {proof.chips} chips",
@@ -143,7 +143,3 @@ def main() -> None:
                 print(f"buffers   {name}: {_room(other)}", flush=True)
     if _JSON.value:
         print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    command_line.run(main)

@@ -1,8 +1,8 @@
 """Counts a model's parameters and FLOPs beside the figures of the DeepSeekMoE paper.
 
-python -m dsmoe_jax.count                                        every model of the paper
-python -m dsmoe_jax.count --config=configs/dsmoe_2b.py:demo      one model
-python -m dsmoe_jax.count --config=configs/dsmoe_16b.py:paper --json
+python -m dsmoe_jax count                                        # every model of the paper
+python -m dsmoe_jax count --config=configs/dsmoe_2b.py:demo      # one model
+python -m dsmoe_jax count --config=configs/dsmoe_16b.py:paper --json
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 from absl import flags
 
-import configs
 from dsmoe_jax.commands import command_line
-from dsmoe_jax.config import Config, from_config_dict
+from dsmoe_jax.config import Config, files, from_config_dict
 from dsmoe_jax.model import size
+from dsmoe_jax.planning import papers
 
 command_line.define_config()
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
@@ -40,18 +40,24 @@ def report(config: Config) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
         "train_flops_per_token": size.train_flops_per_token(config),
         "state_bytes": size.state_bytes(int(figures["total"])),
-        "paper": {key: size.printed(text) for key, text in _paper(config).items()},
+        "paper": {key: papers.value(digits) for key, digits in _paper(config).items()},
     }
 
 
 def _paper(config: Config) -> dict[str, str]:
     """What the paper prints; nothing for another scale or after an override of a size."""
-    if config.scale != "paper" or config.name not in size.PAPER:
+    model = papers.MODELS.get(config.name)
+    if config.scale != "paper" or model is None or not model.figures:
         return {}
-    original = from_config_dict(configs.load(config.name))
+    original = _load(config.name)
     same = config.model == original.model
     same &= config.data.sequence_length == original.data.sequence_length
-    return size.PAPER[config.name] if same else {}
+    return model.figures if same else {}
+
+
+def _load(name: str) -> Config:
+    """A model of the paper, at the paper's size."""
+    return from_config_dict(files.load(f"configs/{name}.py"))
 
 
 def table(some: list[Config]) -> str:
@@ -64,12 +70,11 @@ def table(some: list[Config]) -> str:
             cell = _short(figures[key])
             if key in paper:
                 cell += f" / {paper[key]}"
-                off = size.deviation(figures[key], paper[key])
+                off = papers.deviation(figures[key], paper[key])
                 if off:
                     cell += f" ({off:+.2%})"
-                if (config.name, key) in size.IRREPRODUCIBLE:
+                if reason := papers.MODELS[config.name].irreproducible.get(key):
                     cell += " !"
-                    reason = size.IRREPRODUCIBLE[config.name, key]
                     notes.append(f"! {config.name}, {key}: not reproducible. {reason}.")
             row.append(cell)
         rows.append(row)
@@ -103,9 +108,10 @@ def details(config: Config) -> str:
 
 
 def main() -> None:
+    """Runs the command."""
     everything = _ALL.value or command_line.FLAGS.config is None
-    names = list(size.PAPER) if everything else []
-    some = [from_config_dict(configs.load(name)) for name in names] or [command_line.config()]
+    names = [name for name, model in papers.MODELS.items() if model.figures]
+    some = [_load(name) for name in names] if everything else [command_line.config()]
     if _JSON.value:
         reports = [report(config) for config in some]
         print(json.dumps(reports if everything else reports[0], indent=2))
@@ -113,7 +119,3 @@ def main() -> None:
         print(table(some))
         if not everything:
             print(details(some[0]))
-
-
-if __name__ == "__main__":
-    command_line.run(main)

@@ -1,12 +1,12 @@
 r"""Measures a trained run on held-out text: nats per token and bits per byte, by domain.
 
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
 
 The routing can be written down and replayed by the experts of another step or run:
 
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
-python -m dsmoe_jax.evaluate --workdir=runs/dsmoe --step=200 \
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
     --replay_routing=routing/validation-00000400
 """
 
@@ -24,7 +24,6 @@ from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import stage_of
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.loading import Run, load_run
@@ -50,7 +49,7 @@ def main() -> None:
     with jax.set_mesh(command_line.mesh()):
         run = load_run(_WORKDIR.value, _STEP.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
-        dropping.check_room(flat(run.config.model.moe), tokens)
+        dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run)
         batches = _BATCH_SIZE.value, _MAX_BATCHES.value
@@ -90,7 +89,3 @@ def table(result: dict[str, Any]) -> str:
         numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
         lines.append(f"{name:{width}}  {numbers}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    command_line.run(main)

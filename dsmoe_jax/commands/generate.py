@@ -1,7 +1,7 @@
 """Continues a prompt with a trained model.
 
-python -m dsmoe_jax.generate --workdir=runs/dsmoe --prompt="def main("
-python -m dsmoe_jax.generate --workdir=runs/dsmoe --prompt="The " --temperature=0.8 --top_p=0.9 \\
+python -m dsmoe_jax generate --workdir=runs/dsmoe --prompt="def main("
+python -m dsmoe_jax generate --workdir=runs/dsmoe --prompt="The " --temperature=0.8 --top_p=0.9 \\
     --num_samples=3 --seed=1
 
 The prompt is the beginning of a document: the model reads the end-of-text token, which comes
@@ -135,7 +135,3 @@ def _texts(prompt: str, samples: list[Sample]) -> str:
     if len(texts) == 1:
         return texts[0]
     return "\n".join(f"[{i}/{len(texts)}]\n{text}" for i, text in enumerate(texts, start=1))
-
-
-if __name__ == "__main__":
-    command_line.run(main)

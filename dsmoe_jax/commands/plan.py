@@ -1,12 +1,12 @@
 """Proposes a mesh for a model on so many chips, and says what it costs; refuses what cannot fit.
 
-python -m dsmoe_jax.plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64
-python -m dsmoe_jax.plan --config=configs/dsmoe_145b.py --chip=h100 --chips=512 --json
-python -m dsmoe_jax.plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64 \\
+python -m dsmoe_jax plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64
+python -m dsmoe_jax plan --config=configs/dsmoe_145b.py --chip=h100 --chips=512 --json
+python -m dsmoe_jax plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64 \\
     --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.accumulation_steps=36
 
 A mesh in the config is examined instead of proposing one.  It is arithmetic and takes seconds;
-activations are an estimate.  What the compiler really allocates, `python -m dsmoe_jax.aot` says.
+activations are an estimate.  What the compiler allocates: `python -m dsmoe_jax aot`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,3 @@ def main() -> None:
         print(json.dumps(dataclasses.asdict(plan)))
     else:
         print(describe(config, plan, plans, chip))
-
-
-if __name__ == "__main__":
-    command_line.run(main)

@@ -1,7 +1,7 @@
 """Prepares a corpus: fetches or reads text, trains a tokenizer, packs sequences.
 
-python -m dsmoe_jax.prepare_data --corpus=demo --out=DIR --vocab_size=4096 --sequence_length=256
-python -m dsmoe_jax.prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 \\
+python -m dsmoe_jax prepare_data --corpus=demo --out=DIR --vocab_size=4096 --sequence_length=256
+python -m dsmoe_jax prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 \\
     --sequence_length=2048
 
 Training does this by itself where it has to; prepared here, a corpus can be shared and looked at.
@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import flags
 
-from dsmoe_jax.commands import command_line
 from dsmoe_jax.data import sources
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.prepare import DEFAULT_MAX_BYTES, prepare
@@ -73,7 +72,3 @@ def _print_table(corpus: Corpus) -> None:
         )
     train, validation = (corpus.num_records(split) for split in ("train", "validation"))
     print(f"{train} training and {validation} validation sequences in {corpus.directory}")
-
-
-if __name__ == "__main__":
-    command_line.run(main)

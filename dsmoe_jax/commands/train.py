@@ -1,7 +1,7 @@
 """Trains a model, or goes on with a run that was interrupted: the same command does both.
 
-python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=runs/dsmoe
-python -m dsmoe_jax.train --config=configs/dsmoe_2b.py:demo --workdir=runs/wide \\
+python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=runs/dsmoe
+python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=runs/wide \\
     --config.model.moe.n_shared_experts=2
 
 The workdir then holds config.json, metrics.jsonl (one row a logged step), checkpoints/,
@@ -35,16 +35,13 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
+    config = command_line.config()  # a wrong one is refused before the others wait for this process
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-    result = train(command_line.config(), _WORKDIR.value)
+    result = train(config, _WORKDIR.value)
     held_out = result.evaluation
     if hosts.is_first():
         print(
             f"step {result.step}: held-out loss {held_out['loss']:.4f} nats per token,"
             f" {held_out['bits_per_byte']:.4f} bits per byte"
         )
-
-
-if __name__ == "__main__":
-    command_line.run(main)

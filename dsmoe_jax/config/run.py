@@ -72,7 +72,8 @@ def from_config_dict(tree: Any) -> Config:
 
 def _refuse_old_form(tree: Any) -> None:
     """A config from before `model.moe` had sections: all its keys would be unknown, one by one."""
-    moe = tree.get("model", {}).get("moe", {}) if isinstance(tree, dict) else {}
+    model = tree.get("model") if isinstance(tree, dict) else None
+    moe = model.get("moe") if isinstance(model, dict) else None
     if isinstance(moe, dict) and isinstance(moe.get("router"), str):
         raise ValueError(
             f"model.moe.router={moe['router']!r}: a config of an older form, in which it was a"

@@ -87,7 +87,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         what = "no such directory" if not directory.is_dir() else f"has no {MANIFEST}"
         raise ValueError(
             f"corpus directory {directory}: {what}; "
-            "python -m dsmoe_jax.prepare_data --out makes one"
+            "python -m dsmoe_jax prepare_data --out makes one"
         )
     try:
         manifest = json.loads(path.read_text("utf-8"))

@@ -60,9 +60,10 @@ class HeldOut:
             assert "domain_BS" in batch, "held-out batches say their domain"
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
-            router = output.report
-            ledger = None if router is None else router.ledger
-            return jnp.stack(sums), ledger, router.choice if router and recorder else None
+            report = output.report
+            ledger = None if report is None else report.logged.ledger
+            recorded = report.recorded if report is not None and recorder is not None else None
+            return jnp.stack(sums), ledger, recorded
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)

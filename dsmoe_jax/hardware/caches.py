@@ -1,4 +1,4 @@
-"""Where what can be made again is kept on this machine."""
+"""The directory of this machine for what can be downloaded or built again."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """Where archives are kept: $DSMOE_CACHE, or ~/.cache/dsmoe_jax."""
+    """$DSMOE_CACHE, or ~/.cache/dsmoe_jax: corpora and compiled kernels."""
     return Path(os.environ.get("DSMOE_CACHE") or Path.home() / ".cache" / "dsmoe_jax")

@@ -1,10 +1,11 @@
-"""What one chip has: the table behind every plan and roofline."""
+"""One chip's arithmetic, memory and links: the table behind every plan, roofline and MFU."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from dsmoe_jax.hardware.peak import PEAK_FLOPS
+from dsmoe_jax.config.frozen import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,29 +13,45 @@ class Chip:
     """A chip by its vendor's data sheet; one device of a mesh.
 
     Attributes:
-      kind: JAX's name of it.
+      kinds: beginnings of the names that JAX gives it ("NVIDIA H100 80GB HBM3").
+      peak_flops: FLOP/s of bfloat16 matrix products, without sparsity.
       hbm_gb: memory, 10^9 bytes.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s that it can receive, all links together: a TPU's interconnect, a
         GPU's NVLink within one server.
+      torus_dimensions: of a TPU's interconnect; None for GPUs behind a switch.
+      description: what JAX needs to describe a slice of it, beside the name.
     """
 
-    kind: str
+    kinds: tuple[str, ...]
+    peak_flops: float
     hbm_gb: float
     hbm_bandwidth: float
     link_bandwidth: float
-
-    @property
-    def peak_flops(self) -> float:
-        """bfloat16 FLOP/s."""
-        return PEAK_FLOPS[self.kind]
+    torus_dimensions: int | None = None
+    description: Mapping[str, str] = FrozenDict()
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 32, 1.23e12, 300e9),
-    "v5e": Chip("TPU v5 lite", 16, 0.82e12, 200e9),
-    "v5p": Chip("TPU v5p", 95, 2.77e12, 600e9),
-    "v6e": Chip("TPU v6 lite", 32, 1.64e12, 400e9),
-    "h100": Chip("NVIDIA H100", 80, 3.35e12, 450e9),
-}
-TPUS = tuple(name for name in CHIPS if name.startswith("v"))
+    "v4": Chip(
+        ("TPU v4",), 275e12, 32, 1.23e12, 300e9, torus_dimensions=3,
+        # Its two cores work as one device; without this the description has both.
+        description=FrozenDict(chip_config_name="megacore"),
+    ),
+    "v5e": Chip(("TPU v5 lite",), 197e12, 16, 0.82e12, 200e9, torus_dimensions=2),
+    # Some runtimes call it v5.
+    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95, 2.77e12, 600e9, torus_dimensions=3),
+    "v6e": Chip(("TPU v6 lite",), 918e12, 32, 1.64e12, 400e9, torus_dimensions=2),
+    "a100": Chip(("NVIDIA A100",), 312e12, 80, 2.04e12, 300e9),
+    "h100": Chip(("NVIDIA H100",), 989e12, 80, 3.35e12, 450e9),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141, 4.8e12, 450e9),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 180, 8.0e12, 900e9),
+}  # fmt: skip
+TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_dimensions is not None)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`, by the longest beginning; None if it is not listed."""
+    kinds = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
+    fitting = [kind for kind in kinds if device_kind.startswith(kind)]
+    return kinds[max(fitting, key=len)] if fitting else None

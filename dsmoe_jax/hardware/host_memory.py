@@ -3,12 +3,14 @@
 import ctypes
 import sys
 
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+# Options of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory in the process; call it before the first computation.
+    """Makes glibc keep freed memory in the process; call it before the first computation.
 
     XLA:CPU takes its buffers from malloc on every call. glibc maps large ones afresh each time and
     the kernel hands out zeroed pages one by one: a page fault per 4 KB. Filling 825 MB, the weight
@@ -21,8 +23,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    # No separate mappings, never give the top back, one heap (the others cannot hold large blocks).
-    return all(
-        mallopt(*option)
-        for option in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
+    options = (
+        (_M_MMAP_MAX, 0),  # no mapping of its own for a large block
+        (_M_TRIM_THRESHOLD, -1),  # the top of the heap is never given back
+        (_M_ARENA_MAX, 1),  # one heap: the others cannot hold large blocks
     )
+    return all(mallopt(option, value) for option, value in options)

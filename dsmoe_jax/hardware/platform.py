@@ -1,4 +1,4 @@
-"""What the code at hand runs on."""
+"""The platform that a computation is built for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import jax
 
 
 def platform() -> str:
-    """What the code at hand will run on ("cpu", "gpu", "tpu"): the one place that knows.
+    """The platform that the code being traced will run on: "cpu", "gpu" or "tpu".
 
-    That of the ambient mesh, whose devices may be of another machine (`dsmoe_jax.aot`); without a
+    That of the ambient mesh, whose devices may be of another machine (the command `aot`); without a
     mesh JAX's default.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, training FLOPs, bytes, and the figures the paper prints.
+"""What a model costs: parameters, training FLOPs and bytes, counted as the papers count them.
 
 Parameters are counted on the real module, initialised abstractly (nothing is allocated: the 145B
 model counts in seconds).  `parameters_by_formula` counts them again from the sizes alone.
@@ -23,7 +23,6 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.model.build import model_shapes
-from dsmoe_jax.moe.legacy import flat
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
 
@@ -90,7 +89,7 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
 
 
 def _logits_per_expert(model: ModelConfig) -> int:
-    return get_router(flat(model.moe)).logits_per_expert if model.moe.n_routed_experts else 0
+    return get_router(model.moe)[0].logits_per_expert if model.moe.n_routed_experts else 0
 
 
 def flops_per_sequence(config: Config) -> float:
@@ -149,64 +148,3 @@ def account(config: Config) -> dict[str, float]:
         **dataclasses.asdict(count_parameters(config.model)),
         "flops_per_sequence": flops_per_sequence(config),
     }
-
-
-# The digits as printed, by config name (paper scale); "1.89B" is 1.89e9 give or take half a digit.
-PAPER: dict[str, dict[str, str]] = {
-    "dense_2b": {"total": "0.2B", "activated": "0.2B", "flops_per_sequence": "2.9T"},
-    "hash_2b": {"total": "2.0B", "activated": "0.2B", "flops_per_sequence": "2.9T"},
-    "switch_2b": {"total": "2.0B", "activated": "0.2B", "flops_per_sequence": "2.9T"},
-    "gshard_2b": {"total": "2.0B", "activated": "0.3B", "flops_per_sequence": "4.3T"},
-    "dsmoe_2b": {
-        "total": "2.0B",
-        "activated": "0.3B",
-        "expert_total": "1.89B",
-        "expert_activated": "0.24B",
-        "flops_per_sequence": "4.3T",
-    },
-    "gshard_2b_x1_2": {"expert_total": "2.3B", "expert_activated": "0.28B"},
-    "gshard_2b_x1_5": {
-        "expert_total": "2.83B",
-        "expert_activated": "0.35B",
-        "flops_per_sequence": "5.8T",
-    },
-    "dense_2b_x4": {"expert_total": "0.47B", "expert_activated": "0.47B"},
-    "dense_2b_x16": {
-        "expert_total": "1.89B",
-        "expert_activated": "1.89B",
-        "flops_per_sequence": "24.6T",
-    },
-    "dsmoe_16b": {"total": "16.4B", "activated": "2.8B", "flops_per_sequence": "74.4T"},
-    "deepseek_7b": {"total": "6.9B", "activated": "6.9B", "flops_per_sequence": "183.5T"},
-    "llama2_7b": {"total": "6.7B", "activated": "6.7B", "flops_per_sequence": "187.9T"},
-    "deepseek_67b": {"total": "67.4B", "activated": "67.4B", "flops_per_sequence": "2057.5T"},
-    "gshard_137b": {"total": "136.5B", "activated": "21.6B", "flops_per_sequence": "572.7T"},
-    "dsmoe_145b": {"total": "144.6B", "activated": "22.2B", "flops_per_sequence": "585.6T"},
-    "dsmoe_142b_half": {"total": "142.3B", "activated": "12.2B", "flops_per_sequence": "374.6T"},
-}
-
-# How far a figure may lie outside what its printed digits allow.
-TOLERANCE = {"flops_per_sequence": 0.003, "parameters": 0.01}
-
-# Printed figures that do not follow from the paper's own sizes, with what does.
-IRREPRODUCIBLE = {
-    ("dsmoe_142b_half", "activated"): "The sizes (2 + 6 experts of 1408, a dense layer of 10944,"
-    " attention, embedding and head) add up to 13.6B",
-}
-
-
-def printed(digits: str) -> float:
-    """The number that a figure such as "16.4B" or "74.4T" stands for."""
-    return float(digits[:-1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[digits[-1]]
-
-
-def deviation(ours: float, digits: str) -> float:
-    """How far `ours` is outside the numbers that print as `digits`, relative to the figure.
-
-    0 if it prints the same; "2.0B" stands for everything from 1.95B to 2.05B.
-    """
-    value = printed(digits)
-    decimals = len(digits[:-1].partition(".")[2])
-    half_digit = value / float(digits[:-1]) * 10.0**-decimals / 2
-    excess = max(abs(ours - value) - half_digit, 0.0)
-    return math.copysign(excess / value, ours - value)

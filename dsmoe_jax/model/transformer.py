@@ -19,9 +19,11 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model import remat
 from dsmoe_jax.model.types import Cache, ModelInputs, Output
+from dsmoe_jax.moe import interventions
+from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.report import RouterStats
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.report import LayerReport
+from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear
 from dsmoe_jax.parallel.sharding import constrain, gathered
@@ -43,7 +45,7 @@ class _OneLayer(NamedTuple):
 
     cache: Any = None
     rng: jax.Array | None = None
-    replayed: Choice | None = None
+    replayed: RecordedRouting | None = None
 
 
 class Block(nnx.Module):
@@ -60,11 +62,21 @@ class Block(nnx.Module):
         if dense:
             self.ffn = SwiGLU(d, config.intermediate_size, std, rngs=rngs)
         else:
-            self.moe = MoELayer(config, rngs=rngs)
+            self.moe = MoELayer(
+                config.moe,
+                hidden_size=d,
+                vocab_size=config.vocab_size,
+                initializer_range=std,
+                rngs=rngs,
+            )
 
     def __call__(
-        self, x_BSD: jax.Array, every: _EveryLayer, one: _OneLayer
-    ) -> tuple[jax.Array, RouterStats | None, Any]:
+        self,
+        x_BSD: jax.Array,
+        every: _EveryLayer,
+        one: _OneLayer,
+        intervention: Intervention = interventions.NONE,
+    ) -> tuple[jax.Array, LayerReport | None, Any]:
         """Returns the block's output, the report of its MoE layer (or None), the updated cache."""
         with jax.named_scope("attention"):
             normed_BSD = self.attention_norm(x_BSD)
@@ -78,14 +90,10 @@ class Block(nnx.Module):
         if self.dense:
             y_BSD = self.ffn(normed_BSD)
         else:
-            y_BSD, report = self.moe(
-                normed_BSD,
-                every.token_ids_BS,
-                every.valid_BS,
-                one.rng,
-                every.sequence_ids_B,
-                one.replayed,
+            moe_inputs = MoEInputs(
+                every.token_ids_BS, every.valid_BS, one.rng, every.sequence_ids_B, one.replayed
             )
+            y_BSD, report = self.moe(normed_BSD, moe_inputs, intervention)
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
@@ -123,12 +131,18 @@ class Transformer(nnx.Module):
         """Logits (float32, B x S x V) of whole single-document sequences."""
         return self.forward(ModelInputs(tokens_BS)).logits_BSV
 
-    def forward(self, inputs: ModelInputs, cache: Cache | None = None) -> Output:
+    def forward(
+        self,
+        inputs: ModelInputs,
+        cache: Cache | None = None,
+        intervention: Intervention = interventions.NONE,
+    ) -> Output:
         """Runs the model.
 
         Args:
           inputs: a batch; see `ModelInputs`.
           cache: to continue after the positions it holds (single-document sequences only).
+          intervention: a change to how the MoE layers are used, for probes.
         """
         inputs.assert_shapes(self.n_scanned)
         every = _every_layer(inputs, cache)
@@ -140,7 +154,7 @@ class Transformer(nnx.Module):
             one = _OneLayer(cache.leading[i] if cache else None)
             x_BSD, _, layer_cache = block(x_BSD, every, one)
             leading.append(layer_cache)
-        x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache)
+        x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache, intervention)
         with jax.named_scope("head"):
             logits_BSV = linear(self.final_norm(x_BSD), self.head_VD).astype(jnp.float32)
             logits_BSV = constrain(logits_BSV, "BSV")
@@ -150,14 +164,19 @@ class Transformer(nnx.Module):
         return Output(logits_BSV, report, cache)
 
     def _scan(
-        self, x_BSD: jax.Array, every: _EveryLayer, inputs: ModelInputs, cache: Cache | None
-    ) -> tuple[jax.Array, RouterStats | None, Any]:
+        self,
+        x_BSD: jax.Array,
+        every: _EveryLayer,
+        inputs: ModelInputs,
+        cache: Cache | None,
+        intervention: Intervention,
+    ) -> tuple[jax.Array, LayerReport | None, Any]:
         """The stacked layers: one program, whatever their number."""
         graph, params = nnx.split(self.layers)
 
         def layer(x_BSD, scanned):
             params, one = scanned
-            x_BSD, report, cache = nnx.merge(graph, params)(x_BSD, every, one)
+            x_BSD, report, cache = nnx.merge(graph, params)(x_BSD, every, one, intervention)
             return x_BSD, (report, cache)
 
         if (policy := remat.get(self.config.remat).policy) is not None:

@@ -12,8 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe.report import RouterStats
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.report import LayerReport
+from dsmoe_jax.moe.types import RecordedRouting
 
 if TYPE_CHECKING:  # the input pipeline takes a second to import, and counting needs none
     from dsmoe_jax.data.pipeline import Batch
@@ -38,7 +38,7 @@ class ModelInputs(NamedTuple):
     positions_BS: jax.Array | None = None
     sequence_ids_B: jax.Array | None = None
     rng: jax.Array | None = None
-    replayed: Choice | None = None
+    replayed: RecordedRouting | None = None
 
     @classmethod
     def of_batch(
@@ -58,7 +58,7 @@ class ModelInputs(NamedTuple):
             assert "replayed_gates_BLSK" in batch, "ids and gates come together"
             ids_BLSK = jnp.asarray(batch["replayed_ids_BLSK"])
             gates_BLSK = jnp.asarray(batch["replayed_gates_BLSK"])
-            replayed = Choice(ids_BLSK, gates_BLSK)
+            replayed = RecordedRouting(ids_BLSK, gates_BLSK)
         return cls(
             jnp.asarray(batch["tokens_BS"]),
             jnp.asarray(batch["segment_ids_BS"]),
@@ -116,5 +116,5 @@ class Output(NamedTuple):
     """
 
     logits_BSV: jax.Array
-    report: RouterStats | None
+    report: LayerReport | None
     cache: Cache | None

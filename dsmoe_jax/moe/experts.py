@@ -1,11 +1,23 @@
 """Third seam, expert compute: contiguous groups of rows in, rows out.
 
-Routing has decided which rows each expert serves and dispatch has sorted them by expert; a
-backend only multiplies. All backends compute the same function, `loop` is the oracle.
+Routing has decided which rows each expert serves and dispatch has sorted them by expert; a backend
+only multiplies.  All backends compute the same function; `loop` is the slow one that the others are
+tested against.
 
-Shape suffixes: N rows (token-expert assignments, sorted by expert), D hidden, F expert width,
-E experts held here.
+    run(rows_ND, group_sizes_E, weights) -> rows_ND
+
+Row blocks of `group_sizes_E` rows go to experts 0, 1, ...; rows past the last group are padding:
+whatever they hold (NaN included), their output and their gradient are exactly 0.  The weights are
+of the dtype of the rows; products are accumulated in float32.
+
+A new backend is such a function and a line in `BACKENDS`.
+
+Source: DeepSeekMoE (arXiv 2401.06066) eq. 9, the FFN of one expert; SwiGLU: 2002.05202.
+
+Shapes: N rows (assignments, sorted by expert), D hidden, F expert width, E experts held here.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,8 +26,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.hardware.platform import platform
-from dsmoe_jax.moe.kernels import blocked, native
+from dsmoe_jax.moe.kernels import blocked, native, native_serves
 
 
 class ExpertWeights(NamedTuple):
@@ -26,31 +39,8 @@ class ExpertWeights(NamedTuple):
     down_EDF: jax.Array
 
 
-def run_experts(
-    rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights, backend: str
-) -> jax.Array:
-    """Apply each expert to its contiguous group of rows: `down(silu(gate x) * up x)`.
-
-    Args:
-      rows_ND: rows sorted by expert. Rows past the last group are padding: whatever they hold
-        (NaN included), their output and their gradient are exactly 0.
-      group_sizes_E: int32, rows of each expert; their sum may be less than N.
-      weights: matrices of the E experts, of the dtype of the rows.
-      backend: a key of `BACKENDS`.
-
-    Returns:
-      rows_ND of the dtype of the input; products are accumulated in float32.
-
-    Raises:
-      ValueError: unknown backend, or one whose library is not installed.
-
-    Source: DeepSeekMoE (arXiv 2401.06066) eq. 9, the FFN of one expert; SwiGLU: 2002.05202.
-    """
-    return get_backend(backend)(rows_ND, group_sizes_E, weights)
-
-
 def loop(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """The oracle: every expert on all rows, its own rows kept. E times the work needed."""
+    """Every expert on all rows, its own rows kept: E times the work needed, and plain to see."""
     owner_N = expert_of_row(group_sizes_E, rows_ND.shape[0])
 
     def one_expert(out_ND, expert_and_weights):
@@ -111,7 +101,10 @@ def _grouped_swiglu(grouped_matmul, rows_ND, group_sizes_E, weights: ExpertWeigh
     # A kernel may skip rows past the last group, leaving whatever memory held, or multiply them.
     # So they are masked on the way into and out of each matmul: 0 * NaN is NaN in a gradient too.
     in_a_group_N1 = (jnp.arange(rows_ND.shape[0]) < group_sizes_E.sum())[:, None]
-    mask = lambda a_NX: jnp.where(in_a_group_N1, a_NX, 0)  # noqa: E731
+
+    def mask(a_NX):
+        return jnp.where(in_a_group_N1, a_NX, 0)
+
     x_ND = mask(rows_ND)
     gate_NF = mask(grouped_matmul(x_ND, weights.gate_EFD))
     up_NF = mask(grouped_matmul(x_ND, weights.up_EFD))
@@ -123,41 +116,74 @@ def _matmul_f32(x_NI: jax.Array, w_OI: jax.Array) -> jax.Array:
     return jnp.einsum("ni,oi->no", x_NI, w_OI, preferred_element_type=jnp.float32)
 
 
-BACKENDS: dict[str, Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]] = {
-    "loop": loop,
-    "blocked": blocked.run,
-    "native": native.run,
-    "ragged_dot": ragged_dot,
-    "tokamax": tokamax,
+def _tokamax_missing() -> str:
+    if find_spec("tokamax") is not None:
+        return ""
+    return (
+        "the tokamax library is not installed; pip install 'dsmoe_jax[kernels]' or choose"
+        " 'ragged_dot'"
+    )
+
+
+def _native_missing() -> str:
+    try:
+        native.library()
+    except native.NotBuilt as error:
+        return f"{error}, or choose 'blocked'"
+    return ""
+
+
+RunExperts = Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]
+
+
+class Backend(NamedTuple):
+    """A registry line.
+
+    Attributes:
+      run: the function, see the head of this file.
+      missing: why it cannot be had on this machine, "" if it can; None: it always can.
+      default_device: picks its kernel by JAX's default device, so that compiling ahead of time for
+        another one needs `jax.default_device`.
+    """
+
+    run: RunExperts
+    missing: Callable[[], str] | None = None
+    default_device: bool = False
+
+
+BACKENDS: dict[str, Backend] = {
+    "loop": Backend(loop),
+    "blocked": Backend(blocked.run),
+    "native": Backend(native.run, missing=_native_missing),
+    "ragged_dot": Backend(ragged_dot),
+    "tokamax": Backend(tokamax, missing=_tokamax_missing, default_device=True),
 }
 
 
-def get_backend(backend: str) -> Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]:
-    """The backend of that name; "auto" is the one that suits the default device.
+def check_backend(name: str) -> None:
+    """Refuses a name of `model.moe.expert_backend` that is unknown, or cannot be had here.
 
     Raises:
-      ValueError: for an unknown name, or a backend whose library (or compiler) is not installed.
+      ValueError: saying what is missing.
     """
-    if backend == "auto":
-        return _best_on_cpu if platform() == "cpu" else ragged_dot
-    if backend not in BACKENDS:
-        known = ["auto", *sorted(BACKENDS)]
-        raise ValueError(f"model.moe.expert_backend={backend!r}: must be one of {known}")
-    if backend == "tokamax" and find_spec("tokamax") is None:
-        raise ValueError(
-            "model.moe.expert_backend='tokamax': the tokamax library is not installed; "
-            "pip install 'dsmoe_jax[kernels]' or choose 'ragged_dot'"
-        )
-    if backend == "native":
-        try:
-            native.library()
-        except native.NotBuilt as error:
-            raise ValueError(
-                f"model.moe.expert_backend='native': {error}, or choose 'blocked'"
-            ) from None
-    return BACKENDS[backend]
+    key, known = "model.moe.expert_backend", ["auto", *sorted(BACKENDS)]
+    require(name in known, key, name, f"must be one of {known}")
+    missing = BACKENDS[name].missing if name in BACKENDS else None
+    if missing is not None and (reason := missing()):
+        raise ValueError(f"{key}={name!r}: {reason}")
 
 
-def _best_on_cpu(rows_ND, group_sizes_E, weights: ExpertWeights) -> jax.Array:
-    backend = native.run if native.serves("auto", rows_ND) else blocked.run
-    return backend(rows_ND, group_sizes_E, weights)
+def choose_backend(name: str, dtype: jnp.dtype) -> Backend:
+    """The backend of `model.moe.expert_backend`, for rows of a dtype.
+
+    "auto" is the one that suits the device: on a CPU `native` where it serves and else `blocked`,
+    on accelerators `ragged_dot`.
+
+    Raises:
+      ValueError: as `check_backend`.
+    """
+    check_backend(name)
+    if name == "auto":
+        on_cpu = "native" if native_serves(dtype) else "blocked"
+        name = on_cpu if platform() == "cpu" else "ragged_dot"
+    return BACKENDS[name]

@@ -2,7 +2,8 @@
 
     h_t = sum_{i <= Ks} FFN_i(u_t) + sum_{i in TopK} g_it FFN_i(u_t)
 
-(The residual of eq. 9 is added by the transformer block.)
+(The residual of eq. 9 is added by the transformer block.)  `reference` has the same as one dense
+loop; `routed` composes dispatch, experts and combine.
 
 Shapes: B sequences, S their length, T = B*S tokens, D hidden, F expert width, E routed experts,
 K activated per token.
@@ -10,196 +11,238 @@ K activated per token.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import ModelConfig, MoEConfig
-from dsmoe_jax.moe import dispatch, dropping, experts, losses, routers
-from dsmoe_jax.moe.legacy import flat
-from dsmoe_jax.moe.report import RouterStats, router_stats
-from dsmoe_jax.moe.types import Choice, Drawn, RouterInputs, Routing
+from dsmoe_jax.config import DropConfig, MoEConfig
+from dsmoe_jax.moe import dispatch, dropping, experts, interventions, kernels, losses, routers
+from dsmoe_jax.moe.dropping import Sizes
+from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.moe.kernels import RowKernels
+from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs
+from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
+from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
 from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
-class RouterBias(nnx.Variable):
-    """The loss-free balance bias of each routed expert: state, but not a parameter.
-
-    The training step moves it once per optimizer step; no gradient and no weight decay does.
-    """
-
-
-class HashTable(nnx.Variable):
-    """The expert of each token id, made of token counts before the first step: never changed."""
+class RouterVariable(nnx.Variable):
+    """A variable of a router that is no parameter: see `routers.RouterState`."""
 
 
 class MoELayer(nnx.Module):
     """Shared experts beside a router, a dispatcher and routed experts.
 
     Raises:
-      ValueError: at construction, for an unknown router, dispatcher or expert backend, a router
-        that cannot serve the config, or a balance term without affinities to balance.
+      ValueError: at construction, for a name that no registry has, a router that cannot serve the
+        config, or a balance term without affinities to balance.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        moe = flat(config.moe)
-        d, e, f = config.hidden_size, moe.n_routed_experts, moe.moe_intermediate_size
+    def __init__(
+        self,
+        moe: MoEConfig,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        initializer_range: float,
+        rngs: nnx.Rngs,
+    ):
+        d, e, f = hidden_size, moe.n_routed_experts, moe.moe_intermediate_size
         self.config = moe
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
-            self.shared = SwiGLU(d, moe.n_shared_experts * f, config.initializer_range, rngs=rngs)
+            self.shared = SwiGLU(d, moe.n_shared_experts * f, initializer_range, rngs=rngs)
         if not e:
             return
-        router = routers.get_router(moe)
-        dropping.check_policies(moe, scored=router.learned)
-        dispatch.check_name(moe.dispatch)
-        experts.get_backend(moe.expert_backend)
-        terms = losses.active_terms(moe)
-        for name, weight in terms.items():
-            if not router.learned or (router.balanced and name != "router_z"):
-                raise ValueError(
-                    f"model.moe.{name}_factor={weight}: the {moe.router} router has no affinities"
-                    " to balance; must be 0"
-                )
-        matrix = lambda *shape: init_matrix(rngs, shape, config.initializer_range)  # noqa: E731
+        check_layer(moe)
+        router, settings = routers.get_router(moe)
         if router.learned:
-            self.router_ED = matrix(router.logits_per_expert * e, d)
-        if moe.bias_update_speed:
-            self.bias_E = RouterBias(jnp.zeros((e,), jnp.float32))
-        if moe.hash_table == "frequency":  # until it is filled every token goes to nobody, E
-            self.table_V = HashTable(jnp.full((config.vocab_size,), e, jnp.int32))
-        self.gate_EFD = matrix(e, f, d)
-        self.up_EFD = matrix(e, f, d)
-        self.down_EDF = matrix(e, d, f)
+            rows = router.logits_per_expert * e
+            self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
+        if router.state is not None:
+            first = router.state.first(dataclasses.replace(settings, vocab_size=vocab_size))
+            for name, values in first.items():
+                setattr(self, name, RouterVariable(values))
+        self.gate_EFD = init_matrix(rngs, (e, f, d), initializer_range)
+        self.up_EFD = init_matrix(rngs, (e, f, d), initializer_range)
+        self.down_EDF = init_matrix(rngs, (e, d, f), initializer_range)
 
     def __call__(
-        self,
-        x_BSD: jax.Array,
-        token_ids_BS: jax.Array,
-        valid_BS: jax.Array,
-        rng: jax.Array | None = None,
-        sequence_B: jax.Array | None = None,
-        replayed: Choice | None = None,
-    ) -> tuple[jax.Array, RouterStats | None]:
+        self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention = interventions.NONE
+    ) -> tuple[jax.Array, LayerReport | None]:
         """Applies the layer.
 
         Args:
           x_BSD: activations, in the compute dtype.
-          token_ids_BS: int32.
-          valid_BS: bool, False for padding.
-          rng: random key in training; None is evaluation.
-          sequence_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
-          replayed: ids_BSK and gates_BSK, for a router that replays; in evaluation whatever the
-            router they take the place of its own.
+          inputs: what the layer knows of the tokens.
+          intervention: a change to how the layer is used.
 
         Returns:
-          y_BSD, and the router's statistics (None without routed experts).
+          y_BSD, and what is reported of the batch (None without routed experts).
         """
-        moe = self.config if rng is not None else dropping.in_evaluation(self.config)
-        y_BSD, stats = None, None
-        if moe.n_routed_experts:
-            x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-            if sequence_B is None:
-                sequence_B = jnp.arange(len(x_BSD))
-            with jax.named_scope("router"):
-                if replayed is not None:
-                    replayed = Choice(*(x.reshape(-1, x.shape[-1]) for x in replayed))
-                inputs = RouterInputs(
-                    token_ids_BS.reshape(-1),
-                    valid_BS.reshape(-1),
-                    rng,
-                    replayed=replayed,
-                    sequence_B=sequence_B,
-                )
-                routing = self.route(x_TD, inputs)
-                if replayed is not None and rng is None:
-                    routing = routing._replace(ids_TK=replayed.ids, gates_TK=replayed.gates)
-            kept = nobody_computes_padding(routing, valid_BS, moe.n_routed_experts)
-            ledger, limit = dropping.ledger(kept.ids_TK, kept.ids_TK, len(x_BSD), moe), None
-            if moe.capacity_factor:
-                kept, ledger, limit = drop(kept, sequence_B, moe)
-            y_TD, exchange = self.routed(x_TD, kept, limit)
-            y_BSD = y_TD.reshape(x_BSD.shape)
-            ledger = ledger._replace(computed_E=exchange.computed_E)
-            stats = router_stats(routing, kept.ids_TK, valid_BS, ledger, exchange, moe)
-            choice = (x.reshape(*valid_BS.shape, -1) for x in (kept.ids_TK, kept.gates_TK))
-            stats = stats._replace(choice=Choice(*choice))
-            if routing.drawn_T is not None:
-                drawn_BS = Drawn(*(x_T.reshape(valid_BS.shape) for x_T in routing.drawn_T))
-                stats = stats._replace(drawn_BS=drawn_BS)
-        if moe.n_shared_experts:
-            # They wait for nothing of the above: XLA may compute them while rows are on their way.
+        chex.assert_equal_shape_prefix([x_BSD, inputs.token_ids_BS, inputs.valid_BS], 2)
+        y_BSD = report = None
+        if self.config.n_routed_experts:
+            y_BSD, report = self._routed(x_BSD, inputs, intervention)
+        if self.config.n_shared_experts and (intervention.shared_experts or y_BSD is None):
+            # They need nothing of the above: XLA may compute them while rows are on their way.
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
             y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD
         assert y_BSD is not None
-        return y_BSD, stats
+        return y_BSD, report
 
-    def route(self, x_TD: jax.Array, inputs: RouterInputs) -> Routing:
-        """The routing of activations, always in float32; the layer adds its bias to the inputs."""
-        moe = self.config
-        router = routers.get_router(moe)
-        if moe.hash_table == "frequency":
-            inputs = inputs._replace(table_V=self.table_V[...])
-        if not router.learned:
-            return router.route(None, inputs, moe)
-        x_TD = x_TD.astype(jnp.float32)
-        if moe.router_jitter and inputs.rng is not None:
-            jitter_rng, rng = jax.random.split(inputs.rng)
-            low, high = 1 - moe.router_jitter, 1 + moe.router_jitter
-            sample = functools.partial(jax.random.uniform, minval=low, maxval=high)
-            x_TD *= inputs._replace(rng=jitter_rng).draw(sample, x_TD.shape[1])
-            inputs = inputs._replace(rng=rng)
-        if moe.bias_update_speed:
-            inputs = inputs._replace(bias_E=self.bias_E[...])
-        # At highest precision: an accelerator's default would round to bfloat16.
-        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        logits = product("td,ed->te", x_TD, self.router_ED[...])
-        routing = router.route(logits, inputs, moe)
-        if routing.logits_TE is logits:  # not others, such as with noise
-            mean_D = self.router_ED[...].mean(axis=0)
-            routing = routing._replace(mean_logit_T=product("td,d->t", x_TD, mean_D))
-        return routing
-
-    def routed(
-        self, x_TD: jax.Array, routing: Routing, limit: int | None = None
-    ) -> tuple[jax.Array, dispatch.Exchange]:
-        """The routed experts' weighted sum y_TD for a given routing, and what the dispatch did.
-
-        `limit` is the most assignments of one shard of tokens on one device; None: no limit.
-        """
-        moe = self.config
-        weights = experts.ExpertWeights(self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...])
-
-        def run(rows_ND, group_sizes_E, weights):
-            with jax.named_scope("experts"):
-                return experts.run_experts(rows_ND, group_sizes_E, weights, moe.expert_backend)
-
+    def _routed(
+        self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention
+    ) -> tuple[jax.Array, LayerReport]:
+        """The routed experts' part of the output: router, dropping, experts, report."""
+        moe, valid_BS = self.config, inputs.valid_BS
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        sequence_ids_B = inputs.sequence_ids_B
+        if sequence_ids_B is None:
+            sequence_ids_B = jnp.arange(len(x_BSD))
+        row_kernels = kernels.choose_rows(moe.row_kernels, x_BSD.dtype)
+        with jax.named_scope("router"):
+            by_token = _by_token(inputs, sequence_ids_B)
+            routing, mean_logit_T = self.route(x_TD, by_token, row_kernels, intervention)
+        assigned = unassign(routing, valid_BS.reshape(-1, 1), moe.n_routed_experts)
+        drop = moe.drop if inputs.rng is not None else moe.evaluation_drop
+        k = intervention.num_experts_per_tok or moe.num_experts_per_tok
+        sizes = dropping.sizes_of(moe)._replace(k=k)
+        kept, max_kept = self._drop(assigned, sequence_ids_B, drop, sizes)
         with jax.named_scope("dispatch"):
-            return dispatch.dispatch(x_TD, routing, weights, run, moe, limit)
+            weights = experts.ExpertWeights(
+                self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            )
+            y_TD, did = routed_experts(x_TD, kept, weights, moe, row_kernels, max_kept)
+        ledger = dropping.ledger(
+            assigned.ids_TK,
+            kept.ids_TK,
+            did.computed_E,
+            len(x_BSD),
+            drop,
+            sizes,
+            row_kernels.count,
+        )
+        by_place = (a.reshape(*valid_BS.shape, -1) for a in (kept.ids_TK, kept.gates_TK))
+        report = LayerReport(
+            loss_inputs(routing, valid_BS, moe),
+            logged_sums(routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, did, moe),
+            RecordedRouting(*by_place),
+        )
+        return y_TD.reshape(x_BSD.shape), report
+
+    def route(
+        self,
+        x_TD: jax.Array,
+        inputs: RouterInputs,
+        row_kernels: RowKernels = kernels.JAX_ROWS,
+        intervention: Intervention = interventions.NONE,
+    ) -> tuple[Routing, jax.Array | None]:
+        """The routing of activations, always in float32.
+
+        Args:
+          x_TD: activations.
+          inputs: without the router's variables, which the layer adds.
+          row_kernels: in use.
+          intervention: a change to how the layer is used.
+
+        Returns:
+          The routing, and the mean of each token's logits where the routing's logits are those that
+          the layer computed (None elsewhere).
+        """
+        router, settings = routers.get_router(self.config)
+        settings = dataclasses.replace(
+            settings,
+            k=intervention.num_experts_per_tok or settings.k,
+            mask_best=intervention.mask_best,
+            top_k=row_kernels.top_k,
+        )
+        variables = {n: v for n, v in vars(self).items() if isinstance(v, RouterVariable)}
+        inputs = inputs._replace(state={name: v[...] for name, v in variables.items()})
+        logits = mean_logit_T = None
+        if router.learned:
+            x_TD = x_TD.astype(jnp.float32)
+            if self.config.router.jitter is not None and inputs.rng is not None:
+                x_TD, inputs = _jitter(x_TD, inputs, self.config.router.jitter)
+            # At highest precision: an accelerator's default would round to bfloat16.
+            product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+            logits = product("td,ed->te", x_TD, self.router_ED[...])
+            if not router.alters_logits:
+                # Asking for the logits' own mean would make XLA on CPU write them down.
+                mean_D = self.router_ED[...].mean(axis=0)
+                mean_logit_T = product("td,d->t", x_TD, mean_D)
+        routing = router.route(logits, inputs, settings)
+        if inputs.replayed is not None and inputs.rng is None:
+            ids_TK, gates_TK = inputs.replayed
+            routing = routing._replace(ids_TK=ids_TK, gates_TK=gates_TK)
+        chex.assert_equal_shape([routing.ids_TK, routing.gates_TK])
+        chex.assert_type([routing.ids_TK, routing.gates_TK], [jnp.int32, jnp.float32])
+        return routing, mean_logit_T
+
+    def _drop(
+        self,
+        routing: Routing,
+        sequence_ids_B: jax.Array,
+        drop: DropConfig | None,
+        sizes: Sizes,
+    ) -> tuple[Routing, int | None]:
+        """What the capacity leaves of a routing, and what it promises of a device's rows.
+
+        Buffers of fixed size need a promise for each shard of the mesh: there each drops by itself.
+        """
+        if drop is None:
+            return routing, None
+        name = self.config.dispatch.name
+        if not dispatch.choose_dispatcher(name, expert_devices()).drops_by_shard:
+            return dropping.drop(routing, sequence_ids_B, drop, sizes), None
+        shards = token_shards()
+        b, t = len(sequence_ids_B), len(routing.ids_TK)
+        kept = dropping.drop(routing, sequence_ids_B, drop, sizes, shards)
+        return kept, dropping.max_kept((b // shards, t // b), drop, sizes, expert_devices())
 
 
-def drop(
-    routing: Routing, sequence_B: jax.Array, config: MoEConfig
-) -> tuple[Routing, dropping.Ledger, int | None]:
-    """What the capacity factor leaves of a routing, the ledger, and the limit that it guarantees.
+def check_layer(moe: MoEConfig) -> None:
+    """Refuses what the registries do not have, or what does not fit together.
 
-    Buffers of fixed size need a limit for each shard of the mesh: there each drops for itself.
+    Raises:
+      ValueError: naming the key, the value and what would be right.
     """
-    factor, b, t = config.capacity_factor, len(sequence_B), len(routing.ids_TK)
-    if config.dispatch != "capacity":
-        return *dropping.drop(routing, sequence_B, factor, config), None
-    shards, devices = dispatch.token_shards(), dispatch.expert_devices()
-    kept, ledger = dropping.drop(routing, sequence_B, factor, config, shards)
-    return kept, ledger, dropping.most_kept((b // shards, t // b), factor, config, devices)
+    if not moe.n_routed_experts:
+        return
+    router, _ = routers.get_router(moe)
+    dropping.check_policies(moe, scored=router.learned)
+    dispatch.check_dispatcher(moe)
+    experts.check_backend(moe.expert_backend)
+    kernels.check_rows(moe.row_kernels)
+    losses.check(moe, moe.router.name, learned=router.learned, balanced=router.balanced)
 
 
-def nobody_computes_padding(routing: Routing, valid_BS: jax.Array, n_experts: int) -> Routing:
-    """Sends padding to nobody (expert E): nobody looks at what the routed experts made of it."""
-    valid_T1 = valid_BS.reshape(-1, 1)
-    return routing._replace(
-        ids_TK=jnp.where(valid_T1, routing.ids_TK, n_experts),
-        gates_TK=jnp.where(valid_T1, routing.gates_TK, 0.0),
+def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
+    """The layer's inputs with one axis of tokens."""
+    replayed = inputs.replayed
+    if replayed is not None:
+        replayed = RecordedRouting(*(a.reshape(-1, a.shape[-1]) for a in replayed))
+    return RouterInputs(
+        inputs.token_ids_BS.reshape(-1),
+        inputs.valid_BS.reshape(-1),
+        inputs.rng,
+        replayed=replayed,
+        sequence_ids_B=sequence_ids_B,
     )
+
+
+def _jitter(x_TD: jax.Array, inputs: RouterInputs, width: float) -> tuple[jax.Array, RouterInputs]:
+    """The router's input times U(1 - width, 1 + width) (2101.03961 section 2.2).
+
+    Returns the inputs with what is left of the random key.
+    """
+    assert inputs.rng is not None, "evaluation is not jittered"
+    jitter_rng, rng = jax.random.split(inputs.rng)
+    sample = functools.partial(jax.random.uniform, minval=1 - width, maxval=1 + width)
+    x_TD *= inputs._replace(rng=jitter_rng).draw(sample, x_TD.shape[1])
+    return x_TD, inputs._replace(rng=rng)

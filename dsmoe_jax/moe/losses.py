@@ -1,14 +1,14 @@
 """Balance terms: pure functions of a routing, unweighted.
 
-A new term is a function, a line in `BALANCE_TERMS` and, in `MoEConfig`, its weight `NAME_factor`,
-its `NAME_scope` and its `NAME_schedule`.
+A new term is a function and a line in `TERMS`; its weight, scope and schedule are then
+`model.moe.balance.NAME.factor`, `.scope` and `.schedule`.
 
 Every term is a sum of products f P over groups of experts.  The loads f are counted, so they have
 no gradient; the mean affinities P have.  Both are means over the valid tokens of a scope: each
 sequence by itself (the term is then the mean over the sequences), or the global batch.  Each
 balance term is exactly 1 for a uniform routing.
 
-The batch may be computed in parts (micro-batches).  What a layer reports of a term is a `Part`;
+The batch may be computed in parts (micro-batches).  A layer reports the `TermSums` of its tokens;
 the values of all parts add up to the term, and so do their gradients, because P is a sum over
 tokens.  Only f of the global batch must be known before: then it is counted in a first pass.
 
@@ -18,13 +18,16 @@ G groups of experts that a term balances (E, or the devices), L MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.config import MoEConfig, Schedule
+from dsmoe_jax.config import BalanceTerm, MoEConfig, Schedule
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.moe import SCOPES
 from dsmoe_jax.moe.types import Routing
 
 
@@ -41,7 +44,7 @@ class Factors(NamedTuple):
     affinity_TG: jax.Array
 
 
-class Part(NamedTuple):
+class TermSums(NamedTuple):
     """What a part of the batch contributes to a term; all are sums.
 
     Attributes:
@@ -54,7 +57,7 @@ class Part(NamedTuple):
     affinity_G: jax.Array | None
 
 
-class Whole(NamedTuple):
+class WholeBatch(NamedTuple):
     """What the value of a part needs to know of the whole batch.
 
     Attributes:
@@ -68,64 +71,62 @@ class Whole(NamedTuple):
     sent_LG: dict[str, jax.Array] | None = None
 
 
-def expert_balance(routing: Routing, config: MoEConfig) -> Factors:
+class Devices(NamedTuple):
+    """How the experts lie on devices: D equal groups, of which a token may use `limit`."""
+
+    n: int
+    limit: int
+
+
+def expert_balance(routing: Routing, devices: Devices) -> Factors:
     """Expert-level balance loss `sum_i f_i P_i` (V1 eqs. 12-14).
 
     f_i = E / (K T) * #{tokens that select i}, P_i = mean_t s_it.
     """
-    del config
+    del devices
     chosen_TE = _chosen(routing)
-    e, k = chosen_TE.shape[1], routing.ids_TK.shape[1]
-    return Factors(chosen_TE * (e / k), _affinity(routing))
+    scale = chosen_TE.shape[1] / routing.ids_TK.shape[1]
+    return Factors(chosen_TE * scale, _affinity(routing))
 
 
-def sequence_balance(routing: Routing, config: MoEConfig) -> Factors:
-    """Complementary sequence-wise loss: the expert loss of each sequence (V3 eqs. 17-20).
-
-    As `expert_balance`, but its scope is always the sequence: so that the one may count load over
-    the batch and the other over a sequence.
-    """
-    return expert_balance(routing, config)
-
-
-def switch_balance(routing: Routing, config: MoEConfig) -> Factors:
+def switch_balance(routing: Routing, devices: Devices) -> Factors:
     """Switch's load balancing loss `E sum_i f_i P_i` (2101.03961 eqs. 4-6).
 
     f_i is the share of the tokens whose first choice is i (for K > 1, GShard's l_aux times E).
     """
-    del config
+    del devices
     affinity_TE = _affinity(routing)
     e = affinity_TE.shape[1]
     return Factors(jax.nn.one_hot(routing.ids_TK[:, 0], e) * e, affinity_TE)
 
 
-def device_balance(routing: Routing, config: MoEConfig) -> Factors:
+def device_balance(routing: Routing, devices: Devices) -> Factors:
     """Device-level balance loss `sum_d f'_d P'_d` (V1 eqs. 15-17).
 
     f'_d is the mean of f_i over the experts of device d, P'_d the sum of their P_i.
     """
-    d, k = config.expert_groups, routing.ids_TK.shape[1]
-    sent_TG = _by_device(_chosen(routing), d).sum(axis=-1)
-    return Factors(sent_TG * (d / k), _by_device(_affinity(routing), d).sum(axis=-1))
+    scale = devices.n / routing.ids_TK.shape[1]
+    sent_TG = _by_device(_chosen(routing), devices).sum(axis=-1)
+    return Factors(sent_TG * scale, _by_device(_affinity(routing), devices).sum(axis=-1))
 
 
-def communication_balance(routing: Routing, config: MoEConfig) -> Factors:
+def communication_balance(routing: Routing, devices: Devices) -> Factors:
     """Communication balance loss `sum_d f''_d P''_d` (V2 eqs. 29-31).
 
     f''_d = D / (M T) * #{tokens that are sent to device d}: a token with three experts on a device
     travels there once.  M devices at most are reached by a token (`topk_group`, or K if fewer).
     """
-    d, m = config.expert_groups, min(config.topk_group, routing.ids_TK.shape[1])
-    sent_TG = _by_device(_chosen(routing), d).max(axis=-1)
-    return Factors(sent_TG * (d / m), _by_device(_affinity(routing), d).sum(axis=-1))
+    scale = devices.n / min(devices.limit, routing.ids_TK.shape[1])
+    sent_TG = _by_device(_chosen(routing), devices).max(axis=-1)
+    return Factors(sent_TG * scale, _by_device(_affinity(routing), devices).sum(axis=-1))
 
 
-def router_z(routing: Routing, config: MoEConfig) -> Factors:
+def router_z(routing: Routing, devices: Devices) -> Factors:
     """Router z-loss `mean_t (log sum_i exp logits_ti)^2`, which keeps logits small (ST-MoE eq. 5).
 
     There is nothing to count: it is a mean over tokens, or of the sequences' means.
     """
-    del config
+    del devices
     assert routing.logits_TE is not None, "the router has no logits"
     return Factors(None, jnp.square(jax.nn.logsumexp(routing.logits_TE, axis=-1))[:, None])
 
@@ -140,59 +141,137 @@ def _chosen(routing: Routing) -> jax.Array:
     return jax.nn.one_hot(routing.ids_TK, _affinity(routing).shape[1]).sum(axis=1)
 
 
-def _by_device(x_TE: jax.Array, devices: int) -> jax.Array:
-    """The experts in equal groups: (T, devices, experts of a device)."""
-    return x_TE.reshape(x_TE.shape[0], devices, -1)
+def _by_device(x_TE: jax.Array, devices: Devices) -> jax.Array:
+    """The experts in equal groups: (T, D, experts of a device)."""
+    return x_TE.reshape(x_TE.shape[0], devices.n, -1)
 
 
-BALANCE_TERMS: dict[str, Callable[[Routing, MoEConfig], Factors]] = {
-    "expert_balance": expert_balance,
-    "device_balance": device_balance,
-    "communication_balance": communication_balance,
-    "sequence_balance": sequence_balance,
-    "switch_balance": switch_balance,
-    "router_z": router_z,
+def _has_devices(term: BalanceTerm, moe: MoEConfig, key: str) -> None:
+    """Refuses a device term on one device."""
+    want = "there is nothing to balance on one device; model.moe.expert_groups must be > 1"
+    require(moe.expert_groups > 1, f"{key}.factor", term.factor, want)
+
+
+def _devices_are_groups(term: BalanceTerm, moe: MoEConfig, key: str) -> None:
+    """Refuses a communication term whose devices are not the groups that limit a token."""
+    require(
+        moe.expert_groups == moe.router.n_group,
+        f"{key}.factor",
+        term.factor,
+        "counts the devices that a token is sent to, at most topk_group (V2 eq. 29):"
+        f" expert_groups={moe.expert_groups} must equal n_group={moe.router.n_group}",
+    )
+
+
+class Term(NamedTuple):
+    """A registry line: the function, and all that others must know of it.
+
+    Attributes:
+      factors: `(routing, devices) -> Factors`.
+      counts_load: f is counted, so that the scope `global_batch` needs all micro-batches' loads.
+      balances: pulls at the load, so it is refused for a router whose load is even anyway.
+      scopes: that it may be taken over.
+      check: `(term, moe, key)`, refuses configs that it is not for; None: it is for all.
+    """
+
+    factors: Callable[[Routing, Devices], Factors]
+    counts_load: bool = True
+    balances: bool = True
+    scopes: tuple[str, ...] = SCOPES
+    check: Callable[[BalanceTerm, MoEConfig, str], None] | None = None
+
+
+TERMS: dict[str, Term] = {
+    "expert": Term(expert_balance),
+    "device": Term(device_balance, check=_has_devices),
+    "communication": Term(communication_balance, check=_devices_are_groups),
+    # V3's complementary loss (eqs. 17-20): the expert loss of each sequence, so that the one may
+    # count load over the batch and the other over a sequence.
+    "sequence": Term(expert_balance, scopes=("sequence",)),
+    "switch": Term(switch_balance),
+    "router_z": Term(router_z, counts_load=False, balances=False),
 }
 
 
-def scope(name: str, config: MoEConfig) -> str:
-    """The tokens over which a term is taken: "sequence" or "global_batch"."""
-    return "sequence" if name == "sequence_balance" else getattr(config, f"{name}_scope")
+def check(moe: MoEConfig, router_name: str, *, learned: bool, balanced: bool) -> None:
+    """Refuses balance terms that there are not, or that the router gives nothing to balance.
+
+    Args:
+      moe: config of the layer.
+      router_name: of its router.
+      learned: whether the router has affinities.
+      balanced: whether its load is even by construction.
+
+    Raises:
+      ValueError: naming the term.
+    """
+    for name, term in moe.balance.items():
+        key = f"model.moe.balance.{name}"
+        if name not in TERMS:
+            close = difflib.get_close_matches(name, TERMS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the terms are {', '.join(TERMS)}"
+            raise ValueError(f"{key}.factor={term.factor!r}: no such balance term; {hint}")
+        line = TERMS[name]
+        require(
+            learned and not (balanced and line.balances),
+            f"{key}.factor",
+            term.factor,
+            f"the {router_name} router has no affinities to balance; must be {key}=None",
+        )
+        scopes = line.scopes
+        require(term.scope in scopes, f"{key}.scope", term.scope, f"must be one of {scopes}")
+        if line.check is not None:
+            line.check(term, moe, key)
 
 
-def part(name: str, routing: Routing, valid_BS: jax.Array, config: MoEConfig) -> Part:
+def sums(
+    name: str, routing: Routing, valid_BS: jax.Array, scope: str, devices: Devices
+) -> TermSums:
     """What these tokens contribute to a term.
 
     Args:
       name: of the term.
       routing: with affinities, of the T tokens.
       valid_BS: bool, False for padding, which counts nowhere.
-      config: of the layer.
+      scope: "sequence" or "global_batch".
+      devices: of the layer.
     """
     b, s = valid_BS.shape
     valid_BS1 = valid_BS.reshape(b, s, 1).astype(jnp.float32)
-    sums = lambda x_TG: (x_TG.reshape(b, s, -1) * valid_BS1).sum(axis=1)  # noqa: E731
-    sent_TG, affinity_TG = BALANCE_TERMS[name](routing, config)
-    sent_BG = None if sent_TG is None else jax.lax.stop_gradient(sums(sent_TG))
-    affinity_BG = sums(affinity_TG)
-    if scope(name, config) == "global_batch":
+
+    def by_sequence(x_TG: jax.Array) -> jax.Array:
+        return (x_TG.reshape(b, s, -1) * valid_BS1).sum(axis=1)
+
+    sent_TG, affinity_TG = TERMS[name].factors(routing, devices)
+    sent_BG = None if sent_TG is None else jax.lax.stop_gradient(by_sequence(sent_TG))
+    affinity_BG = by_sequence(affinity_TG)
+    if scope == "global_batch":
         sent_G = None if sent_BG is None else sent_BG.sum(axis=0)
-        return Part(None, sent_G, affinity_BG.sum(axis=0))
+        return TermSums(None, sent_G, affinity_BG.sum(axis=0))
     tokens_B1 = jnp.maximum(valid_BS1.sum(axis=1), 1.0)  # a sequence of padding gives 0
     f_BG = 1.0 if sent_BG is None else sent_BG / tokens_B1
-    return Part((f_BG * affinity_BG / tokens_B1).sum(), None, None)
+    return TermSums((f_BG * affinity_BG / tokens_B1).sum(), None, None)
 
 
-def whole(valid_BS: jax.Array, sent_LG: dict[str, jax.Array] | None = None) -> Whole:
-    """The `Whole` of a batch; `sent_LG` if it is computed in parts."""
-    return Whole(
+def layer_sums(routing: Routing, valid_BS: jax.Array, moe: MoEConfig) -> dict[str, TermSums]:
+    """What these tokens contribute to each term of a layer, by name."""
+    devices = Devices(moe.expert_groups, moe.router.topk_group)
+    return {
+        name: sums(name, routing, valid_BS, term.scope, devices)
+        for name, term in in_order(moe.balance).items()
+    }
+
+
+def whole_batch(valid_BS: jax.Array, sent_LG: dict[str, jax.Array] | None = None) -> WholeBatch:
+    """The `WholeBatch` of a batch; `sent_LG` if it is computed in parts."""
+    return WholeBatch(
         jnp.maximum(valid_BS.any(axis=1).sum(dtype=jnp.float32), 1.0),
         jnp.maximum(valid_BS.sum(dtype=jnp.float32), 1.0),
         sent_LG,
     )
 
 
-def value(name: str, part: Part, whole: Whole) -> jax.Array:
+def value(name: str, part: TermSums, whole: WholeBatch) -> jax.Array:
     """The share that a part has in a term's value; the shares of all parts add up to the term.
 
     Any leading (layer) axis of the part is kept.
@@ -207,36 +286,33 @@ def value(name: str, part: Part, whole: Whole) -> jax.Array:
     return (f_G * part.affinity_G / whole.tokens).sum(axis=-1)
 
 
-def term(name: str, routing: Routing, valid_BS: jax.Array, config: MoEConfig) -> jax.Array:
-    """The value of a term over a whole batch, float32 scalar."""
-    return value(name, part(name, routing, valid_BS, config), whole(valid_BS))
+def in_order(balance: Mapping[str, BalanceTerm]) -> dict[str, BalanceTerm]:
+    """The terms of a config as `TERMS` orders them.
+
+    They are added up in this order, so that the sum does not depend on how a config was written.
+    """
+    return {name: balance[name] for name in TERMS if name in balance}
 
 
-def active_terms(config: MoEConfig) -> dict[str, float]:
-    """The weight of every term that the config turns on."""
-    weights = {name: getattr(config, f"{name}_factor") for name in BALANCE_TERMS}
-    return {name: weight for name, weight in weights.items() if weight != 0.0}
-
-
-def counted_terms(config: MoEConfig) -> list[str]:
-    """The active terms whose loads are counted over the global batch."""
+def counted_over_batch(balance: Mapping[str, BalanceTerm]) -> list[str]:
+    """The terms whose loads are counted over the global batch."""
     return [
         name
-        for name in active_terms(config)
-        if scope(name, config) == "global_batch" and name != "router_z"
+        for name, term in in_order(balance).items()
+        if term.scope == "global_batch" and TERMS[name].counts_load
     ]
 
 
-def weights_at(config: MoEConfig, share: jax.Array) -> dict[str, jax.Array]:
-    """The weights of the active terms after a share of the run's steps: factor times schedule."""
+def weights_at(balance: Mapping[str, BalanceTerm], share: jax.Array) -> dict[str, jax.Array]:
+    """The weights of the terms after a share of the run's steps: factor times schedule."""
     return {
-        name: factor * _multiple(getattr(config, f"{name}_schedule"), share)
-        for name, factor in active_terms(config).items()
+        name: term.factor * _multiple(term.schedule, share)
+        for name, term in in_order(balance).items()
     }
 
 
-def _multiple(schedule: Schedule, share: jax.Array) -> jax.Array:
-    if not schedule:
+def _multiple(schedule: Schedule | None, share: jax.Array) -> jax.Array:
+    if schedule is None:
         return jnp.float32(1.0)
     shares, multiples = zip(*schedule, strict=True)
     multiples = multiples[0], *multiples, multiples[-1]  # constant outside, a jump counts at once

@@ -1,8 +1,8 @@
-"""Several processes that train one model: how they meet, and the few things they agree on.
+"""Several processes that train one model: how they connect, and the decisions they share.
 
 Every process runs the same program.  The first one alone writes what is not an array (metrics,
-config, progress line); a decision that depends on a file or a signal is made by one and told to
-all, because a process that goes another way leaves the others waiting.
+config, progress line).  A decision that depends on a file or a signal is made by one process and
+sent to all, because a process that takes another branch leaves the others waiting in a collective.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
 
-# A process that is not heard of for so long is taken for dead, and the others end.
-HEARTBEAT_SECONDS = 30
-SHUTDOWN_SECONDS = 20  # how long one that ends waits for the others to end too
+HEARTBEAT_SECONDS = 30  # without a sign of life a process is taken for dead, and the others end
+SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others to end too
 
 
 def join(
@@ -32,11 +31,12 @@ def join(
     process_id: int | None = None,
     distributed: bool | None = None,
 ) -> None:
-    """Meets the other processes of the run; call it before anything else of JAX.
+    """Connects to the other processes of the run; call it before anything else of JAX.
 
     Args:
       coordinator_address: HOST:PORT of the first process; with it the next two must be given.
-      num_processes, process_id: how many there are, and which one this is.
+      num_processes: of the run.
+      process_id: the number of this one, from 0.
       distributed: True where only JAX can tell (a TPU pod); None looks at the environment.
 
     Raises:
@@ -88,34 +88,36 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Does something on the first process; all get what it returns (JSON).
+    """Runs `action` on the first process and sends what it returns (JSON) to all.
 
     Raises:
       ValueError: on all, if it raised a ValueError or an OSError.
     """
     if jax.process_count() == 1:
         return action()
-    told, raised = None, None
+    outcome = None
+    raised = None
     if is_first():
         try:
-            told = {"value": action()}
+            outcome = {"value": action()}
         except (ValueError, OSError) as error:
-            raised, told = error, {"error": str(error)}
-    told = gather(told)[0]
-    if "error" in told:
-        raise ValueError(told["error"]) from raised
-    return told["value"]
+            raised = error
+            outcome = {"error": str(error)}
+    outcome = gather(outcome)[0]
+    if "error" in outcome:
+        raise ValueError(outcome["error"]) from raised
+    return outcome["value"]
 
 
 def first_then_all(action: Callable[[], Any]) -> Any:
-    """Does something on the first process, and then, where it is easy by now, on the others."""
+    """Runs `action` on the first process, then on the others, which find its files finished."""
     results: list[Any] = []
     on_first(lambda: results.append(action()))
     return results[0] if results else action()
 
 
 def require_same_config(config: Config) -> None:
-    """Ends all processes if one was given another config.
+    """Refuses a run whose processes were given different configs.
 
     Raises:
       ValueError: on all of them, with the keys and values that differ.
@@ -131,10 +133,10 @@ def require_same_config(config: Config) -> None:
 
 
 def require_same(key: str, value: str) -> None:
-    """Ends all processes if they do not see the same.
+    """Refuses a run whose processes see different values of `key`.
 
     Raises:
-      ValueError: on all of them.
+      ValueError: on all of them, with both values.
     """
     values = gather(value)
     for process, other in enumerate(values):
@@ -144,10 +146,10 @@ def require_same(key: str, value: str) -> None:
 
 @contextlib.contextmanager
 def one_line_if_another_ends() -> Iterator[None]:
-    """Says in one line that a process of the run has died; its place in an exchange stays empty.
+    """Turns JAX's error, when another process of the run has died, into one line.
 
     Raises:
-      OSError: instead of JAX's error.
+      OSError: instead of `JaxRuntimeError`.
     """
     try:
         yield
@@ -162,10 +164,10 @@ def one_line_if_another_ends() -> Iterator[None]:
 
 
 class Vote:
-    """A number of each process, the largest of which all learn, with the metrics of a step.
+    """The largest of one number a process (such as a signal's), as an array on the devices.
 
-    It is computed on the devices in line with the steps, so that nobody waits for it, and all learn
-    it at the same step.
+    It is computed in line with the steps and fetched with a step's metrics: no process waits for
+    it, and all of them act on it at the same step.
     """
 
     def __init__(self, mesh: Mesh):
@@ -176,6 +178,10 @@ class Vote:
         """The largest of all; with a single process its own."""
         if jax.process_count() == 1:
             return value
-        mine = lambda _: np.full(1, value, np.int32)  # noqa: E731
-        shape = (self._one_a_device.num_devices,)
-        return self._largest(jax.make_array_from_callback(shape, self._one_a_device, mine))
+        return self._largest(
+            jax.make_array_from_callback(
+                (self._one_a_device.num_devices,),
+                self._one_a_device,
+                lambda _: np.full(1, value, np.int32),  # the same on all devices of this process
+            )
+        )

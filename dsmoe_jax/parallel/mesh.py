@@ -5,9 +5,9 @@ fsdp     like data, but parameters and moments are split too, and gathered layer
 expert   the routed experts are split; outside MoE layers these devices act like `fsdp`
 tensor   heads, widths and the vocabulary are split: neighbours work on the same tokens
 
-The mesh is ambient: training, evaluation and generation run under `jax.set_mesh(mesh)`, and what
-needs it (sharding.py, the dispatchers) asks JAX.  No module is handed one; without one everything
-runs on one device.
+The mesh is ambient: training, evaluation and generation run under `jax.set_mesh(mesh)`, and
+sharding.py and the dispatchers ask JAX for it.  No module takes one as an argument; without one
+everything runs on one device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh
 
 from dsmoe_jax.config.mesh import AXES, MeshConfig
 
-BATCH_AXES = ("data", "fsdp", "expert")  # what the sequences of a batch are split over
+BATCH_AXES = ("data", "fsdp", "expert")  # the sequences of a batch are split over these
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -32,10 +32,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     Args:
       config: the section `mesh`.
-      devices: None is all devices of all processes.
+      devices: None takes all devices of all processes.
 
     Raises:
-      ValueError: if the devices cannot be arranged so.
+      ValueError: if the axes' sizes do not make up the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))

@@ -1,4 +1,4 @@
-"""Which dimension of which array is split over which axes of the mesh: one table.
+"""The sharding of every array, by one table: which dimension is split over which mesh axes.
 
 Every parameter says its logical axes in its name: `down_EDF` has the axes E, D and F.  `LOGICAL`
 maps each letter to mesh axes.  An axis of the mesh splits an array once, and the letter that comes
@@ -25,12 +25,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsmoe_jax.config.checks import require
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 
 
 class LogicalAxis(NamedTuple):
-    """What a letter stands for, and the mesh axes that split it (outermost first)."""
+    """A letter's meaning, and the mesh axes that split it, outermost first."""
 
     meaning: str
     axes: tuple[str, ...] = ()
@@ -73,7 +72,7 @@ def spec(letters: str) -> P:
 
 
 def axes_of(path: tuple, shape: tuple[int, ...]) -> str:
-    """The logical axes of a state's array, from the name in its path: ("moe", "gate_EFD").
+    """The logical axes of an array of the state, from its path: ("moe", "gate_EFD") has E, F, D.
 
     The parameters of stacked layers have a leading layer axis, L, which their names leave out.
 
@@ -117,12 +116,11 @@ def shardings(tree: Any) -> Any:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return None
-    is_spec = lambda x: isinstance(x, P)  # noqa: E731
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree), is_leaf=is_spec)
+    return jax.tree.map(lambda partition: NamedSharding(mesh, partition), specs(tree))
 
 
 def whole() -> NamedSharding | None:
-    """The sharding of what every device has all of (metrics); None if there is no mesh."""
+    """The sharding of arrays that every device has whole (metrics); None if there is no mesh."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else NamedSharding(mesh, P())
 
@@ -132,7 +130,7 @@ def check(tree: Any, sizes: Mapping[str, int]) -> None:
 
     Args:
       tree: arrays or their shapes.
-      sizes: of the mesh's axes.
+      sizes: those of the mesh's axes, by name.
 
     Raises:
       ValueError: naming the axis, and the number that it would have to divide.
@@ -142,17 +140,16 @@ def check(tree: Any, sizes: Mapping[str, int]) -> None:
         if _is_vector(letters):
             continue
         for letter, length, axes in zip(letters, x.shape, split(letters), strict=True):
-            n_shards = math.prod(sizes[axis] for axis in axes)
-            if length % n_shards:
-                used = [axis for axis in axes if sizes[axis] > 1]
-                together = "" if len(used) == 1 else f" ({' x '.join(used)} = {n_shards})"
-                name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-                require(
-                    False,
-                    f"mesh.{used[-1]}",
-                    sizes[used[-1]],
-                    f"must divide{together} the {LOGICAL[letter].meaning} {length} of {name}",
-                )
+            used = [axis for axis in axes if sizes[axis] > 1]
+            n_shards = math.prod(sizes[axis] for axis in used)
+            if length % n_shards == 0:
+                continue
+            together = "" if len(used) == 1 else f" ({' x '.join(used)} = {n_shards})"
+            name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+            raise ValueError(
+                f"mesh.{used[-1]}={sizes[used[-1]]}: must divide{together} the"
+                f" {LOGICAL[letter].meaning} {length} of {name}"
+            )
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
@@ -185,7 +182,7 @@ def gathered(weight: jax.Array, letters: str) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """That of arrays whose first axis is the sequences of a batch."""
+    """The sharding of arrays whose first axis is the sequences of a batch."""
     return NamedSharding(mesh, spec("B"))
 
 

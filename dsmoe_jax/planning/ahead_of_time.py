@@ -1,7 +1,7 @@
-"""Compiles the train step for a TPU slice that is not there, and says what it needs.
+"""Compiles the train step for a TPU slice without a TPU, and says what it takes of each chip.
 
-The program is the one that `dsmoe_jax.train` runs: forward, backward, optimizer, dispatch.  Only
-its arrays are missing: shapes with shardings on the devices of the slice's description.
+The program is the one that training runs: forward, backward, optimizer, dispatch.  Only its arrays
+are missing: it is lowered with shapes, sharded over the described devices.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
 from dsmoe_jax.model import remat, size
+from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import hlo, planner
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.step import TrainState, abstract_state, jit_train_step
 
-_COMPUTE = 2  # bytes: what is computed with is bfloat16
-# Float32: parameter and two moments read and written, gradient written and read.
+_COMPUTE = 2  # bytes: the model computes in bfloat16
+# Bytes of float32 a parameter: it and two moments read and written, the gradient written and read.
 _STATE_TRAFFIC = 32
-# libtpu wants to know what machine it is on, complains if it finds none, and lets one process use
-# its TPUs, of which there are none.
+# libtpu asks which machine it is on, complains where there is none, and lets only one process use
+# its TPUs.
 _NO_TPU_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# What the compiler says early, of temporaries alone, and what it says at the end.
+# The compiler's messages: an early one, about temporaries alone, and the one at the end.
 _OUT_OF_MEMORY = re.compile(
     r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w) hbm"
 )
@@ -50,17 +51,19 @@ _OUT_OF_MEMORY = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that a step takes a chip at least, for each of its three resources.
+    """Lower bounds of the seconds that a step takes a chip, one for each resource.
 
-    compute  the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included
-    memory   at least: the state once, gradients once a micro-batch, the weights once a pass
-    network  what the program's collectives bring, at the bandwidth of all links together
+    Attributes:
+      compute: the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included.
+      memory: the state once, gradients once a micro-batch, the weights once a pass.
+      network: bytes of the program's collectives at the bandwidth of all links together.
+      model_compute: the part of `compute` that MFU counts.
     """
 
     compute: float
     memory: float
     network: float
-    model_compute: float  # the part of `compute` that MFU counts
+    model_compute: float
 
     @property
     def overlapped(self) -> float:
@@ -80,19 +83,20 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What the compiler says of a train step.
+    """A train step as compiled.
 
     Attributes:
-      config: as compiled.
-      topology, chip, chips: of the slice.
+      config: with the mesh and the number of micro-batches that were used.
+      topology: of the slice, CHIP:AxB; chip: its first part; chips: how many.
       sizes: of the mesh's axes.
       planned: whether the planner chose them.
       memory: GB of one chip by category; they add up to what the program allocates.
       gradients: GB of one chip's part of the gradients, float32, if they are all there at once.
       flops: of a step, by our accounting.
       collectives: GB that a chip receives in a step, by kind.
-      overlap: of exchange and computation.
-      seconds: that lowering and compiling took.
+      overlap: of exchanges and computation.
+      roofline: lower bounds of its time.
+      seconds: of lowering and compiling.
     """
 
     config: Config
@@ -116,10 +120,10 @@ class Proof:
 
 
 def slice_devices(topology: str) -> tuple[str, list[Any]]:
-    """The chip's name and the devices of a TPU slice, `CHIP:AxB` or `CHIP:AxBxC`, without a TPU.
+    """The chip's name and the devices of a TPU slice, `CHIP:AxB` or `CHIP:AxBxC`.
 
     Raises:
-      ValueError: for what is no slice, or if libtpu is missing.
+      ValueError: for a slice that does not exist, or if libtpu is missing.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
     if match is None or match[1] not in TPUS:
@@ -133,21 +137,21 @@ def slice_devices(topology: str) -> tuple[str, list[Any]]:
             " no TPU: pip install 'dsmoe_jax[tpu]'"
         )
     os.environ.update(_NO_TPU_MACHINE)
-    # The two cores of a v4 work as one device; otherwise the description has both.
-    cores = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **CHIPS[match[1]].description
+        )
     except Exception as error:
         raise ValueError(f"--topology={topology}: no such slice: {_line(error)}") from None
     return match[1], list(found.devices)
 
 
 def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh, bool]:
-    """The mesh of a config, or the planner's if the config leaves it open.
+    """The mesh of a config, or the planner's where the config has the default mesh.
 
     Returns:
-      The config, with the mesh and the number of micro-batches that are used; the mesh; whether
-      the planner chose them.
+      The config with the mesh and the number of micro-batches that are used; the mesh; whether the
+      planner chose them.
 
     Raises:
       ValueError: if the mesh does not divide devices, model or batch, or if no mesh fits.
@@ -169,11 +173,12 @@ def prove(config: Config, topology: str) -> Proof:
     chip, devices = slice_devices(topology)
     config, mesh, planned = lay_out(config, chip, devices)
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(config), abstract_batch(config, mesh)
+        state = abstract_state(config)
+        batch = abstract_batch(config, mesh)
         step: Any = jit_train_step(config, np.ones(config.model.vocab_size, np.int32))
         start = time.perf_counter()
         kernels = contextlib.nullcontext()
-        if config.model.moe.expert_backend == "tokamax":  # picks its kernels by this
+        if _default_device_counts(config.model.moe.expert_backend):
             kernels = jax.default_device(devices[0])
         with kernels:
             lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
@@ -199,21 +204,27 @@ def prove(config: Config, topology: str) -> Proof:
     )
 
 
+def _default_device_counts(backend: str) -> bool:
+    """Whether an expert backend picks its kernels by JAX's default device."""
+    return backend in BACKENDS and BACKENDS[backend].default_device
+
+
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """The shapes of a global batch with their shardings."""
     shape = (config.train.global_batch_size, config.data.sequence_length)
     split = sharding.batch_sharding(mesh)
-    array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=split)  # noqa: E731
+    ids_BS: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    mask_BS: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return Batch(
-        tokens_BS=array(jnp.int32),
-        targets_BS=array(jnp.int32),
-        segment_ids_BS=array(jnp.int32),
-        positions_BS=array(jnp.int32),
-        loss_mask_BS=array(jnp.float32),
+        tokens_BS=ids_BS,
+        targets_BS=ids_BS,
+        segment_ids_BS=ids_BS,
+        positions_BS=ids_BS,
+        loss_mask_BS=mask_BS,
     )
 
 
-def _compile(lowered: Any, what: str, config: Config, sizes: dict[str, int]) -> Any:
+def _compile(lowered: Any, name: str, config: Config, sizes: dict[str, int]) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -221,57 +232,69 @@ def _compile(lowered: Any, what: str, config: Config, sizes: dict[str, int]) -> 
         if found is None:
             raise
         used, hbm = (group for group in found.groups() if group)
-        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         raise ValueError(
-            f"{what}: does not fit: the step needs {used}iB of the {hbm}iB of a chip, on the"
-            f" mesh {shape or 'of one chip'} with {config.train.accumulation_steps} micro-batches"
+            f"{name}: does not fit: the step needs {used}iB of the {hbm}iB of a chip, on the"
+            f" mesh {planner.shape(sizes)} with {config.train.accumulation_steps} micro-batches"
             " (train.accumulation_steps); take more of them, another mesh, or more chips"
         ) from None
 
 
 def local_bytes(tree: Any) -> int:
     """Bytes of one chip's shards of all arrays of a tree."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    total = 0
+    for x in jax.tree.leaves(tree):
+        total += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return total
 
 
 def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]:
-    """GB of one chip: what we know of the arguments, and what the compiler adds."""
-    known = {
+    """GB of one chip by category: the arguments by their shapes, the rest as compiled."""
+    arguments = {
         "parameters": local_bytes(state.params),
         "moments": local_bytes(state.opt_state),
         "batch": local_bytes(batch) + local_bytes((state.step, state.other)),
     }
     categories = {
-        **known,
-        "padding of the above": allocated.argument_size_in_bytes - sum(known.values()),
+        **arguments,
+        "padding of the above": allocated.argument_size_in_bytes - sum(arguments.values()),
         "gradients and temporaries": allocated.temp_size_in_bytes,
         "metrics": allocated.output_size_in_bytes - allocated.alias_size_in_bytes,
         "program": allocated.generated_code_size_in_bytes,
     }
-    return {name: size / 1e9 for name, size in categories.items()}
+    return {name: n_bytes / 1e9 for name, n_bytes in categories.items()}
 
 
-def roofline(config: Config, params: Any, mesh: Mesh, chip: Chip, received_gb: float) -> Roofline:
-    """The bounds of a step, see `Roofline`; of what a chip receives in one, `received_gb`."""
-    tokens, n_micro = config.tokens_per_step / mesh.size, config.train.accumulation_steps
+def roofline(
+    config: Config, params: Any, mesh: Mesh | AbstractMesh, chip: Chip, received_gb: float
+) -> Roofline:
+    """The bounds of a step in which a chip receives `received_gb`."""
+    tokens = config.tokens_per_step / mesh.size
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
-    again = remat.get(config.model.remat).whole_layers
-    passes = 3 if again else 2  # forward, again, backward
-    local, in_use = local_bytes(params) / 4, 0.0
-    for path, x in jax.tree.leaves_with_path(params):
-        letters = sharding.axes_of(path, x.shape)
-        axes = {axis for axes in sharding.split(letters) for axis in axes}
-        axes &= {"tensor", "expert" if "E" in letters else "tensor"}  # FSDP gathers from the rest
-        in_use += x.size / math.prod(mesh.shape[axis] for axis in axes)
-    moved = _STATE_TRAFFIC * local + n_micro * (8 * local + passes * _COMPUTE * in_use)
+    passes = 2  # forward and backward
+    recomputed = 1.0
+    if remat.get(config.model.remat).whole_layers:
+        passes = 3
+        recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
+    local = local_bytes(params) / 4
+    per_micro_batch = 8 * local + passes * _COMPUTE * _in_use(params, mesh)
+    moved = _STATE_TRAFFIC * local + config.train.accumulation_steps * per_micro_batch
     return Roofline(
-        compute=model_compute * (4 / 3 if again else 1),
+        compute=model_compute * recomputed,
         memory=moved / chip.hbm_bandwidth,
         network=received_gb * 1e9 / chip.link_bandwidth,
         model_compute=model_compute,
     )
+
+
+def _in_use(params: Any, mesh: Mesh | AbstractMesh) -> float:
+    """Elements of the weights that one chip computes with, when FSDP has gathered them."""
+    total = 0.0
+    for path, x in jax.tree.leaves_with_path(params):
+        letters = sharding.axes_of(path, x.shape)
+        axes = {axis for axes in sharding.split(letters) for axis in axes}
+        axes &= {"tensor", "expert" if "E" in letters else "tensor"}  # FSDP gathers from the rest
+        total += x.size / math.prod(mesh.shape[axis] for axis in axes)
+    return total
 
 
 def _line(error: Exception) -> str:

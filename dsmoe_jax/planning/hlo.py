@@ -1,10 +1,10 @@
-"""Reads a compiled program's text: what travels between devices, and what is computed meanwhile.
+"""Reads a compiled program's text: its traffic between devices, and the computation beside it.
 
 The text is that of `jax.stages.Compiled.as_text()`: computations of one instruction a line, in the
-order in which they run.  How often a `while` runs (the layers, the micro-batches) its condition
-says, which compares a counter from 0 on with a constant.
+order in which they run.  The condition of a `while` (the layers, the micro-batches) compares a
+counter that starts at 0 with a constant: the number of times that its body runs.
 
-What a chip receives, of an operand of b bytes in groups of g devices:
+Bytes that a chip receives in a collective over g devices, whose operand has b bytes:
 
     all-gather          b (g - 1)          reduce-scatter, all-to-all   b (g - 1) / g
     all-reduce          2 b (g - 1) / g    collective-permute           b
@@ -49,7 +49,7 @@ _COMPUTE = ("fusion", *_PRODUCTS, "custom-call", "while", "call")
 
 
 class Instruction(NamedTuple):
-    """A line: `name = type opcode(arguments), attributes`."""
+    """A line of the text: `name = type opcode(arguments), attributes`."""
 
     name: str
     type: str
@@ -59,7 +59,7 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Names of the instructions whose results are its arguments."""
         return _OPERAND.findall(self.arguments)
 
 
@@ -68,8 +68,8 @@ class Traffic(NamedTuple):
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      bytes: that a chip receives each time (see the module's docstring).
-      times: how often it runs.
+      bytes: received by a chip each time (see the module's docstring).
+      times: that it runs.
     """
 
     kind: str
@@ -78,10 +78,10 @@ class Traffic(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """Exchanges of tokens by what the schedule has between their start and their end.
+    """Numbers of exchanges of tokens, by the instructions between their start and their end.
 
     Attributes:
-      exchanges: instructions in the program (in a loop: one).
+      exchanges: all in the program; one in a loop counts once.
       asynchronous: those that have a start and an end.
       with_compute: those with computations in between.
       with_shared_experts: those with matrix products of the shared experts in between.
@@ -96,7 +96,8 @@ class Overlap(NamedTuple):
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The computations of a program by name, and the name of the one it begins with."""
     computations: dict[str, list[Instruction]] = {}
-    current, entry = None, ""
+    current = None
+    entry = ""
     for line in text.splitlines():
         if (header := _HEADER.match(line)) and not line.startswith("HloModule"):
             current = computations[header[1]] = []
@@ -109,7 +110,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis ends that was opened before the text."""
+    """The position of the parenthesis that closes the one before the text."""
     depth = 1
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -130,45 +131,46 @@ def n_bytes(kind: str) -> float:
 def traffic(text: str) -> list[Traffic]:
     """Every collective of a program.
 
-    Of a conditional only the branch that moves least is counted: the other one is what
-    `buffer_factor` does when a buffer was too small.
+    Of a conditional only the branch that moves least is counted: the other one is the exchange in
+    chunks, for which the buffer of `buffer_factor` was too small.
 
     Raises:
-      ValueError: for a loop around a collective that does not say how often it runs.
+      ValueError: for a loop around a collective whose condition gives no number of times.
     """
     computations, entry = parse(text)
 
-    def of(name: str, times: int) -> Iterator[Traffic]:
+    def of_computation(name: str) -> Iterator[Traffic]:
         instructions = computations.get(name, [])
         types = {i.name: i.type for i in instructions}
         for i in instructions:
-            kind, called = i.opcode.removesuffix("-start"), _CALLED.search(i.attributes)
+            kind = i.opcode.removesuffix("-start")
+            called = _CALLED.search(i.attributes)
             if kind in COLLECTIVES:
-                if name.startswith("all-reduce-scatter"):  # what a TPU makes of a reduce-scatter
+                if name.startswith("all-reduce-scatter"):  # a TPU's name of a reduce-scatter
                     kind = "reduce-scatter"
-                yield Traffic(kind, _received(kind, i, types), times)
+                yield Traffic(kind, _received(kind, i, types), times=1)
             elif i.opcode == "while" and (body := _BODY.search(i.attributes)):
-                inside = list(of(body[1], times))
+                inside = list(of_computation(body[1]))
                 trips = _trips(i, computations) if inside else 0
                 yield from (t._replace(times=t.times * trips) for t in inside)
             elif i.opcode == "conditional":
-                branches = [list(of(branch, times)) for branch in _branches(i)]
+                branches = [list(of_computation(branch)) for branch in _branches(i)]
                 yield from min(branches, key=lambda b: sum(t.bytes * t.times for t in b))
             elif called and not _is_continued(i, called[1]):
-                yield from of(called[1], times)
+                yield from of_computation(called[1])
 
-    return list(of(entry, 1))
+    return list(of_computation(entry))
 
 
 def _is_continued(i: Instruction, called: str) -> bool:
-    """Whether a fusion goes on with a collective that `async-collective-start` has begun."""
+    """Whether a fusion continues a collective that `async-collective-start` has begun."""
     return i.name.startswith("async-collective-done") or called.startswith(
         "async_collective_fusion"
     )
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs: `counter < n` in its condition.
+    """The number of times that a loop runs: n of its condition `counter < n`.
 
     Raises:
       ValueError: for any other condition.
@@ -204,7 +206,7 @@ def _received(kind: str, i: Instruction, types: dict[str, str]) -> float:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices that take part in a collective together."""
+    """Number of devices in a group of a collective."""
     if (groups := _GROUPS.search(attributes)) is None:
         return 1
     listed, counted, axes, chosen = groups.groups()
@@ -225,14 +227,17 @@ def by_kind(all_traffic: list[Traffic]) -> dict[str, float]:
 
 
 def overlap(text: str, scope: str = "shared_experts") -> Overlap:
-    """How the schedule uses the time in which tokens are on their way.
+    """Counts the exchanges whose time the schedule uses for computation.
 
     Args:
       text: of a scheduled program.
-      scope: `jax.named_scope` of the computations to look for.
+      scope: `jax.named_scope` of the shared experts.
     """
     computations, _ = parse(text)
-    counts = Overlap(0, 0, 0, 0)
+    exchanges = 0
+    asynchronous = 0
+    with_compute = 0
+    with_shared_experts = 0
     for instructions in computations.values():
         ends = {o: n for n, i in enumerate(instructions) if "-done" in i.opcode for o in i.operands}
         for n, i in enumerate(instructions):
@@ -240,10 +245,11 @@ def overlap(text: str, scope: str = "shared_experts") -> Overlap:
                 continue
             between = instructions[n + 1 : ends[i.name]] if i.name in ends else []
             compute = [b for b in between if b.opcode in _COMPUTE]
-            shared = any(_multiplies(b, scope, computations) for b in compute)
-            found = (True, i.opcode.endswith("-start"), bool(compute), shared)
-            counts = Overlap(*(c + f for c, f in zip(counts, found, strict=True)))
-    return counts
+            exchanges += 1
+            asynchronous += i.opcode.endswith("-start")
+            with_compute += bool(compute)
+            with_shared_experts += any(_multiplies(b, scope, computations) for b in compute)
+    return Overlap(exchanges, asynchronous, with_compute, with_shared_experts)
 
 
 def _multiplies(i: Instruction, scope: str, computations: dict[str, list[Instruction]]) -> bool:

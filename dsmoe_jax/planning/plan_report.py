@@ -1,4 +1,4 @@
-"""A plan in words: what it is, what it costs, and why no other."""
+"""A plan in words: the mesh, its costs, and those of the meshes not taken."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from dsmoe_jax.training.step import state_shapes
 
 
 def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip: str) -> str:
-    """The plan in a few lines: flags, memory, traffic, and what each axis is good for."""
+    """The plan in a few lines: flags, memory, traffic, and the best mesh without each axis."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
     flags.append(f"--config.train.accumulation_steps={plan.accumulation_steps}")
-    chips, hbm = math.prod(plan.sizes.values()), CHIPS[chip].hbm_gb
-    limit = planner.USABLE * hbm
+    chips = math.prod(plan.sizes.values())
+    hbm_gb = CHIPS[chip].hbm_gb
+    limit = planner.USABLE * hbm_gb
     lines = [
         f"{config.name} on {chips} {chip}: {planner.shape(plan.sizes)},"
         f" micro-batches {plan.accumulation_steps}",
         f"flags    {' '.join(flags)}",
-        f"memory   {plan.used:.1f} of {hbm} GB a chip: {planner.listing(plan.memory)}",
+        f"memory   {plan.used:.1f} of {hbm_gb} GB a chip: {planner.listing(plan.memory)}",
         f"traffic  {plan.moved:.1f} GB a chip and step: {planner.listing(plan.traffic) or 'none'}",
     ]
     if not plans:
@@ -36,7 +37,7 @@ def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip
 def _instead(
     config: Config, axis: str, plan: planner.Plan, plans: list[planner.Plan], limit: float
 ) -> str:
-    """What the best mesh would cost that uses an axis which the plan does not, or the reverse."""
+    """The cost of the best mesh without an axis that the plan uses, or with one it does not."""
     change = f"without {axis}" if plan.sizes[axis] > 1 else f"with {axis}"
     others = [p for p in plans if (p.sizes[axis] > 1) != (plan.sizes[axis] > 1)]
     if not others:

@@ -11,7 +11,7 @@ fewest bytes.  What is counted:
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
-`python -m dsmoe_jax.aot` replaces the estimate by what the compiler allocates.
+`python -m dsmoe_jax aot` replaces the estimate by what the compiler allocates.
 
 Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated experts.
 """
@@ -21,7 +21,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -30,17 +31,18 @@ from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import remat
+from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
-from dsmoe_jax.planning.volume import volume
 from dsmoe_jax.training.step import TrainState, state_shapes
 
-USABLE = 0.9  # the rest is for the program, its buffers, and what the estimate misses
+USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and what is not counted
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
 # Bytes for each number in a row of D and of F that the experts' backward pass holds at once: fitted
-# to what the compiler allocates (docs/scale.md).  Most are float32: what leaves a grouped product.
-_ROW_D, _ROW_F = 19, 19
+# to what the compiler allocates (docs/scale.md).  Most are results of grouped products, in float32.
+_ROW_D = 19
+_ROW_F = 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """A parameter: its number of elements, which mesh axes split it, and which still do in use."""
+    """A parameter.
+
+    Attributes:
+      size: number of elements.
+      layers: 1 if it is not stacked.
+      axes: mesh axes that split it.
+      axes_in_use: those that still split it while it is used, when FSDP has gathered it.
+    """
 
     size: int
     layers: int
@@ -81,49 +90,60 @@ class _Array:
 
 
 def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
-    """The mesh that moves the fewest bytes among those that fit, and all that were looked at.
+    """The mesh that moves the fewest bytes among those that fit, and all that were estimated.
 
     Raises:
       ValueError: for an unknown chip, or if no mesh fits; with the numbers of the closest one.
     """
     check_chip(chip)
-    state, limit, plans = state_shapes(config), USABLE * CHIPS[chip].hbm_gb, []
+    state = state_shapes(config)
+    limit = USABLE * CHIPS[chip].hbm_gb
+    plans = []
     for sizes in meshes(state, chips):
-        for accumulation in _accumulations(config, sizes):
-            plans.append(estimate(config, state, sizes, accumulation))
+        for accumulation_steps in _accumulations(config, sizes):
+            plans.append(estimate(config, state, sizes, accumulation_steps))
             if plans[-1].used <= limit:
                 break  # more micro-batches would only gather the weights more often
     if not plans:
-        can_be = "; ".join(
-            f"{axis} {_numbers(possible(config, state, axis)[0], chips)}" for axis in AXES
-        )
-        raise ValueError(
-            f"--chips={chips}: no mesh of {chips} divides {config.name} and its batch of"
-            f" {config.train.global_batch_size} (train.global_batch_size); its axes can be {can_be}"
-        )
+        raise ValueError(_no_mesh(config, state, chips))
     smallest = min(plans, key=lambda plan: plan.used)
     _refuse_unless_it_fits(config, chip, smallest, "the least is", "take more chips")
-    return min((p for p in plans if p.used <= limit), key=lambda p: (p.moved, p.used)), plans
+    fitting = [plan for plan in plans if plan.used <= limit]
+    return min(fitting, key=lambda plan: (plan.moved, plan.used)), plans
+
+
+def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
+    can_be = []
+    for axis in AXES:
+        numbers, _ = possible(config, state, axis)
+        can_be.append(f"{axis} {', '.join(str(n) for n in numbers if n <= chips)}")
+    return (
+        f"--chips={chips}: no mesh of {chips} divides {config.name} and its batch of"
+        f" {config.train.global_batch_size} (train.global_batch_size); its axes can be"
+        f" {'; '.join(can_be)}"
+    )
 
 
 def examine(config: Config, chip: str, chips: int) -> Plan:
-    """What the mesh and the micro-batches of the config itself cost.
+    """The cost of the mesh and the micro-batches that the config itself has.
 
     Raises:
       ValueError: for an unknown chip, a mesh that does not divide model or batch, or does not fit.
     """
     check_chip(chip)
-    state, sizes = state_shapes(config), config.mesh.sizes(chips)
+    state = state_shapes(config)
+    sizes = config.mesh.sizes(chips)
     check(state.params, sizes)
-    shards, n_micro = math.prod(sizes[axis] for axis in BATCH_AXES), config.train.accumulation_steps
+    n_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    accumulation_steps = config.train.accumulation_steps
     require(
-        config.train.global_batch_size % (shards * n_micro) == 0,
+        config.train.global_batch_size % (n_shards * accumulation_steps) == 0,
         "train.accumulation_steps",
-        n_micro,
-        f"times data x fsdp x expert = {shards} must divide train.global_batch_size="
+        accumulation_steps,
+        f"times data x fsdp x expert = {n_shards} must divide train.global_batch_size="
         f"{config.train.global_batch_size}",
     )
-    plan = estimate(config, state, sizes, n_micro)
+    plan = estimate(config, state, sizes, accumulation_steps)
     advice = "take more micro-batches (train.accumulation_steps), another mesh, or more chips"
     _refuse_unless_it_fits(config, chip, plan, "it takes", advice)
     return plan
@@ -136,18 +156,19 @@ def check_chip(chip: str) -> None:
 
 
 def _refuse_unless_it_fits(config: Config, chip: str, plan: Plan, how: str, advice: str) -> None:
-    chips, hbm = math.prod(plan.sizes.values()), CHIPS[chip].hbm_gb
-    if plan.used > USABLE * hbm:
+    chips = math.prod(plan.sizes.values())
+    hbm_gb = CHIPS[chip].hbm_gb
+    if plan.used > USABLE * hbm_gb:
         raise ValueError(
-            f"--chips={chips}: {config.name} does not fit {chips} {chip} of {hbm} GB"
-            f" ({USABLE * hbm:.1f} GB usable): {how} {plan.used:.1f} GB a chip"
+            f"--chips={chips}: {config.name} does not fit {chips} {chip} of {hbm_gb} GB"
+            f" ({USABLE * hbm_gb:.1f} GB usable): {how} {plan.used:.1f} GB a chip"
             f" ({listing(plan.memory)}) on the mesh {shape(plan.sizes)} with"
             f" {plan.accumulation_steps} micro-batches; {advice}"
         )
 
 
 def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], list[str]]:
-    """The sizes that a mesh axis can have if it is the only one, and what they must divide."""
+    """The sizes that a mesh axis can have if it is the only one, and the lengths they divide."""
     lengths = {"batch": config.train.global_batch_size} if axis in BATCH_AXES else {}
     for path, x in jax.tree.leaves_with_path(state.params):
         letters = axes_of(path, x.shape)
@@ -158,10 +179,6 @@ def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], l
     largest = math.gcd(*lengths.values())
     names = [f"batch of {n}" if name == "batch" else name for name, n in lengths.items()]
     return [n for n in range(1, largest + 1) if largest % n == 0], names
-
-
-def _numbers(numbers: list[int], limit: int) -> str:
-    return ", ".join(str(n) for n in numbers if n <= limit)
 
 
 def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
@@ -181,40 +198,77 @@ def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
 
 def _accumulations(config: Config, sizes: dict[str, int]) -> list[int]:
     """Numbers of micro-batches that the batch can be cut into, fewest first."""
-    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-    whole, rest = divmod(config.train.global_batch_size, shards)
+    sequences, rest = divmod(config.train.global_batch_size, _n_shards(sizes, BATCH_AXES))
     if rest:
         return []
-    return [n for n in range(1, whole + 1) if whole % n == 0]
+    return [n for n in range(1, sequences + 1) if sequences % n == 0]
 
 
-def estimate(config: Config, state: TrainState, sizes: dict[str, int], accumulation: int) -> Plan:
+def estimate(
+    config: Config, state: TrainState, sizes: dict[str, int], accumulation_steps: int
+) -> Plan:
     """Memory and traffic of one chip; see the module's docstring for what is counted."""
-    arrays = [_array(path, x.shape) for path, x in jax.tree.leaves_with_path(state.params)]
-    n = lambda axes: math.prod(sizes[axis] for axis in axes)  # noqa: E731
-    local = sum(a.size / n(a.axes) for a in arrays)
-    in_use = [a.size / n(a.axes_in_use) for a in arrays]
-    stacked = sum(w / a.layers for w, a in zip(in_use, arrays, strict=True) if a.layers > 1)
-    unstacked = sum(w for w, a in zip(in_use, arrays, strict=True) if a.layers == 1)
-    micro_batch = config.train.global_batch_size // accumulation // n(BATCH_AXES)
+    weights = _weights(state, sizes)
+    n_shards = _n_shards(sizes, BATCH_AXES)
+    micro_batch = config.train.global_batch_size // accumulation_steps // n_shards
+    replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
     memory = {
-        "parameters": 4 * local,
-        "moments": 8 * local,
-        "gradients": (8 if accumulation > 1 else 4) * local,  # of all micro-batches, and of one
-        "weights in use": _COMPUTE * (2 * stacked + unstacked) if n(AXES) > n(("data",)) else 0.0,
+        "parameters": 4 * weights.local,
+        "moments": 8 * weights.local,
+        # With several micro-batches their sum and the latest one.
+        "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
+        "weights in use": 0.0 if replicated else _COMPUTE * weights.in_use,
         **_activations(config, micro_batch, sizes),
     }
-    gathered = sum(
-        w * (1 - n(a.axes_in_use) / n(a.axes)) for w, a in zip(in_use, arrays, strict=True)
-    )
     traffic = {
         # Gathered for the forward and the backward pass, then the gradients scattered.
-        "weights": 3 * _COMPUTE * gathered * accumulation,
-        "replicas": 2 * 4 * local * (1 - 1 / sizes["data"]),
-        **_exchange(config, micro_batch, sizes, accumulation),
+        "weights": 3 * _COMPUTE * weights.gathered * accumulation_steps,
+        "replicas": 2 * 4 * weights.local * (1 - 1 / sizes["data"]),
+        **_exchange(config, micro_batch, sizes, accumulation_steps),
     }
-    gb = lambda costs: {name: x / 1e9 for name, x in costs.items() if x}  # noqa: E731
-    return Plan(sizes, accumulation, gb(memory), gb(traffic))
+    return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic))
+
+
+def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def _gb(costs: dict[str, float]) -> dict[str, float]:
+    return {name: n_bytes / 1e9 for name, n_bytes in costs.items() if n_bytes}
+
+
+class _Weights(NamedTuple):
+    """Numbers of elements on one chip.
+
+    Attributes:
+      local: its shards of all parameters.
+      in_use: gathered at the same time: two layers (the next one arrives meanwhile), and what is
+        not in a layer.
+      gathered: received in order to have each parameter once.
+    """
+
+    local: float
+    in_use: float
+    gathered: float
+
+
+def _weights(state: TrainState, sizes: dict[str, int]) -> _Weights:
+    local = 0.0
+    stacked = 0.0
+    unstacked = 0.0
+    gathered = 0.0
+    for path, x in jax.tree.leaves_with_path(state.params):
+        array = _array(path, x.shape)
+        shards = _n_shards(sizes, array.axes)
+        shards_in_use = _n_shards(sizes, array.axes_in_use)
+        in_use = array.size / shards_in_use
+        local += array.size / shards
+        gathered += in_use * (1 - shards_in_use / shards)
+        if array.layers > 1:
+            stacked += in_use / array.layers
+        else:
+            unstacked += in_use
+    return _Weights(local, 2 * stacked + unstacked, gathered)
 
 
 def _array(path: tuple, shape: tuple[int, ...]) -> _Array:
@@ -230,47 +284,57 @@ def _array(path: tuple, shape: tuple[int, ...]) -> _Array:
 
 def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dict[str, float]:
     """Bytes on one chip: kept for the backward pass, a layer at work, and logits."""
-    model, s, tensor = config.model, config.data.sequence_length, sizes["tensor"]
-    moe, t, d = model.moe, micro_batch * config.data.sequence_length, model.hidden_size
+    model = config.model
+    moe = model.moe
+    s = config.data.sequence_length
+    t = micro_batch * s
+    d = model.hidden_size
+    tensor = sizes["tensor"]
     attended = attention.get(model.attention).activations(model.attention, s)
     scores = t * attended.scores / tensor * (4 + _COMPUTE)
-    rows, f = volume(moe, t, sizes["expert"]), moe.moe_intermediate_size / tensor
+    rows = volume(moe, t, sizes["expert"])
+    f = moe.moe_intermediate_size / tensor
     # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
     layer = 2 * (_COMPUTE * (4 * t * d + t * attended.projected / tensor) + scores)
-    layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.room * d
+    layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.buffered * d
     layer += t * moe.n_shared_experts * _ROW_F * f
     kept = model.num_hidden_layers * _COMPUTE * t * d
     if not remat.get(model.remat).whole_layers:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
     logits = 3 * 4 * t * model.vocab_size / tensor
-    # They are gone before the backward pass comes to the layers.
+    # The larger of the two: logits are gone before the backward pass comes to the layers.
     return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
 
 
 def _exchange(
-    config: Config, micro_batch: int, sizes: dict[str, int], accumulation: int
+    config: Config, micro_batch: int, sizes: dict[str, int], accumulation_steps: int
 ) -> dict[str, float]:
-    """Bytes that one chip receives in a step for tokens to meet experts, and tensor's sums."""
-    model, s, tensor = config.model, config.data.sequence_length, sizes["tensor"]
+    """Bytes that one chip receives in a step: tokens on their way to experts, sums over tensor."""
+    model = config.model
     d = model.hidden_size
-    again = remat.get(model.remat).whole_layers
+    t = micro_batch * config.data.sequence_length
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
-    rows = volume(model.moe, micro_batch * s, sizes["expert"])
-    vectors = _COMPUTE * accumulation * micro_batch * s * d
-    # Out and back, in the forward and in the backward pass; out again where it is recomputed.
-    bytes_a_row = (5 if again else 4) * _COMPUTE * d + (3 if again else 2) * rows.label_bytes
+    rows = volume(model.moe, t, sizes["expert"])
+    # Rows go out and back, in the forward and in the backward pass; labels go out only.
+    row_trips = 4
+    label_trips = 2
+    if remat.get(model.remat).whole_layers:  # out again in the recomputed forward pass
+        row_trips += 1
+        label_trips += 1
+    bytes_a_row = row_trips * _COMPUTE * d + label_trips * rows.label_bytes
+    vectors = _COMPUTE * accumulation_steps * t * d
     return {
-        "tokens": moe_layers * accumulation * rows.received * bytes_a_row,
+        "tokens": moe_layers * accumulation_steps * rows.received * bytes_a_row,
         # Two sums a layer each way; a sum is a scatter and a gather.
-        "tensor": 8 * model.num_hidden_layers * vectors * (1 - 1 / tensor),
+        "tensor": 8 * model.num_hidden_layers * vectors * (1 - 1 / sizes["tensor"]),
     }
 
 
 def shape(sizes: dict[str, int]) -> str:
-    """A mesh in words."""
+    """A mesh in words: "fsdp 8 x expert 8"."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one chip"
 
 
 def listing(costs: dict[str, float]) -> str:
-    """GB by category in words."""
+    """Costs by category in words: "parameters 1.20, moments 2.40"."""
     return ", ".join(f"{name} {gb:.2f}" for name, gb in costs.items())

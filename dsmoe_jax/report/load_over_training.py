@@ -1,27 +1,18 @@
-"""Draws the load of every expert over training, and MaxVio, layer by layer, of any runs.
-
-python -m experiments.load_over_training --workdir=runs/dsmoe --out=load.png
-python -m experiments.load_over_training --workdir=runs/without --workdir=runs/with --out=load.svg
-
-Reads metrics.jsonl; a run may still be going on.
-"""
+"""Draws the load of every expert over training, and MaxVio, layer by layer, of any runs."""
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from dsmoe_jax.commands import command_line
-from dsmoe_jax.report.style import WIDTH, load_bar, load_map, styled
-from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.report.load_maps import load_bar, load_map
+from dsmoe_jax.report.style import WIDTH
 from dsmoe_jax.runs.summaries import maxvio
-from dsmoe_jax.study.results import Loads, loads_of
+from dsmoe_jax.study.histories import Loads
 
 STRETCHES = 24  # columns of a heat map
 
@@ -80,24 +71,3 @@ def _violations(ax, run: Loads) -> None:
         ax.plot(run.tokens_S, maxvio_S, color=shade, lw=0.9)
     ax.xaxis.set_major_locator(MaxNLocator(3))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def main() -> None:
-    """Runs the command."""
-    if not _WORKDIR.value or not _OUT.value:
-        raise ValueError("--workdir, --out: both are needed, for example --out=load.png")
-    if pathlib.Path(_OUT.value).exists():
-        raise ValueError(f"--out={_OUT.value}: exists already; name a new file")
-    runs = {workdir: loads_of(read_rows(workdir)) for workdir in _WORKDIR.value}
-    for name, run in runs.items():
-        if run is None:
-            raise ValueError(f"--workdir={name}: no row of metrics.jsonl has a load")
-    with styled():
-        draw({name: run for name, run in runs.items() if run is not None}).savefig(_OUT.value)
-    print(_OUT.value)
-
-
-if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_multi_string("workdir", [], "Directory of a run; may be repeated.")
-    _OUT = flags.DEFINE_string("out", None, "Picture to write: .png, .svg or .pdf.")
-    command_line.run(main)

@@ -7,18 +7,17 @@ so that they stay apart for colour-blind readers; markers differ as well.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.colorbar import Colorbar
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from dsmoe_jax.study.experiment import AnyArm
 from dsmoe_jax.study.results import Comparison
-from dsmoe_jax.study.spec import Arm
 
 # Each colour by day and by night.
 PALETTE = {
@@ -35,6 +34,7 @@ PALETTE = {
 }
 ARM_COLOURS, (INK, AXIS, GRID) = list(PALETTE)[:7], list(PALETTE)[7:]
 MARKERS = "os^DvPX"
+NO_NAMES: Mapping[AnyArm, str] = MappingProxyType({})
 STYLE = {
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -68,12 +68,12 @@ def styled() -> contextlib.AbstractContextManager[None]:
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})  # pyright: ignore
 
 
-def colour(comparison: Comparison, arm: Arm) -> str:
+def colour(comparison: Comparison, arm: AnyArm) -> str:
     """The same colour for an arm in every picture, also when only some arms are shown."""
     return ARM_COLOURS[comparison.experiment.arms.index(arm) % len(ARM_COLOURS)]
 
 
-def marker(comparison: Comparison, arm: Arm) -> str:
+def marker(comparison: Comparison, arm: AnyArm) -> str:
     return MARKERS[comparison.experiment.arms.index(arm) % len(MARKERS)]
 
 
@@ -102,8 +102,20 @@ def token_axis(ax: Axes) -> None:
     ax.set_xlabel("tokens trained on")
 
 
-def label_ends(comparison: Comparison, ax: Axes, ends: dict[Arm, float]) -> None:
-    """Writes each arm's name beside the end of its line, moved apart where they would touch."""
+def label_ends(
+    comparison: Comparison,
+    ax: Axes,
+    ends: Mapping[AnyArm, float],
+    names: Mapping[AnyArm, str] = NO_NAMES,
+) -> None:
+    """Writes each arm's name beside the end of its line, moved apart where they would touch.
+
+    Args:
+      comparison: for the colours.
+      ax: with the lines.
+      ends: where each line ends.
+      names: in place of the arms' labels.
+    """
     last = max(float(np.max(line.get_xdata())) for line in ax.lines)
     ax.set_xlim(right=1.015 * last)  # room for a marker at the end
     low, high = ax.get_ylim()
@@ -119,28 +131,7 @@ def label_ends(comparison: Comparison, ax: Axes, ends: dict[Arm, float]) -> None
     for arm, y, place in zip(order, wanted, places, strict=True):
         line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         ax.annotate(
-            arm.label, (1.0, y), (1.06, float(place)), xycoords="axes fraction", va="center",
-            color=colour(comparison, arm), annotation_clip=False,
+            names.get(arm, arm.label), (1.0, y), (1.06, float(place)), xycoords="axes fraction",
+            va="center", color=colour(comparison, arm), annotation_clip=False,
             arrowprops={**line, "color": colour(comparison, arm)},
         )  # fmt: skip
-
-
-def load_map(ax: Axes, x_edges: np.ndarray, y_edges: np.ndarray, load: np.ndarray) -> QuadMesh:
-    """A heat map of loads, 1 in the middle; one image in an SVG, where cells would be shapes."""
-    norm = TwoSlopeNorm(1.0, 0.0, 3.0)
-    cells = ax.pcolormesh(x_edges, y_edges, load, norm=norm, cmap="PuOr_r", rasterized=True)
-    ax.invert_yaxis()
-    ax.set_yticks(sorted({1, len(load)}))
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0, pad=2)
-    return cells
-
-
-def load_bar(figure: Figure, cells: QuadMesh, place: tuple[float, float, float, float]) -> Colorbar:
-    """The scale of colours beside such maps; `place` is left, bottom, width and height."""
-    bar = figure.colorbar(cells, cax=figure.add_axes(place), ticks=[0, 1, 2, 3])
-    bar.ax.set_yticklabels(["0", "1", "2", "≥ 3"])
-    bar.outline.set_visible(False)  # pyright: ignore
-    bar.solids.set(rasterized=False, edgecolor="face")  # pyright: ignore
-    return bar

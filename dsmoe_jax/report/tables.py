@@ -1,60 +1,57 @@
-"""The tables of a report, and how its numbers are written.
-
-A number that does not exist, or is not there yet, is written as `NONE`.
-
-Shapes: S logged steps, L MoE layers, E routed experts.
-"""
+"""The tables of a report."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 
 from dsmoe_jax.report.blocks import Table
-from dsmoe_jax.study import orderings
-from dsmoe_jax.study.orderings import Ordering
-from dsmoe_jax.study.results import Comparison, History, Row
-from dsmoe_jax.study.spec import QUANTITIES, Equal
+from dsmoe_jax.report.numbers import NONE, fixed, mean_of, signed
+from dsmoe_jax.study.claims import LOSS
+from dsmoe_jax.study.experiment import AnyArm, Equal, Experiment
+from dsmoe_jax.study.measures import LOAD, MEASURES, RESULTS
+from dsmoe_jax.study.results import Comparison, Row
+from dsmoe_jax.study.verdicts import Finding
 
-NONE = "–"
-T = TypeVar("T")
+
+def shown_measures(experiment: Experiment) -> tuple[str, ...]:
+    """The columns of the results table."""
+    return experiment.measures or columns_of(RESULTS)
+
+
+def columns_of(table: str) -> tuple[str, ...]:
+    """The measures that are columns of a table, in order."""
+    return tuple(name for name, measure in MEASURES.items() if table in measure.columns)
 
 
 def results_table(comparison: Comparison) -> Table:
     """One row an arm; means over seeds, ± the standard deviation where there are two or more."""
-    head = [
-        "", "validation loss", "bits / byte", "parameters", "activated", "FLOPs / sequence",
-        "tokens", "MaxVio", "in training", "dead experts", "seeds",
-    ]  # fmt: skip
-    rows, losses = [], mean_losses(comparison)
+    names, main = shown_measures(comparison.experiment), comparison.experiment.main_measure
+    head = ["", *(MEASURES[name].columns.get(RESULTS, MEASURES[name].title) for name in names)]
+    rows = []
     for arm in comparison.arms:
-        known = next((row for row in comparison.rows if row.arm == arm.label), None)
-        done = comparison.of_arm(arm)
-        rows.append(
-            [
-                arm.label,
-                _mean_of(done, lambda row: row.validation_loss, 3),
-                _mean_of(done, lambda row: row.validation_bits_per_byte, 3),
-                short(known and known.total),
-                short(known and known.activated),
-                short(known and known.flops_per_sequence),
-                short(done[0].tokens if done else None),
-                _mean_of(done, lambda row: row.maxvio, 2, False),
-                _mean_of(done, lambda row: row.maxvio_running, 2),
-                _dead(done),
-                str(len(done) or NONE),
-            ]
-        )
-    labels = [arm.label for arm in comparison.arms]
-    best = labels.index(min(losses, key=lambda label: losses[label])) if len(losses) > 1 else None
-    return Table(head, rows, best=best)
+        done = comparison.finished(arm)
+        known = [row for row in comparison.rows if row.arm == arm.label]
+        cells = [_cell(known if MEASURES[name].from_config else done, name) for name in names]
+        rows.append([arm.label, *cells, str(len(done) or NONE)])
+    labels, means = [arm.label for arm in comparison.arms], ranking(comparison, main)
+    best = labels.index(next(iter(means))) if len(means) > 1 else None
+    return Table([*head, "seeds"], rows, best=best)
+
+
+def load_table(comparison: Comparison) -> Table | None:
+    """Load over training, one row an arm; None without routed experts."""
+    names, rows = columns_of(LOAD), []
+    for arm in comparison.arms:
+        begun = [row for row in comparison.rows if row.arm == arm.label]
+        cells = [_cell(begun, name) for name in names]
+        if set(cells) != {NONE}:
+            rows.append([arm.label, *cells])
+    return Table(["", *(MEASURES[name].columns[LOAD] for name in names)], rows) if rows else None
 
 
 def paper_table(comparison: Comparison) -> Table:
     """The paper's losses beside ours, and both as differences to the first arm."""
-    base, losses = comparison.arms[0], mean_losses(comparison)
+    base, losses = comparison.arms[0], ranking(comparison, LOSS)
     rows = []
     for arm in comparison.arms:
         ours, reference = losses.get(arm.label), losses.get(base.label)
@@ -71,121 +68,78 @@ def paper_table(comparison: Comparison) -> Table:
     return Table(head, rows)
 
 
-def orderings_table(found: list[Ordering]) -> Table:
+def claims_table(found: list[Finding]) -> Table:
     """One row a claim."""
     rows = []
-    for o in found:
-        ours = signed(o.ours) + (f" ± {o.half_width:.3f}" if o.half_width is not None else "")
-        rows.append([f"{o.better.label} below {o.worse.label}", o.verdict, ours, signed(o.paper)])
-    return Table(["the paper's ordering", "here it", "here: by", "paper: by"], rows)
-
-
-def balance_table(comparison: Comparison) -> Table | None:
-    """Load over training, one row an arm, mean over seeds and ±; None without routed experts."""
-    measures: dict[str, tuple[Callable[[History], float], int]] = {
-        "MaxVio of a batch: highest": (lambda h: _over_layers(h.maxvio_SL).max(), 1),
-        "in the last fifth": (lambda h: _last_fifth(_over_layers(h.maxvio_SL)).mean(), 2),
-        "over the window, at the end": (lambda h: h.maxvio_running_SL[-1].mean(), 2),
-        "its worst layer": (lambda h: h.maxvio_running_SL[-1].max(), 2),
-        "dead experts in a batch: most": (lambda h: _dead_by_step(h).max(), 0),
-        "at the end": (lambda h: _dead_by_step(h)[-1], 0),
-    }
-    rows = []
-    for arm in comparison.arms:
-        seen = [h for h in comparison.histories_of(arm).values() if h.loads is not None]
-        if seen:
-            cells = [_mean_of(seen, value, digits) for value, digits in measures.values()]
-            rows.append([arm.label, *cells])
-    return Table(["", *measures], rows) if rows else None
+    for finding in found:
+        claim, digits = finding.claim, MEASURES[finding.claim.measure].digits
+        text = (
+            claim.text
+            if claim.measure == LOSS
+            else f"{MEASURES[claim.measure].title}: {claim.text}"
+        )
+        source = f" ({claim.source})" if claim.source else ""
+        known = finding.half_width is not None
+        tail = f" ± {fixed(finding.half_width, digits)}" if known else ""
+        ours = signed(finding.ours, digits) + tail
+        rows.append([text + source, finding.verdict, ours, signed(finding.paper, digits)])
+    orderings = all(f.claim.is_ordering and f.claim.measure == LOSS for f in found)
+    head = "the paper's ordering" if orderings else "the claim"
+    return Table([head, "here it", "here: by", "paper: by"], rows)
 
 
 def domains_table(comparison: Comparison) -> Table | None:
     """Bits per byte, one row a domain and one column an arm; None before anything is judged."""
-    done = {arm: comparison.of_arm(arm) for arm in comparison.arms}
+    done = {arm: comparison.finished(arm) for arm in comparison.arms}
     names = list(dict.fromkeys(n for rows in done.values() for row in rows for n in row.domains))
-    rows = []
-    for name in names:
-        means = [_mean_of(d, lambda row: row.domains.get(name), 3, False) for d in done.values()]  # noqa: B023
-        rows.append([name, *means])
-    return Table(["", *(arm.label for arm in done)], rows) if rows else None
+    if not names:
+        return None
+    rows = [[name, *(_domain_cell(found, name) for found in done.values())] for name in names]
+    return Table(["", *(arm.label for arm in done)], rows)
 
 
 def equal_table(comparison: Comparison) -> Table:
     """One row a rule about sizes, with what was found."""
-    sizes = {row.arm: row for row in comparison.rows}
-
-    def spread(rule: Equal) -> str:
-        values = [getattr(sizes[label], rule.quantity) for label in rule.arms if label in sizes]
-        return f"{100 * max(abs(v / values[0] - 1) for v in values):.2g} %" if values else NONE
-
+    arms = {arm.label: arm for arm in comparison.arms}
     rows = [
-        [QUANTITIES[r.quantity], ", ".join(r.arms), spread(r), f"{100 * r.tolerance:g} %"]
-        for r in comparison.experiment.equal
+        [
+            MEASURES[rule.quantity].title,
+            ", ".join(rule.arms),
+            _largest_difference(comparison, rule, arms),
+            f"{100 * rule.tolerance:g} %",
+        ]
+        for rule in comparison.experiment.equal
     ]
     return Table(["must be equal", "between", "differs by", "allowed"], rows, prose=True)
 
 
-def mean_losses(comparison: Comparison) -> dict[str, float]:
-    """Mean validation loss of every arm with a finished run."""
-    losses = orderings.losses_by_seed(comparison)
-    return {label: float(np.mean(list(by_seed.values()))) for label, by_seed in losses.items()}
+def ranking(comparison: Comparison, measure: str) -> dict[str, float]:
+    """Mean of a measure over the seeds of every arm that has it, the best one first."""
+    by_seed = comparison.by_seed(measure)
+    means = {label: float(np.mean(list(values.values()))) for label, values in by_seed.items()}
+    sign = -1 if MEASURES[measure].lower_is_better is False else 1
+    return dict(sorted(means.items(), key=lambda item: sign * item[1]))
 
 
-def _over_layers(maxvio_SL: np.ndarray) -> np.ndarray:
-    return maxvio_SL.mean(axis=1)
+def _cell(rows: list[Row], name: str) -> str:
+    return mean_of([value for row in rows if (value := row[name]) is not None], MEASURES[name])
 
 
-def _last_fifth(values_S: np.ndarray) -> np.ndarray:
-    return values_S[-max(len(values_S) // 5, 1) :]
+def _domain_cell(rows: list[Row], name: str) -> str:
+    values = [row.domains[name] for row in rows if name in row.domains]
+    return fixed(float(np.mean(values)) if values else None, 3)
 
 
-def _dead_by_step(history: History) -> np.ndarray:
-    """Experts of all layers that got nothing of a logged batch."""
-    assert history.loads is not None
-    return (history.loads.load_SLE == 0).sum(axis=(1, 2))
-
-
-def _mean_of(
-    rows: list[T], value: Callable[[T], float | None], digits: int, spread: bool = True
-) -> str:
-    values = [v for v in map(value, rows) if v is not None]
-    mean, deviation = orderings.mean_and_spread(values)
-    tail = f" ± {deviation:.{digits}f}" if spread and deviation is not None else ""
-    return fixed(mean, digits) + tail
-
-
-def _dead(rows: list[Row]) -> str:
-    values = [row.dead_experts for row in rows if row.dead_experts is not None]
-    return f"{np.mean(values):g}" if values else NONE
-
-
-def fixed(value: float | None, digits: int) -> str:
-    """A number with so many decimals."""
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
-def signed(value: float | None) -> str:
-    """A difference with its sign and three decimals."""
-    return NONE if value is None else f"{value:+.3f}".replace("-", "−")
+def _largest_difference(comparison: Comparison, rule: Equal, arms: dict[str, AnyArm]) -> str:
+    """How far the arms are from the first one, at most."""
+    rows = {row.arm: row for row in comparison.rows}
+    values = [
+        value
+        for label in rule.arms
+        if label in arms and (value := rows[label][rule.quantity]) is not None
+    ]
+    return f"{100 * max(abs(v / values[0] - 1) for v in values):.2g} %" if values else NONE
 
 
 def _minus(value: float | None, base: float | None) -> str:
     return NONE if value is None or base is None else signed(value - base)
-
-
-def short(value: float | None) -> str:
-    """Three digits and a unit: 5.66M, 2.04G; NONE for None."""
-    if value is None:
-        return NONE
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:g}"
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 42 s, 12 min, 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.training.step import TrainState
 from dsmoe_jax.runs.workdir import write_json
+from dsmoe_jax.training.step import TrainState
 
 _FILES = "files.json"  # inside a step's directory: the size of every other file
 

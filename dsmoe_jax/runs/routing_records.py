@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.config import Config, stage_of, stages_of
-from dsmoe_jax.moe.types import Choice
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.workdir import ROUTING, write_json
 
@@ -72,7 +72,7 @@ class Recorder:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / MANIFEST, belongs)
 
-    def write(self, name: str, number: int, choice: Choice) -> None:
+    def write(self, name: str, number: int, choice: RecordedRouting) -> None:
         """Adds a batch.
 
         Args:
@@ -136,9 +136,7 @@ class Recording:
         for stage in stages_of(config):
             self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
         every = config.train.eval_every or steps
-        if (
-            config.model.moe.router.name == "replay"
-        ):  # the other one chooses by itself in evaluation
+        if config.model.moe.router.name == "replay":  # `replay_ids` chooses by itself there
             for step in {*range(every, steps, every), steps}:
                 train = stage_of(config, step).config.train
                 micro_batch = train.global_batch_size // train.accumulation_steps

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
-from dsmoe_jax.moe.legacy import flat
+from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.config.mesh import AXES
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -56,7 +55,7 @@ def may_change(key: str, config: Config) -> bool:
     """
     moe = config.model.moe
     drops = moe.drop or moe.evaluation_drop
-    if key.endswith("accumulation_steps") and (drops or get_router(flat(moe)).competes):
+    if key.endswith("accumulation_steps") and (drops or get_router(moe)[0].competes):
         return False
     return key in _MAY_CHANGE
 

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsmoe_jax.config import Config, differences
-from dsmoe_jax.study import results
-from dsmoe_jax.study.results import Row
-from dsmoe_jax.study.spec import QUANTITIES, Equal, Experiment
+from dsmoe_jax.study.experiment import Equal, Experiment
+from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.results import Cell, Row
 
 
-def check_configs(experiment: Experiment, configs: Mapping[str, Config]) -> None:
+def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
     """Checks that arms differ only where they may, and agree in size where they must.
 
     Args:
       experiment: with its rules.
-      configs: by label, all of the same seed; rules about arms that are not here are left out.
+      cells: of one seed, one an arm; rules about arms that are not here are left out.
 
     Raises:
       ValueError: naming both arms, both values and the tolerance.
     """
-    (first, reference), *others = configs.items()
-    for label, config in others:
-        for key, (a, b) in differences(reference, config).items():
+    first, *others = cells
+    for cell in others:
+        for key, (a, b) in differences(first.config, cell.config).items():
             if not _may_differ(key, experiment):
                 raise ValueError(
-                    f"{experiment.name}: unfair: {key} is {a!r} in {first} and {b!r} in {label};"
-                    f" arms may differ only in {', '.join(experiment.may_differ)}"
+                    f"{experiment.name}: unfair: {key} is {a!r} in {first.arm.label} and {b!r} in"
+                    f" {cell.arm.label}; arms may differ only in"
+                    f" {', '.join(experiment.may_differ)}"
                 )
-    sizes = {label: results.sizes(config) for label, config in configs.items()}
+    measured = {cell.arm.label: cell.measured for cell in cells}
     for rule in experiment.equal:
-        _check_rule(experiment, rule, sizes)
+        _check_rule(experiment, rule, measured)
 
 
 def _may_differ(key: str, experiment: Experiment) -> bool:
@@ -41,15 +42,16 @@ def _may_differ(key: str, experiment: Experiment) -> bool:
     )
 
 
-def _check_rule(experiment: Experiment, rule: Equal, sizes: Mapping[str, Any]) -> None:
-    labels = [label for label in rule.arms if label in sizes]
-    for label in labels[1:]:
-        a, b = (sizes[name][rule.quantity] for name in (labels[0], label))
-        if abs(b - a) > rule.tolerance * a:
+def _check_rule(experiment: Experiment, rule: Equal, configs: Mapping[str, Config]) -> None:
+    quantity = MEASURES[rule.quantity]
+    labels = [label for label in rule.arms if label in configs]
+    sizes: list[Any] = [quantity.read(Outcome(configs[label])) for label in labels]
+    for label, size in zip(labels[1:], sizes[1:], strict=True):
+        if abs(size - sizes[0]) > rule.tolerance * sizes[0]:
             raise ValueError(
-                f"{experiment.name}: unfair: {QUANTITIES[rule.quantity]} of {labels[0]} ({a:,.0f})"
-                f" and {label} ({b:,.0f}) differ by {100 * abs(b / a - 1):.2f} %; at most"
-                f" {100 * rule.tolerance:g} % is allowed"
+                f"{experiment.name}: unfair: {quantity.title} of {labels[0]} ({sizes[0]:,.0f})"
+                f" and {label} ({size:,.0f}) differ by {100 * abs(size / sizes[0] - 1):.2f} %; at"
+                f" most {100 * rule.tolerance:g} % is allowed"
             )
 
 
@@ -63,10 +65,15 @@ def check_measured(experiment: Experiment, rows: list[Row]) -> None:
     Raises:
       ValueError: naming both runs and both values.
     """
-    for key in ("data_fingerprint", "tokens", "validation_tokens"):
-        measured = [(row, getattr(row, key)) for row in rows if getattr(row, key) is not None]
-        for row, value in measured[1:]:
-            first, expected = measured[0]
+    columns = {
+        "data_fingerprint": [row.data_fingerprint for row in rows],
+        "tokens": [row["tokens"] for row in rows],
+        "validation_tokens": [row["validation_tokens"] for row in rows],
+    }
+    for key, values in columns.items():
+        known = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
+        for row, value in known[1:]:
+            first, expected = known[0]
             if value != expected:
                 raise ValueError(
                     f"{experiment.name}: unfair: {key} is {expected} in {first.arm}, seed"

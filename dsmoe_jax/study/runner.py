@@ -1,14 +1,16 @@
-"""Runs an experiment: every arm with every seed, then the report.
+"""Runs an experiment: every arm with every seed.
 
 Each run has a workdir of its own, RESULTS/NAME-SCALE/ARM/seedN, and goes through
 `dsmoe_jax.training.loop.train` in this process: what is finished is skipped, what was interrupted
 continues.  Beside it, `seedN.json` says on which data and machine.  All arms run with the first
 seed before any runs with the second, so that an early look compares like with like.
+
+The workdir of a probe holds evaluation.json alone: what was measured of the model that another
+experiment trained, which must be there.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import os
@@ -21,32 +23,32 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import Config, DataConfig, differences
 from dsmoe_jax.data.opening import open_corpus
-from dsmoe_jax.hardware.host_memory import keep_freed_memory
-from dsmoe_jax.report import blocks, page, tables
+from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import workdir
+from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.study import fairness, results
+from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
+from dsmoe_jax.study.histories import read_history
 from dsmoe_jax.study.results import Cell, Comparison
-from dsmoe_jax.study.spec import Arm, Experiment
 from dsmoe_jax.training import loop
+from dsmoe_jax.training.devices import open_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line says.
+    """How an experiment is run.
 
     Attributes:
-      scale: "smoke", "demo", "proxy" or "paper".
+      scale: a key of the experiment's `seeds`, such as "demo".
       seeds: how many; None is what the experiment says for the scale.
       results: directory under which `NAME-SCALE` is made.
       arms: labels or directory names; () is all.
       overrides: dotted config keys to change in every arm.
-      report_only: train nothing; report what there is.
+      report_only: train and probe nothing; read what there is.
     """
 
     scale: str
@@ -56,40 +58,9 @@ class Options:
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     report_only: bool = False
 
-
-def main(experiment: Experiment) -> None:
-    """The command line of an experiment."""
-    flags.disclaim_key_flags()  # so that --help lists these as the experiment's own
-    flags.DEFINE_enum("scale", "demo", ["smoke", "demo", "proxy", "paper"], "Sizes of the models.")
-    flags.DEFINE_integer("seeds", None, "How many seeds (default: the experiment's own).")
-    flags.DEFINE_string("results", "runs", "Directory for NAME-SCALE/ with runs and report.")
-    flags.DEFINE_list("arms", [], "Only these arms, by label or directory name.")
-    flags.DEFINE_multi_string("set", [], "KEY=VALUE: changes a config key in every arm.")
-    flags.DEFINE_bool("report_only", False, "Train nothing; report the runs that are there.")
-
-    def parsed() -> None:
-        f = command_line.FLAGS
-        keep_freed_memory()
-        overrides = dict(parse_override(item) for item in f.set)
-        run(
-            experiment,
-            Options(f.scale, f.seeds, f.results, tuple(f.arms), overrides, f.report_only),
-        )
-
-    command_line.run(parsed)
-
-
-def parse_override(item: str) -> tuple[str, Any]:
-    """ "train.steps=100" -> ("train.steps", 100); what is no Python literal is a string."""
-    key, found, value = item.partition("=")
-    if not found:
-        raise ValueError(f"--set={item!r}: must be KEY=VALUE, such as --set=train.steps=100")
-    if key == "train.seed":
-        raise ValueError(f"--set={item!r}: seeds are 0, 1, ...; --seeds says how many")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    def directory(self, experiment: Experiment) -> pathlib.Path:
+        """Where the runs of an experiment are."""
+        return pathlib.Path(self.results).expanduser() / f"{experiment.name}-{self.scale}"
 
 
 def run(
@@ -98,7 +69,7 @@ def run(
     train: Callable[[Config, pathlib.Path], Any] = loop.train,
     fingerprint: Callable[[DataConfig], str] = lambda data: open_corpus(data).fingerprint,
 ) -> Comparison:
-    """Checks, trains what is missing, writes `results.jsonl` and the report, prints the table.
+    """Checks, trains and probes what is missing, and writes `results.jsonl`.
 
     Args:
       experiment: to run.
@@ -106,40 +77,37 @@ def run(
       train: as `dsmoe_jax.training.loop.train`.
       fingerprint: prepares the corpus of a config, if need be, and returns its fingerprint.
 
+    Returns:
+      The results; `failed` names the runs that diverged.
+
     Raises:
-      ValueError: before training, if the comparison is not fair or the results are of other
-        configs or data; after it, if runs came to grief.
+      ValueError: before training, if the comparison is not fair, the results are of other configs
+        or data, or the models to probe are not there.
     """
-    directory = pathlib.Path(options.results).expanduser() / f"{experiment.name}-{options.scale}"
-    cells = make_cells(experiment, options, directory)
-    first = {cell.arm.label: cell.config for cell in cells if cell.seed == 0}
-    fairness.check_configs(experiment, first)
+    cells = make_cells(experiment, options)
+    fairness.check_configs(experiment, [cell for cell in cells if cell.seed == 0])
     for cell in cells:
-        _check_workdir(cell)
+        _check_workdir(cell, cell.workdir if cell.trained is None else cell.trained)
+        _check_probe(cell)
     fairness.check_measured(experiment, [results.read_row(cell) for cell in cells])
     failed: list[str] = []
     todo = [cell for cell in cells if not results.read_row(cell).finished]
     if todo and not options.report_only:
+        _check_trained(todo, options)
         now = fingerprint(cells[0].config.data)  # the arms' data are equal, as was checked
         for cell in cells:
             _check_data(cell, now)
         with _compiling_once():
-            failed = _train_all(cells, todo, now, train)
-    comparison = compare(experiment, options, cells)
+            failed = _make_all(cells, todo, now, train)
+    comparison = read(experiment, options, cells, failed)
     fairness.check_measured(experiment, list(comparison.rows))
+    directory = options.directory(experiment)
     directory.mkdir(parents=True, exist_ok=True)
     results.write_rows(directory / "results.jsonl", list(comparison.rows))
-    written = page.write(comparison, directory)
-    print(blocks.to_text(tables.results_table(comparison)))
-    for sentence in page.findings(comparison):
-        print("\n" + sentence.replace("**", ""))
-    print(f"\nReport: {written}")
-    if failed:
-        raise ValueError(f"{experiment.name}: {len(failed)} runs failed: {'; '.join(failed)}")
     return comparison
 
 
-def make_cells(experiment: Experiment, options: Options, directory: pathlib.Path) -> list[Cell]:
+def make_cells(experiment: Experiment, options: Options) -> list[Cell]:
     """All runs in the order in which they are made: the first seed of every arm, then the next.
 
     Raises:
@@ -148,19 +116,25 @@ def make_cells(experiment: Experiment, options: Options, directory: pathlib.Path
     seeds = experiment.seeds[options.scale] if options.seeds is None else options.seeds
     if seeds < 1:
         raise ValueError(f"--seeds={seeds}: must be at least 1")
-    return [
-        Cell(
-            arm,
-            seed,
-            arm.run_config(options.scale, seed, options.overrides),
-            directory / arm.slug / f"seed{seed}",
-        )
-        for seed in range(seeds)
-        for arm in _chosen(experiment, options.arms)
-    ]
+    arms = _chosen(experiment, options.arms)
+    return [_cell(experiment, arm, seed, options) for seed in range(seeds) for arm in arms]
 
 
-def _chosen(experiment: Experiment, names: tuple[str, ...]) -> list[Arm]:
+def _cell(experiment: Experiment, arm: AnyArm, seed: int, options: Options) -> Cell:
+    config = arm.run_config(options.scale, seed, options.overrides)
+    directory = options.directory(experiment) / arm.slug / f"seed{seed}"
+    measured = arm.measured_config(config)
+    return Cell(arm, seed, config, measured, directory, _trained(arm, seed, options))
+
+
+def _trained(arm: AnyArm, seed: int, options: Options) -> pathlib.Path | None:
+    if not isinstance(arm, ProbeArm):
+        return None
+    slug = arm.experiment.arm(arm.trained).slug
+    return options.directory(arm.experiment) / slug / f"seed{seed}"
+
+
+def _chosen(experiment: Experiment, names: tuple[str, ...]) -> list[AnyArm]:
     known = {name: arm for arm in experiment.arms for name in (arm.label, arm.slug)}
     for name in names:
         if name not in known:
@@ -170,20 +144,20 @@ def _chosen(experiment: Experiment, names: tuple[str, ...]) -> list[Arm]:
     return [arm for arm in experiment.arms if arm in wanted]
 
 
-def _check_workdir(cell: Cell) -> None:
+def _check_workdir(cell: Cell, directory: pathlib.Path) -> None:
     """Finds out before hours of training that a later run would be refused."""
-    if not (cell.workdir / workdir.CONFIG).exists():
+    if not (directory / workdir.CONFIG).exists():
         return
-    for key, (there, here) in differences(workdir.read_config(cell.workdir), cell.config).items():
+    for key, (there, here) in differences(workdir.read_config(directory), cell.config).items():
         if not workdir.may_change(key, cell.config):
             raise ValueError(
-                f"{cell.workdir}: holds a run with {key}={there!r}, here it is {here!r}; choose"
+                f"{directory}: holds a run with {key}={there!r}, here it is {here!r}; choose"
                 " another --results"
             )
 
 
 def _check_data(cell: Cell, now: str) -> None:
-    then = results.read_row(cell).data_fingerprint
+    then = results.read_record(cell).get("data_fingerprint")
     if then is not None and then != now:
         raise ValueError(
             f"unfair: {cell} was trained on data {then[:12]}, the corpus is {now[:12]} now; bring"
@@ -191,27 +165,80 @@ def _check_data(cell: Cell, now: str) -> None:
         )
 
 
-def _train_all(
+def _check_trained(cells: list[Cell], options: Options) -> None:
+    """Refuses to probe models that are not there."""
+    for cell in cells:
+        if isinstance(cell.arm, ProbeArm) and _trained_loss(cell) is None:
+            command = _command(cell.arm.experiment, dataclasses.replace(options, arms=()))
+            raise ValueError(
+                f"{cell.trained}: holds no finished run, which {cell} measures; train it with"
+                f" {command}"
+            )
+
+
+def _check_probe(cell: Cell) -> None:
+    """Refuses a measurement of a model or under an intervention that has been changed since."""
+    then, now = results.read_record(cell).get("probed"), _probed(cell)
+    if then is not None and now is not None and then != now:
+        raise ValueError(
+            f"{cell.workdir}: measured {then}, here it is {now}; remove it, or choose another"
+            " --results"
+        )
+
+
+def _probed(cell: Cell) -> dict[str, Any] | None:
+    """What a probe measures, to know it again; None for an arm that is trained."""
+    if not isinstance(cell.arm, ProbeArm) or _trained_loss(cell) is None:
+        return None
+    return {**dataclasses.asdict(cell.arm.intervention), "loss": _trained_loss(cell)}
+
+
+def _trained_loss(cell: Cell) -> float | None:
+    """The held-out loss of the finished run that a probe measures; None if it is not finished."""
+    assert cell.trained is not None
+    evaluation = workdir.read_evaluation(cell.trained)
+    finished = evaluation is not None and evaluation["step"] == cell.config.train.steps
+    return evaluation["loss"] if evaluation is not None and finished else None
+
+
+def _make_all(
     cells: list[Cell], todo: list[Cell], fingerprint: str, train: Callable[..., Any]
 ) -> list[str]:
-    """Trains the runs in `todo`; returns what went wrong with those that lost their numbers."""
+    """Trains or probes the runs in `todo`; returns what went wrong with those that diverged."""
     failed, took = [], {}
     for done, cell in enumerate(todo):
         place = len(cells) - len(todo) + done + 1
         left = _time_left(todo[done:], took)
         print(f"[{place}/{len(cells)}] {cell}{left}", file=sys.stderr, flush=True)
         start = time.monotonic()
-        cell.record.parent.mkdir(parents=True, exist_ok=True)
-        origin = {"data_fingerprint": fingerprint, "machine": machine()}
-        workdir.write_json(cell.record, origin)
         try:
-            train(cell.config, cell.workdir)
+            _make(cell, fingerprint, train)
         except loop.NonFinite as error:  # a result too: the others go on, this one stays missing
             print(f"error: {cell}: {error}", file=sys.stderr, flush=True)
             failed.append(f"{cell}: {error}")
         took.setdefault(cell.arm.label, []).append(time.monotonic() - start)
         jax.clear_caches()  # or every model's compiled code stays in memory
     return failed
+
+
+def _make(cell: Cell, fingerprint: str, train: Callable[..., Any]) -> None:
+    cell.record.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"data_fingerprint": fingerprint, "machine": machine()}
+    if isinstance(cell.arm, ProbeArm):
+        workdir.write_json(cell.record, {**origin, "probed": _probed(cell)})
+        _probe(cell, cell.arm)
+    else:
+        workdir.write_json(cell.record, origin)
+        train(cell.config, cell.workdir)
+
+
+def _probe(cell: Cell, arm: ProbeArm) -> None:
+    assert cell.trained is not None
+    with jax.set_mesh(open_mesh(cell.config)):
+        trained = load_run(cell.trained)
+        found = arm.probe(trained, arm.intervention)
+    cell.workdir.mkdir(exist_ok=True)
+    workdir.write_json(cell.workdir / workdir.EVALUATION, {"step": trained.step, **found})
 
 
 @contextlib.contextmanager
@@ -240,12 +267,14 @@ def _time_left(todo: list[Cell], took: Mapping[str, list[float]]) -> str:
         return ""
     mean = sum(known.values()) / len(known)
     seconds = sum(known.get(cell.arm.label, mean) for cell in todo)
-    return f", about {tables.duration(seconds)} to go"
+    return f", about {duration(seconds)} to go"
 
 
-def compare(experiment: Experiment, options: Options, cells: list[Cell]) -> Comparison:
+def read(
+    experiment: Experiment, options: Options, cells: list[Cell], failed: list[str]
+) -> Comparison:
     """Reads all results from the workdirs."""
-    histories = {(c.arm.label, c.seed): results.read_history(c) for c in cells}
+    histories = {(c.arm.label, c.seed): read_history(results.read_outcome(c)) for c in cells}
     return Comparison(
         experiment=experiment,
         scale=options.scale,
@@ -254,11 +283,12 @@ def compare(experiment: Experiment, options: Options, cells: list[Cell]) -> Comp
         histories={key: history for key, history in histories.items() if history is not None},
         command=_command(experiment, options),
         overrides=options.overrides,
+        failed=tuple(failed),
     )
 
 
 def _command(experiment: Experiment, options: Options) -> str:
-    parts = [f"python -m experiments.{experiment.name} --scale={options.scale}"]
+    parts = [f"python -m {experiment.module} --scale={options.scale}"]
     parts += [f"--seeds={options.seeds}"] if options.seeds is not None else []
     parts += [f"--arms={','.join(options.arms)}"] if options.arms else []
     parts += [f"--set={key}={value}" for key, value in options.overrides.items()]

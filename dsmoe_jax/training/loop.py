@@ -199,8 +199,8 @@ class _Trainer:
         self.checkpoints.check()
         if self.recorder is not None:
             assert metrics.router is not None
-            assert metrics.router.choice is not None
-            self.recorder.write(routing_records.TRAIN, step, metrics.router.choice)
+            assert metrics.recorded is not None
+            self.recorder.write(routing_records.TRAIN, step, metrics.recorded)
         assert self.log is not None
         train = self.config.train
         asked = step == 1 or step % train.log_every == 0

@@ -5,63 +5,93 @@ Shapes: L MoE layers, E routed experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.moe.layer import HashTable, RouterBias
-from dsmoe_jax.moe.legacy import flat
-from dsmoe_jax.moe.routers.fixed import balanced_table
+from dsmoe_jax.moe.layer import RouterVariable
+from dsmoe_jax.moe.routers import RouterSettings, RouterState, get_router
 
 
-def make_hash_table(
-    config: Config, token_counts: Callable[[], np.ndarray] | None
-) -> np.ndarray | None:
-    """The table_V that is even on the training text; None for a config that has no such table.
+def first_values(
+    model: ModelConfig, token_counts: Callable[[], np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """First values of router variables that depend on the training text, by name.
 
     Args:
-      config: of the run.
+      model: config of the model.
       token_counts: how often each token is an input of the training text; called if needed.
 
     Raises:
       ValueError: if it is needed and None.
     """
-    moe = flat(config.model.moe)
-    if moe.hash_table != "frequency":
-        return None
-    require(
-        token_counts is not None,
-        "model.moe.router.options.table",
-        "frequency",
-        "needs token counts",
-    )
+    found = _stateful(model)
+    if found is None:
+        return {}
+    state, settings = found
+    if state.from_token_counts is None or not state.first(settings):
+        return {}
+    key = f"model.moe.router.options of {model.moe.router.name}"
+    require(token_counts is not None, key, dict(settings.config.options), "needs token counts")
     assert token_counts is not None
     counted = token_counts()
-    counts_V = np.zeros(config.model.vocab_size, np.int64)
+    counts_V = np.zeros(model.vocab_size, np.int64)
     counts_V[: len(counted)] = counted  # a tokenizer may leave rows of the embedding unused
-    return balanced_table(counts_V, moe.n_routed_experts)
+    return state.from_token_counts(counts_V, settings)
 
 
-def fill_hash_tables(other: nnx.State, table_V: jax.Array) -> nnx.State:
-    """Gives every layer the table."""
-    tables, rest = nnx.split_state(other, HashTable, ...)
-    fill = lambda table_LV: jnp.broadcast_to(table_V, table_LV.shape)  # noqa: E731
-    return nnx.merge_state(jax.tree.map(fill, tables), rest)
+def fill(other: nnx.State, values: Mapping[str, Any]) -> nnx.State:
+    """Gives every layer's router variables these values, by name."""
+
+    def filled(path: tuple, old: jax.Array) -> jax.Array:
+        name = _name(path)
+        return jnp.broadcast_to(values[name], old.shape) if name in values else old
+
+    return _map_variables(filled, other)
 
 
-def move_bias(other: nnx.State, load_LE: jax.Array, speed: float) -> nnx.State:
-    """Loss-free balancing: `b_i += speed * sign(mean load - load_i)` (2408.15664 algorithm 1).
+def after_step(other: nnx.State, load_LE: jax.Array, model: ModelConfig) -> nnx.State:
+    """The router variables after an optimizer step.
 
     Args:
-      other: with one `RouterBias` of shape (L, E), that of the stacked MoE layers.
+      other: with the variables of the stacked MoE layers, each with a leading layer axis.
       load_LE: assignments of the whole global batch.
-      speed: gamma.
+      model: config of the model.
     """
-    bias, rest = nnx.split_state(other, RouterBias, ...)
-    below_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
-    return nnx.merge_state(jax.tree.map(lambda b_LE: b_LE + speed * below_LE, bias), rest)
+    found = _stateful(model)
+    if found is None or found[0].after_step is None:
+        return other
+    state, settings = found
+    assert state.after_step is not None
+    variables, _ = nnx.split_state(other, RouterVariable, ...)
+    before = {_name(path): x for path, x in jax.tree.leaves_with_path(variables)}
+    moved = state.after_step(before, load_LE, settings)
+    return _map_variables(lambda path, old: moved.get(_name(path), old), other)
+
+
+def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:
+    """What the model's router has of variables, and its settings; None for one without."""
+    if not model.moe.n_routed_experts:
+        return None
+    router, settings = get_router(model.moe)
+    if router.state is None:
+        return None
+    return router.state, dataclasses.replace(settings, vocab_size=model.vocab_size)
+
+
+def _map_variables(change: Callable[[tuple, jax.Array], jax.Array], other: nnx.State) -> nnx.State:
+    """The state with its router variables changed."""
+    variables, rest = nnx.split_state(other, RouterVariable, ...)
+    return nnx.merge_state(jax.tree.map_with_path(change, variables), rest)
+
+
+def _name(path: tuple) -> str:
+    """The variable's name in a path such as ("layers", "moe", "bias_E")."""
+    return next(str(k.key) for k in reversed(path) if hasattr(k, "key"))

@@ -61,16 +61,18 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
         return row
     stats = metrics.router
     row |= load_summary(np.asarray(stats.load_E, np.float64))
-    row |= {f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.sums.items()}
+    row |= {
+        f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.token_sums.items()
+    }
     row |= {name: as_list(term_L) for name, term_L in metrics.terms.items()}
     row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:
         bytes_of_row = model.hidden_size * compute_dtype(model).itemsize
         row["device_rows"] = as_list(stats.device_rows_D, int)
         row["device_megabytes"] = as_list(stats.device_rows_D * (bytes_of_row / 1e6))
-    if stats.exchange.rows is not None:
-        row["exchange_rows"] = as_list(stats.exchange.rows, int)
-        row["exchange_retries"] = as_list(stats.exchange.retries, int)
+    if stats.dispatch.exchanged_rows is not None:
+        row["exchange_rows"] = as_list(stats.dispatch.exchanged_rows, int)
+        row["exchange_retries"] = as_list(stats.dispatch.retries, int)
     return row
 
 
@@ -84,7 +86,7 @@ def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     """Name and value of the first metric that is not finite: causes before what they spoil."""
     watched = {"loss": metrics.loss, **metrics.terms}
     if metrics.router is not None:
-        watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.sums.items()}
+        watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.token_sums.items()}
     watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}
     for name, value in watched.items():
         array = np.asarray(value).reshape(-1)

@@ -22,9 +22,10 @@ from dsmoe_jax.model import build
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import dropping, losses
-from dsmoe_jax.moe.legacy import flat
-from dsmoe_jax.moe.report import RouterStats
+from dsmoe_jax.moe.report import LoggedSums
+from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.policy import policy_loss
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import micro_batches, router_state
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -71,7 +72,8 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     terms: dict[str, jax.Array]
-    router: RouterStats | None
+    router: LoggedSums | None
+    recorded: RecordedRouting | None = None
 
 
 class Sums(NamedTuple):
@@ -93,15 +95,15 @@ def build_model(config: Config, key: jax.Array | None = None) -> Transformer:
       ValueError: for a model that cannot be, or experts without room for the tokens of a step.
     """
     train = config.train
-    dropping.check_room(flat(config.model.moe), config.tokens_per_step // train.accumulation_steps)
+    dropping.check_capacity(config.model.moe, config.tokens_per_step // train.accumulation_steps)
     key = jax.random.key(config.train.seed) if key is None else key
     return build.build_model(config.model, key)
 
 
 def _first_state(config: Config, key: jax.Array, table_V: Any = None) -> TrainState:
     _, params, other = nnx.split(build_model(config, key), nnx.Param, ...)
-    if table_V is not None:
-        other = router_state.fill_hash_tables(other, table_V)
+    if table_V:
+        other = router_state.fill(other, table_V)
     opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
     return TrainState(jnp.int32(0), params, opt_state, other)
 
@@ -119,7 +121,7 @@ def init_state(config: Config, token_counts: Callable[[], np.ndarray] | None = N
     Raises:
       ValueError: if it needs it and there is none.
     """
-    table_V = router_state.make_hash_table(config, token_counts)
+    table_V = router_state.first_values(config.model, token_counts)
     out_shardings = sharding.shardings(state_shapes(config))
     init = jax.jit(functools.partial(_first_state, config), out_shardings=out_shardings)
     return init(jax.random.key(config.train.seed), table_V)  # one program for all seeds and tables
@@ -172,7 +174,8 @@ class Parts(NamedTuple):
     total_loss: jax.Array
     sums: Sums
     terms: dict[str, jax.Array]
-    router: RouterStats | None
+    router: LoggedSums | None
+    recorded: RecordedRouting | None = None
 
 
 def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, nnx.State]]:
@@ -190,7 +193,7 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
     graph, n_micro, moe = (
         abstract_model(config),
         config.train.accumulation_steps,
-        flat(config.model.moe),
+        config.model.moe,
     )
 
     def forward(params, other, micro: Batch, sequence_B, rng):
@@ -202,28 +205,37 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
         nll_BS, sums = token_sums(output.logits_BSV, micro, bytes_V)
         loss, terms, router, choice = sums.nll / all_tokens, {}, output.report, None
         if router is not None:
-            terms = {name: losses.value(name, part, whole) for name, part in router.terms.items()}
+            terms = {
+                name: losses.value(name, part, whole)
+                for name, part in router.loss_inputs.terms.items()
+            }
             loss += sum(weights[name] * terms[name].sum() for name in weights)
-            if (drawn_LBS := router.drawn_BS) is not None:
-                bonus, mask_BS = moe.policy_entropy_factor, jnp.asarray(micro["loss_mask_BS"])
+            if (drawn_LBS := router.loss_inputs.policy) is not None:
+                bonus, mask_BS = (
+                    get_router(moe)[1].option("entropy_factor"),
+                    jnp.asarray(micro["loss_mask_BS"]),
+                )
                 loss += policy_loss(drawn_LBS, nll_BS, mask_BS, bonus) / all_tokens
-            choice = router.choice if config.train.record_routing else None
-            router = router._replace(drawn_BS=None, choice=None)
+            choice = router.recorded if config.train.record_routing else None
+            router = router.logged
         return loss, (Parts(loss, sums, terms, router), choice)
 
     def sent(params, other, micro: Batch, sequence_B, rng):
         router = forward(params, other, micro, sequence_B, rng).report
         assert router is not None
-        return {name: router.terms[name].sent_G for name in losses.counted_terms(moe)}
+        return {
+            name: router.loss_inputs.terms[name].sent_G
+            for name in losses.counted_over_batch(moe.balance)
+        }
 
     def gradients(params, other, batch: Batch, rng, weights):
         micros, sent_LG = micro_batches.split(batch, n_micro), None
-        if n_micro > 1 and losses.counted_terms(moe):
+        if n_micro > 1 and losses.counted_over_batch(moe.balance):
             sent_LG, _ = micro_batches.add_up(
                 lambda micro: (sent(params, other, *micro, rng=rng), None), micros
             )
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
-        whole = losses.whole(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
+        whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
 
         def part_of(micro):
             grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -232,8 +244,7 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., tuple[Parts, n
 
         (parts, grads), choice = micro_batches.add_up(part_of, micros)
         if choice is not None:
-            assert parts.router is not None
-            parts = parts._replace(router=parts.router._replace(choice=micro_batches.join(choice)))
+            parts = parts._replace(recorded=micro_batches.join(choice))
         return parts, grads
 
     return gradients
@@ -254,7 +265,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        weights = losses.weights_at(flat(config.model.moe), state.step / steps)
+        weights = losses.weights_at(config.model.moe.balance, state.step / steps)
         parts, grads = gradients(state.params, state.other, batch, rng, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
@@ -268,9 +279,10 @@ def make_train_step(
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             terms=parts.terms,
             router=parts.router,
+            recorded=parts.recorded,
         )
-        if parts.router is not None and (speed := config.model.moe.router.bias_update_speed):
-            other = router_state.move_bias(other, parts.router.load_E, speed)
+        if parts.router is not None:
+            other = router_state.after_step(other, parts.router.load_E, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step

@@ -1,4 +1,4 @@
-"""`python -m dsmoe_jax.generate` on a run of a few steps."""
+"""`python -m dsmoe_jax generate` on a run of a few steps."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "model.moe.moe_intermediate_size": 8, "model.moe.expert_backend": "loop",
             "data.corpus": str(tiny_corpus),
             "optimizer.peak_learning_rate": 0.3, "optimizer.warmup_steps": 0,
-            "train.steps": 2, "train.checkpoint_every": 1, "train.eval_every": 0,
+            "train.steps": 2, "train.checkpoint_every": 1, "train.eval_every": None,
         },
     )  # fmt: skip
     path = tmp_path_factory.mktemp("runs") / "few_steps"
@@ -38,7 +38,7 @@ DRIVER = """
 import contextlib, io, json, sys
 import numpy as np
 from absl import flags
-from dsmoe_jax import cli, generate
+from dsmoe_jax.commands import command_line, generate
 from dsmoe_jax.data.corpus import load_corpus
 cases, cuts = json.load(sys.stdin)
 results = []
@@ -47,10 +47,9 @@ for argv in cases:
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
     flags.FLAGS.unparse_flags()
-    sys.argv = ["generate", *argv]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(generate.main)
+            command_line.run(generate.main, argv)
         except SystemExit as stop:
             results.append((stop.code, out.getvalue(), err.getvalue()))
 directory, *rows = cuts
@@ -174,14 +173,15 @@ def test_text_is_cut_at_the_first_end_of_text(driven):
 
 
 def test_the_command_as_users_call_it(workdir, results):
-    command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax.generate", f"--workdir={workdir}"]
-    done = subprocess.run([*command, *GOOD["greedy"]], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate"]
+    arguments = [f"--workdir={workdir}", *GOOD["greedy"]]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == tuple(results["greedy"])
 
 
 def test_help_explains():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "dsmoe_jax.generate", "--help"],
+        [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate", "--help"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0

@@ -137,7 +137,7 @@ def test_two_at_once_build_once(text: Path, tmp_path: Path, builds: list[str]):
 
 def test_a_killed_build_leaves_nothing_and_is_made_again(tmp_path: Path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "dsmoe_jax.prepare_data", "--corpus=stdlib", f"--out={out}"]
+    command = [sys.executable, "-m", "dsmoe_jax", "prepare_data", "--corpus=stdlib", f"--out={out}"]
     command += ["--vocab_size=300", "--sequence_length=32", "--max_bytes_per_domain=60000"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / ".out.building").exists():
@@ -242,7 +242,7 @@ def test_sources_are_complete():
 
 def test_the_command_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path):
     (text / "latin.txt").write_bytes("Größe".encode("latin-1"))
-    command = [sys.executable, "-m", "dsmoe_jax.prepare_data", f"--out={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "dsmoe_jax", "prepare_data", f"--out={tmp_path / 'out'}"]
     command += [f"--corpus={text}", "--vocab_size=300", "--sequence_length=32"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2

@@ -166,7 +166,7 @@ def test_processes_with_different_configs_all_end_with_the_difference(launcher, 
     commands[1].append("--config.train.seed=1")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "dsmoe_jax.train", *command],
+            [sys.executable, "-m", "dsmoe_jax", "train", *command],
             env=environment, stderr=subprocess.PIPE, text=True,
         )
         for command in commands

@@ -23,7 +23,7 @@ THEIR_OWN = {  # flags of gcloud, sbatch, srun and xpk
 @pytest.fixture(scope="module")
 def known_flags():
     """Those of the training command, by its manual."""
-    command = [sys.executable, "-m", "dsmoe_jax.train", "--help"]
+    command = [sys.executable, "-m", "dsmoe_jax", "train", "--help"]
     manual = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return set(re.findall(r"^ +--(?:\[no\])?(\w+)", manual, re.MULTILINE))
 
@@ -31,7 +31,7 @@ def known_flags():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_modules_flags_and_configs_exist(path, known_flags):
     text = path.read_text()
-    assert set(re.findall(r"dsmoe_jax\.\w+", text)) == {"dsmoe_jax.train"}
+    assert set(re.findall(r"-m,? dsmoe_jax,? (\w+)", text)) == {"train"}
     used = set(re.findall(r"--([a-z][\w-]*)", text)) - THEIR_OWN
     assert used
     for flag in used:
@@ -54,7 +54,7 @@ def test_job_set_asks_for_the_chips_of_its_slice_and_fits_them():
     (container,) = pod["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert jobs["parallelism"] == jobs["completions"] == x * y * z // chips
-    assert container["command"][:3] == ["python", "-m", "dsmoe_jax.train"]
+    assert container["command"][:4] == ["python", "-m", "dsmoe_jax", "train"]
     given = dict(re.findall(r"--config\.([\w.]+)=(\d+)", " ".join(container["command"])))
     changes = {key: int(value) for key, value in given.items()}
     config = replace(from_config_dict(dsmoe_16b.get_config()), **changes)

@@ -1,97 +1,187 @@
 """Training on every mesh of eight virtual devices is training on one device; so is resuming."""
 
-import json
-import os
-import subprocess
-import sys
+import functools
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import numpy as np
 import pytest
 
-HERE = Path(__file__).parent
+from dsmoe_jax.config import Config
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.training.devices import open_mesh
+from dsmoe_jax.training.step import abstract_state, init_state, jit_train_step
+from tests.tools.tiny import FOR_EIGHT_DEVICES, batch, tiny
+from tests.tools.trees import assert_all_below, by_path, relative_errors
+
+pytestmark = pytest.mark.eight_devices
+
 FLOAT32 = 2e-6  # reductions in another order
 # Twenty AdamW steps amplify them: where a gradient is almost 0 its sign decides the update.
 AFTER_TWENTY_STEPS = 1e-3
-MOE = "['state'].params['layers']['moe']"
+MESHES: dict[str, dict[str, int]] = {
+    "one device": {},
+    "fsdp 8": {"fsdp": 8},
+    "data 2 x expert 4": {"data": 2, "expert": 4},
+    "fsdp 2 x expert 2 x tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
+}
+OF_EIGHT = [mesh for mesh, sizes in MESHES.items() if sizes]
+RESUMED = [*itertools.pairwise(MESHES), (OF_EIGHT[-1], "one device")]  # saved on, goes on on
+# The batch of one mesh is computed in two micro-batches, in which nothing may show either: the load
+# of the balance term and of the bias is that of the global batch.
+MICRO_BATCHES = {"fsdp 2 x expert 2 x tensor 2": 2}
+CONFIG = {
+    **FOR_EIGHT_DEVICES,
+    "model.attention.num_key_value_heads": 2,
+    "model.first_k_dense_replace": 1,
+    "model.intermediate_size": 32,
+    "model.initializer_range": 0.1,
+    "model.moe.router.bias_update_speed": 0.001,
+    "model.moe.balance.expert.factor": 0.1,
+    "model.moe.balance.expert.scope": "global_batch",
+    "model.moe.balance.router_z.factor": 0.01,
+    "data.sequence_length": 32,
+    "optimizer.peak_learning_rate": 3e-4,
+    "optimizer.warmup_steps": 0,
+    "optimizer.clip_norm": 1e9,  # so that a gradient of a wrong scale shows
+}
+
+
+def config_on(mesh: str) -> Config:
+    """The config of the run on a mesh."""
+    axes = {f"mesh.{axis}": n for axis, n in {"data": 1, **MESHES[mesh]}.items()}
+    return tiny(**CONFIG, **axes, **{"train.accumulation_steps": MICRO_BATCHES.get(mesh, 1)})
+
+
+class OnMesh:
+    """The tiny run on a mesh of all devices, or on one device."""
+
+    def __init__(self, name: str):
+        self.config = config_on(name)
+        self.mesh = open_mesh(self.config, jax.devices()[: 8 if MESHES[name] else 1])
+        with jax.set_mesh(self.mesh):
+            self.rows = sharding.local_rows(self.config.train.global_batch_size)
+            self.step = jit_train_step(self.config, np.ones(self.config.model.vocab_size, np.int32))
+            self.state = init_state(self.config)
+
+    def train(self, steps: int) -> tuple[dict[str, jax.Array], list[float]]:
+        """Goes on for some steps; arrays of the state and of the last metrics, and all losses."""
+        losses, metrics = [], None
+        with jax.set_mesh(self.mesh):
+            for _ in range(steps):
+                host = batch(self.config, int(self.state.step))
+                arrays = sharding.global_batch(host, self.rows, len(host["tokens_BS"]))
+                self.state, metrics = self.step(self.state, arrays)
+                losses.append(float(metrics.loss))
+        arrays = by_path({"state": self.state, "metrics": metrics})
+        # But for what is meant to depend on the mesh: rows between devices.
+        return {path: x for path, x in arrays.items() if ".exchange." not in path}, losses
+
+    def save(self, directory: Path) -> None:
+        """Writes a checkpoint."""
+        checkpoints = Checkpoints(directory, keep=1)
+        with jax.set_mesh(self.mesh):
+            checkpoints.save(int(self.state.step), self.state, {})
+        checkpoints.close()
+
+    def load(self, directory: Path) -> None:
+        """Goes on from a checkpoint, whatever mesh it was saved on."""
+        checkpoints = Checkpoints(directory, keep=None)
+        with jax.set_mesh(self.mesh):
+            (step,) = checkpoints.steps()
+            self.state = checkpoints.restore(abstract_state(self.config), step).state
+        checkpoints.close()
+
+
+class FirstStep(NamedTuple):
+    """What a mesh makes of the first step."""
+
+    run: OnMesh
+    arrays: dict[str, np.ndarray]
+    shards: dict[str, tuple[int, ...]]  # the shape of a device's part
+    checkpoint: Path
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What eight_devices.py wrote: one entry a mesh."""
-    out = tmp_path_factory.mktemp("meshes")
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-        " --xla_cpu_use_fusion_emitters=false",  # compiles faster
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "PYTHONPATH": os.getcwd(),
-    }
-    command = [sys.executable, str(HERE / "eight_devices.py"), str(out)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert child.returncode == 0, child.stderr
-    return json.loads((out / "results.json").read_text())
+def first_step(tmp_path_factory) -> Callable[[str], FirstStep]:
+    """`first_step(mesh)`, each computed once."""
+
+    @functools.cache
+    def compute(mesh: str) -> FirstStep:
+        run = OnMesh(mesh)
+        arrays, _ = run.train(1)
+        shards = {path: x.sharding.shard_shape(x.shape) for path, x in arrays.items()}
+        found = {path: np.asarray(x) for path, x in arrays.items()}
+        checkpoint = tmp_path_factory.mktemp("checkpoint") / "run"
+        run.save(checkpoint)
+        return FirstStep(run, found, shards, checkpoint)
+
+    return compute
 
 
-def name(result):
-    return " x ".join(f"{axis} {size}" for axis, size in result["sizes"].items()) or "one device"
+@pytest.fixture(scope="module")
+def unbroken(first_step) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Twenty more steps on one device: arrays at the end, and the losses."""
+    first = first_step("one device")
+    arrays, losses = first.run.train(20)
+    return {path: np.asarray(x) for path, x in arrays.items()}, losses
 
 
-def test_loss_gradients_and_update_are_those_of_one_device(results):
+@pytest.mark.parametrize("mesh", OF_EIGHT)
+def test_loss_gradients_and_update_are_those_of_one_device(mesh, first_step):
     """The first moments are the gradients (clipping is off), so their scale is seen too."""
-    meshes = [result for result in results if result["sizes"]]
-    assert len(meshes) >= 3
-    for result in meshes:
-        errors = result["errors"]
-        assert sum("mu" in key for key in errors) > 15
-        assert "['metrics'].router.load_E" in errors
-        wrong = {key: error for key, error in errors.items() if not error < FLOAT32}
-        assert not wrong, name(result)
+    errors = relative_errors(first_step(mesh).arrays, first_step("one device").arrays)
+    assert sum("mu" in path for path in errors) > 15
+    assert any("metrics" in path and "load_E" in path for path in errors)
+    assert_all_below(errors, FLOAT32)
 
 
-@pytest.mark.parametrize("prefix", ["params", "opt_state[1][0].mu", "opt_state[1][0].nu"])
-def test_parameters_and_both_moments_are_in_shards(results, prefix):
-    shapes = {}
-    for result in results:
-        for key, sharding in result["shardings"].items():
-            if key.startswith(f"['state'].{prefix}["):
-                leaf = key.removeprefix(f"['state'].{prefix}").removesuffix(".value")
-                shapes.setdefault(name(result), {})[leaf] = sharding["shard"]
-    # Whole: layers 1, E 8, F 16, D 32; N 4, H 8; V 64.
-    gate, router, query = (
-        "['layers']['moe']['gate_EFD']",
-        "['layers']['moe']['router_ED']",
-        "['layers']['attention']['query_NHD']",
-    )
-    fsdp, expert, mixed = (
-        shapes[name] for name in ("fsdp 8", "data 2 x expert 4", "fsdp 2 x expert 2 x tensor 2")
-    )
-    assert fsdp[gate] == [1, 8, 16, 4]
-    assert expert[gate] == [1, 2, 16, 32]
-    assert mixed[gate] == [1, 4, 8, 16]
-    assert mixed["['layers']['moe']['down_EDF']"] == [1, 4, 16, 8]
-    assert mixed["['layers']['moe']['shared']['gate_FD']"] == [1, 8, 8]
-    assert mixed["['leading'][0]['ffn']['down_DF']"] == [8, 16]
-    assert mixed["['embedding_VD']"] == [32, 8]
-    assert fsdp[query] == [1, 4, 8, 4]
-    assert expert[query] == [1, 4, 8, 8]
-    assert mixed[query] == [1, 2, 8, 8]
-    assert mixed[router] == [1, 4, 16]
-    assert mixed["['final_norm']['scale_D']"] == [32]
+# Whole: layers 1, E 8, F 16, D 32; N 4, H 8; V 512.
+SHARDS = {
+    "fsdp 8": {
+        "['layers']['moe']['gate_EFD']": (1, 8, 16, 4),
+        "['layers']['attention']['query_NHD']": (1, 4, 8, 4),
+    },
+    "data 2 x expert 4": {
+        "['layers']['moe']['gate_EFD']": (1, 2, 16, 32),
+        "['layers']['attention']['query_NHD']": (1, 4, 8, 8),
+    },
+    "fsdp 2 x expert 2 x tensor 2": {
+        "['layers']['moe']['gate_EFD']": (1, 4, 8, 16),
+        "['layers']['moe']['down_EDF']": (1, 4, 16, 8),
+        "['layers']['moe']['shared']['gate_FD']": (1, 8, 8),
+        "['layers']['moe']['router_ED']": (1, 4, 16),
+        "['layers']['attention']['query_NHD']": (1, 2, 8, 8),
+        "['leading'][0]['ffn']['down_DF']": (8, 16),
+        "['embedding_VD']": (256, 8),
+        "['final_norm']['scale_D']": (32,),
+    },
+}
 
 
-def test_resuming_on_another_mesh_changes_nothing(results):
-    """one device -> fsdp 8 -> expert 4 -> fsdp 2, expert 2, tensor 2 -> one device.
+@pytest.mark.parametrize("mesh", OF_EIGHT)
+def test_parameters_and_both_moments_are_in_shards(mesh, first_step):
+    shards = first_step(mesh).shards
+    for of in ("params", "opt_state[1][0].mu", "opt_state[1][0].nu"):
+        for name, shape in SHARDS[mesh].items():
+            assert shards[f"['state'].{of}{name}.value"] == shape, (of, name)
 
-    Each goes on from the checkpoint after the first step; the next 20 losses are the unbroken
-    run's, and so are parameters, both moments and the balance bias at the end.
+
+@pytest.mark.parametrize(("saved_on", "mesh"), RESUMED)
+def test_resuming_on_another_mesh_changes_nothing(saved_on, mesh, first_step, unbroken):
+    """The next 20 losses are the unbroken run's.
+
+    So are parameters, both moments and the balance bias at the end.
     """
-    assert results[-1]["sizes"] == {}
-    for result in results:
-        assert len(result["losses"]) == 20
-        assert result["losses"][-1] < result["losses"][0]
-        assert result["resumed_losses"] == pytest.approx(result["losses"], rel=1e-5), name(result)
-        errors = result["resumed_errors"]
-        assert any("bias_E" in key for key in errors)
-        wrong = {key: error for key, error in errors.items() if not error < AFTER_TWENTY_STEPS}
-        assert not wrong, name(result)
+    wanted, losses = unbroken
+    run = first_step(mesh).run
+    run.load(first_step(saved_on).checkpoint)
+    found, resumed_losses = run.train(20)
+    assert losses[-1] < losses[0]
+    assert resumed_losses == pytest.approx(losses, rel=1e-5)
+    assert any("bias_E" in path for path in found)
+    assert_all_below(relative_errors(found, wanted), AFTER_TWENTY_STEPS)

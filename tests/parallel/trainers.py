@@ -1,7 +1,7 @@
 """Starts the training command as several processes of this machine, again and again.
 
 Half of the start of a trainer is imports.  They are done once, in a process that forks the trainers
-(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax.train` does.
+(multiprocessing's forkserver); from there on each does what `python -m dsmoe_jax train` does.
 """
 
 from __future__ import annotations
@@ -10,35 +10,18 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
-from dsmoe_jax.config import Config, replace
 from dsmoe_jax.runs.metrics_log import read_rows
+from tests.tools.tiny import tiny
 
-TINY = {
-    "name": "tiny",
-    "model.vocab_size": 512,
-    "model.hidden_size": 16,
-    "model.num_hidden_layers": 2,
-    "model.attention.num_attention_heads": 2,
-    "model.attention.num_key_value_heads": 2,
-    "model.attention.head_dim": 8,
-    "model.moe.n_routed_experts": 4,
-    "model.moe.num_experts_per_tok": 2,
-    "model.moe.moe_intermediate_size": 8,
-    "model.moe.expert_backend": "loop",
+CONFIG = {
     "model.moe.dispatch.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
-    "data.sequence_length": 64,
-    "data.tokenizer_vocab_size": 512,
-    "optimizer.warmup_steps": 2,
     "train.steps": 16,
-    "train.global_batch_size": 4,
-    "train.log_every": 1,
-    "train.checkpoint_every": 3,
     "train.keep_checkpoints": 100,
+    "train.eval_every": None,
     "train.eval_batches": 1,
     "train.record_routing": True,
     "mesh.data": 1,
@@ -106,21 +89,19 @@ class Launcher:
 
     def __init__(self, directory: Path, corpus: Path):
         self.directory, self.config = directory, directory / "tiny.py"
-        config = replace(Config(), **TINY, **{"data.corpus": str(corpus)})
+        config = tiny(**CONFIG, **{"data.corpus": str(corpus)})
         self.config.write_text(
             "from dsmoe_jax.config import *\n\n\ndef get_config():\n"
             f"    return to_config_dict({config!r})\n"
         )
+        # The rest of what makes compiling quick is in the environment already.
         self.environment = {
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "PYTHONPATH": os.getcwd(),
         }
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dsmoe_jax.train", "tensorboardX"])
+        self.context.set_forkserver_preload(["dsmoe_jax.commands.train", "tensorboardX"])
         with mock.patch.dict(os.environ, self.environment):  # JAX reads it when it is imported
             multiprocessing.forkserver.ensure_running()
         self.started: list[Trainer] = []
@@ -155,9 +136,8 @@ def devices(n: int) -> int:
 
 
 def xla_flags(n: int) -> str:
-    """For one of n processes: its part of the devices; and quick to compile is enough."""
-    count = f"--xla_force_host_platform_device_count={devices(n) // n}"
-    return f"{count} --xla_cpu_use_fusion_emitters=false"
+    """For one of n processes: its part of the devices."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices(n) // n}"
 
 
 def _train(arguments: list[str], flags: str, says: Path) -> None:
@@ -174,5 +154,4 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
     # On CPU each process hashes the devices in another order, and finds nothing of what the first
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None
-    sys.argv = ["train", *arguments]
-    command_line.run(command.main)
+    command_line.run(command.main, arguments)

@@ -122,7 +122,7 @@ def test_a_small_step_compiles_for_a_slice():
     flags = [f"--config.mesh.{axis}={n}" for axis, n in sizes.items()]
     flags += ["--config.model.moe.n_routed_experts=8", "--config.model.moe.num_experts_per_tok=2"]
     command = [
-        sys.executable, "-m", "dsmoe_jax.aot", "--config=configs/dsmoe_2b.py:smoke",
+        sys.executable, "-m", "dsmoe_jax", "aot", "--config=configs/dsmoe_2b.py:smoke",
         "--topology=v5e:2x2", "--json", *flags,
     ]  # fmt: skip
     path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])

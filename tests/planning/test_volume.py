@@ -4,12 +4,21 @@ import dataclasses
 
 import numpy as np
 import pytest
-
-from benchmarks import parallel
-from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.planning.volume import chips_of_a_token, volume
 
+from benchmarks import parallel
+from dsmoe_jax.config import DispatchConfig, DropConfig, MoEConfig, RouterConfig
+
 PLAIN = MoEConfig(64, 2, 6, 8)
+
+
+def dispatched(**settings):
+    return dataclasses.replace(PLAIN, dispatch=DispatchConfig(**settings))
+
+
+def limited(moe, groups, m):
+    """A token may use m of so many groups of experts."""
+    return dataclasses.replace(moe, router=RouterConfig(n_group=groups, topk_group=m))
 
 
 def drawn(e, k, groups, m, p, n=20_000):
@@ -26,30 +35,31 @@ def drawn(e, k, groups, m, p, n=20_000):
     ("groups", "m", "p"), [(1, 1, 8), (1, 1, 64), (8, 3, 8), (8, 3, 32), (8, 3, 4), (16, 2, 8)]
 )
 def test_a_token_goes_to_each_chip_once(groups, m, p):
-    moe = dataclasses.replace(PLAIN, n_group=groups, topk_group=m)
-    found = chips_of_a_token(moe, p)
+    found = chips_of_a_token(limited(PLAIN, groups, m), p)
     assert found == pytest.approx(drawn(64, 6, groups, m, p), rel=0.01)
     assert found <= 6
 
 
 def test_what_a_chip_receives_and_makes_room_for():
     """t 100 tokens on 8 chips of 8 experts; at worst all 800 tokens choose 6 of one chip's."""
-    everywhere = volume(dataclasses.replace(PLAIN, dispatch="all_gather"), 100, 8)
+    everywhere = volume(dispatched(name="all_gather"), 100, 8)
     assert (everywhere.received, everywhere.computed) == (700, 800 * 6)
     ragged = volume(PLAIN, 100, 8)
     assert 300 < ragged.received < 100 * 6 * 7 / 8
     assert (ragged.room, ragged.computed) == (800, 800 * 6)
-    small = volume(dataclasses.replace(PLAIN, buffer_factor=2.0), 100, 8)
+    small = volume(dispatched(buffer_factor=2.0), 100, 8)
     assert (small.room, small.computed) == (800, 1200)
-    chunked = volume(dataclasses.replace(PLAIN, exchange_chunks=4), 100, 8)
+    chunked = volume(dispatched(chunks=4), 100, 8)
     assert (chunked.room, chunked.computed) == (200, 200 * 6)
     assert chunked.received == ragged.received
     assert volume(PLAIN, 100, 1) == (0, 0, 0, 600)
     few = volume(PLAIN, 100, 16)  # of 4 experts: a token cannot choose 6 of them
     assert (few.room, few.computed) == (1600, 1600 * 4)
-    slots = dataclasses.replace(PLAIN, dispatch="capacity")
+    slots = dispatched(name="fixed_slots")
     assert volume(slots, 100, 8) == (700, 512, 800, 800)
-    fewer = dataclasses.replace(slots, capacity_factor=1.0)  # 100 x 6 / 8 for each chip
+    fewer = dataclasses.replace(
+        slots, drop=DropConfig(capacity_factor=1.0)
+    )  # 100 x 6 / 8 for each chip
     assert volume(fewer, 100, 8) == (525, 512, 600, 600)
     # A gate and an expert for each choice, padded to 128 numbers; gathered ones are not.
     assert (ragged.label_bytes, everywhere.label_bytes) == (512, 48)
@@ -63,9 +73,9 @@ def test_bytes_saved_are_those_of_the_formula():
     """
     routings = {name: ids_TK for name, (ids_TK, _) in parallel.routings(8).items()}
     moe, t = dataclasses.replace(PLAIN, num_experts_per_tok=parallel.K), parallel.T // 8
-    limited = dataclasses.replace(moe, n_group=8, topk_group=parallel.GROUP_LIMIT)
+    at_most_3 = limited(moe, 8, parallel.GROUP_LIMIT)
     assert (moe.n_routed_experts, moe.num_experts_per_tok) == (parallel.E, parallel.K)
-    for name, config, error in (("even", moe, 0.01), ("at most 3 devices", limited, 0.07)):
+    for name, config, error in (("even", moe, 0.01), ("at most 3 devices", at_most_3, 0.07)):
         rows, choices = parallel.least_rows(routings[name], 8)
         assert choices == pytest.approx(parallel.T * parallel.K * 7 / 8, rel=0.01)
         assert rows == pytest.approx(8 * volume(config, t, 8).received, rel=error)

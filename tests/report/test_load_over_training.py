@@ -1,13 +1,10 @@
 """The picture of load over training: what is drawn is what was logged."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from dsmoe_jax.report.load_over_training import draw
-from dsmoe_jax.study.results import loads_of
+from dsmoe_jax.study.histories import loads_of
 
 
 def rows(n_steps=5, n_layers=2, n_experts=4):
@@ -37,14 +34,3 @@ def test_panels_show_the_rows():
 @pytest.mark.parametrize("empty", [[], [{"step": 1, "tokens": 10, "loss": 1.0}]])
 def test_without_experts_there_is_nothing(empty):
     assert loads_of(empty) is None
-
-
-def test_a_file_that_is_there_is_not_overwritten(tmp_path):
-    there = tmp_path / "load.png"
-    there.write_text("mine")
-    command = [sys.executable, "-m", "experiments.load_over_training"]
-    flags = [f"--workdir={tmp_path}", f"--out={there}"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: --out={there}: exists already; name a new file\n"
-    assert there.read_text() == "mine"

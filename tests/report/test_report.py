@@ -2,16 +2,20 @@
 
 import html.parser
 import json
+import pathlib
 import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from fakes import FakeTrain
+from made_up_runs import FakeTrain, run_made_up
 
 from dsmoe_jax.report import blocks, plots, tables
+from dsmoe_jax.report.html_page import to_html
+from dsmoe_jax.report.markdown import to_markdown
+from dsmoe_jax.report.numbers import NONE
 from dsmoe_jax.report.style import PALETTE
-from dsmoe_jax.study import orderings
+from dsmoe_jax.study import verdicts
 
 VOID = {"meta", "br"}
 
@@ -47,10 +51,17 @@ class Page(html.parser.HTMLParser):
             self.references += re.findall(r"url\(([^)]*)\)", value or "")
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> pathlib.Path:
+    """Of a report with two seeds."""
+    results = tmp_path_factory.mktemp("runs")
+    run_made_up(results, seeds=2, report=True)
+    return results / "table1-smoke"
+
+
 @pytest.fixture
-def page(fake_run, tmp_path) -> str:
-    fake_run(seeds=2)
-    return (tmp_path / "runs/table1-smoke/report.html").read_text()
+def page(directory) -> str:
+    return (directory / "report.html").read_text()
 
 
 def test_page_is_well_formed_and_refers_to_nothing_outside(page):
@@ -71,11 +82,11 @@ def test_page_is_well_formed_and_refers_to_nothing_outside(page):
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
-def test_every_picture_is_in_the_page_and_beside_the_markdown(page, tmp_path):
-    directory = tmp_path / "runs/table1-smoke"
+def test_every_picture_is_in_the_page_and_beside_the_markdown(page, directory):
+    pictures = plots.PLOTS.keys() - {"over_x"}  # which is of probes
     markdown = (directory / "report.md").read_text()
-    assert page.count("<svg") == len(plots.PLOTS)
-    for name in plots.PLOTS:
+    assert page.count("<svg") == len(pictures)
+    for name in pictures:
         assert f"(pictures/{name}.svg)" in markdown
         ElementTree.parse(directory / f"pictures/{name}.svg")
 
@@ -88,7 +99,7 @@ def test_every_colour_of_the_palette_changes_at_night(page):
 def test_numbers_of_the_table_are_those_of_the_results(fake_run):
     comparison = fake_run(seeds=2)
     table = tables.results_table(comparison)
-    losses = [row.validation_loss for row in comparison.rows if row.arm == "GShard"]
+    losses = [row["validation_loss"] for row in comparison.rows if row.arm == "GShard"]
     cells = dict(zip(table.head, table.rows[3], strict=True))
     mean, spread = sum(losses) / 2, abs(losses[0] - losses[1]) / 2**0.5
     assert cells["validation loss"] == f"{mean:.3f} ± {spread:.3f}"
@@ -96,8 +107,8 @@ def test_numbers_of_the_table_are_those_of_the_results(fake_run):
     assert table.best == 4
 
 
-def test_balance_over_training_is_that_of_the_logs(fake_run, tmp_path):
-    table = tables.balance_table(fake_run(seeds=2))
+def test_load_over_training_is_that_of_the_logs(fake_run, tmp_path):
+    table = tables.load_table(fake_run(seeds=2))
     assert [row[0] for row in table.rows] == ["Hash Layer", "Switch", "GShard", "DeepSeekMoE"]
     rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
     highest, worst, dead = [], [], []
@@ -107,8 +118,8 @@ def test_balance_over_training_is_that_of_the_logs(fake_run, tmp_path):
         worst.append(max(logged[-1]["maxvio_running"]))
         dead.append(max(sum(row["dead_experts"]) for row in logged))
     assert len(highest) == 2
-    spread = lambda x: f"{np.mean(x):.2f} ± {np.std(x, ddof=1):.2f}"  # noqa: E731
-    assert rows["GShard"]["its worst layer"] == spread(worst)
+    spread = f"{np.mean(worst):.2f} ± {np.std(worst, ddof=1):.2f}"
+    assert rows["GShard"]["its worst layer"] == spread
     assert rows["GShard"]["MaxVio of a batch: highest"].startswith(f"{np.mean(highest):.1f} ")
     assert rows["GShard"]["dead experts in a batch: most"].startswith(f"{np.mean(dead):.0f} ")
 
@@ -121,22 +132,22 @@ def test_missing_numbers_are_shown_as_missing(fake_run):
     rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
     for label in ("Switch", "GShard"):
         for column in ("validation loss", "bits / byte", "tokens", "MaxVio", "dead experts"):
-            assert rows[label][column] == tables.NONE, (label, column)
-    assert rows["Dense"]["MaxVio"] == tables.NONE
-    assert rows["Dense"]["validation loss"] != tables.NONE
-    verdicts = [row[1] for row in tables.orderings_table(orderings.compare(comparison)).rows]
-    assert verdicts.count("missing") == 9
+            assert rows[label][column] == NONE, (label, column)
+    assert rows["Dense"]["MaxVio"] == NONE
+    assert rows["Dense"]["validation loss"] != NONE
+    said = [row[1] for row in tables.claims_table(verdicts.judge(comparison)).rows]
+    assert said.count("missing") == 9
 
 
 def test_a_report_before_the_first_run_has_no_pictures_and_no_numbers(fake_run, tmp_path):
-    comparison = fake_run(report_only=True)
+    comparison = fake_run(report_only=True, report=True)
     assert plots.draw(comparison) == {}
     Page((tmp_path / "runs/table1-smoke/report.html").read_text())
-    assert all(row[1] == tables.NONE for row in tables.results_table(comparison).rows)
+    assert all(row[1] == NONE for row in tables.results_table(comparison).rows)
 
 
 def test_one_seed_is_said_to_be_one(fake_run, tmp_path):
-    fake_run(seeds=1)
+    fake_run(seeds=1, report=True)
     text = (tmp_path / "runs/table1-smoke/report.md").read_text()
     assert "With a single seed nothing is known about its reliability" in text
     assert "going by the bare signs" in text
@@ -144,7 +155,7 @@ def test_one_seed_is_said_to_be_one(fake_run, tmp_path):
 
 
 def test_text_is_escaped():
-    page = blocks.to_html("a < b", [blocks.Text("1 < 2 & `x<y>`"), blocks.Code("<pre>")])
+    page = to_html("a < b", [blocks.Text("1 < 2 & `x<y>`"), blocks.Code("<pre>")])
     assert "1 &lt; 2 &amp; <code>x&lt;y&gt;</code>" in page
     assert "<pre>&lt;pre&gt;</pre>" in page
     assert "<title>a &lt; b</title>" in page
@@ -152,4 +163,4 @@ def test_text_is_escaped():
 
 def test_markdown_cells_keep_their_bars():
     table = blocks.Table(["", "x"], [["a|b", "1"]])
-    assert "| a\\|b | 1 |" in blocks.to_markdown("t", [table], "pictures")
+    assert "| a\\|b | 1 |" in to_markdown("t", [table], "pictures")

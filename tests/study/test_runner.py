@@ -1,26 +1,28 @@
 """What the runner does with cells: order, skipping, continuing, refusing."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
 
 import pytest
-from fakes import FakeTrain
+from made_up_runs import FakeTrain
 
+from dsmoe_jax.commands import experiment as command
 from dsmoe_jax.report import plots
-from dsmoe_jax.study import results, runner
-from dsmoe_jax.study.spec import Arm, Equal
+from dsmoe_jax.study import results
+from dsmoe_jax.study.experiment import Arm, Equal
 from dsmoe_jax.training import loop
-from experiments import balance, balanced_routers, fig3, shared_ratio, table1
+from experiments.v1 import table1
 
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Pictures are the business of test_report.py."""
-    monkeypatch.setattr(plots, "PLOTS", {})
-
-
+ROOT = pathlib.Path(__file__).parents[2]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "experiments").glob("*/*.py")
+    if path.stem != "__init__"
+)
+EXPERIMENTS = [importlib.import_module(name).EXPERIMENT for name in MODULES]
 NAMES = ["dense_2b", "hash_2b", "switch_2b", "gshard_2b", "dsmoe_2b"]
 
 
@@ -30,14 +32,14 @@ def test_first_seed_of_every_arm_comes_first(fake_run):
     assert train.calls == [(name, seed) for seed in (0, 1) for name in NAMES]
 
 
-def test_finished_runs_are_skipped_and_the_report_is_the_same(fake_run, tmp_path):
-    fake_run(FakeTrain(), seeds=1)
-    page = tmp_path / "runs/table1-smoke/report.html"
-    before = page.read_text()
+def test_finished_runs_are_skipped_and_the_results_are_the_same(fake_run, tmp_path):
+    before = fake_run(FakeTrain(), seeds=1)
+    text = (tmp_path / "runs/table1-smoke/results.jsonl").read_text()
     train = FakeTrain()
-    fake_run(train, seeds=1)
+    after = fake_run(train, seeds=1)
     assert train.calls == []
-    assert page.read_text() == before
+    assert after.rows == before.rows
+    assert (tmp_path / "runs/table1-smoke/results.jsonl").read_text() == text
 
 
 def test_interrupted_experiment_continues_with_the_interrupted_run(fake_run):
@@ -138,10 +140,8 @@ def test_a_run_that_diverges_stays_missing_and_the_others_go_on(fake_run, tmp_pa
             super().__call__(config, workdir)
 
     train = Diverges()
-    with pytest.raises(
-        ValueError, match=r"table1: 1 runs failed: Switch, seed 0: step 3: loss=nan"
-    ):
-        fake_run(train)
+    comparison = fake_run(train)
+    assert comparison.failed == ("Switch, seed 0: step 3: loss=nan; stopped",)
     assert [name for name, _ in train.calls] == NAMES
     rows = results.load_rows(tmp_path / "runs/table1-smoke/results.jsonl")
     assert [row.finished for row in rows] == [True, True, False, True, True]
@@ -164,21 +164,21 @@ def test_a_row_says_what_was_measured(fake_run, tmp_path):
     evaluation = json.loads(
         (tmp_path / "runs/table1-smoke/deepseekmoe/seed0/evaluation.json").read_text()
     )
-    assert row.validation_loss == evaluation["loss"]
-    assert row.maxvio == pytest.approx(sum(evaluation["maxvio"]) / 2)
-    assert row.tokens == 8 * 4 * 64
-    assert row.seconds == pytest.approx(8 * 4 * 64 / 10_000)
+    assert row["validation_loss"] == evaluation["loss"]
+    assert row["maxvio"] == pytest.approx(sum(evaluation["maxvio"]) / 2)
+    assert row["tokens"] == 8 * 4 * 64
+    assert row["seconds"] == pytest.approx(8 * 4 * 64 / 10_000)
     assert row.data_fingerprint == "ab" * 32
     dense = fake_run().rows[0]
-    assert dense.maxvio is None
-    assert dense.dead_experts is None
+    assert dense["maxvio"] is None
+    assert dense["dead_experts"] is None
 
 
 def test_report_only_trains_nothing_and_shows_what_is_missing(fake_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fake_run(FakeTrain(stop_after=2), seeds=1)
     train = FakeTrain()
-    comparison = fake_run(train, seeds=1, report_only=True)
+    comparison = fake_run(train, seeds=1, report_only=True, report=True)
     assert train.calls == []
     assert [row.finished for row in comparison.rows] == [True, False, False, False, False]
     text = (tmp_path / "runs/table1-smoke/report.md").read_text()
@@ -193,33 +193,38 @@ def test_no_seed_is_refused(fake_run):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("train.steps", r"--set='train.steps': must be KEY=VALUE"),
-        ("train.seed=3", r"--set='train.seed=3': seeds are 0, 1, ...; --seeds says how many"),
+        ("train.steps", r"--set=train.steps: must be KEY=VALUE"),
+        ("train.seed=3", r"--set=train.seed=3: seeds are 0, 1, ...; --seeds says how many"),
     ],
 )
 def test_overrides_that_make_no_sense_are_refused(item, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        runner.parse_override(item)
-
-
-def test_overrides_are_literals_or_else_strings():
-    assert runner.parse_override("train.steps=5") == ("train.steps", 5)
-    assert runner.parse_override("data.domains=('a',)") == ("data.domains", ("a",))
-    assert runner.parse_override("data.corpus=some/path") == ("data.corpus", "some/path")
+        command.override(item)
 
 
 def test_overrides_reach_every_arm_and_the_report(fake_run, tmp_path):
-    comparison = fake_run(overrides={"train.steps": 4})
-    assert all(row.tokens == 4 * 4 * 64 for row in comparison.rows)
+    comparison = fake_run(overrides={"train.steps": 4}, report=True)
+    assert all(row["tokens"] == 4 * 4 * 64 for row in comparison.rows)
     assert "--set=train.steps=4" in (tmp_path / "runs/table1-smoke/report.md").read_text()
 
 
-@pytest.mark.parametrize("experiment", [table1, fig3, shared_ratio, balance, balanced_routers])
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=MODULES)
 @pytest.mark.parametrize("scale", ["smoke", "demo", "proxy", "paper"])
 def test_every_experiment_is_fair_at_every_scale(fake_run, experiment, scale):
     train = FakeTrain()
-    fake_run(train, experiment.EXPERIMENT, scale=scale, report_only=True)
+    fake_run(train, experiment, scale=scale, seeds=1, report_only=True)
     assert train.calls == []
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=MODULES)
+def test_every_experiment_has_its_pictures(experiment):
+    for name in experiment.pictures:
+        plots.plot(name)
+
+
+def test_experiments_know_where_they_stand_and_their_results_do_not_collide():
+    assert [experiment.module for experiment in EXPERIMENTS] == MODULES
+    assert len({experiment.name for experiment in EXPERIMENTS}) == len(EXPERIMENTS)
 
 
 def test_experiments_with_impossible_rules_are_refused_when_built():

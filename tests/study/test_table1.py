@@ -1,11 +1,13 @@
-"""Table 1 for real, at the smoke scale, through its command line."""
+"""Table 1 for real, at the smoke scale, through its command line: the two arms farthest apart.
+
+That every config trains at this scale is seen elsewhere.
+"""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def table1(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "experiments.table1", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -25,19 +27,14 @@ def table1(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_trains_all_five_models_and_a_second_call_only_reports(tmp_path):
-    done = table1("--scale=smoke", f"--results={tmp_path}")
+def test_trains_models_and_a_second_call_only_reports(tmp_path):
+    arguments = "--scale=smoke", f"--results={tmp_path}", "--arms=dense,deepseekmoe"
+    done = run("experiments.table1", *arguments)
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "table1-smoke"
     text = (directory / "results.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    assert [row["arm"] for row in rows] == [
-        "Dense",
-        "Hash Layer",
-        "Switch",
-        "GShard",
-        "DeepSeekMoE",
-    ]
+    assert [row["arm"] for row in rows] == ["Dense", "DeepSeekMoE"]
     for row in rows:
         assert 4.5 < row["validation_loss"] < 6.3  # ln 512 = 6.24 is knowing nothing
         assert row["data_fingerprint"] == rows[0]["data_fingerprint"]
@@ -46,11 +43,9 @@ def test_trains_all_five_models_and_a_second_call_only_reports(tmp_path):
     assert (directory / "report.html").stat().st_size > 50_000
     assert "Report:" in done.stdout
 
-    start = time.monotonic()
-    again = table1("--scale=smoke", f"--results={tmp_path}")
+    again = run("experiments.v1.table1", *arguments)
     assert again.returncode == 0, again.stderr
-    assert "[1/5]" not in again.stderr, "nothing is trained"
-    assert time.monotonic() - start < 60
+    assert "[1/2]" not in again.stderr, "nothing is trained"
     assert (directory / "results.jsonl").read_text() == text
 
 
@@ -62,7 +57,7 @@ def test_trains_all_five_models_and_a_second_call_only_reports(tmp_path):
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, argument, message):
-    done = table1("--scale=smoke", f"--results={tmp_path / 'runs'}", argument)
+    done = run("experiments.v1.table1", "--scale=smoke", f"--results={tmp_path / 'runs'}", argument)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
@@ -70,7 +65,8 @@ def test_wrong_arguments_are_one_line(tmp_path, argument, message):
 
 
 def test_help_lists_the_options():
-    done = table1("--help")
+    done = run("experiments.table1", "--help")
     assert done.returncode == 0
+    assert done.stdout.startswith("DeepSeekMoE against a dense model")
     for option in ("--scale", "--seeds", "--results", "--arms", "--set", "--report_only"):
         assert option.removeprefix("--") in done.stdout

@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path):
         "from dsmoe_jax.config import *\n"
         f"def get_config():\n    return to_config_dict({tiny_config()!r})\n"
     )
-    command = f"{sys.executable} -m dsmoe_jax.train --config={script} --workdir={tmp_path / 'run'}"
+    command = f"{sys.executable} -m dsmoe_jax train --config={script} --workdir={tmp_path / 'run'}"
     child = subprocess.run(
         ["bash", "-c", f"ulimit -f 30; exec {command}"],
         env={**os.environ, "PYTHONPATH": os.getcwd()},

@@ -4,11 +4,6 @@ All terms are in one compiled function, in which their weights are arguments.
 """
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -90,27 +85,6 @@ def gradients(scope, term, micro_batches):
     return {
         jax.tree_util.keystr(k): np.asarray(g) for k, g in jax.tree.leaves_with_path(grads)
     }, parts
-
-
-def test_over_meshes(tmp_path):
-    """In a process with eight virtual devices; the error is that of the array that differs most."""
-    script, out = Path(__file__).with_name("invariance_on_eight_devices.py"), tmp_path / "errors"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "PYTHONPATH": os.getcwd(),
-    }
-    command = [sys.executable, str(script), str(out)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert child.returncode == 0, child.stderr
-    errors = json.loads(out.read_text())
-    assert len(errors) == 20, "ways to deal 2 x 2 x 2 to four axes"
-    for mesh, by_term in errors.items():
-        assert len(by_term) == 2 * len(losses.BALANCE_TERMS) - 1
-        wrong = {term: error for term, error in by_term.items() if not error < 1e-6}
-        assert not wrong, mesh
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])

@@ -93,7 +93,7 @@ class TestWhatARunLeaves:
 
     def test_the_evaluate_command_finds_the_same(self, finished_run, compile_cache):
         workdir, result = finished_run
-        command = [sys.executable, "-m", "dsmoe_jax.evaluate", f"--workdir={workdir}"]
+        command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={workdir}"]
         done = subprocess.run(
             [*command, "--batch_size=4", "--max_batches=2"],  # as the run does
             env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},
@@ -170,7 +170,7 @@ class TestInterruptions:
         moment, workdir = random.Random(seed), tmp_path / "run"
         script = tmp_path / "tiny.py"
         script.write_text(CONFIG_FILE.format(config=tiny_config()))
-        command = [sys.executable, "-m", "dsmoe_jax.train"]
+        command = [sys.executable, "-m", "dsmoe_jax", "train"]
         command += [f"--config={script}", f"--workdir={workdir}"]
         environment = {**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()}
         start = lambda: subprocess.Popen(  # noqa: E731

@@ -152,7 +152,7 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
 
 def test_an_evaluation_by_itself_is_recorded(learned, compile_cache, tmp_path):
     """The command writes what the run wrote when it evaluated, and not over another recording."""
-    command = [sys.executable, "-m", "dsmoe_jax.evaluate", f"--workdir={learned}", "--json"]
+    command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={learned}", "--json"]
     command += ["--batch_size=4", "--max_batches=2", f"--record_routing={tmp_path / 'routing'}"]
     run = functools.partial(
         subprocess.run, command, env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},

@@ -1,106 +1,104 @@
-"""Dispatch: moves token rows to their experts and brings the results back.
+"""Dispatch, the second seam: moves token rows to their experts and brings the results back.
 
-A dispatcher owns no parameters and knows neither how experts are chosen nor how they compute.
-Read `local` first; `expert_parallel` does the same between devices, by `exchange`, and `on_mesh`
-leads from the whole batch to one device's share of it.
+`types` says what a dispatcher is; read `local` next; `expert_parallel` does the same between
+devices, by `exchange`.  `volume` counts what travels.  moe/routed.py puts dispatch, experts and
+combine together.
 
-A new dispatcher is a function `(x_tD, routing, n_experts, run_experts, max_load) -> (y_tD,
-computed_e)`, what one shard of a mesh does, and a line in `DISPATCHERS`.
+A new dispatcher is two functions and a line in `DISPATCHERS`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
-
 from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.dispatch.expert_parallel import all_gather, all_to_all, capacity
-from dsmoe_jax.moe.dispatch.local import local
-from dsmoe_jax.moe.dispatch.on_mesh import (
-    Exchange,
-    RunWeights,
-    expert_devices,
-    on_mesh,
-    token_shards,
-)
-from dsmoe_jax.moe.experts import ExpertWeights
-from dsmoe_jax.moe.kernels import native
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.moe.dispatch import expert_parallel, local
+from dsmoe_jax.moe.dispatch import volume as volumes
+from dsmoe_jax.moe.dispatch.types import Dispatched, Dispatcher, DispatchReport
+from dsmoe_jax.moe.dispatch.volume import Volume
 
 __all__ = [
     "DISPATCHERS",
-    "Exchange",
-    "check_name",
-    "dispatch",
-    "expert_devices",
-    "local",
-    "token_shards",
+    "DispatchReport",
+    "Dispatched",
+    "Dispatcher",
+    "Volume",
+    "check_dispatcher",
+    "choose_dispatcher",
+    "volume",
 ]
 
-DISPATCHERS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "local": local,
-    "all_to_all": all_to_all,
-    "capacity": capacity,
-    "all_gather": all_gather,
+ON_ONE_DEVICE, ON_A_MESH = "local", "all_to_all"  # what "auto" is
+
+DISPATCHERS: dict[str, Dispatcher] = {
+    "local": Dispatcher(
+        local.dispatch,
+        local.combine,
+        volumes.on_one_chip,
+        needs_mesh=False,
+        splits_experts=False,
+    ),
+    "all_to_all": Dispatcher(
+        expert_parallel.all_to_all, expert_parallel.combine_all_to_all, volumes.of_all_to_all
+    ),
+    "fixed_slots": Dispatcher(
+        expert_parallel.fixed_slots,
+        expert_parallel.combine_fixed_slots,
+        volumes.of_fixed_slots,
+        drops_by_shard=True,
+    ),
+    "all_gather": Dispatcher(
+        expert_parallel.all_gather, expert_parallel.combine_all_gather, volumes.of_all_gather
+    ),
 }
 
 
-def dispatch(
-    x_TD: jax.Array,
-    routing: Routing,
-    weights: ExpertWeights,
-    run_experts: RunWeights,
-    config: MoEConfig,
-    limit: int | None = None,
-) -> tuple[jax.Array, Exchange]:
-    """The routed experts' weighted sum, on the ambient mesh (`jax.set_mesh`) if there is one.
+def choose_dispatcher(name: str, n_devices: int) -> Dispatcher:
+    """The dispatcher of `model.moe.dispatch.name` for experts on that many devices."""
+    if name == "auto":
+        name = ON_ONE_DEVICE if n_devices == 1 else ON_A_MESH
+    return DISPATCHERS[name]
+
+
+def check_dispatcher(moe: MoEConfig) -> None:
+    """Refuses an unknown dispatcher, or settings that it would ignore.
+
+    Raises:
+      ValueError: naming the key, with what would be right.
+    """
+    name, key = moe.dispatch.name, "model.moe.dispatch.name"
+    names = ["auto", *sorted(DISPATCHERS)]
+    require(name in names, key, name, f"must be one of {names}")
+    by_shard = name in DISPATCHERS and DISPATCHERS[name].drops_by_shard
+    require(
+        moe.dispatch.buffer_factor is None or not by_shard,
+        "model.moe.dispatch.buffer_factor",
+        moe.dispatch.buffer_factor,
+        f"with {key}={name!r} model.moe.drop.capacity_factor says how much room there is; must be"
+        " None",
+    )
+
+
+def check_mesh(name: str, n_devices: int, *, has_mesh: bool) -> None:
+    """Refuses a dispatcher that the mesh, or its absence, does not allow.
 
     Args:
-      x_TD: tokens, in the compute dtype.
-      routing: of those tokens.
-      weights: of all experts.
-      run_experts: computes rows grouped by expert: `(rows_ND, group_sizes_E, weights) -> rows_ND`.
-      config: of the layer: its `dispatch`, `buffer_factor` and `exchange_chunks`.
-      limit: the most assignments that one shard's tokens have on one device; None: no limit.
-
-    Returns:
-      y_TD, and what the dispatch did.
-
-    Raises:
-      ValueError: for a dispatcher that the mesh, or its absence, does not allow.
+      name: of `model.moe.dispatch.name`.
+      n_devices: over which the mesh splits the experts.
+      has_mesh: whether there is one.
     """
-    check_name(config.dispatch)
-    mesh, n_devices, name = jax.sharding.get_abstract_mesh(), expert_devices(), config.dispatch
     if name == "auto":
-        name = "local" if n_devices == 1 else "all_to_all"
-    if name == "local" and n_devices > 1:
-        raise ValueError(
-            f"model.moe.dispatch.name='local': the mesh splits the experts over expert={n_devices}"
-            f" devices; must be one of {sorted({'auto', *DISPATCHERS} - {'local'})}"
-        )
-    if name != "local" and mesh.empty:
-        raise ValueError(
-            f"model.moe.dispatch.name={name!r}: there is no mesh; must be 'auto' or 'local'"
-        )
-    if name != "local" or math.prod(mesh.axis_sizes) > 1:
-        dispatcher = DISPATCHERS[name]
-        return on_mesh(dispatcher, x_TD, routing, weights, run_experts, config, limit)
-    weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
-    run = lambda rows_ND, sizes_E: run_experts(rows_ND, sizes_E, weights)  # noqa: E731
-    compiled = native.serves(config.expert_backend, x_TD, routing.gates_TK)
-    y_TD, computed_E = local(x_TD, routing, weights.gate_EFD.shape[0], run, compiled=compiled)
-    return y_TD, Exchange(computed_E.astype(jnp.float32))
+        return
+    key = "model.moe.dispatch.name"
+    if not DISPATCHERS[name].splits_experts and n_devices > 1:
+        others = sorted({"auto", *(n for n, d in DISPATCHERS.items() if d.splits_experts)})
+        want = f"the mesh splits the experts over expert={n_devices} devices"
+        raise ValueError(f"{key}={name!r}: {want}; must be one of {others}")
+    if DISPATCHERS[name].needs_mesh and not has_mesh:
+        raise ValueError(f"{key}={name!r}: there is no mesh; must be 'auto' or 'local'")
 
 
-def check_name(name: str) -> None:
-    """Refuses what is neither a dispatcher nor "auto".
-
-    Raises:
-      ValueError: with the names there are.
-    """
-    if name not in ("auto", *DISPATCHERS):
-        names = ["auto", *sorted(DISPATCHERS)]
-        raise ValueError(f"model.moe.dispatch.name={name!r}: must be one of {names}")
+def volume(moe: MoEConfig, t: int, p: int) -> Volume:
+    """Rows that a config's dispatcher moves and buffers with t tokens a chip on p chips."""
+    if p == 1 or not moe.n_routed_experts:
+        return volumes.on_one_chip(moe, t, p)
+    return choose_dispatcher(moe.dispatch.name, p).volume(moe, t, p)

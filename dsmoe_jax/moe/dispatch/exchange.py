@@ -58,13 +58,13 @@ exchange.defvjp(_exchange_fwd, _exchange_bwd)
 def gathered_all_to_all(
     operand, output, input_offsets_P, send_sizes_P, output_offsets_P, recv_sizes_P, *, axis_name
 ):
-    """`jax.lax.ragged_all_to_all` for the CPU, where XLA has none: everybody gets everything.
+    """`jax.lax.ragged_all_to_all` for the CPU, where XLA has none: every device gets everything.
 
     A row comes if source and destination both say so: that they agree is for the caller to see to.
     """
     me = jax.lax.axis_index(axis_name)
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
-    # Of each source: its rows, and for its group that is sent here, start, size, and landing place.
+    # For the group that each source sends here: its start, its size, and where it lands.
     source = jnp.arange(send_sizes_P.shape[0])[:, None]
     start, size, lands = (
         gather(a)[:, me, None] for a in (input_offsets_P, send_sizes_P, output_offsets_P)

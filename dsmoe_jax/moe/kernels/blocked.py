@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
-    """See `experts.run_experts`; `weights` is an `ExpertWeights`."""
+    """The backend of this file, see `experts`; `weights` is an `ExpertWeights`."""
     return _forward(rows_ND, group_sizes_E, weights, save=False)[0]
 
 

@@ -2,129 +2,212 @@
 
 A new router is a function (in `scored` if it chooses by affinity, `balanced` or `assignment` if
 experts choose or are filled evenly, `policy` if it draws them, `fixed` if it learns nothing) and a
-line in `ROUTERS`.  It knows no devices and owns no parameters; the logits `u_t . e_i` are computed
-by the layer, in float32.
+line in `ROUTERS`, which says all that others must know of it.  A router knows no devices and owns
+no parameters; the logits `u_t . e_i` are computed by the layer, in float32.
 
-Shapes: T tokens, E routed experts, K activated ones per token.
+Shapes: T tokens, E routed experts, K activated ones per token, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.legacy import flat
+import jax
+import numpy as np
+
+from dsmoe_jax.config import MoEConfig, RouterConfig
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.moe.routers import assignment, balanced, fixed, policy, scored
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.moe.routers.settings import RouterSettings
+from dsmoe_jax.moe.types import RouterInputs, Routing
 
 _GATES = frozenset({"norm_topk_prob", "routed_scaling_factor"})
-_CHOICE = frozenset({"n_group", "topk_group", "group_score", "bias_update_speed", "router_jitter"})
-_SCORED = _GATES | _CHOICE
+_CHOICE = frozenset({"n_group", "topk_group", "group_score", "bias_update_speed", "jitter"})
+_SCORED = _GATES | _CHOICE | {"scoring_func"}
+
+
+class RouterState(NamedTuple):
+    """A router's variables that are no parameters: no gradient and no weight decay moves them.
+
+    Attributes:
+      first: `settings -> {name: array}`, the values before the first step; names end in logical
+        axes, as those of parameters do.  Empty for settings that need no variable.
+      from_token_counts: `(counts_V, settings) -> {name: array}`, first values that depend on how
+        often each token is in the training text; None: no such.
+      after_step: `(state, load_LE, settings) -> {name: array}`, the values after an optimizer step
+        in which the experts got `load_LE` of the global batch; arrays have a leading layer axis.
+        None: they stay.
+    """
+
+    first: Callable[[RouterSettings], dict[str, jax.Array]]
+    from_token_counts: Callable[[np.ndarray, RouterSettings], dict[str, np.ndarray]] | None = None
+    after_step: (
+        Callable[[Mapping[str, jax.Array], jax.Array, RouterSettings], dict[str, jax.Array]] | None
+    ) = None
+
+
+_BIAS = RouterState(scored.first_bias, after_step=scored.move_bias)
+_TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_counts)
 
 
 class Router(NamedTuple):
-    """A registry line.
+    """A registry line: the function, and all that others must know of it.
 
     Attributes:
-      route: `(logits, inputs, config) -> Routing`.
-      reads: the settings of `MoEConfig` that this router heeds; those of `SETTINGS` that it does
-        not heed must be left at their defaults.
+      route: `(logits, inputs, settings) -> Routing`.
+      reads: the fields of `RouterConfig` that this router heeds; the others must be left at their
+        defaults.
+      options: settings that this router alone has, with their defaults.
       logits_per_expert: rows that the layer's router matrix has for each expert, so that `logits`
         are (T, rows x E); 0: nothing is learned, `logits` are None.
+      alters_logits: the routing's logits are not those that the layer computed.
       top: the K that the router is defined for; None: any.
       competes: the tokens that it sees at once, a micro-batch, compete for experts.
       balanced: even by construction, or fixed: there is nothing for a balance term to move.
+      all_columns: a routing has a column for each of the E experts, not K of them.
+      samples: draws from a policy, which learns by `policy.policy_loss`.
+      needs_recording: what it replays: "" nothing, "ids" the recorded experts in training,
+        "routing" experts and gates, in evaluation too.
+      state: its variables; None: it has none.
     """
 
     route: Callable[..., Routing]
     reads: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = MappingProxyType({})
     logits_per_expert: int = 1
+    alters_logits: bool = False
     top: int | None = None
     competes: bool = False
     balanced: bool = False
+    all_columns: bool = False
+    samples: bool = False
+    needs_recording: str = ""
+    state: RouterState | None = None
 
     @property
     def learned(self) -> bool:
         """Whether the layer has a router matrix, and the router affinities."""
         return self.logits_per_expert > 0
 
+    def columns(self, n_experts: int, k: int) -> int:
+        """Columns of its routings, unassigned ones among them."""
+        return n_experts if self.all_columns else k
+
 
 ROUTERS: dict[str, Router] = {
-    "topk": Router(scored.topk, _SCORED | {"scoring_func"}),
-    "switch": Router(scored.topk, _SCORED, top=1),
-    "gshard": Router(scored.gshard, _SCORED | {"random_second_expert"}, top=2),
-    "noisy_topk": Router(scored.noisy_topk, _SCORED, logits_per_expert=2),
+    "topk": Router(scored.topk, _SCORED, state=_BIAS),
+    "switch": Router(scored.topk, _SCORED, top=1, state=_BIAS),
+    "gshard": Router(scored.gshard, _SCORED, {"random_second_expert": False}, top=2, state=_BIAS),
+    "noisy_topk": Router(
+        scored.noisy_topk, _SCORED, logits_per_expert=2, alters_logits=True, state=_BIAS
+    ),
     "dynamic_specialised": Router(
-        scored.dynamic_specialised, _SCORED, logits_per_expert=scored.SUB_EXPERTS
+        scored.dynamic_specialised,
+        _SCORED - {"scoring_func"},
+        logits_per_expert=scored.SUB_EXPERTS,
+        state=_BIAS,
     ),
     "sinkhorn": Router(
-        balanced.sinkhorn,
-        _GATES | {"scoring_func", "sinkhorn_iterations", "router_jitter"},
-        competes=True,
+        balanced.sinkhorn, _GATES | {"scoring_func", "jitter"}, {"iterations": 8}, competes=True
     ),
     "base": Router(
         assignment.base,
-        frozenset({"routed_scaling_factor", "router_jitter"}),
+        frozenset({"routed_scaling_factor", "jitter"}),
         top=1,
         competes=True,
         balanced=True,
     ),
     "expert_choice": Router(
         balanced.expert_choice,
-        frozenset({"scoring_func", "routed_scaling_factor", "router_jitter"}),
+        frozenset({"scoring_func", "routed_scaling_factor", "jitter"}),
         competes=True,
         balanced=True,
+        all_columns=True,
     ),
     "reinforce": Router(
         policy.reinforce,
-        frozenset({"routed_scaling_factor", "router_jitter", "policy_entropy_factor"}),
+        frozenset({"routed_scaling_factor", "jitter"}),
+        {"entropy_factor": 0.0},
+        samples=True,
     ),
     "hash": Router(
         fixed.hash_tokens,
-        frozenset({"hash_table", "hash_seed"}),
+        options={"table": "random", "seed": 0},
         logits_per_expert=0,
         top=1,
         balanced=True,
+        state=_TABLE,
     ),
-    "replay": Router(fixed.replay, logits_per_expert=0, balanced=True),
-    "replay_ids": Router(scored.replay_ids, _GATES | {"scoring_func"}),
+    "replay": Router(fixed.replay, logits_per_expert=0, balanced=True, needs_recording="routing"),
+    "replay_ids": Router(scored.replay_ids, _GATES | {"scoring_func"}, needs_recording="ids"),
     "uniform": Router(fixed.uniform, logits_per_expert=0, balanced=True),
 }
-SETTINGS = frozenset().union(*(router.reads for router in ROUTERS.values()))
 
 
-DEFAULTS = dataclasses.asdict(flat(MoEConfig()))
-
-
-def get_router(config: MoEConfig) -> Router:
-    """The router of a config.
+def get_router(moe: MoEConfig) -> tuple[Router, RouterSettings]:
+    """The router of a layer, and the settings that it is called with.
 
     Raises:
-      ValueError: for an unknown name, or a config that the router cannot serve.
+      ValueError: for an unknown name or option, or settings that the router cannot serve.
     """
-    name, k = config.router, config.num_experts_per_tok
-    if name not in ROUTERS:
-        raise ValueError(f"model.moe.router.name={name!r}: must be one of {sorted(ROUTERS)}")
-    router = ROUTERS[name]
+    config = moe.router
+    known = sorted(ROUTERS)
+    require(config.name in ROUTERS, "model.moe.router.name", config.name, f"must be one of {known}")
+    router = ROUTERS[config.name]
+    k = moe.num_experts_per_tok
     if router.top not in (None, k):
         experts = "expert" if router.top == 1 else "experts"
         raise ValueError(
             f"model.moe.num_experts_per_tok={k}:"
-            f" the {name} router activates exactly {router.top} {experts}"
+            f" the {config.name} router activates exactly {router.top} {experts}"
         )
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in SETTINGS - router.reads and value != DEFAULTS.get(field.name):
-            readers = sorted(r for r in ROUTERS if field.name in ROUTERS[r].reads)
-            raise ValueError(
-                f"model.moe.{field.name}={value!r}: the {name} router does not know it; must be"
-                f" {DEFAULTS.get(field.name)!r}, or the router one of {readers}"
-            )
+    _refuse_unread(config, router)
     if config.norm_topk_prob and k == 1:
         raise ValueError(
             "model.moe.router.norm_topk_prob=True: with num_experts_per_tok=1 every gate would be"
             " 1 and the router would learn nothing; must be False"
         )
-    return router
+    options = FrozenDict({**router.options, **config.options})
+    filled = dataclasses.replace(config, options=options)
+    return router, RouterSettings(filled, moe.n_routed_experts, k)
+
+
+def _refuse_unread(config: RouterConfig, router: Router) -> None:
+    """Refuses settings that the router would ignore, and options that it does not have."""
+    for field in dataclasses.fields(RouterConfig):
+        if field.name in ("name", "options") or field.name in router.reads:
+            continue
+        value = getattr(config, field.name)
+        readers = sorted(name for name, r in ROUTERS.items() if field.name in r.reads)
+        require(
+            value == field.default,
+            f"model.moe.router.{field.name}",
+            value,
+            f"the {config.name} router does not know it; must be {field.default!r}, or the router"
+            f" one of {readers}",
+        )
+    for name, value in config.options.items():
+        key = f"model.moe.router.options.{name}"
+        close = difflib.get_close_matches(name, router.options, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {sorted(router.options)}"
+        require(
+            name in router.options, key, value, f"the {config.name} router does not know it; {hint}"
+        )
+        kind = type(router.options[name])
+        number = kind is float and type(value) is int
+        require(type(value) is kind or number, key, value, f"must be of type {kind.__name__}")
+
+
+__all__ = [
+    "ROUTERS",
+    "Router",
+    "RouterInputs",
+    "RouterSettings",
+    "RouterState",
+    "get_router",
+]

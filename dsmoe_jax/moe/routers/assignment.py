@@ -10,14 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import scored
+from dsmoe_jax.moe.routers.settings import RouterSettings
 from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
 
-COOLINGS, ITERATIONS = 10, 4  # of the first prices: halvings of the temperature, and at each
+# Of the first prices: how often the temperature is halved, and iterations at each.
+COOLINGS = 10
+ITERATIONS = 4
 
 
-def base(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+def base(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Balanced assignment in training, the best expert in evaluation (2103.16716 section 3).
 
     The gate is sigmoid(u . e), the affinity that is maximised u . e itself.  The tokens that are
@@ -31,14 +33,14 @@ def base(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routi
     gates_TK = jax.nn.sigmoid(jnp.take_along_axis(logits_TE, ids_T[:, None], axis=1))
     return Routing(
         ids_T[:, None].astype(jnp.int32),
-        gates_TK * config.routed_scaling_factor,
-        scored.scores(logits_TE, config),
+        gates_TK * settings.config.routed_scaling_factor,
+        scored.scores(logits_TE, settings.config),
         logits_TE,
     )
 
 
 class _Assignment(NamedTuple):
-    """Who is where, and the prices at which nobody would rather be elsewhere.
+    """An assignment, and prices at which no token would rather be at another expert.
 
     Attributes:
       expert_N: int32; E for rows that are not assigned.
@@ -60,7 +62,7 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
     Every expert has a price, and every token is at the expert that is worth most to it after the
     price: of all assignments with just these loads it is the best.  As long as an expert has more
     tokens than places, one token leaves it; the cheapest chain of moves says for whom another has
-    to go, up to an expert with room.  Then prices fall so that again nobody would rather be
+    to go, up to an expert with room.  Then prices fall so that again no token would rather be
     elsewhere.  So the last assignment is the best one, up to rounding, whatever the first prices
     were; good ones leave few chains, and there are never more than tokens.  (Successive shortest
     paths; the paper uses an auction.)
@@ -72,7 +74,8 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
     Returns:
       ids_T, int32.  No expert gets more than ceil(n / E) of the n valid tokens.
     """
-    (t, e), affinity_TE = affinity_TE.shape, jnp.clip(jnp.nan_to_num(affinity_TE), -1e30, 1e30)
+    t, e = affinity_TE.shape
+    affinity_TE = jnp.clip(jnp.nan_to_num(affinity_TE), -1e30, 1e30)
     affinity_TE -= affinity_TE.max(axis=1, keepdims=True)  # changes nothing but the rounding
     valid_T = jnp.ones(t, bool) if valid_T is None else valid_T
     n = valid_T.sum()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import scored
+from dsmoe_jax.moe.routers.settings import RouterSettings
 from dsmoe_jax.moe.types import RouterInputs, Routing
 
 
-def sinkhorn(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+def sinkhorn(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """In training the K best experts after Sinkhorn's balancing (2202.01169 section 3; cf. BASE).
 
     The T x E matrix exp(logits) is scaled until every token and every expert has its fair share;
@@ -22,15 +22,17 @@ def sinkhorn(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> R
     evaluation the plain scores choose, since the balance would let tokens see later ones.
     """
     if inputs.rng is None:
-        return scored.topk(logits_TE, inputs, config)
+        return scored.topk(logits_TE, inputs, settings)
+    config = settings.config
     s_TE = scored.scores(logits_TE, config)
-    choice_TE = balance(jax.lax.stop_gradient(logits_TE), inputs.valid_T, config)
-    _, ids_TK = scored.choose(choice_TE, config)
+    iterations = settings.option("iterations")
+    choice_TE = balance(jax.lax.stop_gradient(logits_TE), inputs.valid_T, iterations)
+    _, ids_TK = settings.top_k(choice_TE, settings.k)
     gates_TK = scored.gates(jnp.take_along_axis(s_TE, ids_TK, axis=1), config)
     return Routing(ids_TK, gates_TK, scored.affinities(s_TE, config), logits_TE)
 
 
-def balance(logits_TE: jax.Array, valid_T: jax.Array | None, config: MoEConfig) -> jax.Array:
+def balance(logits_TE: jax.Array, valid_T: jax.Array | None, iterations: int) -> jax.Array:
     """Sinkhorn-Knopp in logarithms: each token sums to 1, each expert to T/E of the valid tokens.
 
     Returns:
@@ -47,10 +49,10 @@ def balance(logits_TE: jax.Array, valid_T: jax.Array | None, config: MoEConfig) 
         x_TE = x_TE - jax.nn.logsumexp(x_TE + ignored_T1, axis=0, keepdims=True)
         return x_TE - jax.nn.logsumexp(x_TE, axis=1, keepdims=True)
 
-    return jax.lax.fori_loop(0, config.sinkhorn_iterations, iteration, logits_TE)
+    return jax.lax.fori_loop(0, iterations, iteration, logits_TE)
 
 
-def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Each expert takes the C = T K / E tokens with the largest scores (2202.09368 section 3.2).
 
     The load is even by construction; a token may get no expert or many, K on average.
@@ -59,15 +61,16 @@ def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig)
     the later tokens that compete for its places.  Losses of such a model are not comparable with
     those of the others, and it generates worse than they promise.
 
-    The tokens that compete are all that the layer sees at once.  A routing has K fixed columns, so
-    here it has E of them, most of which say nobody: memory for rows is E / K times the usual.
+    The tokens that compete are all that the layer sees at once.  A routing has fixed columns: here
+    E of them, most of which are unassigned, so that memory for rows is E / K times the usual.
     """
+    config = settings.config
     t, e = logits_TE.shape
     s_TE = scored.scores(logits_TE, config)
     rank_TE = s_TE
     if inputs.valid_T is not None:
         rank_TE = jnp.where(inputs.valid_T[:, None], s_TE, -jnp.inf)
-    _, token_EC = jax.lax.top_k(rank_TE.T, min(t, -(-t * config.num_experts_per_tok // e)))
+    _, token_EC = jax.lax.top_k(rank_TE.T, min(t, -(-t * settings.k // e)))
     taken_TE = jnp.zeros((t, e), bool).at[token_EC, jnp.arange(e)[:, None]].set(True)
     taken_TE &= rank_TE > -jnp.inf
     best_first, ids_TE = jax.lax.top_k(jnp.where(taken_TE, s_TE, -1.0), e)

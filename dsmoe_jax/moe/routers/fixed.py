@@ -11,22 +11,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.moe.routers.settings import RouterSettings
 from dsmoe_jax.moe.types import RouterInputs, Routing
 
+TABLES = ("random", "frequency")
 
-def hash_tokens(logits: None, inputs: RouterInputs, config: MoEConfig) -> Routing:
+
+def hash_tokens(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Hash layers: a fixed table from token id to expert, nothing learned (2106.04426 section 3).
 
-    With `hash_table="random"` it is a hash of (token id, seed), evaluated instead of stored; with
-    "frequency" the layer has it, from `balanced_table`.  The gate is 1.
+    With the option table="random" it is a hash of (token id, seed), evaluated instead of stored;
+    with "frequency" it is a variable of the layer, see `balanced_table`.  The gate is 1.
     """
     del logits
-    if inputs.table_V is not None:
-        ids_T = inputs.table_V[inputs.token_ids_T]
+    if "table_V" in inputs.state:
+        ids_T = inputs.state["table_V"][inputs.token_ids_T]
     else:
-        ids_T = hash_expert(inputs.token_ids_T, config.n_routed_experts, config.hash_seed)
+        ids_T = hash_expert(inputs.token_ids_T, settings.n_experts, settings.option("seed"))
     return Routing(ids_T[:, None], jnp.ones((*ids_T.shape, 1), jnp.float32), None)
+
+
+def first_table(settings: RouterSettings) -> dict[str, jax.Array]:
+    """An empty table, in which every token is unassigned, where the layer has one."""
+    table = settings.option("table")
+    require(table in TABLES, "model.moe.router.options.table", table, f"must be one of {TABLES}")
+    if table == "random":
+        return {}
+    return {"table_V": jnp.full((settings.vocab_size,), settings.n_experts, jnp.int32)}
+
+
+def table_from_counts(counts_V: np.ndarray, settings: RouterSettings) -> dict[str, np.ndarray]:
+    """The table that is even on the training text, where the layer has one.
+
+    Args:
+      counts_V: how often each token is an input of the training text.
+      settings: of the layer's router.
+    """
+    if settings.option("table") == "random":
+        return {}
+    return {"table_V": balanced_table(counts_V, settings.n_experts)}
 
 
 def balanced_table(counts_V: np.ndarray, n_experts: int) -> np.ndarray:
@@ -61,22 +85,23 @@ def hash_expert(token_ids: jax.Array, n_experts: int, seed: int) -> jax.Array:
     return (x % jnp.uint32(n_experts)).astype(jnp.int32)
 
 
-def uniform(logits: None, inputs: RouterInputs, config: MoEConfig) -> Routing:
+def uniform(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Assignment n goes to expert n mod E, with gate 1/K: forced balance, for tests and benchmarks.
 
     The assignments are counted through the global batch, in any number of micro-batches.
     Published speeds of MoE layers are mostly measured like this; it routes by position alone.
     """
     del logits
-    t, k = len(inputs.token_ids_T), config.num_experts_per_tok
-    places_B = inputs.places()
-    per_sequence = t * k // len(places_B)
-    n = places_B[:, None] * (per_sequence % config.n_routed_experts) + jnp.arange(per_sequence)
-    ids_TK = (n % config.n_routed_experts).reshape(t, k)
+    t = len(inputs.token_ids_T)
+    k, e = settings.k, settings.n_experts
+    sequence_ids_B = inputs.sequences()
+    per_sequence = t * k // len(sequence_ids_B)
+    n = sequence_ids_B[:, None] * (per_sequence % e) + jnp.arange(per_sequence)
+    ids_TK = (n % e).reshape(t, k)
     return Routing(ids_TK, jnp.full((t, k), 1 / k, jnp.float32), None)
 
 
-def replay(logits: None, inputs: RouterInputs, config: MoEConfig) -> Routing:
+def replay(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """The recorded experts with the recorded gates, in training and in evaluation.
 
     Raises:
@@ -85,7 +110,7 @@ def replay(logits: None, inputs: RouterInputs, config: MoEConfig) -> Routing:
     del logits
     if inputs.replayed is None:
         raise ValueError(
-            f"model.moe.router.name={config.router!r}: there is no recorded routing for this text;"
-            " only the recorded run's training and held-out batches can be replayed"
+            f"model.moe.router.name={settings.config.name!r}: there is no recorded routing for"
+            " this text; only the recorded run's training and held-out batches can be replayed"
         )
     return Routing(*inputs.replayed, None)

@@ -6,33 +6,46 @@ L MoE layers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.routers import scored
-from dsmoe_jax.moe.types import Drawn, RouterInputs, Routing
+from dsmoe_jax.moe.routers.settings import RouterSettings
+from dsmoe_jax.moe.types import RouterInputs, Routing
 
 
-def reinforce(logits_TE: jax.Array, inputs: RouterInputs, config: MoEConfig) -> Routing:
+def reinforce(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Experts drawn from the policy softmax(logits) in training, its K best in evaluation.
 
     K experts are drawn one after the other, without replacement (by adding Gumbel noise to the
     logits).  Every gate is 1/K, so that the router learns by `policy_loss` alone.
     """
-    k = config.num_experts_per_tok
     choice_TE = jax.lax.stop_gradient(logits_TE)
     if inputs.rng is not None:
-        choice_TE += inputs.draw(jax.random.gumbel, config.n_routed_experts)
-    _, ids_TK = scored.choose(choice_TE, config)
-    gates_TK = jnp.full(ids_TK.shape, config.routed_scaling_factor / k, jnp.float32)
-    return Routing(
-        ids_TK,
-        gates_TK,
-        scored.scores(logits_TE, config),
-        logits_TE,
-        Drawn(log_probability(logits_TE, ids_TK), softmax_entropy(logits_TE)),
-    )
+        choice_TE += inputs.draw(jax.random.gumbel, settings.n_experts)
+    _, ids_TK = settings.top_k(choice_TE, settings.k)
+    gate = settings.config.routed_scaling_factor / settings.k
+    gates_TK = jnp.full(ids_TK.shape, gate, jnp.float32)
+    return Routing(ids_TK, gates_TK, scored.scores(logits_TE, settings.config), logits_TE)
+
+
+class PolicySample(NamedTuple):
+    """Experts drawn from a policy: their log-probability, and the policy's entropy in nats.
+
+    Both are float32 of shape (T,), (B, S) or (L, B, S).
+    """
+
+    log_prob: jax.Array
+    entropy: jax.Array
+
+
+def sample_of(routing: Routing) -> PolicySample:
+    """What the policy loss needs to know of a routing that `reinforce` has drawn."""
+    assert routing.logits_TE is not None, "a policy has logits"
+    log_prob_T = log_probability(routing.logits_TE, routing.ids_TK)
+    return PolicySample(log_prob_T, softmax_entropy(routing.logits_TE))
 
 
 def log_probability(logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
@@ -52,7 +65,7 @@ def softmax_entropy(logits_TE: jax.Array) -> jax.Array:
 
 
 def policy_loss(
-    drawn_LBS: Drawn, nll_BS: jax.Array, mask_BS: jax.Array, entropy_factor: float
+    sample_LBS: PolicySample, nll_BS: jax.Array, mask_BS: jax.Array, entropy_factor: float
 ) -> jax.Array:
     """Score-function estimate of how the expected loss depends on the policy (2202.01169).
 
@@ -66,7 +79,7 @@ def policy_loss(
     The entropy of the policy is rewarded too, that it does not settle before it has tried.
 
     Args:
-      drawn_LBS: log-probabilities of the experts drawn and entropies, in L layers.
+      sample_LBS: log-probabilities of the experts drawn and entropies, in L layers.
       nll_BS: nats, 0 where masked.
       mask_BS: float32, 1 where there is a target.
       entropy_factor: weight of a nat of entropy against a nat of a token's loss.
@@ -77,6 +90,6 @@ def policy_loss(
     others_B1 = jnp.maximum(mask_BS.sum(axis=1, keepdims=True) - 1, 1)
     baseline_BS = (nll_BS - nll_BS.sum(axis=1, keepdims=True)) / others_B1
     advantage_BS = jax.lax.stop_gradient(-nll_BS - baseline_BS) * mask_BS
-    loss = -(advantage_BS * drawn_LBS.log_prob).sum()
-    bonus = entropy_factor * (drawn_LBS.entropy * mask_BS).sum()
+    loss = -(advantage_BS * sample_LBS.log_prob).sum()
+    bonus = entropy_factor * (sample_LBS.entropy * mask_BS).sum()
     return loss - jax.lax.stop_gradient(loss) - bonus  # the value of `loss` means nothing

@@ -16,7 +16,7 @@ from dsmoe_jax.moe.kernels.native.build import kernel
 
 @jax.custom_vjp
 def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
-    """See `experts.run_experts`; `weights` is an `ExpertWeights`, everything float32.
+    """The backend of this file, see `moe/experts.py`; everything is float32.
 
     Raises:
       ValueError: for another dtype; NotBuilt (one too) if the kernels cannot be compiled.

@@ -1,6 +1,6 @@
-"""What `dispatch.local` does to rows and a router's top-k, compiled for CPU: `rows.cc`.
+"""The functions of `kernels/rows.py` compiled for CPU, in float32: `rows.cc`.
 
-Each function here is one of those in pure JAX, with the same arguments and results, in float32.
+Each has the same arguments and results as the one in plain JAX.
 
 Shapes: T tokens, D hidden, E experts, K activated per token, N = T*K assignments.
 """
@@ -31,15 +31,20 @@ def _top_k_jvp(k, primals, tangents):
 
 
 def group(ids_TK: jax.Array, n_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `dispatch.local.group`."""
+    """As `kernels.rows.group`."""
     results = _ints((ids_TK.size,)), _ints(ids_TK.shape), _ints((n_groups,))
     order_N, rank_TK, sizes = kernel("Group", results)(ids_TK)
     return order_N, rank_TK, sizes
 
 
+def count(ids_TK: jax.Array, n_groups: int) -> jax.Array:
+    """As `types.count_load`, by the kernel that groups rows."""
+    return group(ids_TK, n_groups)[2].astype(jnp.float32)
+
+
 @jax.custom_vjp
 def gather_tokens(x_TD: jax.Array, order_N: jax.Array, rank_TK: jax.Array) -> jax.Array:
-    """The row of each sorted assignment's token."""
+    """As `kernels.rows.gather_tokens`."""
     shape = (order_N.size, x_TD.shape[1])
     return kernel("Gather", _floats(shape), k=rank_TK.shape[1])(x_TD, order_N)
 
@@ -59,7 +64,7 @@ gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
 def combine_rows(
     out_ND: jax.Array, gates_TK: jax.Array, rank_TK: jax.Array, order_N: jax.Array
 ) -> jax.Array:
-    """See `dispatch.local.combine_rows`."""
+    """As `kernels.rows.combine_rows`."""
     del order_N
     return _sum(out_ND, gates_TK, rank_TK)
 

@@ -1,0 +1,106 @@
+"""How many rows the dispatch of one MoE layer moves and makes room for: arithmetic, no devices.
+
+Shapes: t tokens of one chip, E routed experts, K activated per token, P chips of the axis `expert`,
+e = E/P experts of each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from dsmoe_jax.config import MoEConfig
+
+_LANES = 128  # a TPU pads the numbers of a row to a multiple of this
+
+
+class Volume(NamedTuple):
+    """Rows of one chip, layer and micro-batch.
+
+    Attributes:
+      received: that come from other chips, on the way out and again on the way back; expected if
+        all choices are equally likely.
+      label_bytes: what travels beside each of them on the way out: gates and choices.
+      buffered: rows that the buffer of what is received has.
+      computed: in the arrays that the experts compute, padding included.
+    """
+
+    received: float
+    label_bytes: int
+    buffered: float
+    computed: float
+
+
+def on_one_chip(moe: MoEConfig, t: int, p: int) -> Volume:
+    """All experts are here: nothing travels."""
+    del p
+    return Volume(0.0, 0, 0.0, float(t * moe.num_experts_per_tok))
+
+
+def of_all_to_all(moe: MoEConfig, t: int, p: int) -> Volume:
+    """A row travels once to each chip that holds some of its token's experts."""
+    max_rows = _max_rows(moe, t, p)
+    received = chips_of_a_token(moe, p) * (p - 1) / p * t
+    chunk = t / moe.dispatch.chunks
+    return Volume(received, _label_bytes(moe, p), min(p * chunk, max_rows), max_rows)
+
+
+def of_all_gather(moe: MoEConfig, t: int, p: int) -> Volume:
+    """Every row travels to every chip, with all its K choices and gates."""
+    chunk = t / moe.dispatch.chunks
+    label_bytes = 8 * moe.num_experts_per_tok
+    return Volume(float((p - 1) * t), label_bytes, p * chunk, _max_rows(moe, t, p))
+
+
+def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
+    """Each chip has the same number of slots for each other one, filled or not."""
+    slots = t
+    if moe.drop is not None:
+        slots = min(t, math.ceil(moe.drop.capacity_factor * t * moe.num_experts_per_tok / p))
+    received = float((p - 1) * slots)
+    return Volume(received, _label_bytes(moe, p), p * slots, float(p * slots))
+
+
+def _max_rows(moe: MoEConfig, t: int, p: int) -> float:
+    """The most assignments that a chip has room for, in one chunk."""
+    chunk = t / moe.dispatch.chunks
+    worst = p * chunk * _choices(moe, p)
+    if moe.dispatch.buffer_factor is None:
+        return worst
+    return min(worst, math.ceil(moe.dispatch.buffer_factor * chunk * moe.num_experts_per_tok))
+
+
+def _choices(moe: MoEConfig, p: int) -> int:
+    """The most experts that a token can have on one chip."""
+    return min(moe.num_experts_per_tok, moe.n_routed_experts // p)
+
+
+def _label_bytes(moe: MoEConfig, p: int) -> int:
+    """Choices on a chip and their gates, padded as a TPU does."""
+    return 4 * _LANES * math.ceil(2 * _choices(moe, p) / _LANES)
+
+
+def chips_of_a_token(moe: MoEConfig, p: int) -> float:
+    """Distinct chips that hold experts of one token, expected if all choices are equally likely.
+
+    With a device limit (`topk_group` of `n_group` groups, V2 section 2.1.2) as many as there are
+    in those groups at most.  Chips and groups nest: one's number divides the other's.
+    """
+    e, k = moe.n_routed_experts, moe.num_experts_per_tok
+    groups, m = moe.router.n_group, moe.router.topk_group
+    of_chip = e // p
+    of_group = e // groups
+    open_ = m * of_group  # experts in the groups that a token may use
+
+    def miss(n: int) -> float:
+        """The chance that none of n of the open experts is chosen."""
+        return math.comb(open_ - n, k) / math.comb(open_, k)
+
+    if of_chip <= of_group:
+        return p * m / groups * (1 - miss(of_chip))
+    held = of_chip // of_group  # groups of one chip, j of which are among the m
+    hits = (
+        math.comb(held, j) * math.comb(groups - held, m - j) * (1 - miss(j * of_group))
+        for j in range(1, min(held, m) + 1)
+    )
+    return p * sum(hits) / math.comb(groups, m)

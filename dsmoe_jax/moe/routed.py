@@ -1,0 +1,265 @@
+"""The routed experts: dispatch, experts and combine, composed once.
+
+`dispatch_compute_combine` is the composition.  On one device it is all there is.  On a mesh it runs
+inside of each shard and, where the tokens of a shard are cut into chunks, inside of each chunk; the
+rest of this file leads there: specs, weights, buffers, chunks.
+
+The mesh is the ambient one (`jax.set_mesh`) with the axes data, fsdp, expert, tensor.  Tokens are
+split over data x fsdp x expert.  Of the experts' weights E is split over `expert`, F over `tensor`
+(each device computes a part of every sum over F) and D over `fsdp`: gathered before use, so that
+their gradients are reduce-scattered.
+
+Shapes: T tokens, t of a shard, D hidden, F expert width, E experts, K activated per token, P
+devices of the axis `expert`, Q chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dsmoe_jax.config import DispatchConfig, MoEConfig
+from dsmoe_jax.moe import dispatch
+from dsmoe_jax.moe.dispatch import Dispatcher, DispatchReport
+from dsmoe_jax.moe.dispatch.expert_parallel import exchanged_rows
+from dsmoe_jax.moe.experts import ExpertWeights, RunExperts, choose_backend
+from dsmoe_jax.moe.kernels import JAX_ROWS, RowKernels
+from dsmoe_jax.moe.types import Routing, count_load
+from dsmoe_jax.parallel.mesh import BATCH_AXES
+from dsmoe_jax.parallel.sharding import spec
+
+WEIGHT_SPECS = ExpertWeights._make(spec(letters) for letters in ("EFD", "EFD", "EDF"))
+
+
+class Parts(NamedTuple):
+    """The chosen parts of the composition; all of them are static."""
+
+    dispatcher: Dispatcher
+    run_experts: RunExperts
+    kernels: RowKernels
+
+
+class Tokens(NamedTuple):
+    """Tokens with their routing, as they are cut into shards and chunks."""
+
+    x_TD: jax.Array
+    ids_TK: jax.Array
+    gates_TK: jax.Array
+
+
+def routed_experts(
+    x_TD: jax.Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    moe: MoEConfig,
+    kernels: RowKernels,
+    max_kept: int | None = None,
+) -> tuple[jax.Array, DispatchReport]:
+    """The routed experts' weighted sum, on the ambient mesh (`jax.set_mesh`) if there is one.
+
+    Args:
+      x_TD: tokens, in the compute dtype.
+      routing: of those tokens.
+      weights: of all experts, in the dtype that they are kept in.
+      moe: config of the layer: its `dispatch` and `expert_backend`.
+      kernels: row kernels in use.
+      max_kept: the most assignments that one shard's tokens have on one device, where dropping
+        says so (`dropping.max_kept`); None: no limit.
+
+    Returns:
+      y_TD, and what the dispatch did.
+
+    Raises:
+      ValueError: for a dispatcher that the mesh, or its absence, does not allow, or a mesh that
+        does not divide experts or weights.
+    """
+    chex.assert_rank([x_TD, routing.ids_TK, *weights], [2, 2, 3, 3, 3])
+    chex.assert_equal_shape_prefix([x_TD, routing.ids_TK, routing.gates_TK], 1)
+    mesh = jax.sharding.get_abstract_mesh()
+    dispatch.check_mesh(moe.dispatch.name, expert_devices(), has_mesh=not mesh.empty)
+    dispatcher = dispatch.choose_dispatcher(moe.dispatch.name, expert_devices())
+    parts = Parts(dispatcher, choose_backend(moe.expert_backend, x_TD.dtype).run, kernels)
+    tokens = Tokens(x_TD, routing.ids_TK, routing.gates_TK)
+    if dispatcher.needs_mesh or math.prod(mesh.axis_sizes) > 1:
+        # Compiled row kernels know neither empty slots nor rows that are cut off.
+        parts = parts._replace(kernels=JAX_ROWS)
+        return _on_mesh(parts, tokens, weights, moe.dispatch, max_kept)
+    weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+    y_TD, computed_E = dispatch_compute_combine(parts, weights, None, tokens)
+    return y_TD, DispatchReport(computed_E.astype(jnp.float32))
+
+
+def dispatch_compute_combine(
+    parts: Parts, weights: ExpertWeights, max_rows: int | None, tokens: Tokens
+) -> tuple[jax.Array, jax.Array]:
+    """The three seams in a row, for the tokens of one shard or chunk.
+
+    Args:
+      parts: dispatcher, backend and row kernels.
+      weights: of this device's experts, in the dtype of the tokens.
+      max_rows: the most assignments that this device gets; None: all may be.
+      tokens: with a routing over all E experts.
+
+    Returns:
+      y_tD, and the rows that each of this device's experts computed, int32 (e,).
+    """
+    n_experts = weights.gate_EFD.shape[0]
+    if parts.dispatcher.needs_mesh:
+        n_experts *= jax.lax.axis_size("expert")
+    routing = Routing(tokens.ids_TK, tokens.gates_TK, None)
+    there = parts.dispatcher.dispatch(tokens.x_TD, routing, n_experts, max_rows, parts.kernels)
+    chex.assert_shape(there.group_sizes_e, (weights.gate_EFD.shape[0],))
+    with jax.named_scope("experts"):
+        out_ND = parts.run_experts(there.rows_ND, there.group_sizes_e, weights)
+    chex.assert_equal_shape([out_ND, there.rows_ND])
+    y_tD = parts.dispatcher.combine(out_ND, there.state, parts.kernels)
+    return y_tD, there.computed()
+
+
+def _on_mesh(
+    parts: Parts,
+    tokens: Tokens,
+    weights: ExpertWeights,
+    config: DispatchConfig,
+    max_kept: int | None,
+) -> tuple[jax.Array, DispatchReport]:
+    """The composition on every shard of the ambient mesh."""
+    _check_divides(weights)
+    n_experts = weights.gate_EFD.shape[0]
+
+    def on_shard(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, DispatchReport]:
+        weights = _gather_weights(weights, tokens.x_TD.dtype)
+        filled = _fill_up(tokens, config.chunks, n_experts)
+        y_tD, computed_e, retries = _in_buffers(parts, weights, filled, n_experts, config, max_kept)
+        computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
+        rows = jax.lax.psum(exchanged_rows(tokens.ids_TK, n_experts), BATCH_AXES)
+        y_tD = jax.lax.psum(y_tD[: tokens.x_TD.shape[0]], "tensor")
+        return y_tD, DispatchReport(computed_e, rows, retries)
+
+    everywhere = PartitionSpec()
+    by_token = spec("TD")
+    report: Any = DispatchReport(PartitionSpec("expert"), everywhere, everywhere)  # pyright: ignore
+    # Without check_vma: the backends' loops start from zeros that it would take for replicated.
+    y_TD, report = jax.shard_map(
+        on_shard,
+        in_specs=(Tokens(by_token, by_token, by_token), WEIGHT_SPECS),  # pyright: ignore
+        out_specs=(by_token, report),
+        check_vma=False,
+    )(_fill_up(tokens, token_shards(), n_experts), weights)
+    return y_TD[: tokens.x_TD.shape[0]], jax.lax.stop_gradient(report)
+
+
+def _in_buffers(
+    parts: Parts,
+    weights: ExpertWeights,
+    tokens: Tokens,
+    n_experts: int,
+    config: DispatchConfig,
+    max_kept: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The composition with buffers for what may come at worst, or `buffer_factor` times the mean.
+
+    If the mean times the factor is too small for any device of the mesh, all do the exchange in
+    chunks that are small enough for their worst case: slower, but exact and in the same memory.
+
+    Returns:
+      y_tD, the rows that each expert of this device computed, and 1.0 if it took the smaller
+      chunks.
+    """
+    n_devices = jax.lax.axis_size("expert")
+    t, k = tokens.ids_TK.shape
+    choices = min(k, n_experts // n_devices)  # of a token on one device
+
+    def worst(n_chunks: int) -> int:
+        per_shard = t // n_chunks * choices
+        return n_devices * (per_shard if max_kept is None else min(per_shard, max_kept))
+
+    def run(n_chunks: int, max_rows: int, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        one = functools.partial(dispatch_compute_combine, parts, weights, max_rows)
+        return _in_chunks(n_chunks, one, tokens)
+
+    def exact(n_chunks: int, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        return run(n_chunks, worst(n_chunks), tokens)
+
+    n_chunks = config.chunks
+    max_rows = worst(n_chunks)
+    if config.buffer_factor is not None:
+        max_rows = math.ceil(config.buffer_factor * (t // n_chunks) * k)
+    if max_rows >= worst(n_chunks):
+        return *exact(n_chunks, tokens), jnp.float32(0)
+    # From all shards of this group, chunk by chunk, to each device:
+    device_QTK = tokens.ids_TK.reshape(n_chunks, -1, k) // (n_experts // n_devices)
+    load_QP = jax.vmap(lambda device_TK: count_load(device_TK, n_devices))(device_QTK)
+    load_QP = jax.lax.psum(load_QP, "expert")
+    retry = jax.lax.pmax((load_QP > max_rows).any().astype(jnp.float32), BATCH_AXES)
+    fitting = [n for n in range(n_chunks, t + 1) if t % n == 0 and worst(n) <= max_rows]
+    y_tD, computed_e = jax.lax.cond(
+        retry > 0,
+        functools.partial(exact, fitting[0] if fitting else t),
+        functools.partial(run, n_chunks, max_rows),
+        tokens,
+    )
+    return y_tD, computed_e, retry
+
+
+def _in_chunks(n_chunks: int, one: Any, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """One chunk of the tokens after the other; in the backward pass too, each computed anew."""
+    if n_chunks == 1:
+        return one(tokens)
+    chunks = jax.tree.map(lambda a: a.reshape(n_chunks, -1, *a.shape[1:]), tokens)
+    recomputed = jax.checkpoint(lambda _, chunk: (None, one(chunk)))
+    y_QtD, computed_Qe = jax.lax.scan(recomputed, None, chunks)[1]
+    return y_QtD.reshape(tokens.x_TD.shape), computed_Qe.sum(axis=0)
+
+
+def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
+    """The whole D of this device's experts."""
+
+    def whole(w: jax.Array, axis: int) -> jax.Array:
+        # Cast first: half the bytes of float32.
+        return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+    return ExpertWeights(
+        whole(weights.gate_EFD, 2), whole(weights.up_EFD, 2), whole(weights.down_EDF, 1)
+    )
+
+
+def _fill_up(tokens: Tokens, multiple: int, n_experts: int) -> Tokens:
+    """Adds unassigned tokens up to a multiple: shards and chunks must be equal."""
+    fill = ((0, -tokens.x_TD.shape[0] % multiple), (0, 0))
+    return Tokens(
+        jnp.pad(tokens.x_TD, fill),
+        jnp.pad(tokens.ids_TK, fill, constant_values=n_experts),
+        jnp.pad(tokens.gates_TK, fill),
+    )
+
+
+def token_shards() -> int:
+    """Parts that the ambient mesh splits the tokens into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def expert_devices() -> int:
+    """Devices that the ambient mesh splits the experts over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["expert"]
+
+
+def _check_divides(weights: ExpertWeights) -> None:
+    """Refuses a mesh that would cut experts or weights into unequal parts."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    e, f, d = weights.gate_EFD.shape
+    for axis, key, value in (
+        ("expert", "model.moe.n_routed_experts", e),
+        ("tensor", "model.moe.moe_intermediate_size", f),
+        ("fsdp", "model.hidden_size", d),
+    ):
+        if value % sizes[axis]:
+            raise ValueError(f"mesh.{axis}={sizes[axis]}: must divide {key}={value}")

@@ -1,0 +1,37 @@
+"""What a router is built from: its section of the config, and the sizes of its layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dsmoe_jax.config import RouterConfig
+from dsmoe_jax.moe.kernels import rows
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+    """Everything that a router knows besides its inputs; all of it is static.
+
+    Attributes:
+      config: the section `model.moe.router`, its options filled up with their defaults.
+      n_experts: E, the routed experts.
+      k: K, the experts that a token activates.
+      vocab_size: V, of the layer's token ids.
+      mask_best: so many of each token's best experts may not be chosen (an intervention).
+      top_k: `(x_TE, k) -> values_TK, places_TK`, the kernel in use.
+    """
+
+    config: RouterConfig
+    n_experts: int
+    k: int
+    vocab_size: int = 0
+    mask_best: int = 0
+    top_k: Callable[..., tuple[jax.Array, jax.Array]] = rows.top_k
+
+    def option(self, name: str) -> Any:
+        """A setting that this router alone has."""
+        return self.config.options[name]

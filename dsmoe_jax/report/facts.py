@@ -1,0 +1,58 @@
+"""What a report says about its runs: sizes, data, machine, time, and what was kept equal."""
+
+from __future__ import annotations
+
+from dsmoe_jax.config import tokens_after
+from dsmoe_jax.progress import duration
+from dsmoe_jax.report import tables
+from dsmoe_jax.report.blocks import Block, Facts, Text
+from dsmoe_jax.report.numbers import NONE, short
+from dsmoe_jax.study.results import Comparison
+
+
+def facts(comparison: Comparison) -> Facts:
+    """Scale, sizes, data, machine and duration."""
+    rows = comparison.rows
+    config = comparison.arms[0].run_config(comparison.scale, 0, dict(comparison.overrides))
+    model, train, data = config.model, config.train, config.data
+    machines = sorted({row.machine for row in rows if row.machine})
+    prints = sorted({row.data_fingerprint for row in rows if row.data_fingerprint})
+    held_out = {int(tokens) for row in rows if (tokens := row["validation_tokens"])}
+    finished = sum(row.finished for row in rows)
+    tokens = short(tokens_after(config, train.steps))
+    pairs = {
+        "scale": f"{comparison.scale}: {model.num_hidden_layers} layers, hidden size"
+        f" {model.hidden_size}, vocabulary {model.vocab_size:,}",
+        "training": f"{train.steps:,} steps of {train.global_batch_size} sequences of"
+        f" {data.sequence_length} tokens: {tokens} tokens for every model",
+        "runs": f"{finished} finished of {len(rows)}; seeds"
+        f" {', '.join(str(s) for s in sorted({row.seed for row in rows}))}",
+        "data": f"`{data.corpus}`, fingerprint"
+        f" {', '.join(p[:12] for p in prints) or 'not known yet'}; judged on"
+        f" {', '.join(f'{n:,}' for n in sorted(held_out)) or NONE} held-out tokens",
+        "time": _time(comparison),
+        "machine": "; ".join(machines) or "not recorded",
+    }
+    if comparison.overrides:
+        changes = comparison.overrides.items()
+        pairs["changed"] = ", ".join(f"`{key}={value}`" for key, value in changes)
+    return Facts(pairs)
+
+
+def _time(comparison: Comparison) -> str:
+    seconds = [value for row in comparison.rows if (value := row["seconds"]) is not None]
+    if not seconds:
+        return NONE
+    mean = sum(seconds) / len(seconds)
+    return f"{duration(sum(seconds))} for {len(seconds)} runs, on average {duration(mean)} each"
+
+
+def equal_blocks(comparison: Comparison) -> list[Block]:
+    """The fairness rules; they were checked before training."""
+    names = ", ".join(f"`{name}`" for name in comparison.experiment.may_differ)
+    text = Text(
+        "Checked before training; an unfair comparison is refused. The arms' configs differ in"
+        f" {names} and in nothing else: the same text in the same order, the same steps, batch,"
+        " learning rate and seeds."
+    )
+    return [text, tables.equal_table(comparison)] if comparison.experiment.equal else [text]

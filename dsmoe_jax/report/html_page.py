@@ -1,0 +1,70 @@
+"""A report as one HTML page that loads nothing: style and pictures are inside, without scripts."""
+
+from __future__ import annotations
+
+import html
+import pathlib
+import re
+from collections.abc import Sequence
+
+from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text
+from dsmoe_jax.report.style import PALETTE
+from dsmoe_jax.report.svg import themed_svg
+
+CSS = (pathlib.Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """One page that needs nothing else."""
+    day = "".join(f"--c{key[1:]}:{key};" for key in PALETTE)
+    night = "".join(f"--c{key[1:]}:{value};" for key, value in PALETTE.items())
+    colours = f":root{{{day}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{night}}}}}\n"
+    body = "\n".join(_html(block) for block in blocks)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8" />\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1" />\n'
+        f"<title>{html.escape(title)}</title>\n<style>\n{CSS}{colours}</style>\n</head>\n"
+        f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{html.escape(text)}</h2>"
+        case Text(text, kind):
+            return f"<p class='{kind}'>{_inline(text)}</p>" if kind else f"<p>{_inline(text)}</p>"
+        case Table():
+            return _html_table(block)
+        case Facts(pairs):
+            items = (f"<dt>{_inline(k)}</dt><dd>{_inline(v)}</dd>" for k, v in pairs.items())
+            return "<dl>\n" + "\n".join(items) + "\n</dl>"
+        case Code(text):
+            return f"<pre>{html.escape(text)}</pre>"
+        case Pictures(pictures):
+            items = (
+                f"<figure>\n<h3>{html.escape(p.title)}</h3>\n{themed_svg(p)}\n"
+                f"<figcaption>{_inline(p.caption)}</figcaption>\n</figure>"
+                for p in pictures
+            )
+            return "<div class='pictures'>\n" + "\n".join(items) + "\n</div>"
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.head)
+    rows = []
+    for i, row in enumerate(table.rows):
+        cells = "".join(f"<td>{_inline(cell)}</td>" for cell in row)
+        rows.append(f"<tr class='best'>{cells}</tr>" if i == table.best else f"<tr>{cells}</tr>")
+    kind = "wide left" if table.prose else "wide"
+    body = "\n".join(rows)
+    return (
+        f"<div class='{kind}'><table>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _inline(text: str) -> str:
+    text = html.escape(text.replace("'", "’"))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)

@@ -1,0 +1,19 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from dsmoe_jax.report.blocks import Table
+
+
+def to_text(table: Table) -> str:
+    """A table for a terminal."""
+    lines = [list(table.head), *map(list, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i and not table.prose else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [lines[0], rule, *lines[1:]]
+    )

@@ -1,0 +1,230 @@
+"""What an experiment is: arms to compare, what must be equal, and what is claimed.
+
+A new experiment is a module with one literal `Experiment` (see `experiments/v1/table1.py`);
+running, checking, resuming, tables, pictures and reports are shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dsmoe_jax import config as config_lib
+from dsmoe_jax.config import Config, files
+from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.runs.loading import Run
+from dsmoe_jax.study import claims as claim_forms
+from dsmoe_jax.study import measures, probes
+from dsmoe_jax.study.claims import LOSS, Claim
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def _slug(label: str) -> str:
+    words = "".join(c if c.isalnum() else " " for c in label.lower()).split()
+    return "_".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One model of a comparison, which is trained.
+
+    Attributes:
+      label: as in tables and pictures.
+      config: name of a file in `configs/`.
+      options: of that file, as on the command line: "split=2,shared=1".
+      paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
+      overrides: dotted config keys to change, for what no config file says.
+    """
+
+    label: str
+    config: str
+    options: str = ""
+    paper_loss: float | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def slug(self) -> str:
+        """The arm's directory name: "Hash Layer" -> "hash_layer"."""
+        return _slug(self.label)
+
+    def run_config(self, scale: str, seed: int, overrides: Mapping[str, Any] = NOTHING) -> Config:
+        """The config of one run of this arm.
+
+        Args:
+          scale: as config files call it, "smoke", "demo", "proxy" or "paper".
+          seed: of everything random; the same seed is the same data in the same order.
+          overrides: dotted keys that are changed in every arm.
+
+        Raises:
+          ValueError: for an unknown config file, option, scale or key, or an impossible value.
+        """
+        argument = f"{scale},{self.options}" if self.options else scale
+        loaded = files.load(f"configs/{self.config}.py:{argument}")
+        config = config_lib.from_config_dict(loaded)
+        return config_lib.replace(config, **{**self.overrides, **overrides, "train.seed": seed})
+
+    def measured_config(self, config: Config) -> Config:
+        """The config of the model that is measured: that of the run."""
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeArm:
+    """A trained model, measured under an intervention; trains nothing.
+
+    Attributes:
+      label: as in tables and pictures.
+      experiment: the one that trained the model.
+      trained: the label of the model's arm there.
+      intervention: what is changed while it is measured.
+      paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
+      x: place on the axis `Experiment.x_axis`; None is a level line.
+      probe: what is measured: gives what evaluation.json holds, which the measures read.
+    """
+
+    label: str
+    experiment: Experiment = dataclasses.field(hash=False)
+    trained: str
+    intervention: Intervention = Intervention()
+    paper_loss: float | None = None
+    x: float | None = None
+    probe: Callable[[Run, Intervention], dict[str, Any]] = probes.held_out
+
+    def __post_init__(self) -> None:
+        self.experiment.arm(self.trained)
+
+    @property
+    def slug(self) -> str:
+        """The arm's directory name."""
+        return _slug(self.label)
+
+    def run_config(self, scale: str, seed: int, overrides: Mapping[str, Any] = NOTHING) -> Config:
+        """The config of the run that trained the model, see `Arm.run_config`."""
+        return self.experiment.arm(self.trained).run_config(scale, seed, overrides)
+
+    def measured_config(self, config: Config) -> Config:
+        """The config of the model as it is measured, for its activated parameters and FLOPs."""
+        changes: dict[str, Any] = {}
+        if self.intervention.num_experts_per_tok is not None:
+            changes["model.moe.num_experts_per_tok"] = self.intervention.num_experts_per_tok
+        if not self.intervention.shared_experts:
+            changes["model.moe.n_shared_experts"] = 0
+        return config_lib.replace(config, **changes)
+
+
+AnyArm = Arm | ProbeArm
+
+
+@dataclasses.dataclass(frozen=True)
+class Equal:
+    """`quantity` of the arms may differ by at most `tolerance`, relative to the first arm named."""
+
+    quantity: str
+    arms: tuple[str, ...]
+    tolerance: float
+
+
+def same_total(*arms: str) -> tuple[Equal, ...]:
+    """Experts of the same total size.  Routers may differ: more experts need a larger one."""
+    return Equal("total", arms, 0.02), Equal("expert_total", arms, 0.001)
+
+
+def same_activated(*arms: str) -> tuple[Equal, ...]:
+    """The same work per token.  A router is 2 % of the activated parameters of a tiny model."""
+    return (
+        Equal("activated", arms, 0.04),
+        Equal("expert_activated", arms, 0.001),
+        Equal("flops_per_sequence", arms, 0.001),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A comparison of models under the same budget, data and random order.
+
+    Attributes:
+      module: where it stands, "experiments.v1.table1"; results go to RESULTS/table1-SCALE.
+      title: heading of the report.
+      source: paper and table or figure.
+      summary: what the paper says, in a sentence or two.
+      arms: in the order in which they are shown; pictures of differences start from the first.
+      equal: which sizes must agree, and how closely.
+      claims: what the runs are asked, besides the orderings that follow from the arms'
+        `paper_loss`.
+      may_differ: config keys (or sections, ending in a dot) in which arms may differ.  Everything
+        else - data, order, seed, steps, batch, learning rate, attention - must be the same.
+      measures: columns of the results table; () is every measure that has a column there.
+      pictures: names in `report.plots.PLOTS`; () is all that have something to show.
+      x_axis: what the probe arms' `x` is.
+      seeds: how many by default, for each scale.
+    """
+
+    module: str
+    title: str
+    source: str
+    summary: str
+    arms: tuple[AnyArm, ...]
+    equal: tuple[Equal, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    may_differ: tuple[str, ...] = ("name", "model.moe.")
+    measures: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
+    x_axis: str = ""
+    seeds: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"smoke": 1, "demo": 3, "proxy": 1, "paper": 1}
+    )
+
+    def __post_init__(self) -> None:
+        labels, slugs = [arm.label for arm in self.arms], [arm.slug for arm in self.arms]
+        if not labels or len(set(slugs)) < len(slugs):
+            raise ValueError(f"{self.name}: arms={labels}: labels must differ in letters or digits")
+        named = [name for rule in self.equal for name in rule.arms]
+        for label in (*named, *(label for claim in self.claims for label in claim.weights)):
+            self.arm(label)
+        measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
+        sizes = [name for name, measure in measures.MEASURES.items() if measure.from_config]
+        for rule in self.equal:
+            if rule.quantity not in sizes:
+                raise ValueError(f"{self.name}: quantity {rule.quantity!r}: must be one of {sizes}")
+
+    @property
+    def name(self) -> str:
+        """The last part of `module`."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def main_measure(self) -> str:
+        """The measure by which arms are ranked: the first column."""
+        return self.measures[0] if self.measures else LOSS
+
+    def arm(self, label: str) -> AnyArm:
+        """The arm of a label.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        labels = [arm.label for arm in self.arms]
+        if label not in labels:
+            raise ValueError(f"{self.name}: arm {label!r}: must be one of {labels}")
+        return self.arms[labels.index(label)]
+
+    def all_claims(self) -> list[Claim]:
+        """The orderings that follow from the paper's losses, and the claims that are written out.
+
+        An ordering that is written out too is not repeated.
+        """
+        ranked = sorted(
+            (arm for arm in self.arms if arm.paper_loss is not None),
+            key=lambda arm: -(arm.paper_loss or 0.0),
+        )
+        implied = [
+            claim_forms.below(lower.label, higher.label)
+            for i, higher in enumerate(ranked)
+            for lower in ranked[i + 1 :]
+            if lower.paper_loss != higher.paper_loss
+        ]
+        written = [claim.weights for claim in self.claims if claim.measure == LOSS]
+        return [*(claim for claim in implied if claim.weights not in written), *self.claims]

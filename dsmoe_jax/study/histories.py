@@ -1,0 +1,84 @@
+"""What training logged, step by step.
+
+Shapes: S logged steps, L MoE layers, E routed experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsmoe_jax.study.measures import RUNNING, Outcome
+
+
+class Loads(NamedTuple):
+    """Load at each logged step: shapes S steps, L layers, E experts.
+
+    Attributes:
+      tokens_S: trained on so far.
+      load_SLE: assignments over the layer's mean, so that 1 is the fair share.
+    """
+
+    tokens_S: np.ndarray
+    load_SLE: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What training logged, in order.
+
+    Attributes:
+      tokens, loss: trained on so far, and training loss in nats per token, at each logged step.
+      validation_tokens, validation_loss: the same for the validations on the way.
+      maxvio_SL: of each logged batch; empty without routed experts.
+      maxvio_running_SL: the same of the load of the last 100 steps or so.
+      load_LE: load of every expert on the held-out text over its layer's mean (1 is balance);
+        None without routed experts, or before the run is finished.
+      loads: of every expert over training; None without routed experts.
+    """
+
+    tokens: np.ndarray
+    loss: np.ndarray
+    validation_tokens: np.ndarray
+    validation_loss: np.ndarray
+    maxvio_SL: np.ndarray
+    maxvio_running_SL: np.ndarray
+    load_LE: np.ndarray | None
+    loads: Loads | None
+
+
+def read_history(outcome: Outcome) -> History | None:
+    """What a run has logged so far; None before its first row."""
+    if not outcome.rows:
+        return None
+    trained = [row for row in outcome.rows if "loss" in row]
+    judged = [row for row in trained if "validation_loss" in row]
+    routed = [row for row in trained if "maxvio" in row]
+    load = (outcome.evaluation or {}).get("load")
+    load_LE = None if load is None else np.asarray(load, np.float64)
+    return History(
+        tokens=_column(trained, "tokens"),
+        loss=_column(trained, "loss"),
+        validation_tokens=_column(judged, "tokens"),
+        validation_loss=_column(judged, "validation_loss"),
+        maxvio_SL=np.array([row["maxvio"] for row in routed]),
+        maxvio_running_SL=np.array([row[RUNNING] for row in routed]),
+        load_LE=None if load_LE is None else load_LE / load_LE.mean(axis=1, keepdims=True),
+        loads=loads_of(trained),
+    )
+
+
+def loads_of(rows: list[dict[str, Any]]) -> Loads | None:
+    """Load from the rows of metrics.jsonl; None without routed experts."""
+    rows = [row for row in rows if "load" in row]
+    if not rows:
+        return None
+    load_SLE = np.array([row["load"] for row in rows], np.float64)
+    tokens_S = np.array([row["tokens"] for row in rows], np.float64)
+    return Loads(tokens_S, load_SLE / load_SLE.mean(axis=2, keepdims=True))
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    return np.array([row[key] for row in rows], np.float64)

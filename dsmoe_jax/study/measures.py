@@ -1,0 +1,250 @@
+"""The numbers that a run is judged by.  A new one is a function and an entry in `MEASURES`.
+
+A measure reads what a run has left behind so far.  A number that does not exist (a dense model has
+no load), or is not there yet, is None, never 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dsmoe_jax.config import Config, tokens_after
+from dsmoe_jax.model import size
+
+# The tables of a report that have a column for each of their measures.
+RESULTS, LOAD = "results", "load"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run has left behind so far.
+
+    Attributes:
+      config: of the run; of a probe, as the intervention makes it.
+      rows: of metrics.jsonl, in order; a probe has none.
+      evaluation: evaluation.json; None until the run is finished.
+    """
+
+    config: Config
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One number of a run.
+
+    Attributes:
+      title: for running text.
+      read: the number; None where it does not exist or is not there yet.
+      unit: of it, if it has one.
+      columns: the table in which it is a column -> the heading there.
+      digits: decimals; None is three digits and a unit, such as 5.66M.
+      lower_is_better: None where neither is better.
+      spread: whether tables show the standard deviation over seeds.
+      from_config: follows from the config alone, so it is known before training.
+      note: a sentence below the results table.
+    """
+
+    title: str
+    read: Callable[[Outcome], float | None]
+    unit: str = ""
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    digits: int | None = 3
+    lower_is_better: bool | None = None
+    spread: bool = True
+    from_config: bool = False
+    note: str = ""
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis."""
+        label = f"{self.title}, {self.unit}" if self.unit else self.title
+        better = {True: " (lower is better)", False: " (higher is better)", None: ""}
+        return label + better[self.lower_is_better]
+
+
+@functools.cache
+def sizes(config: Config) -> dict[str, Any]:
+    """Parameters and FLOPs of a config, see `model/size.py`; worked out once for all seeds."""
+    train = dataclasses.replace(config.train, seed=0)
+    return _account(dataclasses.replace(config, train=train))
+
+
+_account = functools.cache(size.account)
+
+
+def _size(key: str, title: str, heading: str = "", note: str = "") -> Measure:
+    """A measure that follows from the config: one of `sizes`."""
+    return Measure(
+        title,
+        lambda outcome: sizes(outcome.config)[key],
+        columns={RESULTS: heading} if heading else {},
+        digits=None,
+        spread=False,
+        from_config=True,
+        note=note,
+    )
+
+
+def _held_out(key: str, over_layers: Callable[[Any], Any] | None = None):
+    """A number of evaluation.json, or of the numbers that it has for the layers."""
+
+    def read(outcome: Outcome) -> float | None:
+        value = (outcome.evaluation or {}).get(key)
+        if value is None or over_layers is None:
+            return value
+        return over_layers(value).item()
+
+    return read
+
+
+def _tokens(outcome: Outcome) -> int | None:
+    config = outcome.config
+    return tokens_after(config, config.train.steps) if outcome.evaluation is not None else None
+
+
+def _seconds(outcome: Outcome) -> float | None:
+    """Time in training steps, from the logged speeds."""
+    found, before = 0.0, 0
+    for row in outcome.rows:
+        if "tokens_per_second" in row:
+            found += (row["tokens"] - before) / row["tokens_per_second"]
+            before = row["tokens"]
+    return found or None
+
+
+def _logged(
+    key: str, over_layers: Callable[..., Any], over_steps: Callable[[np.ndarray], Any]
+) -> Callable[[Outcome], float | None]:
+    """A number from what was logged of each layer, first over the layers, then over the steps."""
+
+    def read(outcome: Outcome) -> float | None:
+        logged = [over_layers(row[key]) for row in outcome.rows if key in row]
+        return over_steps(np.array(logged)).item() if logged else None
+
+    return read
+
+
+def _last(values_S: np.ndarray) -> np.ndarray:
+    return values_S[-1]
+
+
+def _mean_of_last_fifth(values_S: np.ndarray) -> np.ndarray:
+    return values_S[-max(len(values_S) // 5, 1) :].mean()
+
+
+RUNNING = "maxvio_running"  # the key in metrics.jsonl: load of the last 100 steps or so
+
+# In the order of the columns of a table.
+MEASURES: dict[str, Measure] = {
+    "validation_loss": Measure(
+        "validation loss",
+        _held_out("loss"),
+        "nats per token",
+        columns={RESULTS: "validation loss"},
+        lower_is_better=True,
+        note="Loss in nats per token on held-out text.",
+    ),
+    "validation_bits_per_byte": Measure(  # compares between tokenizers
+        "validation bits per byte",
+        _held_out("bits_per_byte"),
+        columns={RESULTS: "bits / byte"},
+        lower_is_better=True,
+    ),
+    "total": _size("total", "total parameters", "parameters"),
+    "activated": _size("activated", "activated parameters", "activated"),
+    "expert_total": _size("expert_total", "expert parameters"),
+    "expert_activated": _size("expert_activated", "activated expert parameters"),
+    "flops_per_sequence": _size(
+        "flops_per_sequence",
+        "FLOPs per sequence",
+        "FLOPs / sequence",
+        "FLOPs: training, as the paper counts.",
+    ),
+    "tokens": Measure(
+        "tokens trained on", _tokens, columns={RESULTS: "tokens"}, digits=None, spread=False
+    ),
+    "validation_tokens": Measure("tokens judged on", _held_out("tokens"), digits=None),
+    "maxvio": Measure(
+        "MaxVio on held-out text",
+        _held_out("maxvio", np.mean),
+        columns={RESULTS: "MaxVio"},
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+        note="MaxVio: how far the load of the most loaded expert is above the mean, relative to"
+        " it, on the held-out text; mean over layers.",
+    ),
+    "maxvio_highest": Measure(
+        "highest MaxVio of a batch",
+        _logged("maxvio", np.mean, np.max),
+        columns={LOAD: "MaxVio of a batch: highest"},
+        digits=1,
+        lower_is_better=True,
+    ),
+    "maxvio_last_fifth": Measure(
+        "MaxVio of a batch in the last fifth of the steps",
+        _logged("maxvio", np.mean, _mean_of_last_fifth),
+        columns={LOAD: "in the last fifth"},
+        digits=2,
+        lower_is_better=True,
+    ),
+    "maxvio_running": Measure(
+        "MaxVio over the last 100 steps",
+        _logged(RUNNING, np.mean, _last),
+        columns={RESULTS: "in training", LOAD: "over the window, at the end"},
+        digits=2,
+        lower_is_better=True,
+        note="In training: MaxVio of the load of the last 100 steps or so.",
+    ),
+    "maxvio_running_worst": Measure(
+        "MaxVio over the last 100 steps in the worst layer",
+        _logged(RUNNING, np.max, _last),
+        columns={LOAD: "its worst layer"},
+        digits=2,
+        lower_is_better=True,
+    ),
+    "dead_experts": Measure(
+        "dead experts on held-out text",
+        _held_out("dead_experts", np.sum),
+        columns={RESULTS: "dead experts"},
+        digits=None,
+        lower_is_better=True,
+        spread=False,
+        note="Dead experts: those of all layers without a token of the held-out text.",
+    ),
+    "dead_experts_highest": Measure(
+        "most dead experts in a batch",
+        _logged("dead_experts", np.sum, np.max),
+        columns={LOAD: "dead experts in a batch: most"},
+        digits=0,
+        lower_is_better=True,
+    ),
+    "dead_experts_last": Measure(
+        "dead experts in the last batch",
+        _logged("dead_experts", np.sum, _last),
+        columns={LOAD: "at the end"},
+        digits=0,
+        lower_is_better=True,
+    ),
+    # Without compiling, validating and waiting.
+    "seconds": Measure("seconds in training steps", _seconds, lower_is_better=True),
+}
+
+
+def check_names(owner: str, names: tuple[str, ...]) -> None:
+    """Refuses the name of no measure.
+
+    Raises:
+      ValueError: naming the owner and the measure.
+    """
+    for name in names:
+        if name not in MEASURES:
+            known = ", ".join(MEASURES)
+            raise ValueError(f"{owner}: measure {name!r}: must be one of {known}")

@@ -1,0 +1,55 @@
+"""How well a few seeds let one know a mean or a difference.
+
+Runs of one seed see the same data in the same order, so part of the spread is common to all arms.
+The model is value = arm + seed + noise: the noise is what is left after every arm's and every
+seed's mean, with (A - 1)(S - 1) degrees of freedom for A arms and S seeds.  A difference of two
+arms is known to +- t * noise * sqrt(2 / S) (95 %, Student's t, each pair by itself).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+BySeed = Mapping[str, Mapping[int, float]]  # label -> seed -> value of a measure
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None where there are too few values for it."""
+    if not values:
+        return None, None
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), spread
+
+
+def common_seeds(values: BySeed) -> list[int]:
+    """Seeds that every arm with results has."""
+    return sorted(set.intersection(*map(set, values.values()))) if values else []
+
+
+def difference_half_width(values: BySeed) -> float | None:
+    """Half the 95 % interval of a difference of two arms; None if it cannot be known."""
+    seeds = common_seeds(values)
+    if len(values) < 2 or len(seeds) < 2:
+        return None
+    degrees = (len(values) - 1) * (len(seeds) - 1)
+    table = np.array([[by_seed[seed] for seed in seeds] for by_seed in values.values()])
+    noise = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    variance = float((noise**2).sum()) / degrees
+    return _quantile(degrees) * math.sqrt(2 * variance / len(seeds))
+
+
+def mean_half_width(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean of independent values; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    deviation = float(np.std(values, ddof=1))
+    return _quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+
+
+def _quantile(degrees: int) -> float:
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))

@@ -1,0 +1,1 @@
+"""What keeps the load of the experts even."""

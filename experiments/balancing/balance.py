@@ -1,0 +1,41 @@
+"""A router that is left alone collapses; what pulls at its scores brings it back.
+
+    python -m experiments.balancing.balance --scale=demo
+
+DeepSeekMoE seven times; only what balances the router differs.  One run has its balance term turned
+on when half of the steps are done, so that the recovery can be watched.  Routers that balance by
+how they choose are in balanced_routers.py.  What came out is in docs/routers_and_losses.md.
+"""
+
+from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+
+NONE = {"model.moe.balance.expert": None}
+GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
+LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))  # multiples of the weight: a jump
+DEVICES = {"model.moe.expert_groups": 9, "model.moe.balance.device.factor": 0.05}  # 7 experts each
+ARMS = (
+    Arm("nothing", "dsmoe_2b", overrides=NONE),
+    Arm(
+        "loss-free bias", "dsmoe_2b", overrides={**NONE, "model.moe.router.bias_update_speed": 1e-3}
+    ),
+    Arm("expert loss", "dsmoe_2b"),  # the config's own: 0.01, by sequence
+    Arm("global loss", "dsmoe_2b", overrides=GLOBAL),  # the same over the batch
+    Arm("late loss", "dsmoe_2b", overrides={"model.moe.balance.expert.schedule": LATE}),
+    Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.balance.switch.factor": 0.01}),
+    Arm("device loss", "dsmoe_2b", overrides={**NONE, **DEVICES}),  # evens out devices, not experts
+)
+LABELS = tuple(arm.label for arm in ARMS)
+
+EXPERIMENT = Experiment(
+    module="experiments.balancing.balance",
+    title="Collapse without balance, and the ways back",
+    source="DeepSeekMoE (arXiv 2401.06066), section 3.3; DeepSeek-V3 (2412.19437), section 2.1.2",
+    summary="Without balance a few experts get most of the tokens; a balance loss, or a bias on the"
+    " choice of experts, evens the load out.",
+    arms=ARMS,
+    equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+)
+
+if __name__ == "__main__":
+    experiment.main(EXPERIMENT)

@@ -1,0 +1,1 @@
+"""Tables and figures of DeepSeekMoE (arXiv 2401.06066)."""
