@@ -8,11 +8,13 @@ the future, so its loss does not compare) and BASE (one expert of sixteen).  Los
 themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
 """
 
+from collections.abc import Mapping
+
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 
-def moe(settings: dict[str, object]) -> dict[str, object]:
+def moe(settings: Mapping[str, object]) -> dict[str, object]:
     """Overrides of the layer, without the expert loss unless they set it."""
     own = "balance.expert.factor" in settings
     settings = settings if own else {"balance.expert": None, **settings}

@@ -1,0 +1,52 @@
+"""The config of the model that the tests of models use: every kind of layer, grouped queries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.model.transformer import Transformer
+
+V = 64
+TINY = {
+    "model.vocab_size": V,
+    "model.hidden_size": 32,
+    "model.num_hidden_layers": 4,
+    "model.first_k_dense_replace": 2,
+    "model.intermediate_size": 48,
+    "model.initializer_range": 0.1,
+    "model.attention.num_attention_heads": 4,
+    "model.attention.num_key_value_heads": 2,
+    "model.attention.head_dim": 8,
+    "model.moe.n_routed_experts": 6,
+    "model.moe.num_experts_per_tok": 2,
+    "model.moe.n_shared_experts": 1,
+    "model.moe.moe_intermediate_size": 16,
+    "model.moe.expert_backend": "loop",  # compiles fastest; the backends have tests of their own
+    "data.tokenizer_vocab_size": V,
+}
+
+
+def tiny(**overrides: object) -> Config:
+    """The tiny config with dotted keys changed."""
+    return replace(Config(), **{**TINY, **overrides})
+
+
+def make(**overrides: object) -> Transformer:
+    """The tiny model with dotted keys changed, its parameters drawn from one key."""
+    config = tiny(**overrides).model
+    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+
+
+def greedy(model: Transformer, prompt_BP: jax.Array, n: int) -> jax.Array:
+    """The n tokens that follow prompts, each from a pass over the whole sequence: no cache."""
+    graph, state = nnx.split(model)
+    logits = jax.jit(lambda state, tokens_BS: nnx.merge(graph, state)(tokens_BS))
+    p = prompt_BP.shape[1]
+    tokens_BS = jnp.pad(prompt_BP, ((0, 0), (0, n)))  # what comes later is not seen
+    for i in range(p, p + n):
+        best_B = jnp.argmax(logits(state, tokens_BS)[:, i - 1], axis=-1)
+        tokens_BS = tokens_BS.at[:, i].set(best_B)
+    return tokens_BS[:, p:]
