@@ -20,7 +20,8 @@ from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.attention import Activations, Attention
 from dsmoe_jax.nn.layers import init_matrix, linear
 from dsmoe_jax.planning import planner
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
 from tests.model.tiny_model import V, config_of, greedy
 from tests.tools.tiny import batch
 

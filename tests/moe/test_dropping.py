@@ -14,7 +14,7 @@ from dsmoe_jax.moe import dropping
 from dsmoe_jax.moe.dropping import Sizes
 from dsmoe_jax.moe.layer import MoELayer, check_layer
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs, Routing, count_load, unassign
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 B, S, E, K, D = 4, 16, 8, 2, 2
 T = B * S

@@ -79,7 +79,7 @@ def test_a_router_and_a_term_are_trained_saved_and_loaded(toys, tiny_config, tmp
     assert from_config_dict(to_config_dict(config)) == config
     train(config, tmp_path / "run", progress=False)
     rows = read_rows(tmp_path / "run")
-    term_SL = np.array([row["balance_first_expert"] for row in rows])
+    term_SL = np.array([row["first_expert_balance"] for row in rows])
     assert term_SL.shape == (10, 2)
     assert (term_SL > 0).all()
     load_LE = sum(np.array(row["load"]) for row in rows)  # every step is logged

@@ -10,7 +10,7 @@ from dsmoe_jax.moe.routers.fixed import balanced_table
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.training import router_state
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.step import init_state
+from dsmoe_jax.training.start import init_state
 
 HASH = {
     "model.moe.router.name": "hash",
