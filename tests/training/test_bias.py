@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.moe.layer import RouterBias
+from dsmoe_jax.moe.layer import RouterVariable
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.training.step import abstract_state, init_state, make_train_step
 
@@ -56,7 +56,7 @@ def batch(seed):
 
 
 def bias_of(state):
-    (bias_LE,) = jax.tree.leaves(nnx.filter_state(state.other, RouterBias))
+    (bias_LE,) = jax.tree.leaves(nnx.filter_state(state.other, RouterVariable))
     return np.asarray(bias_LE)
 
 
@@ -90,7 +90,7 @@ def test_accumulation_changes_nothing():
 
 def test_is_no_parameter():
     state, _ = compiled()
-    assert not jax.tree.leaves(nnx.filter_state(state.params, RouterBias))
+    assert not jax.tree.leaves(nnx.filter_state(state.params, RouterVariable))
     assert bias_of(state).shape not in [x.shape for x in jax.tree.leaves(state.opt_state)]
 
 
