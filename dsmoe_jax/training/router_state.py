@@ -38,9 +38,12 @@ def first_values(
     state, settings = found
     if state.from_token_counts is None or not state.first(settings):
         return {}
-    options = dict(model.moe.router.options)
-    want = "needs the token counts of a corpus"
-    require(token_counts is not None, "model.moe.router.options", options, want)
+    require(
+        token_counts is not None,
+        "model.moe.router.options",
+        dict(settings.config.options),
+        f"with these the {model.moe.router.name} router needs token counts of the training text",
+    )
     assert token_counts is not None
     counted = token_counts()
     counts_V = np.zeros(model.vocab_size, np.int64)
@@ -78,7 +81,7 @@ def after_step(other: nnx.State, load_LE: jax.Array, model: ModelConfig) -> nnx.
 
 
 def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:
-    """Variables of the model's router, and its settings; None for a router without variables."""
+    """What the model's router has of variables, and its settings; None for one without."""
     if not model.moe.n_routed_experts:
         return None
     router, settings = get_router(model.moe)

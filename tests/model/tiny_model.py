@@ -1,4 +1,4 @@
-"""The config of the model that the tests of models use: every kind of layer, grouped queries."""
+"""The tiny model with every kind of layer: leading dense ones, shared experts, grouped queries."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import Config, replace
+from dsmoe_jax.config import Config
+from dsmoe_jax.model.build import build_model
 from dsmoe_jax.model.transformer import Transformer
+from tests.tools import tiny
 
 V = 64
-TINY = {
+MODEL = {
     "model.vocab_size": V,
-    "model.hidden_size": 32,
     "model.num_hidden_layers": 4,
     "model.first_k_dense_replace": 2,
     "model.intermediate_size": 48,
@@ -21,23 +22,19 @@ TINY = {
     "model.attention.num_key_value_heads": 2,
     "model.attention.head_dim": 8,
     "model.moe.n_routed_experts": 6,
-    "model.moe.num_experts_per_tok": 2,
-    "model.moe.n_shared_experts": 1,
-    "model.moe.moe_intermediate_size": 16,
-    "model.moe.expert_backend": "loop",  # compiles fastest; the backends have tests of their own
     "data.tokenizer_vocab_size": V,
 }
 
 
-def tiny(**overrides: object) -> Config:
-    """The tiny config with dotted keys changed."""
-    return replace(Config(), **{**TINY, **overrides})
+def config_of(**overrides: object) -> Config:
+    """The config of the tiny model with dotted keys changed."""
+    return tiny.tiny(**{**MODEL, **overrides})
 
 
 def make(**overrides: object) -> Transformer:
     """The tiny model with dotted keys changed, its parameters drawn from one key."""
-    config = tiny(**overrides).model
-    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    config = config_of(**overrides).model
+    return jax.jit(lambda: build_model(config, jax.random.key(0)))()
 
 
 def greedy(model: Transformer, prompt_BP: jax.Array, n: int) -> jax.Array:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import numpy as np
 import pytest
 from flax import nnx
@@ -39,6 +40,17 @@ DENSE = {
 def losses(workdir):
     keys = ("loss", "grad_norm", "validation_loss")
     return [{k: row.get(k) for k in keys} for row in read_rows(workdir)]
+
+
+def assert_same_to_rounding(found, wanted):
+    """The gates' gradient takes another way than through the top-k.
+
+    With XLA's older emitters, which compile the tests, its last bit is another one; with those of
+    a run it is the same.
+    """
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +88,7 @@ def test_recorded_experts_with_live_gates_give_the_same_run(learned, tiny_config
         "train.replay_routing": str(learned / "routing"),
     }
     train(tiny_config(**SHORT, **replays), tmp_path / "run", progress=False)
-    assert losses(tmp_path / "run") == losses(learned)
+    assert_same_to_rounding(losses(tmp_path / "run"), losses(learned))
 
 
 def test_recorded_experts_and_gates_give_the_same_run(hashed, tiny_config, tmp_path):
@@ -157,7 +169,7 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
     recorded = str(records / "routing")
     config = {"model.moe.router.name": "replay_ids", "train.replay_routing": recorded}
     train(tiny_config(**SHORT, **stages, **config), replays, progress=False)
-    assert losses(replays) == losses(records)
+    assert_same_to_rounding(losses(replays), losses(records))
     with pytest.raises(ValueError, match=r"stages_after=\[0, 2\], not \[0\]"):
         train(tiny_config(**SHORT, **config), tmp_path / "another", progress=False)
 

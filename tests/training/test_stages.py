@@ -204,7 +204,7 @@ def test_rows_show_the_stages(staged):
         rate = stage.optimizer.peak_learning_rate * warmup * drops
         np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-6)
         weighted = 0.01 * sum(row["expert_balance"])
-        weighted += stage.model.moe.balance.router_z.factor * sum(row["router_z"])
+        weighted += stage.model.moe.balance["router_z"].factor * sum(row["router_z"])
         np.testing.assert_allclose(row["total_loss"], row["loss"] + weighted, rtol=1e-5)
     assert load_run(workdir).model.config.moe.num_experts_per_tok == 3
 
