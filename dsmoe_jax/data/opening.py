@@ -66,7 +66,7 @@ def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
 
 
 def _prepared_directory(config: DataConfig, source: str) -> Path:
-    """Where in the cache: a name for people, and a hash of all that decides the content."""
+    """Directory in the cache: a name for people, and a hash of all that decides the content."""
     content = (
         platform.python_version() if source in BUILT_IN else user_files.fingerprint(Path(source))
     )
