@@ -43,7 +43,8 @@ from dsmoe_jax.moe.report import LoggedSums, logged_sums
 from dsmoe_jax.moe.types import MoEInputs
 from dsmoe_jax.runs.metrics_log import MetricsLog
 from dsmoe_jax.training.rows import RunningLoad, training_row
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
 
 NO_EXPERTS = "benchmark_none"  # an expert backend that returns its rows as they are
 

@@ -17,12 +17,14 @@ from flax import nnx
 
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.evaluation.cross_entropy import token_sums
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
+from dsmoe_jax.moe import interventions
+from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
 from dsmoe_jax.runs.summaries import bits_per_byte, drop_summary, load_summary
-from dsmoe_jax.training.step import token_sums
 
 
 class HeldOut:
@@ -35,6 +37,7 @@ class HeldOut:
       max_batches: look at this many only (every domain has its share); None is all of the text.
       recorder: gets the routing of every batch.
       recording: has the routing of every batch, for a router that replays it.
+      intervention: a change to how the MoE layers are used.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class HeldOut:
         max_batches: int | None = None,
         recorder: Recorder | None = None,
         recording: Recording | None = None,
+        intervention: Intervention = interventions.NONE,
     ):
         self._recorder, self._recording = recorder, recording
         self._corpus, self._batch_size, self._max_batches = corpus, batch_size, max_batches
@@ -52,7 +56,7 @@ class HeldOut:
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
             model = nnx.merge(graph, params, other)
-            output = model.forward(ModelInputs.of_batch(batch))
+            output = model.forward(ModelInputs.of_batch(batch), intervention=intervention)
             bytes_V = jnp.asarray(corpus.bytes_per_token_V)
             nll_BS, _ = token_sums(output.logits_BSV, batch, bytes_V)
             mask_BS = batch["loss_mask_BS"]
@@ -126,11 +130,17 @@ class HeldOut:
 
 
 def evaluate(
-    model: Transformer, corpus: Corpus, *, batch_size: int = 8, max_batches: int | None = None
+    model: Transformer,
+    corpus: Corpus,
+    *,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+    intervention: Intervention = interventions.NONE,
 ) -> dict[str, Any]:
     """Measures a model on the held-out text of a corpus: see `HeldOut.measure`."""
     graph, params, other = nnx.split(model, nnx.Param, ...)
-    return HeldOut(graph, corpus, batch_size, max_batches).measure(params, other)
+    held_out = HeldOut(graph, corpus, batch_size, max_batches, intervention=intervention)
+    return held_out.measure(params, other)
 
 
 def _summary(nll: float, tokens: float, n_bytes: float) -> dict[str, float]:

@@ -8,11 +8,14 @@ the future, so its loss does not compare) and BASE (one expert of sixteen).  Los
 themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
 """
 
+from collections.abc import Mapping
+
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.claims import below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 
-def moe(settings: dict[str, object]) -> dict[str, object]:
+def moe(settings: Mapping[str, object]) -> dict[str, object]:
     """Overrides of the layer, without the expert loss unless they set it."""
     own = "balance.expert.factor" in settings
     settings = settings if own else {"balance.expert": None, **settings}
@@ -57,6 +60,7 @@ EXPERIMENT = Experiment(
     " bias together.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS[:-1])),
+    claims=tuple(below(label, "nothing", measure="maxvio_running") for label in ("V2", "V3")),
 )
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ CASES = {
     "--config=configs/dsmo_2b.py": "did you mean configs/dsmoe_2b.py?",
     "--config=": "no such file",
     f"{FILE} {STAGES}share=(0.5,0.5) {STAGES}train.seed=(0,1)": "cannot change during a run",
+    f"{FILE} {MOE}router.options.k=2": "the topk router does not know it",
     "--config.model.hidden_size=2": "--config: missing",
     "--jsn": "did you mean --json?",
     "--xyzzy": "no such flag; see --help",
@@ -47,7 +48,8 @@ CASES = {
     f"{FILE} {MOE}balance.device.factor=0.05 {MOE}expert_groups=9": None,
     f"{FILE} {MOE}balance.expert.schedule=((0,1),(0.5,0))": None,
     f"{FILE} {MOE}router.norm_topk_prob=true": None,
-    f"{FILE} {MOE}router.options.k=2": None,
+    f"{FILE} {MOE}router.name=sinkhorn {MOE}router.options.iterations=4"
+    f" {MOE}balance.expert=None": None,
     f"{FILE} {STAGES}share=(0.5,0.5) {STAGES}model.moe.num_experts_per_tok=(3,7)": None,
     f"{FILE} --config.data.corpus='2026'": None,
     f"{FILE} --config.data.corpus=a/path": None,

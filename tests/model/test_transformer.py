@@ -6,52 +6,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.config import Config, ModelConfig, replace
 from dsmoe_jax.model import transformer
-from dsmoe_jax.model.transformer import REMAT_POLICIES, Transformer, compute_dtype, init_cache
-from dsmoe_jax.nn.attention import rotate
-from dsmoe_jax.nn.layers import RMSNorm
+from dsmoe_jax.model.build import abstract_model, model_shapes
+from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.model.types import ModelInputs
+from tests.model.tiny_model import V, config_of, make
 
-V, S = 64, 12
-
-
-def tiny(**overrides) -> ModelConfig:
-    base = {
-        "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "first_k_dense_replace": 2,
-        "intermediate_size": 48, "initializer_range": 0.1, "moe.n_routed_experts": 6,
-        "moe.num_experts_per_tok": 2, "moe.n_shared_experts": 1, "moe.moe_intermediate_size": 16,
-        "moe.expert_backend": "loop",  # compiles fastest; the backends have tests of their own
-    }  # fmt: skip
-    overrides = {f"model.{key}": value for key, value in {**base, **overrides}.items()}
-    return replace(Config(), **{"data.tokenizer_vocab_size": V, **overrides}).model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiling_quickly():
-    """A fifth of the time to compile; what is compiled need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def make(**overrides) -> Transformer:
-    return jax.jit(lambda: Transformer(tiny(**overrides), rngs=nnx.Rngs(0)))()
-
-
+S = 12
 TOKENS = jax.random.randint(jax.random.key(5), (2, S), 0, V)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make()
 
 
 def test_dense_model_agrees_with_hugging_face_llama():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    dense = {"moe.n_routed_experts": 0, "moe.num_experts_per_tok": 0}
-    model = make(**dense, **{"moe.moe_intermediate_size": 48})
+    dense = {"model.moe.n_routed_experts": 0, "model.moe.num_experts_per_tok": 0}
+    model = make(**dense, **{"model.moe.moe_intermediate_size": 48})
     c = model.config
     norms = [model.final_norm]
     for block in (*model.leading, model.layers):
@@ -63,10 +32,13 @@ def test_dense_model_agrees_with_hugging_face_llama():
         transformers.LlamaConfig(
             vocab_size=V, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, intermediate_size=48, rms_norm_eps=c.rms_norm_eps,
-            rope_theta=c.rope_theta, tie_word_embeddings=False,
+            rope_theta=c.attention.rope_theta, tie_word_embeddings=False,
         )
     )  # fmt: skip
-    take = lambda x: torch.tensor(np.asarray(x))  # noqa: E731
+
+    def take(x):
+        return torch.tensor(np.asarray(x))
+
     graph, stacked = nnx.split(model.layers)
     blocks = [*model.leading]
     blocks += [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
@@ -90,35 +62,6 @@ def test_dense_model_agrees_with_hugging_face_llama():
     np.testing.assert_allclose(model(TOKENS), want, atol=2e-5)
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_moe_layer_agrees_with_hugging_face_olmoe(renormalise):
-    """OLMoE routes as V1 does: softmax over all experts, top-k, gates renormalised or not."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
-
-    from dsmoe_jax.moe.layer import MoELayer
-
-    config = tiny(**{"moe.n_shared_experts": 0, "moe.norm_topk_prob": renormalise})
-    layer = MoELayer(config, rngs=nnx.Rngs(1))
-    theirs = OlmoeSparseMoeBlock(
-        OlmoeConfig(hidden_size=32, intermediate_size=16, num_experts=6, num_experts_per_tok=2,
-                    norm_topk_prob=renormalise, experts_implementation="eager")
-    )  # fmt: skip
-    take = lambda x: torch.tensor(np.asarray(x))  # noqa: E731
-    theirs.gate.weight.data = take(layer.router_ED[...])
-    fused = jnp.concatenate([layer.gate_EFD[...], layer.up_EFD[...]], axis=1)
-    theirs.experts.gate_up_proj.data = take(fused)
-    theirs.experts.down_proj.data = take(layer.down_EDF[...])
-    x = jax.random.normal(jax.random.key(3), (2, 7, 32))
-    with torch.no_grad():
-        want = theirs(take(x))
-    want = (want[0] if isinstance(want, tuple) else want).numpy()
-    got, _ = layer(x, jnp.zeros((2, 7), jnp.int32), jnp.ones((2, 7), bool))
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-
 @pytest.mark.parametrize("begin", [0, 4])  # of the second document; 0: there is one only
 def test_causality_by_gradient(gradient_of_logit, begin):
     """Logits at position t depend on the tokens of its document up to t, and on no other."""
@@ -137,41 +80,56 @@ def gradient_of_logit(model):
     graph, params = nnx.split(model)
 
     def logit(params, segments_BS, t):
-        return nnx.merge(graph, params).forward(tokens, segments_BS).logits_BSV[0, t].sum()
+        output = nnx.merge(graph, params).forward(ModelInputs(tokens, segments_BS))
+        return output.logits_BSV[0, t].sum()
 
     grad = jax.jit(jax.grad(logit))
     return lambda *args: grad(params, *args).embedding_VD[...]
 
 
 def test_packed_documents_do_not_see_each_other(model):
-    first, second = TOKENS[:1, :5], TOKENS[1:, :7]
-    packed = jnp.concatenate([first, second], axis=1)
-    segments = jnp.array([[1] * 5 + [2] * 7])
-    positions = jnp.array([[*range(5), *range(7)]])
-    logits = model.forward(packed, segments, positions).logits_BSV
-    np.testing.assert_allclose(logits[:, :5], model(first), atol=1e-5)
-    np.testing.assert_allclose(logits[:, 5:], model(second), atol=1e-5)
-    assert jnp.abs(model(packed)[:, 5:] - logits[:, 5:]).max() > 1e-2  # the mask matters
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def logits(*arrays):
+        return nnx.merge(graph, state).forward(ModelInputs(*arrays)).logits_BSV
+
+    one_document = jnp.ones((2, S), jnp.int32), jnp.tile(jnp.arange(S), (2, 1))
+    alone = logits(TOKENS, *one_document)
+    packed = jnp.concatenate([TOKENS[:1, :5], TOKENS[1:, :7]], axis=1)
+    packed = jnp.tile(packed, (2, 1))
+    segments = jnp.array([[1] * 5 + [2] * 7] * 2)
+    positions = jnp.array([[*range(5), *range(7)]] * 2)
+    together, _ = logits(packed, segments, positions)
+    np.testing.assert_allclose(together[:5], alone[0, :5], atol=1e-5)
+    np.testing.assert_allclose(together[5:], alone[1, :7], atol=1e-5)
+    unmasked, _ = logits(packed, *one_document)
+    assert jnp.abs(unmasked[5:] - together[5:]).max() > 1e-2  # the mask matters
 
 
 def test_padding_is_not_counted(model):
     segments = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
-    stats = model.forward(TOKENS, segments).router_stats
-    np.testing.assert_array_equal(stats.tokens, [21, 21])
-    np.testing.assert_array_equal(stats.load_E.sum(axis=1), [42, 42])
+    logged = model.forward(ModelInputs(TOKENS, segments)).report.logged
+    np.testing.assert_array_equal(logged.tokens, [21, 21])
+    np.testing.assert_array_equal(logged.load_E.sum(axis=1), [42, 42])
 
 
 def test_layers_draw_different_noise():
-    model = make(**{"moe.router": "reinforce"})
+    model = make(**{"model.moe.router.name": "reinforce"})
     model.layers.moe.router_ED[...] *= 0  # what is drawn is the noise's doing alone
-    first, second = model.forward(TOKENS, rng=jax.random.key(0)).router_stats.load_E
+    output = model.forward(ModelInputs(TOKENS, rng=jax.random.key(0)))
+    first, second = output.report.logged.load_E
     assert (first != second).any()
 
 
 def test_cache_gives_the_same_logits(model):
-    cache = init_cache(model.config, 2, S + 3)
+    cache = model.empty_cache(2, S + 3)
     graph, params = nnx.split(model)
-    step = jax.jit(lambda params, t, cache: nnx.merge(graph, params).forward(t, cache=cache))
+
+    @jax.jit
+    def step(params, tokens, cache):
+        return nnx.merge(graph, params).forward(ModelInputs(tokens), cache)
+
     out = step(params, TOKENS[:, :4], cache)
     logits = [out.logits_BSV]
     for i in range(4, S):
@@ -181,45 +139,22 @@ def test_cache_gives_the_same_logits(model):
     assert out.cache.length == S
 
 
-def test_remat_changes_memory_but_not_results(model):
-    _, params = nnx.split(model)
-    losses, text = {}, {}
-    for name in REMAT_POLICIES:
-        graph, _ = nnx.split(
-            nnx.eval_shape(lambda n=name: Transformer(tiny(remat=n), rngs=nnx.Rngs(0)))
-        )
-
-        def loss(params, graph=graph):
-            return jnp.square(nnx.merge(graph, params)(TOKENS)).mean()
-
-        losses[name] = jax.jit(jax.value_and_grad(loss))(params)
-        text[name] = str(jax.make_jaxpr(jax.grad(loss))(params))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            losses[name],
-            losses["none"],
-        )
-    # Recomputing everything means more matrix products in the gradient than keeping them.
-    products = {name: text[name].count("dot_general") for name in text}
-    assert products["none"] < products["full"]
-    assert products["none"] <= products["dots"] < products["full"]
-    assert "remat" in text["dots"]
-    assert "remat" not in text["none"]
-
-
 def test_program_size_does_not_grow_with_depth():
     def size(layers):
-        config = tiny(num_hidden_layers=layers)
-        graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-        run = lambda params: nnx.merge(graph, params)(TOKENS)  # noqa: E731
-        return len(str(jax.make_jaxpr(run)(params)).splitlines())
+        config = config_of(**{"model.num_hidden_layers": layers}).model
+        graph, shapes = abstract_model(config), model_shapes(config)
+
+        def run(params, other):
+            return nnx.merge(graph, params, other)(TOKENS)
+
+        return len(str(jax.make_jaxpr(run)(*shapes)).splitlines())
 
     assert size(3) == size(9)
 
 
 def test_initialisation_is_the_papers():
     """Every matrix from N(0, 0.006^2), norms at 1, all float32 (V1 section 4.1.3)."""
-    model = make(initializer_range=0.006, hidden_size=64)
+    model = make(**{"model.initializer_range": 0.006, "model.hidden_size": 64})
     for path, leaf in jax.tree.leaves_with_path(nnx.state(model, nnx.Param)):
         assert leaf.dtype == jnp.float32
         if "scale" in jax.tree_util.keystr(path):
@@ -237,51 +172,17 @@ def test_stacked_layers_start_different(model):
 
 
 def test_bfloat16_compute_keeps_float32_parameters(model):
-    half = make(compute_dtype="bfloat16")
+    half = make(**{"model.compute_dtype": "bfloat16"})
     assert half.embedding_VD[...].dtype == jnp.float32
     logits = half(TOKENS)
     assert logits.dtype == jnp.float32
     difference = jnp.abs(logits - model(TOKENS)).max()
     assert 0 < difference < 0.1 * jnp.abs(logits).max()
-    assert init_cache(half.config, 1, 1).stacked.keys_BLMH.dtype == jnp.bfloat16
+    assert half.empty_cache(1, 1).stacked.keys_BLMH.dtype == jnp.bfloat16
 
 
 def test_compute_dtype_follows_the_platform(monkeypatch):
     for platform, dtype in (("cpu", jnp.float32), ("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16)):
         monkeypatch.setattr(transformer, "platform", lambda name=platform: name)
-        assert compute_dtype(tiny()) == dtype
-        assert compute_dtype(tiny(compute_dtype="float32")) == jnp.float32
-
-
-@pytest.mark.parametrize("size", [1.0, 1e-3])  # epsilon counts for small activations only
-def test_rms_norm_formula(size):
-    x = size * np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    norm = RMSNorm(8, 1e-6)
-    norm.scale_D[...] = jnp.arange(8.0)
-    want = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * np.arange(8)
-    np.testing.assert_allclose(norm(jnp.asarray(x)), want, rtol=1e-5)
-
-
-def test_rms_norm_is_computed_in_float32():
-    norm = RMSNorm(64, 1e-6)
-    x = jax.random.normal(jax.random.key(0), (5, 64)).astype(jnp.bfloat16)
-    want = norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(norm(x), want)
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-3), ("bfloat16", 0.03)])
-def test_rotation_far_into_a_document(dtype, atol):
-    """Pairs as complex numbers, times e^(i position theta^(-2i/H)); bfloat16 has no 1001."""
-    x = jax.random.normal(jax.random.key(0), (1, 2, 3, 8)).astype(dtype)
-    got = rotate(x, jnp.array([[1001, 4095]]), 10_000.0)
-    assert got.dtype == dtype
-    pairs = np.asarray(x[..., :4], np.float64) + 1j * np.asarray(x[..., 4:], np.float64)
-    angle = np.array([1001, 4095])[:, None, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
-    turned = pairs * np.exp(1j * angle)
-    want = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=atol)
-
-
-def test_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match=r"model\.remat='some'.*'none', 'dots', 'full'"):
-        Transformer(tiny(remat="some"), rngs=nnx.Rngs(0))
+        assert compute_dtype(config_of().model) == dtype
+        assert compute_dtype(config_of(**{"model.compute_dtype": "float32"}).model) == jnp.float32

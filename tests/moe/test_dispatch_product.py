@@ -1,5 +1,5 @@
-"""Every dispatcher, every backend, every mesh of eight devices against one dense loop over the
-experts on one device: values and every gradient.
+"""Every dispatcher, every backend, every mesh of eight devices against the reference on one device:
+values and every gradient.
 
 There are too many cases for every day: a part of them in which every pair of values occurs (a
 dispatcher with a size of an axis, a backend with a way to make room ...), and every mesh.  All:
@@ -20,8 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.config import DispatchConfig, MoEConfig
+from dsmoe_jax.moe import dispatch, experts, kernels, reference
+from dsmoe_jax.moe.routed import routed_experts
 from dsmoe_jax.moe.types import Routing
 
 T, D, F, E, K = 48, 8, 8, 8, 3
@@ -29,9 +30,9 @@ AXES = ("data", "fsdp", "expert", "tensor")
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
 ROOM = {  # how a device makes room for what comes
     "worst case": {},
-    "chunks": {"exchange_chunks": 3},
+    "chunks": {"chunks": 3},
     "buffers": {"buffer_factor": 1.5},
-    "buffers and chunks": {"buffer_factor": 1.5, "exchange_chunks": 2},
+    "buffers and chunks": {"buffer_factor": 1.5, "chunks": 2},
 }
 
 
@@ -43,8 +44,8 @@ def product():
         for name in dispatch.DISPATCHERS
         for backend in experts.BACKENDS
         for room in ROOM
-        if not (name == "local" and mesh[AXES.index("expert")] > 1)
-        if not (name == "capacity" and "buffer_factor" in ROOM[room])
+        if dispatch.DISPATCHERS[name].splits_experts or mesh[AXES.index("expert")] == 1
+        if not (dispatch.DISPATCHERS[name].drops_by_shard and "buffer_factor" in ROOM[room])
     ]
 
 
@@ -65,17 +66,20 @@ FULL = [
 
 
 def routings():
-    """ids_TK by name: the shapes that break dispatchers; E is nobody."""
+    """ids_TK by name: the shapes that break dispatchers; E is unassigned."""
     rng = np.random.default_rng(0)
-    draw = lambda p: np.stack([rng.choice(E, K, replace=False, p=p) for _ in range(T)])  # noqa: E731
+
+    def draw(p):
+        return np.stack([rng.choice(E, K, replace=False, p=p) for _ in range(T)])
+
     return {
         "uniform": draw(None),
         "skewed": draw([0.5, 0.2, 0.1, 0.1, 0.04, 0.03, 0.02, 0.01]),
         "one expert takes all": np.tile([5, E, E], (T, 1)),
         "one device takes all": np.tile([1, 0, 2], (T, 1)),
         "empty experts and devices": np.tile([7, 1, 3], (T, 1)),
-        "some to nobody": np.where(rng.random((T, K)) < 0.4, E, draw(None)),
-        "all to nobody": np.full((T, K), E),
+        "some unassigned": np.where(rng.random((T, K)) < 0.4, E, draw(None)),
+        "all unassigned": np.full((T, K), E),
     }
 
 
@@ -83,7 +87,10 @@ def routings():
 def arrays():
     """x_TD, router_ED, gates_TK, weights, and dy_TD, on the host: every mesh gets its own copy."""
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
     weights = experts.ExpertWeights(normal(E, F, D), normal(E, F, D), normal(E, D, F))
     return normal(T, D), normal(E, D), rng.random((T, K), np.float32), weights, normal(T, D)
 
@@ -110,50 +117,52 @@ def with_gradients(routed):
     return lambda ids: jax.device_get(run(np.asarray(ids, np.int32), *arrays()))
 
 
-def dense_loop(x, routing, weights):
-    y = jnp.zeros_like(x)
-    for i in range(E):
-        gate, up, down = (w[i] for w in weights)
-        hidden = jax.nn.silu(x @ gate.T) * (x @ up.T)
-        y += jnp.where(routing.ids_TK == i, routing.gates_TK, 0).sum(1)[:, None] * (hidden @ down.T)
-    return y
+oracle = with_gradients(lambda *args: (reference.moe_layer(*args), None))
 
 
-oracle = with_gradients(lambda *args: (dense_loop(*args), None))
+def config(name, backend="loop", **settings):
+    """A layer with a dispatcher and a backend."""
+    return MoEConfig(
+        E, 0, K, F, dispatch=DispatchConfig(name=name, **settings), expert_backend=backend
+    )
+
+
+def routed(moe):
+    """`(x, routing, weights) -> (y, report)` on the ambient mesh, all rows by JAX."""
+    return lambda x, routing, w: routed_experts(x, routing, w, moe, kernels.JAX_ROWS)
 
 
 def dispatched(name, backend, room):
     """The same by a dispatcher, on the ambient mesh."""
-    config = MoEConfig(E, 0, K, F, dispatch=name, expert_backend=backend, **ROOM[room])
-    run = functools.partial(experts.run_experts, backend=backend)
-    return with_gradients(lambda x, routing, w: dispatch.dispatch(x, routing, w, run, config))
+    return with_gradients(routed(config(name, backend, **ROOM[room])))
 
 
 def compare(ids, found, mesh, room):
     """With the oracle, and what the dispatch reports with a count in numpy."""
-    result, took = found
+    result, report = found
     wanted, _ = oracle(ids)
     for (path, value), got in zip(
         jax.tree.leaves_with_path(wanted), jax.tree.leaves(result), strict=True
     ):
         key = jax.tree_util.keystr(path)
         np.testing.assert_allclose(got, value, atol=1e-4, rtol=1e-4, err_msg=key)
-    np.testing.assert_array_equal(took.computed_E, np.bincount(ids.ravel(), minlength=E + 1)[:E])
-    assert (took.rows, took.retries) == count(ids, mesh, **ROOM[room])
+    np.testing.assert_array_equal(report.computed_E, np.bincount(ids.ravel(), minlength=E + 1)[:E])
+    assert (report.exchanged_rows, report.retries) == count(ids, mesh, **ROOM[room])
 
 
-def count(ids, mesh, buffer_factor=0.0, exchange_chunks=1):
+def count(ids, mesh, buffer_factor=0.0, chunks=1):
     """Rows that must travel, each once to a device; whether one gets more than it has room for."""
     data, fsdp, n_devices, _ = mesh
-    shape = (data * fsdp, n_devices, exchange_chunks, -1, K)  # shards are data-major
+    shape = (data * fsdp, n_devices, chunks, -1, K)  # shards are data-major
     device = np.where(ids < E, ids // (E // n_devices), n_devices).reshape(shape)
     on_P = device[..., None] == np.arange(n_devices)
     elsewhere = ~np.eye(n_devices, dtype=bool)[None, :, None, None]
     rows = (on_P.any(axis=-2) & elsewhere).sum()
     t = device.shape[3]
-    budget, worst = math.ceil(buffer_factor * t * K), n_devices * t * min(K, E // n_devices)
+    max_rows = math.ceil(buffer_factor * t * K)
+    worst = n_devices * t * min(K, E // n_devices)
     load_P = on_P.sum(axis=(1, 3, 4))
-    return rows, float(0 < budget < worst and (load_P > budget).any())
+    return rows, float(0 < max_rows < worst and (load_P > max_rows).any())
 
 
 def set_mesh(mesh):
@@ -185,9 +194,10 @@ def any_routing(draw):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("name", [name for name in dispatch.DISPATCHERS if name != "local"])
+@pytest.mark.parametrize("name", [n for n, d in dispatch.DISPATCHERS.items() if d.needs_mesh])
 def test_any_routing(name):
-    mesh, room = (1, 2, 4, 1), "worst case" if name == "capacity" else "buffers"
+    mesh = (1, 2, 4, 1)
+    room = "worst case" if dispatch.DISPATCHERS[name].drops_by_shard else "buffers"
     run = dispatched(name, "ragged_dot", room)
 
     @settings(max_examples=25, deadline=None)
@@ -201,7 +211,10 @@ def test_any_routing(name):
 
 def test_the_cases_of_every_day_have_every_mesh_and_every_pair():
     assert {case[3:] for case in EVERY_DAY} == set(MESHES)
-    pairs = lambda cases: {p for c in cases for p in itertools.combinations(enumerate(c), 2)}  # noqa: E731
+
+    def pairs(cases):
+        return {p for c in cases for p in itertools.combinations(enumerate(c), 2)}
+
     assert pairs(EVERY_DAY) == pairs(product())
     assert len(MESHES) == 20
     assert len(EVERY_DAY) < len(product()) / 20

@@ -6,8 +6,8 @@ Shapes: T tokens, D hidden, F expert width, E experts, K activated.
 """
 
 import contextlib
-import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,34 +21,30 @@ from test_dispatch_product import (
     T,
     arrays,
     compare,
-    dense_loop,
+    config,
     dispatched,
+    routed,
     routings,
     set_mesh,
 )
 
-from dsmoe_jax.config import ModelConfig, MoEConfig
+from dsmoe_jax.config import DispatchConfig, DropConfig, MoEConfig
 from dsmoe_jax.config.mesh import AXES
-from dsmoe_jax.moe import dispatch, dropping, experts
-from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
-from dsmoe_jax.moe.types import RouterInputs, Routing
+from dsmoe_jax.moe import dropping, experts, reference
+from dsmoe_jax.moe.layer import MoELayer
+from dsmoe_jax.moe.types import MoEInputs, RouterInputs, Routing, unassign
 
 pytestmark = pytest.mark.eight_devices
 EXPERT_8, DATA_2_EXPERT_4 = (1, 1, 8, 1), (2, 1, 4, 1)
 
 
-def config(name, **moe):
-    return MoEConfig(E, 0, K, F, dispatch=name, **moe)
-
-
 def test_accelerators_get_the_ragged_exchange():
     """There XLA has the primitive; rows, labels and results go, and their gradients come back."""
     x, _, gates, weights, _ = arrays()
-    run = functools.partial(experts.run_experts, backend="ragged_dot")
 
     def total(x, gates, weights):
         routing = Routing(jnp.asarray(routings()["uniform"], jnp.int32), gates, None)
-        return dispatch.dispatch(x, routing, weights, run, config("all_to_all"))[0].sum()
+        return routed(config("all_to_all", "ragged_dot"))(x, routing, weights)[0].sum()
 
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, gates, weights))
     for platform, calls in (("tpu", 6), ("cuda", 6), ("cpu", 0)):
@@ -66,14 +62,10 @@ def test_tokens_that_do_not_divide_evenly():
     x, _, gates, weights, _ = arrays()
     ids = jnp.asarray(routings()["uniform"], jnp.int32)
     routing = Routing(ids[:5], gates[:5], None)
-    run = functools.partial(experts.run_experts, backend="loop")
     with set_mesh(EXPERT_8):
-        apply = jax.jit(
-            functools.partial(dispatch.dispatch, run_experts=run, config=config("all_to_all"))
-        )
-        y, took = apply(x[:5], routing, weights)
-    np.testing.assert_allclose(y, dense_loop(x[:5], routing, weights), atol=1e-4)
-    np.testing.assert_array_equal(took.computed_E, np.bincount(ids[:5].ravel(), minlength=E))
+        y, report = jax.jit(routed(config("all_to_all")))(x[:5], routing, weights)
+    np.testing.assert_allclose(y, reference.moe_layer(x[:5], routing, weights), atol=1e-4)
+    np.testing.assert_array_equal(report.computed_E, np.bincount(ids[:5].ravel(), minlength=E))
 
 
 def test_a_buffer_that_is_just_full_and_one_row_more():
@@ -91,49 +83,52 @@ def test_a_buffer_that_is_just_full_and_one_row_more():
 def test_chunks_and_a_buffer_factor_need_less_room_than_the_worst_case():
     """Bytes of temporaries that XLA plans for a forward and backward pass; nothing is run."""
     t, d = 4096, 64
-    run = functools.partial(experts.run_experts, backend="ragged_dot")
 
-    def room(**moe):
+    def shape(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    matrices = (shape(jnp.float32, E, F, d),) * 2 + (shape(jnp.float32, E, d, F),)
+    arguments = (
+        shape(jnp.float32, t, d), shape(jnp.float32, t, K), experts.ExpertWeights(*matrices),
+        shape(jnp.int32, t, K),
+    )  # fmt: skip
+
+    def temporaries(**settings):
+        run = routed(config("all_to_all", "ragged_dot", **settings))
+
         def total(x, gates, weights, ids):
-            return dispatch.dispatch(x, Routing(ids, gates, None), weights, run, moe_config)[
-                0
-            ].sum()
+            return run(x, Routing(ids, gates, None), weights)[0].sum()
 
-        moe_config = config("all_to_all", **moe)
-        shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
-        matrices = (shape(jnp.float32, E, F, d),) * 2 + (shape(jnp.float32, E, d, F),)
-        arguments = (
-            shape(jnp.float32, t, d), shape(jnp.float32, t, K), experts.ExpertWeights(*matrices),
-            shape(jnp.int32, t, K),
-        )  # fmt: skip
         with set_mesh((1, 2, 4, 1)):
             gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
             return gradients.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
-    worst = room()
-    assert room(exchange_chunks=4) < 0.5 * worst
-    assert room(buffer_factor=1.0) < 0.7 * worst
+    worst = temporaries()
+    assert temporaries(chunks=4) < 0.5 * worst
+    assert temporaries(buffer_factor=1.0) < 0.7 * worst
 
 
 @pytest.mark.parametrize("policy", ["position", "device"])
 def test_capacity_of_each_shard(policy):
     """Fixed buffers: each of eight shards drops by itself, and what it keeps is computed."""
+    drop = DropConfig(0.8, policy, protected_share=0.5)
     moe = MoEConfig(
-        E, 0, K, F, dispatch="capacity", expert_backend="ragged_dot", capacity_factor=0.8,
-        drop_policy=policy, expert_groups=2, protected_share=0.5,
+        E, 0, K, F, dispatch=DispatchConfig("fixed_slots"), expert_backend="ragged_dot",
+        drop=drop, expert_groups=2,
     )  # fmt: skip
-    model = ModelConfig(hidden_size=D, initializer_range=0.5, moe=moe)
-    graph, params = nnx.split(MoELayer(model, rngs=nnx.Rngs(0)))
+    layer = MoELayer(moe, hidden_size=D, vocab_size=1, initializer_range=0.5, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
     x, *_, dy = arrays()
     b, s = 16, T // 16
+    sizes = dropping.sizes_of(moe)
     valid = jnp.arange(s) < 3 - (jnp.arange(b) % 5 == 0)[:, None]
-    tokens, rng = jnp.zeros((b, s), jnp.int32), jax.random.key(0)
+    inputs = MoEInputs(jnp.zeros((b, s), jnp.int32), valid, jax.random.key(0))
 
     @jax.jit
     def run(params, x):
         def apply(params, x):
-            y, stats = nnx.merge(graph, params)(x.reshape(b, s, D), tokens, valid, rng)
-            return y.reshape(T, D), stats.ledger
+            y, report = nnx.merge(graph, params)(x.reshape(b, s, D), inputs)
+            return y.reshape(T, D), report.logged.ledger
 
         y, pull, ledger = jax.vjp(apply, params, x, has_aux=True)
         return (y, pull(dy)), ledger
@@ -142,11 +137,16 @@ def test_capacity_of_each_shard(policy):
     def want(params, x):
         def apply(params, x):
             layer = nnx.merge(graph, params)
-            routing = layer.route(x, RouterInputs(tokens.reshape(-1), valid.reshape(-1), rng))
-            routing = nobody_computes_padding(routing, valid, E)
-            kept, ledger = dropping.drop(routing, jnp.arange(b), 0.8, moe, shards=8)
+            by_token = RouterInputs(jnp.zeros(T, jnp.int32), valid.reshape(-1), inputs.rng)
+            routing, _ = layer.route(x, by_token)
+            routing = unassign(routing, valid.reshape(-1, 1), E)
+            kept = dropping.drop(routing, jnp.arange(b), drop, sizes, shards=8)
+            computed_E = jnp.bincount(kept.ids_TK.reshape(-1), length=E + 1)[:E]
+            ledger = dropping.ledger(
+                routing.ids_TK, kept.ids_TK, computed_E.astype(jnp.float32), b, drop, sizes
+            )
             weights = layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...]
-            return dense_loop(x, kept, weights), (ledger, kept.ids_TK)
+            return reference.moe_layer(x, kept, weights), (ledger, kept.ids_TK)
 
         y, pull, aux = jax.vjp(apply, params, x, has_aux=True)
         return (y, pull(dy)), aux
@@ -154,11 +154,10 @@ def test_capacity_of_each_shard(policy):
     with set_mesh(DATA_2_EXPERT_4):
         got, ledger = jax.device_get(run(params, x))
     expected, (expected_ledger, kept) = jax.device_get(want(params, x))
-    close = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
-    jax.tree.map(close, (got, ledger), (expected, expected_ledger))
+    chex.assert_trees_all_close((got, ledger), (expected, expected_ledger), atol=1e-4, rtol=1e-4)
     assert ledger.dropped_E.sum() > 0
     on_device = (kept.reshape(8, -1, 1) // 2 == np.arange(4)).sum(axis=1)
-    assert on_device.max() <= dropping.most_kept((b // 8, s), 0.8, moe, 4)
+    assert on_device.max() <= dropping.max_kept((b // 8, s), drop, sizes, 4)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +171,14 @@ def test_capacity_of_each_shard(policy):
         ),
         ("local", EXPERT_8, 8, r"model\.moe\.dispatch\.name='local': .* expert=8 .*'all_to_all'"),
         ("all_to_all", EXPERT_8, 6, r"mesh\.expert=8: must divide .*n_routed_experts=6"),
-        ("nope", EXPERT_8, 8, r"model\.moe\.dispatch\.name='nope'"),
     ],
 )
 def test_refused(name, mesh, n_experts, message):
     x, _, gates, weights, _ = arrays()
     weights = jax.tree.map(lambda w: w[:n_experts], weights)
     routing = Routing(jnp.zeros((T, K), jnp.int32), gates, None)
-    run = functools.partial(experts.run_experts, backend="loop")
     with (
         set_mesh(mesh) if mesh else contextlib.nullcontext(),
         pytest.raises(ValueError, match=message),
     ):
-        dispatch.dispatch(x, routing, weights, run, config(name))
+        routed(config(name))(x, routing, weights)

@@ -1,4 +1,4 @@
-"""Every expert backend against the dense loop, values and all gradients, and the loop itself."""
+"""Every expert backend against `loop`, values and all gradients, and `loop` against numpy."""
 
 import importlib.util
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.moe import experts
-from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, run_experts
+from dsmoe_jax.moe import experts, kernels
+from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, check_backend, choose_backend
 from dsmoe_jax.moe.kernels import blocked, native
 
 FAST_BACKENDS = sorted(set(BACKENDS) - {"loop"})
@@ -28,10 +28,17 @@ LOADS = {
 }
 
 
+def run_experts(rows_ND, sizes_E, weights, backend):
+    return BACKENDS[backend].run(rows_ND, sizes_E, weights)
+
+
 def make(sizes, n_rows, hidden=6, width=5, dtype=jnp.float32, seed=0):
     """Rows (NaN after the last group), sizes, weights and a cotangent (NaN there too)."""
     rng = np.random.default_rng(seed)
-    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
     rows_ND, dy_ND = (array(n_rows, hidden).at[sum(sizes) :].set(jnp.nan) for _ in range(2))
     e = len(sizes)
     weights = ExpertWeights(
@@ -214,11 +221,13 @@ def test_without_a_compiler_native_is_refused_and_auto_says_so(monkeypatch, tmp_
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     with pytest.raises(ValueError, match=r"'native': no C\+\+ compiler .* or choose 'blocked'"):
-        experts.get_backend("native")
+        check_backend("native")
     native.is_there.cache_clear()
     try:
         args = make([5, 20], 25)
-        assert_close(experts.get_backend("auto")(*args[:3]), run_experts(*args[:3], "loop"), 2e-5)
+        auto = choose_backend("auto", jnp.dtype("float32")).run
+        assert auto is BACKENDS["blocked"].run
+        assert_close(auto(*args[:3]), run_experts(*args[:3], "loop"), 2e-5)
     finally:
         native.is_there.cache_clear()
     assert "'blocked' (no C++ compiler" in caplog.text
@@ -235,12 +244,30 @@ def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch, tmp_path):
 
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"expert_backend='blokced': must be one of .*'blocked'"):
-        experts.get_backend("blokced")
+        check_backend("blokced")
 
 
 def test_missing_tokamax_is_refused_in_one_sentence(monkeypatch):
     real = importlib.util.find_spec
-    hide = lambda name, *a: None if name == "tokamax" else real(name, *a)  # noqa: E731
-    monkeypatch.setattr(experts, "find_spec", hide)
+    monkeypatch.setattr(
+        experts, "find_spec", lambda name, *a: None if name == "tokamax" else real(name, *a)
+    )
     with pytest.raises(ValueError, match="tokamax library is not installed"):
-        experts.get_backend("tokamax")
+        check_backend("tokamax")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "native"), ("bfloat16", "blocked")])
+def test_auto_is_the_compiled_backend_where_it_serves(dtype, expected):
+    assert choose_backend("auto", jnp.dtype(dtype)) is BACKENDS[expected]
+
+
+def test_row_kernels_do_not_depend_on_the_backend():
+    """One question, asked of the dtype and the devices; a name is taken at its word or refused."""
+    float32, bfloat16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+    assert kernels.choose_rows("auto", float32) is kernels.ROW_KERNELS["native"]
+    assert kernels.choose_rows("auto", bfloat16) is kernels.JAX_ROWS
+    assert kernels.choose_rows("jax", float32) is kernels.JAX_ROWS
+    with pytest.raises(ValueError, match=r"row_kernels='native': compiled for one CPU device in"):
+        kernels.choose_rows("native", bfloat16)
+    with pytest.raises(ValueError, match=r"row_kernels='nativ': must be one of .*'native'"):
+        kernels.choose_rows("nativ", float32)

@@ -1,5 +1,6 @@
 """The compiled row operations and top-k against those in pure JAX: values, gradients, ties."""
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.moe.dispatch.local import group, local
+from dsmoe_jax.moe.dispatch import local
+from dsmoe_jax.moe.kernels import JAX_ROWS, ROW_KERNELS
 from dsmoe_jax.moe.kernels.native import rows
+from dsmoe_jax.moe.kernels.rows import group
 from dsmoe_jax.moe.types import Routing
 
 
@@ -35,7 +38,10 @@ def test_top_k_is_that_of_jax_bit_for_bit(t, e, k):
 def test_gradient_of_top_k():
     rng = np.random.default_rng(1)
     x_TE, dy_TK = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((30, 9), (30, 4)))
-    gradient = lambda top_k: jax.grad(lambda x: (top_k(x, 4)[0] * dy_TK).sum())(x_TE)  # noqa: E731
+
+    def gradient(top_k):
+        return jax.grad(lambda x: (top_k(x, 4)[0] * dy_TK).sum())(x_TE)
+
     np.testing.assert_array_equal(gradient(rows.top_k), gradient(jax.lax.top_k))
 
 
@@ -49,7 +55,7 @@ def test_group_is_that_of_jax(seed, t, n_groups):
         np.testing.assert_array_equal(a, b)
 
 
-def test_ids_out_of_range_go_to_nobody():
+def test_ids_out_of_range_are_unassigned():
     ids_TK = jnp.asarray([[0, -1], [7, 1]], jnp.int32)
     order_N, rank_TK, sizes_E = rows.group(ids_TK, 2)
     assert order_N.tolist() == [0, 3, 1, 2]
@@ -59,25 +65,28 @@ def test_ids_out_of_range_go_to_nobody():
 
 @pytest.mark.parametrize(("t", "d"), [(600, 48), (37, 13), (3, 8), (1, 1)])
 def test_local_dispatch_is_that_of_jax(t, d):
-    e, k, rng = 6, 3, np.random.default_rng(2)
-    normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
-    ids_TK = np.argsort(rng.random((t, e + 1)), axis=1)[:, :k].astype(np.int32)  # e: nobody
+    e, k = 6, 3
+    rng = np.random.default_rng(2)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    ids_TK = np.argsort(rng.random((t, e + 1)), axis=1)[:, :k].astype(np.int32)  # e: unassigned
     x_TD, dy_TD, gates_TK, scale_N1 = normal(t, d), normal(t, d), normal(t, k), normal(t * k, 1)
 
-    def run(x_TD, gates_TK, compiled):
-        def run_experts(rows_ND, sizes_E):
-            mine_N1 = (jnp.arange(t * k) < sizes_E.sum())[:, None]
-            return jnp.where(mine_N1, rows_ND * scale_N1, 0)
-
+    def run(x_TD, gates_TK, kernels):
         routing = Routing(jnp.asarray(ids_TK), gates_TK, None)
-        return local(x_TD, routing, e, run_experts, compiled=compiled)
+        there = local.dispatch(x_TD, routing, e, None, kernels)
+        mine_N1 = (jnp.arange(t * k) < there.group_sizes_e.sum())[:, None]
+        out_ND = jnp.where(mine_N1, there.rows_ND * scale_N1, 0)
+        return local.combine(out_ND, there.state, kernels), there.computed()
 
     results = []
-    for compiled in (True, False):
+    for kernels in (ROW_KERNELS["native"], JAX_ROWS):
         y_TD, transpose, computed_E = jax.vjp(
-            lambda x, g, compiled=compiled: run(x, g, compiled), x_TD, gates_TK, has_aux=True
+            lambda x, g, kernels=kernels: run(x, g, kernels), x_TD, gates_TK, has_aux=True
         )
         results.append((y_TD, *transpose(dy_TD), computed_E))
-    for found, expected in zip(*results, strict=True):
-        assert found.dtype == expected.dtype
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(kernels.count(ids_TK, e), computed_E)
+    chex.assert_trees_all_equal_dtypes(*results)
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)

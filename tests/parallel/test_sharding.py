@@ -1,20 +1,20 @@
 """The table of logical axes, and meshes that cannot be."""
 
+import functools
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsmoe_jax.config import Config, MeshConfig, replace
+from dsmoe_jax.config import MeshConfig
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
+from tests.tools.tiny import tiny
 
 SMALL = {
     "model.hidden_size": 24,
-    "model.attention.num_attention_heads": 2,
-    "model.attention.num_key_value_heads": 2,
     "model.moe.n_routed_experts": 6,
-    "model.moe.num_experts_per_tok": 2,
     "model.moe.moe_intermediate_size": 10,
 }
 
@@ -43,9 +43,9 @@ def test_an_unknown_letter_is_refused():
 
 def test_moments_are_sharded_like_their_parameters():
     """By name, all of them: `jax.jit(optimizer.init)` would leave them on every device."""
-    specs = sharding.specs(state_shapes(replace(Config(), **SMALL)))
+    specs = sharding.specs(state_shapes(tiny(**SMALL)))
     adam = specs.opt_state[1][0]
-    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P))  # noqa: E731
+    leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, P))
     params = leaves(specs.params)
     assert leaves(adam.mu) == leaves(adam.nu) == params
     assert P(None, "expert", "tensor", "fsdp") in params
@@ -91,7 +91,7 @@ def test_what_is_left_goes_to_one_axis():
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model(sizes, message):
-    state = state_shapes(replace(Config(), **SMALL))
+    state = state_shapes(tiny(**SMALL))
     with pytest.raises(ValueError, match=message) as caught:
         sharding.check(state, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, **sizes})
     assert "\n" not in str(caught.value)
@@ -99,9 +99,9 @@ def test_a_mesh_that_does_not_divide_the_model(sizes, message):
 
 def test_a_mesh_that_does_not_divide_the_batch(monkeypatch):
     """Of the micro-batches: they are what is split."""
-    config = replace(Config(), **SMALL, **{"train.global_batch_size": 6})
+    config = tiny(**SMALL, **{"train.global_batch_size": 6})
     mesh = jax.sharding.AbstractMesh((4, 1, 1, 1), ("data", "fsdp", "expert", "tensor"))
-    monkeypatch.setattr("dsmoe_jax.training.run.make_mesh", lambda *_: mesh)
+    monkeypatch.setattr("dsmoe_jax.training.devices.make_mesh", lambda *_: mesh)
     with pytest.raises(ValueError, match=r"train.global_batch_size=6: must be a multiple of 4:"):
         open_mesh(config)
 

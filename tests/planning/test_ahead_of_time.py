@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import dsmoe_2b
@@ -19,7 +20,7 @@ from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts
 from dsmoe_jax.planning import ahead_of_time
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,8 @@ def test_code_asks_the_mesh_what_it_will_run_on(smoke):
     with jax.sharding.use_abstract_mesh(mesh):
         assert platform() == "tpu"
         assert compute_dtype(smoke.model) == "bfloat16"
-        assert experts.get_backend("auto") is experts.ragged_dot
+        backend = experts.choose_backend("auto", jnp.dtype(jnp.bfloat16))
+        assert backend is experts.BACKENDS["ragged_dot"]
 
 
 def test_bounds_of_a_step(smoke):

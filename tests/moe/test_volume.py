@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from dsmoe_jax.planning.volume import chips_of_a_token, volume
 
 from benchmarks import parallel
 from dsmoe_jax.config import DispatchConfig, DropConfig, MoEConfig, RouterConfig
+from dsmoe_jax.moe.dispatch import volume
+from dsmoe_jax.moe.dispatch.volume import chips_of_a_token
 
 PLAIN = MoEConfig(64, 2, 6, 8)
 
@@ -46,15 +47,15 @@ def test_what_a_chip_receives_and_makes_room_for():
     assert (everywhere.received, everywhere.computed) == (700, 800 * 6)
     ragged = volume(PLAIN, 100, 8)
     assert 300 < ragged.received < 100 * 6 * 7 / 8
-    assert (ragged.room, ragged.computed) == (800, 800 * 6)
+    assert (ragged.buffered, ragged.computed) == (800, 800 * 6)
     small = volume(dispatched(buffer_factor=2.0), 100, 8)
-    assert (small.room, small.computed) == (800, 1200)
+    assert (small.buffered, small.computed) == (800, 1200)
     chunked = volume(dispatched(chunks=4), 100, 8)
-    assert (chunked.room, chunked.computed) == (200, 200 * 6)
+    assert (chunked.buffered, chunked.computed) == (200, 200 * 6)
     assert chunked.received == ragged.received
     assert volume(PLAIN, 100, 1) == (0, 0, 0, 600)
     few = volume(PLAIN, 100, 16)  # of 4 experts: a token cannot choose 6 of them
-    assert (few.room, few.computed) == (1600, 1600 * 4)
+    assert (few.buffered, few.computed) == (1600, 1600 * 4)
     slots = dispatched(name="fixed_slots")
     assert volume(slots, 100, 8) == (700, 512, 800, 800)
     fewer = dataclasses.replace(
