@@ -241,11 +241,19 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--renamed",
         type=_renamed,
         nargs="+",
+        action="extend",
         default=[],
         metavar="OLD=NEW",
         help="keys with another name in the new rows; in rows without the new key it stays",
     )
-    parser.add_argument("--added", nargs="+", default=[], metavar="KEY", help="only in new rows")
+    parser.add_argument(
+        "--added",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="keys that only the new rows have",
+    )
     flags = parser.parse_args(argv)
     try:
         flags.runs = selected(runs_of(flags.checkouts[0]), flags.only)
