@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import Config, replace
+from dsmoe_jax.config import Config
 from dsmoe_jax.model.transformer import Transformer
+from tests.tools.tiny import tiny as any_tiny
 
 V = 64
-TINY = {
+LAYERS = {
     "model.vocab_size": V,
-    "model.hidden_size": 32,
     "model.num_hidden_layers": 4,
     "model.first_k_dense_replace": 2,
     "model.intermediate_size": 48,
@@ -21,17 +21,13 @@ TINY = {
     "model.attention.num_key_value_heads": 2,
     "model.attention.head_dim": 8,
     "model.moe.n_routed_experts": 6,
-    "model.moe.num_experts_per_tok": 2,
-    "model.moe.n_shared_experts": 1,
-    "model.moe.moe_intermediate_size": 16,
-    "model.moe.expert_backend": "loop",  # compiles fastest; the backends have tests of their own
     "data.tokenizer_vocab_size": V,
 }
 
 
 def tiny(**overrides: object) -> Config:
-    """The tiny config with dotted keys changed."""
-    return replace(Config(), **{**TINY, **overrides})
+    """The tiny config of all tests with these layers, and dotted keys changed."""
+    return any_tiny(**{**LAYERS, **overrides})
 
 
 def make(**overrides: object) -> Transformer:
