@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command line, interleaved rounds, the report and its table."""
+"""Parts that all benchmarks share: command line, interleaved rounds, the report and its table."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def ratio(seconds: list[float], others: list[float]) -> float:
 
 
 def device_header() -> dict[str, Any]:
-    """On what it was measured: the first entries of a report."""
+    """The machine that measures: the first entries of a report."""
     on_linux = hasattr(os, "sched_getaffinity")
     return {
         "device": jax.devices()[0].device_kind,
@@ -82,15 +82,20 @@ def device_header() -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table; a missing number is a dash."""
     columns = list(rows[0])
-    show = lambda v: "-" if v is None else v if isinstance(v, str) else f"{v:.4g}"  # noqa: E731
-    lines = [columns, ["---"] * len(columns), *([show(row[c]) for c in columns] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([_shown(row[c]) for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write(report: dict[str, Any], path: Path | None) -> None:
-    """Writes the report as JSON, if it is wanted."""
+    """Writes the report as JSON; None writes nothing."""
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _positive(text: str) -> int:

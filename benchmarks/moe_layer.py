@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,8 @@ import numpy as np
 
 from benchmarks import harness, recorded
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
-from dsmoe_jax.moe import dispatch, experts
-from dsmoe_jax.moe.kernels import native
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.moe import dispatch, experts, kernels, routed
+from dsmoe_jax.moe.reference import ffn
 
 
 class Size(NamedTuple):
@@ -62,14 +61,16 @@ SIZES = {
     "demo": Size(2048, 48, 63, 7, 32),  # a layer of the demo scale in configs/base.py
     "demo256": Size(2048, 256, 63, 7, 171),
 }
-# Rounds: a pass of the demo layer takes milliseconds, and whatever else runs shows in single ones.
+# Rounds: a pass of the demo layer takes milliseconds, and other jobs disturb single ones.
 REPEATS = {"2b": 9, "demo": 101, "demo256": 31}
 ROUTINGS = ("real", "balanced")
 REAL_SKEW = 1.7  # max load / mean load that trained routers show on real text
+# The row kernels that a backend is measured with: JAX with JAX, compiled with compiled.
+ROW_KERNELS = {"native": "native", "auto": "auto"}
 
 
 class Case(NamedTuple):
-    """Something to time: `run()` returns when its results are there."""
+    """One case to time: `run()` returns when its results are there."""
 
     name: str
     routing: str
@@ -80,7 +81,7 @@ class Case(NamedTuple):
 
 
 def routing_offsets_TE(size: Size, routing: str, logits_TE: np.ndarray) -> np.ndarray:
-    """What is added to the logits for the choice of experts (not for the gates).
+    """Offsets of the logits, for the choice of experts and not for the gates.
 
     `real`: a preference of each expert, scaled until max load / mean load is REAL_SKEW.
     `balanced`: token t takes experts tK .. tK + K - 1 (mod E), every expert the same load.
@@ -101,25 +102,24 @@ def routing_offsets_TE(size: Size, routing: str, logits_TE: np.ndarray) -> np.nd
     return np.broadcast_to(low * preference_E, (t, e))
 
 
-def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, backend: str):
-    """The routed experts of an MoE layer, whole: y_TD."""
+def parts_for(backend: str, dtype: jnp.dtype) -> routed.Parts:
+    """The parts of the layer on one device, with a backend and its row kernels."""
+    return routed.Parts(
+        dispatch.DISPATCHERS["local"],
+        experts.choose_backend(backend, dtype).run,
+        kernels.choose_rows(ROW_KERNELS.get(backend, "jax"), dtype),
+    )
+
+
+def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, parts: routed.Parts):
+    """The routed experts of an MoE layer, router included: y_TD."""
     logits_TE = x_TD.astype(jnp.float32) @ router_ED.T
     affinity_TE = jax.nn.softmax(logits_TE, axis=-1)
-    compiled = native.serves(backend, x_TD)
-    top_k = native.rows.top_k if compiled else jax.lax.top_k
-    _, ids_TK = top_k(logits_TE + offsets_TE, k)
+    _, ids_TK = parts.kernels.top_k(logits_TE + offsets_TE, k)
     gates_TK = jnp.take_along_axis(affinity_TE, ids_TK, axis=1)
-
-    def run_experts(rows_ND, group_sizes_E):
-        return experts.run_experts(rows_ND, group_sizes_E, weights, backend)
-
-    routing = Routing(ids_TK, gates_TK, affinity_TE)
-    return dispatch.local(x_TD, routing, router_ED.shape[0], run_experts, compiled=compiled)[0]
-
-
-def dense_layer(x_TD, gate_FD, up_FD, down_DF):
-    """A dense SwiGLU, the rival and the shared experts: y_TD."""
-    return (jax.nn.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
+    tokens = routed.Tokens(x_TD, ids_TK, gates_TK)
+    y_TD, _ = routed.dispatch_compute_combine(parts, weights, None, tokens)
+    return y_TD
 
 
 def jax_case(name: str, routing: str, with_gradients: bool, layer: Callable, dy_TD, args) -> Case:
@@ -138,60 +138,112 @@ def jax_case(name: str, routing: str, with_gradients: bool, layer: Callable, dy_
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     temp_mb = None if memory is None else memory.temp_size_in_bytes / 1e6
-    run = lambda: jax.block_until_ready(compiled(*args))  # noqa: E731
+
+    def run():
+        return jax.block_until_ready(compiled(*args))
+
     return Case(name, routing, with_gradients, run, seconds, temp_mb)
+
+
+class Arrays(NamedTuple):
+    """What a layer and its rival compute with; `shared` has width 0 without shared experts."""
+
+    x_TD: Any
+    dy_TD: Any
+    router_ED: Any
+    routed: experts.ExpertWeights
+    dense: tuple[Any, Any, Any]
+    shared: tuple[Any, Any, Any]
+
+    def cast(self, dtype: str) -> "Arrays":
+        """As JAX arrays in the compute dtype; the router stays in float32."""
+        on_device = jax.tree.map(lambda a: jnp.asarray(a, dtype), self)
+        return on_device._replace(router_ED=jnp.asarray(self.router_ED))
+
+
+def random_arrays(size: Size) -> Arrays:
+    """Tokens and weights by chance, always the same ones."""
+    t, d, e, _, f, n_shared = size
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32) * max(shape[-1], 1) ** -0.5
+
+    def swiglu(width: int) -> tuple[Any, Any, Any]:
+        return matrix(width, d), matrix(width, d), matrix(d, width)
+
+    return Arrays(
+        x_TD=rng.standard_normal((t, d), np.float32),
+        dy_TD=matrix(t, d),
+        router_ED=matrix(e, d),
+        routed=experts.ExpertWeights(matrix(e, f, d), matrix(e, f, d), matrix(e, d, f)),
+        dense=swiglu(size.activated_width),
+        shared=swiglu(n_shared * f),
+    )
 
 
 def build_cases(
     size: Size, backends: list[str], hf: bool, dtype: str, recorded_TE: np.ndarray | None
 ) -> list[Case]:
     """The dense rival first, then every backend x routing x {forward, with gradients}."""
-    t, d, e, k, f, n_shared = size
-    rng = np.random.default_rng(0)
-    matrix = lambda *s: rng.standard_normal(s, np.float32) * max(s[-1], 1) ** -0.5  # noqa: E731
-    x_TD, dy_TD, router_ED = rng.standard_normal((t, d), np.float32), matrix(t, d), matrix(e, d)
-    expert_weights = experts.ExpertWeights(matrix(e, f, d), matrix(e, f, d), matrix(e, d, f))
-    wide = lambda width: (matrix(width, d), matrix(width, d), matrix(d, width))  # noqa: E731
-    dense_weights, shared_weights = wide(size.activated_width), wide(n_shared * f)
-    offsets = {r: routing_offsets_TE(size, r, x_TD @ router_ED.T) for r in ROUTINGS}
+    arrays = random_arrays(size)
+    offsets = {
+        routing: routing_offsets_TE(size, routing, arrays.x_TD @ arrays.router_ED.T)
+        for routing in ROUTINGS
+    }
     if recorded_TE is not None:
         offsets["real"] = recorded_TE
-    cases = []
+    cases = jax_cases(size, backends, arrays.cast(dtype), offsets)
     if hf:
         from benchmarks import moe_layer_hf
 
-        cases += moe_layer_hf.cases(x_TD, dy_TD, router_ED, expert_weights, offsets, k)
-    put = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)  # noqa: E731
-    x_TD, dy_TD, expert_weights, dense_weights, shared_weights = put(
-        (x_TD, dy_TD, expert_weights, dense_weights, shared_weights)
-    )
-    router_ED = jnp.asarray(router_ED)
-    jax_cases = []
+        cases += moe_layer_hf.cases(
+            arrays.x_TD,
+            arrays.dy_TD,
+            arrays.router_ED,
+            arrays.routed,
+            offsets,
+            size.num_experts_per_tok,
+        )
+    return cases
+
+
+def jax_cases(
+    size: Size, backends: list[str], arrays: Arrays, offsets: dict[str, np.ndarray]
+) -> list[Case]:
+    """Compiles the dense rival, and the layer with every backend and routing."""
+    cases = []
     for grads in (False, True):
-        args = (x_TD, *dense_weights)
-        jax_cases.append(jax_case("dense", "-", grads, dense_layer, dy_TD, args))
+        args = (arrays.x_TD, *arrays.dense)
+        cases.append(jax_case("dense", "-", grads, ffn, arrays.dy_TD, args))
         for backend in backends:
+            parts = parts_for(backend, arrays.x_TD.dtype)
             for routing in ROUTINGS:
-                offsets_TE = jnp.asarray(offsets[routing])
-
-                def layer(x_TD, router_ED, weights, shared, offsets_TE=offsets_TE, backend=backend):
-                    y_TD = moe_layer(x_TD, router_ED, weights, offsets_TE, k, backend)
-                    return y_TD + dense_layer(x_TD, *shared) if n_shared else y_TD
-
-                args = (x_TD, router_ED, expert_weights, shared_weights)
+                layer = make_layer(size, parts, jnp.asarray(offsets[routing]))
+                args = (arrays.x_TD, arrays.router_ED, arrays.routed, arrays.shared)
                 print(f"compiling {backend}, {routing}, gradients={grads}", file=sys.stderr)
-                jax_cases.append(jax_case(backend, routing, grads, layer, dy_TD, args))
-    return jax_cases + cases
+                cases.append(jax_case(backend, routing, grads, layer, arrays.dy_TD, args))
+    return cases
+
+
+def make_layer(size: Size, parts: routed.Parts, offsets_TE: jax.Array) -> Callable:
+    """The layer with its shared experts, if it has any."""
+
+    def layer(x_TD, router_ED, weights, shared):
+        y_TD = moe_layer(x_TD, router_ED, weights, offsets_TE, size.num_experts_per_tok, parts)
+        return y_TD + ffn(x_TD, *shared) if size.n_shared_experts else y_TD
+
+    return layer
 
 
 def measure(size: Size, cases: list[Case], repeats: int) -> list[dict]:
     """Time all cases interleaved; a row of results for each."""
     seconds = {}
     for with_gradients in (False, True):
-        # One after the other: between gradients of 825 MB, the buffers of a forward pass break up
-        # the heap, and a training step, which always asks for the same sizes, knows no such thing.
-        # And torch by itself: its threads spin for a while after its last operation, which doubled
-        # the time of a dense demo layer that came next.
+        # Forward passes and gradients apart: between gradients of 825 MB, the buffers of a forward
+        # pass break up the heap.  A training step asks for the same sizes again and again.
+        # Torch apart too: its threads spin for a while after its last operation, which doubled the
+        # time of a dense demo layer that came next.
         for torch in (False, True):
             wanted = with_gradients, torch
             runs = {c: c.run for c in cases if (c.with_gradients, c.name == "hf") == wanted}
@@ -236,7 +288,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--malloc", choices=["keep", "system"], default="keep",
-        help="keep: freed memory stays in the process, see dsmoe_jax/host_memory.py (default)",
+        help="keep: freed memory stays in the process, see dsmoe_jax/hardware/host_memory.py"
+        " (default)",
     )  # fmt: skip
     flags = parser.parse_args(argv)
     # Before the first call into XLA: its threads would have got heaps of their own.
@@ -245,7 +298,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flags.backends = flags.backends or ("native,blocked" if on_cpu else "ragged_dot,tokamax")
     try:
         for backend in flags.backends.split(","):
-            experts.get_backend(backend)
+            experts.check_backend(backend)
     except ValueError as error:
         parser.error(f"--backends: {error}")
     if flags.hf and not on_cpu:

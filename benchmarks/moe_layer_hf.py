@@ -21,7 +21,8 @@ class _Gate(torch.nn.Module):
     def __init__(self, router_ED: np.ndarray, offsets_TE: np.ndarray, k: int):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(router_ED))
-        self.offsets_TE, self.k = torch.tensor(offsets_TE), k
+        self.offsets_TE = torch.tensor(offsets_TE)
+        self.k = k
 
     def forward(self, x_BSD: torch.Tensor):
         logits_TE = torch.nn.functional.linear(x_BSD.flatten(0, 1), self.weight)

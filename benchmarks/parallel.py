@@ -5,7 +5,7 @@
 
 On a CPU it makes eight virtual devices, which share the cores and have no wires: times there say
 what a dispatcher adds in copies, sorting and padding, and nothing about a network.  (The ragged
-exchange is an emulation there, in which everybody gets everything.)  Bytes are exact everywhere.
+exchange is an emulation there, in which every device gets everything.)  Bytes are exact everywhere.
 
 A case is dispatch, experts and combine for a given routing, in float32 on a CPU, forward and all
 gradients; all devices along the mesh axis `expert`.  Interleaved rounds, medians; `ratio` is to the
@@ -14,13 +14,14 @@ back, summed over the devices.  `least` is one row a (token, other device) pair 
 `per_choice` is one row a (token, expert elsewhere) pair, as without merging.
 
 Shape suffixes: T tokens of the batch, D hidden, F expert width, E routed experts, K activated, G
-groups of experts = P devices, W choices of a token on one device.
+groups of experts = P devices.
 """
 
 import functools
 import statistics
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +29,42 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks import harness
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.config.mesh import MeshConfig
+from dsmoe_jax.config import DispatchConfig, MeshConfig, MoEConfig
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
-from dsmoe_jax.moe import dispatch, experts
+from dsmoe_jax.moe import kernels
+from dsmoe_jax.moe.dispatch import DispatchReport
+from dsmoe_jax.moe.experts import ExpertWeights
+from dsmoe_jax.moe.routed import routed_experts
 from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.parallel.mesh import make_mesh
 from dsmoe_jax.parallel.sharding import spec
 
 T, D, F, E, K = 4096, 256, 176, 64, 6  # the experts of V1 16B, an eighth as wide
 GROUP_LIMIT = 3  # V2's M
-CASES: dict[str, dict] = {  # the keys of MoEConfig that differ
-    "all_to_all": {"dispatch": "all_to_all"},
-    "all_to_all, buffers of 2 x the mean": {"dispatch": "all_to_all", "buffer_factor": 2.0},
-    "all_to_all, 4 chunks": {"dispatch": "all_to_all", "exchange_chunks": 4},
-    "capacity, worst case": {"dispatch": "capacity"},
-    "all_gather": {"dispatch": "all_gather"},
+
+
+class Case(NamedTuple):
+    """One way to dispatch.
+
+    Attributes:
+      dispatch: that section of the config.
+      fixed_rows: every device sends every other one a row for each of its tokens, used or not.
+      all_choices: a row takes all K choices and gates along, not only those for its device.
+    """
+
+    dispatch: DispatchConfig
+    fixed_rows: bool = False
+    all_choices: bool = False
+
+
+ONE_DEVICE = "one device"
+CASES = {
+    "all_to_all": Case(DispatchConfig("all_to_all")),
+    "all_to_all, buffers of 2 x the mean": Case(DispatchConfig("all_to_all", buffer_factor=2.0)),
+    "all_to_all, 4 chunks": Case(DispatchConfig("all_to_all", chunks=4)),
+    # Named as in the committed results; nothing is dropped, so each device has a slot for all.
+    "capacity, worst case": Case(DispatchConfig("fixed_slots"), fixed_rows=True),
+    "all_gather": Case(DispatchConfig("all_gather"), fixed_rows=True, all_choices=True),
 }
 
 
@@ -69,30 +90,28 @@ def routings(n_devices: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def build(moe: dict) -> Callable:
-    """`(ids_TK, x_TD, gates_TK, weights, dy_TD) -> y, gradients, exchange`, jitted."""
-    config = MoEConfig(E, 0, K, F, **moe)
+def build(dispatch: DispatchConfig) -> Callable:
+    """`(ids_TK, x_TD, gates_TK, weights, dy_TD) -> y, gradients, DispatchReport`, jitted."""
+    moe = MoEConfig(E, 0, K, F, dispatch=dispatch)
 
     def run(ids_TK, x_TD, gates_TK, weights, dy_TD):
         def layer(x_TD, gates_TK, weights):
-            backend = functools.partial(experts.run_experts, backend="auto")
+            row_kernels = kernels.choose_rows(moe.row_kernels, x_TD.dtype)
             routing = Routing(ids_TK, gates_TK, None)
-            return dispatch.dispatch(x_TD, routing, weights, backend, config)
+            return routed_experts(x_TD, routing, weights, moe, row_kernels)
 
-        y_TD, transpose, exchange = jax.vjp(layer, x_TD, gates_TK, weights, has_aux=True)
-        return y_TD, transpose(dy_TD), exchange
+        y_TD, transpose, did = jax.vjp(layer, x_TD, gates_TK, weights, has_aux=True)
+        return y_TD, transpose(dy_TD), did
 
     return jax.jit(run)
 
 
-def sent_bytes(moe: dict, n_devices: int, exchanged_rows: float, itemsize: int) -> float:
+def sent_bytes(case: Case, n_devices: int, exchanged_rows: float, itemsize: int) -> float:
     """Bytes that a forward pass moves between devices: rows there, results back, labels."""
-    t, w, name = T // n_devices, min(K, E // n_devices), moe["dispatch"]
-    row, labels, choices = D * itemsize, 2 * 4 * w, 2 * 4 * K
-    if name == "all_to_all":
-        return exchanged_rows * (2 * row + labels)
-    rows = n_devices * (n_devices - 1) * t  # every device a slot, or a copy, for every token
-    return rows * (2 * row + (choices if name == "all_gather" else labels))
+    choices = K if case.all_choices else min(K, E // n_devices)
+    labels = 2 * 4 * choices  # a gate and an expert's number each
+    rows = (n_devices - 1) * T if case.fixed_rows else exchanged_rows
+    return rows * (2 * D * itemsize + labels)
 
 
 def least_rows(ids_TK: np.ndarray, n_devices: int) -> tuple[int, int]:
@@ -105,62 +124,79 @@ def least_rows(ids_TK: np.ndarray, n_devices: int) -> tuple[int, int]:
     return int(pairs.sum()), int(away_TK.sum())
 
 
-def place(mesh: Mesh, tokens: tuple, weights: experts.ExpertWeights, dy_TD: jax.Array) -> tuple:
-    """The arguments of `build`'s function, split as `dispatch` wants them."""
-    put = lambda a, letters: jax.device_put(a, NamedSharding(mesh, spec(letters)))  # noqa: E731
+def place(mesh: Mesh, tokens: tuple, weights: ExpertWeights, dy_TD: jax.Array) -> tuple:
+    """The arguments of `build`'s function, split as the layer wants them."""
+
+    def put(array, letters):
+        return jax.device_put(array, NamedSharding(mesh, spec(letters)))
+
     gate_EFD, up_EFD, down_EDF = weights
-    weights = experts.ExpertWeights(put(gate_EFD, "EFD"), put(up_EFD, "EFD"), put(down_EDF, "EDF"))
+    weights = ExpertWeights(put(gate_EFD, "EFD"), put(up_EFD, "EFD"), put(down_EDF, "EDF"))
     return *(put(a, "T") for a in tokens), weights, put(dy_TD, "T")
 
 
 def measure(repeats: int, dtype: str) -> list[dict]:
     """Times every case and routing, interleaved; a row of results for each."""
     n_devices = jax.device_count()
-    keys = iter(jax.random.split(jax.random.key(0), 5))
-    normal = lambda *s: jax.random.normal(next(keys), s, dtype) * s[-1] ** -0.5  # noqa: E731
-    weights = experts.ExpertWeights(normal(E, F, D), normal(E, F, D), normal(E, D, F))
-    x_TD, dy_TD = normal(T, D), normal(T, D)
-    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    all_ = make_mesh(MeshConfig(data=1, expert=n_devices))
     chosen = routings(n_devices)
-    arguments = {  # where they belong, so that no time goes into getting there
-        (mesh, name): place(mesh, (ids_TK, x_TD, gates_TK), weights, dy_TD)
-        for mesh in (one, all_)
-        for name, (ids_TK, gates_TK) in chosen.items()
-    }
-    compiled = {"one device": (one, build({"dispatch": "local"}))}
-    compiled |= {name: (all_, build(moe)) for name, moe in CASES.items()}
-    exchanges = {}
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    every = make_mesh(MeshConfig(data=1, expert=n_devices))
+    compiled = {ONE_DEVICE: (one, build(DispatchConfig("local")))}
+    compiled |= {name: (every, build(case.dispatch)) for name, case in CASES.items()}
+    arguments = placed_arguments((one, every), chosen, dtype)
+    reports = {}
 
     def run_case(case, routing):
         mesh, run = compiled[case]
         with jax.set_mesh(mesh):
-            *_, exchange = jax.block_until_ready(run(*arguments[mesh, routing]))
-        exchanges[case, routing] = exchange
+            *_, did = jax.block_until_ready(run(*arguments[mesh, routing]))
+        reports[case, routing] = did
 
     runs = {(c, r): functools.partial(run_case, c, r) for r in chosen for c in compiled}
     seconds = harness.interleaved(runs, repeats)  # the round that warms up compiles
-    itemsize, results = jnp.dtype(dtype).itemsize, []
-    for (case, routing), times in seconds.items():
-        least, per_choice = least_rows(chosen[routing][0], n_devices)
-        exchange = exchanges[case, routing]
-        sent = None
-        if exchange.rows is not None:
-            sent = sent_bytes(CASES[case], n_devices, float(exchange.rows), itemsize) / 1e6
-        mb = 2 * D * itemsize / 1e6  # a row there and back
-        results.append(
-            {
-                "dispatch": case,
-                "routing": routing,
-                "ms": 1e3 * statistics.median(times),
-                "ratio": harness.ratio(times, seconds["one device", routing]),
-                "retries": None if exchange.retries is None else float(exchange.retries),
-                "sent_mb": sent,
-                "least_mb": None if sent is None else least * mb,
-                "per_choice_mb": None if sent is None else per_choice * mb,
-            }
-        )
-    return results
+    return [
+        {
+            "dispatch": case,
+            "routing": routing,
+            "ms": 1e3 * statistics.median(times),
+            "ratio": harness.ratio(times, seconds[ONE_DEVICE, routing]),
+            **traffic(case, chosen[routing][0], reports[case, routing], jnp.dtype(dtype).itemsize),
+        }
+        for (case, routing), times in seconds.items()
+    ]
+
+
+def placed_arguments(meshes: tuple[Mesh, ...], chosen: dict, dtype: str) -> dict:
+    """The arguments by mesh and routing, on their devices: no time goes into getting there."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype) * shape[-1] ** -0.5
+
+    weights = ExpertWeights(normal(E, F, D), normal(E, F, D), normal(E, D, F))
+    x_TD = normal(T, D)
+    dy_TD = normal(T, D)
+    return {
+        (mesh, name): place(mesh, (ids_TK, x_TD, gates_TK), weights, dy_TD)
+        for mesh in meshes
+        for name, (ids_TK, gates_TK) in chosen.items()
+    }
+
+
+def traffic(case: str, ids_TK: np.ndarray, did: DispatchReport, itemsize: int) -> dict:
+    """Megabytes that travel, beside the least possible; None on one device."""
+    if did.exchanged_rows is None:
+        return dict.fromkeys(("retries", "sent_mb", "least_mb", "per_choice_mb"))
+    n_devices = jax.device_count()
+    least, per_choice = least_rows(ids_TK, n_devices)
+    sent = sent_bytes(CASES[case], n_devices, float(did.exchanged_rows), itemsize)
+    there_and_back_mb = 2 * D * itemsize / 1e6
+    return {
+        "retries": None if did.retries is None else float(did.retries),
+        "sent_mb": sent / 1e6,
+        "least_mb": least * there_and_back_mb,
+        "per_choice_mb": per_choice * there_and_back_mb,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The routing of a recorded run (dsmoe_jax/training/recording.py) as that of a benchmark.
+"""The routing of a recorded run (dsmoe_jax/runs/routing_records.py) as that of a benchmark.
 
 Shapes: B sequences, S positions, L MoE layers, T tokens, E routed experts, K activated ones.
 """
@@ -11,7 +11,7 @@ from dsmoe_jax.runs.routing_records import load
 
 
 def offsets_TE(path: Path, layer: int, tokens: int, n_experts: int, k: int) -> np.ndarray:
-    """What to add to logits so that the first T recorded tokens choose the experts they had.
+    """Offsets of the logits with which the first T recorded tokens choose the experts they had.
 
     Args:
       path: of a step, WORKDIR/routing/train/00000001.npz.
@@ -33,8 +33,8 @@ def offsets_TE(path: Path, layer: int, tokens: int, n_experts: int, k: int) -> n
     chosen_TK = ids_BLSK[:, layer].reshape(b * s, k)[:tokens].astype(np.int64)
     if (largest := chosen_TK.max()) >= n_experts:
         raise ValueError(
-            f"--routing={path}: goes to expert {largest}, the layer has {n_experts} (an assignment"
-            " to nobody, as after dropping, has the number after the last)"
+            f"--routing={path}: goes to expert {largest}, the layer has {n_experts} (unassigned,"
+            " as after dropping, is the number after the last)"
         )
     offsets_TE = np.zeros((tokens, n_experts), np.float32)
     np.put_along_axis(offsets_TE, chosen_TK, 1e4, axis=1)

@@ -1,22 +1,22 @@
-"""What the metrics of routing cost, which every run has.
+"""Cost of the metrics of routing, which every run has.
 
     python -m benchmarks.router_metrics --json=benchmarks/results/NAME.json
     python -m benchmarks.router_metrics --scale=proxy --layers=2 --sequences=1   # a wider model
 
 Each program is compiled with them, without them, and once more without them (`control`: the ratio
-found where there is no difference).  Without: the MoE layer reports nothing but its balance terms,
-which are part of the loss; load, ledger, entropy, gates, router z and rows by device are constants.
-All are timed in one process, interleaved, on text by chance:
+found where there is no difference).  Without: the layer's logged sums are constants, so that XLA
+leaves out what they would need; the balance terms, which are part of the loss, stay.  All are timed
+in one process, interleaved, on random tokens:
 
     step     the training step. What the metrics take is near what the timing cannot resolve, hence
     layers   its MoE layers alone, forward and gradients, with experts that return their input
 
 `ratio` is the median over rounds of (a program / `without` in the same round), `ratio_min` that of
 the two minima; `more_ms` the difference of the medians. `share` is that of `layers` in the time of
-a step. What the host adds is beside it: fetching a step's numbers, and writing a row (JSON and
-TensorBoard), which is done while the device is at work on the next step.
+a step. The host's work is beside it: fetching a step's numbers, and writing a row (JSON and
+TensorBoard), while the device is at work on the next step.
 
-Shape suffixes: B sequences, S positions, V vocabulary, E routed experts, D devices of the config.
+Shape suffixes: B sequences, S positions, D hidden, N rows, E routed experts, L MoE layers.
 """
 
 import statistics
@@ -36,24 +36,23 @@ import configs
 from benchmarks import harness
 from dsmoe_jax.config import Config, from_config_dict, replace
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
-from dsmoe_jax.moe import dispatch, dropping, experts, losses
+from dsmoe_jax.moe import experts, losses
 from dsmoe_jax.moe import layer as moe_layer
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.report import RouterStats
+from dsmoe_jax.moe.report import LoggedSums, logged_sums
+from dsmoe_jax.moe.types import MoEInputs
 from dsmoe_jax.runs.metrics_log import MetricsLog
 from dsmoe_jax.training.rows import RunningLoad, training_row
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
+
+NO_EXPERTS = "benchmark_none"  # an expert backend that returns its rows as they are
 
 
-def bare(routing, kept_TK, valid_BS, ledger, exchange, config) -> RouterStats:
-    """`router_stats` without what is only logged."""
-    del kept_TK, ledger
-    e, d, none = config.n_routed_experts, config.expert_groups, jnp.zeros
-    reasons, buckets = len(dropping.REASONS), dropping.POSITION_BUCKETS
-    nothing = dropping.Ledger(none(e), none(e), none(e), none(d), none(buckets), none(reasons))
-    parts = {n: losses.part(n, routing, valid_BS, config) for n in losses.active_terms(config)}
-    unseen = dispatch.Exchange(none(e), *(None if x is None else none(()) for x in exchange[1:]))
-    return RouterStats(none(()), none(e), {}, parts, nothing, none(d), unseen)
+def constant_sums(*args) -> LoggedSums:
+    """`logged_sums`, but all of them are 0: nothing is computed for the log."""
+    shapes = jax.eval_shape(lambda: logged_sums(*args))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def make_config(scale: str, layers: int | None, sequences: int | None) -> Config:
@@ -70,7 +69,7 @@ def make_config(scale: str, layers: int | None, sequences: int | None) -> Config
 
 
 def make_batch(config: Config) -> dict[str, np.ndarray]:
-    """A full batch of tokens by chance."""
+    """A full batch of random tokens."""
     b, s = config.train.global_batch_size, config.data.sequence_length
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(b, s + 1))
     tokens = tokens.astype(np.int32)
@@ -88,34 +87,50 @@ Case = tuple[Callable[[], Any], Any]  # a call that waits for its results, and s
 
 def step_case(config: Config) -> Case:
     """The compiled training step."""
-    batch, state = make_batch(config), init_state(config)
+    batch = make_batch(config)
+    state = init_state(config)
     step = make_train_step(config, np.ones(config.model.vocab_size, np.int32))
     return _compiled(step, state, batch)
 
 
 def layers_case(config: Config) -> Case:
     """The MoE layers of the model and their gradients; routed experts return their input."""
-    model, (b, s) = config.model, make_batch(config)["tokens_BS"].shape
-    make = lambda key: nnx.split(MoELayer(model, rngs=nnx.Rngs(key)))  # noqa: E731
+    model = replace(config, **{"model.moe.expert_backend": NO_EXPERTS}).model
+    b, s = make_batch(config)["tokens_BS"].shape
     n_layers = model.num_hidden_layers - model.first_k_dense_replace
-    params_L = jax.vmap(lambda key: make(key)[1])(jax.random.split(jax.random.key(0), n_layers))
-    graph = nnx.split(nnx.eval_shape(lambda: MoELayer(model, rngs=nnx.Rngs(0))))[0]
+    inputs = MoEInputs(jnp.zeros((b, s), jnp.int32), jnp.ones((b, s), bool), jax.random.key(2))
     x_BSD = jax.random.normal(jax.random.key(1), (b, s, model.hidden_size))
-    ids_BS, valid_BS = jnp.zeros((b, s), jnp.int32), jnp.ones((b, s), bool)
 
-    def loss(params_L, x_BSD, ids_BS, valid_BS):
+    def make(key):
+        layer = MoELayer(
+            model.moe,
+            hidden_size=model.hidden_size,
+            vocab_size=model.vocab_size,
+            initializer_range=model.initializer_range,
+            rngs=nnx.Rngs(key),
+        )
+        return nnx.split(layer)
+
+    def loss(params_L, x_BSD, inputs):
         def layer(x_BSD, params):
-            y_BSD, stats = nnx.merge(graph, params)(x_BSD, ids_BS, valid_BS, jax.random.key(2))
-            assert stats is not None
-            return x_BSD + y_BSD, stats._replace(choice=None, drawn_BS=None)
+            y_BSD, report = nnx.merge(graph, params)(x_BSD, inputs)
+            assert report is not None
+            return x_BSD + y_BSD, (report.loss_inputs.terms, report.logged)
 
-        y_BSD, stats = jax.lax.scan(layer, x_BSD, params_L)
-        whole, weights = losses.whole(valid_BS), losses.active_terms(model.moe)
-        terms = [w * losses.value(n, stats.terms[n], whole).sum() for n, w in weights.items()]
-        return jnp.square(y_BSD).mean() + sum(terms), stats
+        y_BSD, (terms, logged) = jax.lax.scan(layer, x_BSD, params_L)
+        whole = losses.whole_batch(inputs.valid_BS)
+        weights = losses.weights_at(model.moe.balance, jnp.float32(0))
+        balance = sum(
+            weight * losses.value(name, terms[name], whole).sum()
+            for name, weight in weights.items()
+        )
+        return jnp.square(y_BSD).mean() + balance, logged
 
-    with mock.patch.object(experts, "run_experts", lambda rows_ND, *_: rows_ND):
-        return _compiled(jax.grad(loss, has_aux=True), params_L, x_BSD, ids_BS, valid_BS)
+    no_experts = {NO_EXPERTS: experts.Backend(lambda rows_ND, group_sizes_E, weights: rows_ND)}
+    with mock.patch.dict(experts.BACKENDS, no_experts):
+        graph = nnx.split(nnx.eval_shape(lambda: nnx.merge(*make(jax.random.key(0)))))[0]
+        params_L = jax.vmap(lambda key: make(key)[1])(jax.random.split(jax.random.key(0), n_layers))
+        return _compiled(jax.grad(loss, has_aux=True), params_L, x_BSD, inputs)
 
 
 def _compiled(function: Callable[..., Any], *args: Any) -> Case:
@@ -150,11 +165,12 @@ def host_ms(config: Config, metrics: Any, times: int = 50) -> dict[str, float]:
 def measure(case: Callable[[Config], Case], config: Config, repeats: int) -> tuple[list, Any]:
     """The rows of results of a program with, without, and without again; the first's results."""
     with_metrics, metrics = case(config)
-    with mock.patch.object(moe_layer, "router_stats", bare):
+    with mock.patch.object(moe_layer, "logged_sums", constant_sums):
         without, control = (case(config)[0] for _ in range(2))
     calls = {"with": with_metrics, "without": without, "control": control}
     seconds = harness.interleaved(calls, repeats)
-    base, name = seconds["without"], case.__name__.removesuffix("_case")
+    base = seconds["without"]
+    name = case.__name__.removesuffix("_case")
     rows = [
         {
             "program": f"{name}, {metrics_are}",
@@ -179,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     config = make_config(flags.scale, flags.layers, flags.sequences)
     step_rows, metrics = measure(step_case, config, flags.repeats)
     layers_rows, _ = measure(layers_case, config, 2 * flags.repeats)
-    share, host = layers_rows[0]["more_ms"] / step_rows[1]["ms"], host_ms(config, metrics)
+    share = layers_rows[0]["more_ms"] / step_rows[1]["ms"]
+    host = host_ms(config, metrics)
     print(harness.table(step_rows + layers_rows))
     print(f"share of the step that the layers' difference is: {share:.2%}")
     steps = config.train.log_every

@@ -21,7 +21,7 @@ from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
 from dsmoe_jax.model import size
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import planner
-from dsmoe_jax.training.step import TrainState, state_shapes
+from dsmoe_jax.training.start import TrainState, state_shapes
 
 CHIP_COUNTS = tuple(2**n for n in range(3, 13))
 DISPATCHES = ("all_to_all", "all_gather", "device-limited")

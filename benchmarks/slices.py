@@ -20,7 +20,7 @@ import configs
 from benchmarks import harness
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.planning import planner
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 RESULTS = Path(__file__).parent / "results" / "slices.jsonl"
 

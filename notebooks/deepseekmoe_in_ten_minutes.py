@@ -50,6 +50,7 @@ import configs
 from dsmoe_jax.config import MoEConfig, from_config_dict, replace
 from dsmoe_jax.data.prepare import prepare
 from dsmoe_jax.evaluation.held_out import evaluate
+from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.size import Parameters, count_parameters
 from dsmoe_jax.moe import dispatch, experts, losses, routers
 from dsmoe_jax.moe.layer import MoELayer
@@ -57,7 +58,6 @@ from dsmoe_jax.moe.types import RouterInputs, count_load
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.step import abstract_model
 
 INK, GREY, BLUE, ORANGE, GREEN = "#202124", "#d5d2cb", "#2e78b5", "#d1440c", "#12a383"
 plt.rcParams.update(
@@ -428,7 +428,7 @@ def write_down(logits_TE, inputs, moe):
 
 def variant(params=params, **overrides):
     """The trained model with some keys of its config changed."""
-    return nnx.merge(abstract_model(replace(run.config, **overrides)), params, other)
+    return nnx.merge(abstract_model(replace(run.config, **overrides).model), params, other)
 
 
 def held_out_loss(model):

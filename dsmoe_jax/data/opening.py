@@ -94,3 +94,26 @@ def check_same_corpus(corpus: Corpus, fingerprint: str) -> None:
             f" (fingerprint {corpus.fingerprint[:12]}, then {fingerprint[:12]});"
             " bring the old text back or start in another workdir"
         )
+
+
+def check_same_tokenizer(corpus: Corpus, fingerprint: str, key: str) -> None:
+    """Refuses to go on with a model whose embeddings stand for the tokens of another tokenizer.
+
+    Args:
+      corpus: to be trained on.
+      fingerprint: of the model's tokenizer, from `tokenizer_fingerprint`.
+      key: names the model in the error.
+
+    Raises:
+      ValueError: if the tokenizers differ.
+    """
+    if tokenizer_fingerprint(corpus) != fingerprint:
+        raise ValueError(
+            f"{key}: its tokenizer is not that of the corpus {corpus.directory}, its embeddings"
+            " would stand for other tokens; must be trained on text of the same tokenizer"
+        )
+
+
+def tokenizer_fingerprint(corpus: Corpus) -> str:
+    """Hexadecimal sha256 of the tokenizer of a corpus."""
+    return hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest()

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.evaluation.cross_entropy import token_sums
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
@@ -24,7 +25,6 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
 from dsmoe_jax.runs.summaries import bits_per_byte, drop_summary, load_summary
-from dsmoe_jax.training.step import token_sums
 
 
 class HeldOut:

@@ -54,4 +54,5 @@ def model_shapes(config: ModelConfig) -> ModelState:
 def _split(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     # The key is made in here: nothing may run, the ambient mesh's devices may not exist.
     abstract = nnx.eval_shape(lambda: build_model(config, jax.random.key(0)))
-    return nnx.split(abstract, nnx.Param, ...)
+    graph, params, other = nnx.split(abstract, nnx.Param, ...)
+    return graph, params, other

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, training FLOPs and bytes, counted as the papers count them.
+"""Costs of a model: parameters, training FLOPs and bytes, counted as the papers count them.
 
 Parameters are counted on the real module, initialised abstractly (nothing is allocated: the 145B
 model counts in seconds).  `parameters_by_formula` counts them again from the sizes alone.

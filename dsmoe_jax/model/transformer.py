@@ -30,7 +30,7 @@ from dsmoe_jax.parallel.sharding import constrain, gathered
 
 
 class _EveryLayer(NamedTuple):
-    """What all layers see besides the activations."""
+    """Inputs that all layers share, besides the activations."""
 
     token_ids_BS: jax.Array
     positions_BS: jax.Array
@@ -41,7 +41,7 @@ class _EveryLayer(NamedTuple):
 
 
 class _OneLayer(NamedTuple):
-    """What each layer has for itself; stacked along a leading layer axis for the scan."""
+    """Inputs of a single layer; for the scan with a leading layer axis."""
 
     cache: Any = None
     rng: jax.Array | None = None
@@ -199,7 +199,7 @@ class Transformer(nnx.Module):
 
 
 def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
-    """Positions, and which of them each query may see."""
+    """Positions and validity of the tokens, and the keys that each query may see."""
     b, s = inputs.tokens_BS.shape
     segment_ids_BS = inputs.segment_ids_BS
     positions_BS = inputs.positions_BS

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out of it.
+"""Inputs and results of a model, and the cache of generation.
 
 Shapes: B sequences, S positions, L positions of a cache, V vocabulary; of recorded routing, L MoE
 layers and K activated experts.
@@ -87,11 +87,11 @@ class ModelInputs(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What generation keeps of the positions so far, for a whole model.
+    """Caches of all attention layers: the positions that generation has passed.
 
     Attributes:
-      leading: the attention's cache of each leading dense layer.
-      stacked: that of the scanned layers, every array with a leading layer axis.
+      leading: of each leading dense layer, in the form of its attention.
+      stacked: of the scanned layers, every array with a leading layer axis.
       length: int32, positions filled so far, the same for every sequence.
     """
 
@@ -107,7 +107,7 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass returns.
+    """Results of a forward pass.
 
     Attributes:
       logits_BSV: float32.

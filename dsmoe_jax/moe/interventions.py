@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.moe.routers import get_router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,3 +34,36 @@ class Intervention:
 
 
 NONE = Intervention()
+
+
+def check(intervention: Intervention, moe: MoEConfig) -> None:
+    """Refuses what the layer's router would ignore, or has too few experts for.
+
+    Raises:
+      ValueError: naming the field of the intervention.
+    """
+    router, settings = get_router(moe)
+    name = moe.router.name
+    masked = intervention.mask_best
+    k = intervention.num_experts_per_tok or settings.k
+    require(
+        router.top in (None, k),
+        "num_experts_per_tok",
+        k,
+        f"the {name} router activates exactly {router.top}; must be None",
+    )
+    require(
+        router.masks_best or not masked,
+        "mask_best",
+        masked,
+        f"the {name} router does not choose by score; must be 0",
+    )
+    reachable = moe.router.topk_group * (moe.n_routed_experts // moe.router.n_group)
+    key, value = ("mask_best", masked) if masked else ("num_experts_per_tok", k)
+    require(
+        masked + k <= reachable,
+        key,
+        value,
+        f"a token may use {reachable} experts; {masked} masked and {k} activated ones must not be"
+        " more",
+    )

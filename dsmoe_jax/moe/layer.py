@@ -154,7 +154,11 @@ class MoELayer(nnx.Module):
         Returns:
           The routing, and the mean of each token's logits where the routing's logits are those that
           the layer computed (None elsewhere).
+
+        Raises:
+          ValueError: for an intervention that the router would ignore.
         """
+        interventions.check(intervention, self.config)
         router, settings = routers.get_router(self.config)
         settings = dataclasses.replace(
             settings,

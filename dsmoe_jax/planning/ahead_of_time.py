@@ -30,7 +30,8 @@ from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import hlo, planner
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import TrainState, abstract_state, jit_train_step
+from dsmoe_jax.training.start import TrainState, abstract_state
+from dsmoe_jax.training.step import jit_train_step
 
 _COMPUTE = 2  # bytes: the model computes in bfloat16
 # Bytes of float32 a parameter: it and two moments read and written, the gradient written and read.

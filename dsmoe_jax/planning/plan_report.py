@@ -8,7 +8,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning import planner
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 
 def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip: str) -> str:

@@ -35,7 +35,7 @@ from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
-from dsmoe_jax.training.step import TrainState, state_shapes
+from dsmoe_jax.training.start import TrainState, state_shapes
 
 USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and what is not counted
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16

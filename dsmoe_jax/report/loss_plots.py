@@ -33,7 +33,8 @@ def dots(comparison: Comparison, measure: str) -> Figure | None:
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.08)
-    ax.set_xlabel(MEASURES[measure].axis)
+    label, better = MEASURES[measure].label, MEASURES[measure].better
+    ax.set_xlabel(f"{label} ({better})" if better else label)
     return figure
 
 

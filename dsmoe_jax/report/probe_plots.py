@@ -40,7 +40,7 @@ def over_x(comparison: Comparison) -> Figure | None:
         ax.axhline(means[arm.label], color=colour(comparison, arm), lw=1.1)
         ends[arm] = means[arm.label]
     ax.set_xlabel(experiment.x_axis)
-    ax.set_ylabel(MEASURES[experiment.main_measure].axis)
+    ax.set_ylabel(MEASURES[experiment.main_measure].label)
     label_ends(comparison, ax, ends, names)
     return figure
 

@@ -1,8 +1,9 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: trees of arrays in items by name, and beside them what is JSON.
 
-Orbax writes them in the background and makes each one visible in a single rename.  Two checks are
-added, because a wrong byte in a weight would otherwise be loaded without a word: the sizes of the
-files, and a digest of every array, the same under every sharding.
+A step holds each item in a directory of its own, so that the model, a third of the bytes of a
+training state, is loaded by itself.  Orbax writes in the background and makes a step visible in a
+single rename.  Two checks are added, because a wrong byte in a weight would otherwise be loaded
+without a word: the sizes of the files, and a digest of every array, the same under every sharding.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +20,39 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from dsmoe_jax.parallel import hosts
+from dsmoe_jax.parallel import hosts, sharding
 from dsmoe_jax.runs.workdir import write_json
-from dsmoe_jax.training.step import TrainState
 
+MODEL = "model"  # the item of every checkpoint that holds a `ModelState`
+
+_META = "meta"  # the item that is JSON
 _FILES = "files.json"  # inside a step's directory: the size of every other file
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: the state, and what was saved beside it (JSON)."""
+    """Contents of a checkpoint.
 
-    state: TrainState
+    Attributes:
+      items: those asked for, by name.
+      extra: the JSON that was saved beside them.
+    """
+
+    items: dict[str, Any]
     extra: dict[str, Any]
+
+
+def target(shapes: Any) -> Any:
+    """Shapes with the shardings of the ambient mesh, to load an item into.
+
+    Without a mesh the arrays go to the default device.
+    """
+    shardings = sharding.shardings(shapes)
+    if shardings is None:
+        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: default, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 class Checkpoints:
@@ -56,24 +79,27 @@ class Checkpoints:
         """The steps that are there, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
+    def save(self, step: int, items: Mapping[str, Any], extra: dict[str, Any]) -> None:
         """Starts writing; returns once the arrays may be overwritten.
+
+        Args:
+          step: the number of the checkpoint.
+          items: trees of arrays by name.
+          extra: JSON.
 
         Raises:
           OSError: if this or the previous checkpoint cannot be written (a full disk).
         """
         self.wait()
         self._saving = step
-        hosts.on_first(lambda: self._check_space(sum(x.nbytes for x in jax.tree.leaves(state))))
-        meta = {**extra, "step": step, "digests": digests(state)}
+        needed = sum(x.nbytes for x in jax.tree.leaves(dict(items)))
+        hosts.on_first(lambda: self._check_space(needed))
+        found = {name: digests(tree) for name, tree in items.items()}
+        args: dict[str, Any] = {_META: ocp.args.JsonSave({**extra, "step": step, "digests": found})}
+        for name, tree in items.items():
+            args[name] = ocp.args.StandardSave(tree)
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-                ),
-                force=True,
-            )
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
             raise self._not_written(error) from error
 
@@ -95,27 +121,29 @@ class Checkpoints:
             raise self._not_written(error) from error
         self._saving = None
 
-    def restore(self, abstract: TrainState, step: int) -> Restored:
-        """Loads a step into the shapes (and shardings) of `abstract`.
+    def restore(self, step: int, targets: Mapping[str, Any]) -> Restored:
+        """Loads items of a step; what is not asked for is not read.
+
+        Args:
+          step: of the checkpoint.
+          targets: shapes and shardings by the name of the item, from `target`.
 
         Raises:
           ValueError: if the checkpoint is damaged or not of this model.
         """
-        directory = self.directory / str(step)
+        args: dict[str, Any] = {_META: ocp.args.JsonRestore()}
+        for name, tree in targets.items():
+            args[name] = ocp.args.StandardRestore(tree)
         try:
-            _check_files(directory)
-            got = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-                ),
-            )
-            meta = got["meta"]
-            if digests(got["state"]) != meta.pop("digests"):
+            _check_files(self.directory / str(step), set(args))
+            got = self._manager.restore(step, args=ocp.args.Composite(**args))
+            extra = got[_META]
+            wanted = extra.pop("digests")
+            if any(digests(got[name]) != wanted[name] for name in targets):
                 raise ValueError("an array is not what was saved")
         except Exception as error:  # whatever a damaged file led the libraries to
             raise ValueError(self._damaged(step, error)) from error
-        return Restored(got["state"], meta)
+        return Restored({name: got[name] for name in targets}, extra)
 
     def close(self) -> None:
         """Waits for what is being written, and lets go; raises like `check`."""
@@ -124,7 +152,8 @@ class Checkpoints:
             self._manager.close()
 
     def _check_space(self, needed: int) -> None:
-        """A disk that fills up while it is written to is noticed too, but less politely."""
+        """Refuses to begin on a disk that is too full."""
+        # A disk that fills up while it is written to is noticed too, but after a minute of writing.
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             error = OSError(f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
@@ -150,7 +179,7 @@ class Checkpoints:
 
 
 def digests(tree: Any) -> list[int]:
-    """Of each array: the sum of its bits, weighted by position, modulo 2^32.
+    """A number for each array: the sum of its bits, weighted by position, modulo 2^32.
 
     Integer sums have no rounding, so the order of adding, and with it the sharding, is free.
     """
@@ -176,13 +205,19 @@ def _sizes(directory: Path) -> dict[str, int]:
     return {str(p.relative_to(directory)): p.stat().st_size for p in files}
 
 
-def _check_files(directory: Path) -> None:
-    """Compares sizes; a run killed just after the rename left no list: then only digests speak."""
+def _check_files(directory: Path, items: set[str]) -> None:
+    """Compares the sizes of the files of some items.
+
+    A run that was killed just after the rename left no list; then the digests alone decide.
+    """
     if not (directory / _FILES).exists():
         return
-    wanted, found = json.loads((directory / _FILES).read_text()), _sizes(directory)
+    wanted = json.loads((directory / _FILES).read_text())
+    found = _sizes(directory)
     for name, size in wanted.items():
-        if found.get(name) != size:
+        item, _, inside = name.partition("/")
+        asked_for = item in items or not inside
+        if asked_for and found.get(name) != size:
             raise ValueError(f"{name} has {found.get(name, 0)} bytes, {size} were written")
 
 

@@ -1,24 +1,25 @@
-"""What a run writes down: `metrics.jsonl`, and the same numbers for TensorBoard.
+"""The log of a run: `metrics.jsonl`, and the same numbers for TensorBoard.
 
-A row holds what was measured at one step; a number that does not exist (the entropy of a router
+A row has the measurements of one step.  A number that does not exist (the entropy of a router
 without affinities, the share of an unknown machine's peak) has no key, it is never written as 0.
 
     step, tokens                     updates made, tokens seen so far
-    loss, total_loss                 nats per token: cross-entropy; with the weighted balance terms
+    loss, total_loss                 nats per token: cross-entropy; sum of all parts of the loss
     bits_per_byte, grad_norm, learning_rate
     tokens_per_second, flops_per_second, flops_utilization    since the last row
     overhead                         share of that time in which the device had nothing to do
     load                             [layer][expert]: assignments of the step's batch
-    maxvio, gini, dead_experts       [layer]: how uneven it is, see `load_summary`
-    maxvio_running                   [layer]: of the load of the last 100 steps or so, `RunningLoad`
+    maxvio, gini, dead_experts       [layer]: how uneven it is, see summaries.py
+    maxvio_running                   [layer]: of the load of the last 100 steps or so, see
+                                     training/rows.py
     router_entropy, router_top_gate, router_gate_sum, router_z    [layer], means over tokens
     expert_balance, ...              [layer], terms with a weight, here without it; with one of its
                                      own, `router_z` is the term, over the scope of the term
-    dropped                          [layer]: assignments; sent = computed + dropped was checked
+    dropped                          [layer]: assignments; sent = computed + dropped is checked
     dropped_by_expert, dropped_by_device, dropped_by_position, dropped_by_reason
-                                     [layer][...]: the same (without a capacity there are none)
-    device_rows, device_megabytes    [layer][device]: what travels to each of `expert_groups`
-                                     devices, a token once, one way (none with one device)
+                                     [layer][...]: the same, with `model.moe.drop`
+    device_rows, device_megabytes    [layer][device]: rows sent to each of `expert_groups` devices,
+                                     a token once, one way (none with one device)
     exchange_rows, exchange_retries  [layer]: on a mesh, see `dispatch.Exchange`
     validation_loss, validation_bits_per_byte, validation_tokens
     validation_maxvio, validation_dropped    [layer]
@@ -42,7 +43,7 @@ FAIR_SHARES: Any = np.append(np.linspace(0, 8, 33), 1e6)
 
 
 class MetricsLog:
-    """Appends rows; opening it cuts off what lies past the step that the run continues from."""
+    """Appends rows; opening it cuts off rows past the step that the run continues from."""
 
     def __init__(self, workdir: Path, step: int):
         # Here, because only the first process writes, and it imports torch where there is one: 2 s.
@@ -51,7 +52,7 @@ class MetricsLog:
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
-        # Unbuffered: what is written is safe from a kill, and a full disk is noticed here.
+        # Unbuffered: a written row is safe from a kill, and a full disk is noticed here.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
         self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1)
 
@@ -95,7 +96,7 @@ class NoLog(MetricsLog):
         self.rows.append(row)
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """What TensorBoard draws: the numbers, and lists of numbers a layer each."""
+    """Curves for TensorBoard: the numbers, and one for each layer of a list of numbers."""
     found = []
     for key, value in row.items():
         if isinstance(value, (int, float)) and key != "step":

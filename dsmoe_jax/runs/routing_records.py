@@ -1,10 +1,11 @@
-"""Recorded routing on disk: what a run's routers chose, to be replayed in another run.
+"""Recorded routing on disk: which experts every token went to, to be replayed in another run.
 
-    manifest.json                    what the routing belongs to, and its sizes
-    train/00000001.npz               step 1: ids_BLSK (integers, E is nobody), gates_BLSK (float32)
+    manifest.json                     model, text and sizes that the routing belongs to
+    train/00000001.npz                step 1: ids_BLSK (integers, E is unassigned) and gates_BLSK
+                                      (float32)
     validation-00000010/00000001.npz  the first held-out batch after step 10, the same arrays
 
-The routing is that of the experts' real work: after anything was dropped.
+It is the routing that the experts computed: after dropping.
 
 Shapes: B sequences of a batch, L MoE layers, S positions, E routed experts, K columns of a routing.
 """
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.config import Config, stage_of, stages_of
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.moe.routers import Router, get_router
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.workdir import ROUTING, write_json
@@ -29,37 +32,80 @@ MANIFEST = "manifest.json"
 TRAIN = "train"
 
 
+def router_of(config: Config) -> Router | None:
+    """The registry line of the router of a config; None without routed experts."""
+    moe = config.model.moe
+    return get_router(moe)[0] if moe.n_routed_experts else None
+
+
+def needs(config: Config) -> str:
+    """The recording that the router of a config needs: "", "ids" or "routing", see `Router`."""
+    router = router_of(config)
+    return "" if router is None else router.needs_recording
+
+
+def check_keys(config: Config) -> None:
+    """Refuses a recording that no router replays, and a router that replays without a recording.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    train = config.train
+    stages = [stage.config for stage in stages_of(config)]
+    replaying = [stage for stage in stages if needs(stage)]
+    name = (replaying or stages)[0].model.moe.router.name
+    want = "needs the WORKDIR/routing of a run" if replaying else "replays nothing"
+    require(
+        bool(replaying) == (train.replay_routing is not None),
+        "train.replay_routing",
+        train.replay_routing,
+        f"model.moe.router.name={name!r} {want}",
+    )
+    require(
+        not train.record_routing or config.model.moe.n_routed_experts > 0,
+        "train.record_routing",
+        train.record_routing,
+        "there are no routed experts; must be False",
+    )
+
+
 def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
-    """What a recording must have in common with the run that replays it.
+    """Properties that a recording must have in common with the run that replays it.
 
     Args:
       config: of the run.
       fingerprint: of the corpus.
     """
-    model, moe, stages = config.model, config.model.moe, stages_of(config)
-    columns = [stage.config.model.moe.num_experts_per_tok for stage in stages]
-    if moe.router.name == "expert_choice":
-        columns = [moe.n_routed_experts] * len(stages)
+    model = config.model
+    stages = stages_of(config)
     return {
         "layers": model.num_hidden_layers - model.first_k_dense_replace,
-        "experts": moe.n_routed_experts,
-        "experts_per_token": columns,  # of each stage, and the updates made before it:
-        "stages_after": [stage.first for stage in stages],
+        "experts": model.moe.n_routed_experts,
+        "experts_per_token": [_columns(stage.config) for stage in stages],
+        "stages_after": [stage.first for stage in stages],  # updates made before each stage
         "sequence_length": config.data.sequence_length,
         "corpus": fingerprint,
         "seed": config.train.seed,
     }
 
 
+def _columns(config: Config) -> int:
+    """K of a recording."""
+    moe = config.model.moe
+    router = router_of(config)
+    assert router is not None, "a model without routed experts has no recording"
+    return router.columns(moe.n_routed_experts, moe.num_experts_per_tok)
+
+
 def validation_name(step: int) -> str:
-    """Of the routing of the held-out batches after a step."""
+    """Name of the pass over the held-out batches after a step."""
     return f"validation-{step:08}"
 
 
 class Recorder:
-    """Writes a recording; what is written again (by a run that goes on) replaces the old.
+    """Writes a recording; a batch that is written again (by a run that goes on) replaces the old.
 
-    Of several processes, all of which have the routing of the whole batch, the first one writes.
+    Every process has the routing of the whole batch; the first one writes.
 
     Args:
       directory: created if missing.
@@ -72,17 +118,17 @@ class Recorder:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / MANIFEST, belongs)
 
-    def write(self, name: str, number: int, choice: RecordedRouting) -> None:
+    def write(self, name: str, number: int, routing: RecordedRouting) -> None:
         """Adds a batch.
 
         Args:
-          name: "train", or from `validation_name`.
+          name: of the pass: "train", or from `validation_name`.
           number: of the step or batch, from 1.
-          choice: ids_LBSK and gates_LBSK.
+          routing: ids_LBSK and gates_LBSK.
         """
         if not hosts.is_first():
             return
-        ids, gates = (np.swapaxes(np.asarray(x), 0, 1) for x in choice)
+        ids, gates = (np.swapaxes(np.asarray(x), 0, 1) for x in routing)
         small = np.int16 if ids.max() < 2**15 else np.int32
         path = _path(self.directory, name, number)
         path.parent.mkdir(exist_ok=True)
@@ -98,8 +144,8 @@ class Recording:
     Args:
       key: how the user names it, with its value, for errors.
       directory: of a `Recorder`.
-      wanted: what its manifest must say of `belongs_to`.
-      columns: the K that a batch may have.
+      wanted: entries of `belongs_to` that its manifest must have.
+      columns: every K that a batch may have.
 
     Raises:
       ValueError: with the numbers, if it is of other sizes or data.
@@ -127,25 +173,26 @@ class Recording:
           ValueError: with the numbers, if there are too few, or of another size.
         """
         steps = config.train.steps
-        missing = [i for i in range(1, steps + 1) if not _path(self.directory, TRAIN, i).is_file()]
-        if missing:
-            raise ValueError(
-                f"{self._key}: there is no step {missing[0]}, train.steps={steps} must be at most"
-                f" {missing[0] - 1}"
-            )
-        for stage in stages_of(config):
+        replaying = [stage for stage in stages_of(config) if needs(stage.config)]
+        for stage in replaying:
+            for step in range(stage.first + 1, stage.end + 1):
+                if not _path(self.directory, TRAIN, step).is_file():
+                    raise ValueError(
+                        f"{self._key}: there is no step {step}, train.steps={steps} must be at most"
+                        f" {step - 1}"
+                    )
             self.read(TRAIN, stage.first + 1, stage.config.train.global_batch_size)
         every = config.train.eval_every or steps
-        if config.model.moe.router.name == "replay":  # `replay_ids` chooses by itself there
-            for step in {*range(every, steps, every), steps}:
-                train = stage_of(config, step).config.train
-                micro_batch = train.global_batch_size // train.accumulation_steps
+        for step in {*range(every, steps, every), steps}:
+            in_force = stage_of(config, step).config
+            if needs(in_force) == "routing":  # the other routers choose by themselves in evaluation
+                micro_batch = in_force.train.global_batch_size // in_force.train.accumulation_steps
                 self.read(validation_name(step), 1, micro_batch)
 
     def read(
         self, name: str, number: int, batch_size: int, rows: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """What is added to a batch: `replayed_ids_BLSK` (int32) and `replayed_gates_BLSK`.
+        """Arrays that are added to a batch: `replayed_ids_BLSK` (int32), `replayed_gates_BLSK`.
 
         Args:
           name, number: as for `Recorder.write`.
@@ -190,17 +237,17 @@ def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def of_run(
     config: Config, workdir: Path, fingerprint: str
 ) -> tuple[Recorder | None, Recording | None]:
-    """Where the routing of a training run goes to, and where it comes from.
+    """The recorder and the recording of a training run, each if it has one.
 
     Raises:
       ValueError: for a recording that cannot be replayed.
     """
-    recorder = replayed = None
+    recorder = recording = None
     if config.train.record_routing:
         recorder = Recorder(workdir / ROUTING, belongs_to(config, fingerprint))
-    if config.train.replay_routing:
-        replayed = for_run(config, fingerprint)
-    return recorder, replayed
+    if config.train.replay_routing is not None:
+        recording = for_run(config, fingerprint)
+    return recorder, recording
 
 
 def for_run(config: Config, fingerprint: str) -> Recording:
@@ -209,25 +256,25 @@ def for_run(config: Config, fingerprint: str) -> Recording:
     Raises:
       ValueError: if it is of another model, text or order of the text, or has too few steps.
     """
-    key, wanted = "train.replay_routing", belongs_to(config, fingerprint)
-    directory = config.train.replay_routing
-    recording = Recording(
-        f"{key}={directory!r}", Path(directory).expanduser(), wanted, wanted["experts_per_token"]
-    )
+    folder = config.train.replay_routing
+    assert folder is not None, "see `check_keys`"
+    wanted = belongs_to(config, fingerprint)
+    key = f"train.replay_routing={folder!r}"
+    recording = Recording(key, Path(folder).expanduser(), wanted, wanted["experts_per_token"])
     recording.check_run(config)
     return recording
 
 
 def for_held_out(config: Config, fingerprint: str) -> Recording | None:
     """The recording of a run that cannot route held-out text by itself; None if it can."""
-    return for_run(config, fingerprint) if config.model.moe.router.name == "replay" else None
+    return for_run(config, fingerprint) if needs(config) == "routing" else None
 
 
 def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recording, str]:
     """One recorded pass over the held-out text, to be replayed by a model of any router.
 
     Args:
-      folder: of the pass, ROUTING/validation-00000400.
+      folder: that of the pass, ROUTING/validation-00000400.
       config: of the model.
       fingerprint: of its corpus.
 
@@ -237,7 +284,8 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
     Raises:
       ValueError: if it is of another size or text, or no such pass.
     """
-    key, path = f"--replay_routing={folder}", Path(folder).expanduser()
+    key = f"--replay_routing={folder}"
+    path = Path(folder).expanduser()
     belongs = belongs_to(config, fingerprint)
     wanted = {k: belongs[k] for k in ("layers", "experts", "sequence_length", "corpus")}
     recording = Recording(key, path.parent, wanted, belongs["experts_per_token"])

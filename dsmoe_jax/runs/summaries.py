@@ -1,4 +1,4 @@
-"""Numbers that are logged, from what the layers report: load, drops, bits per byte.
+"""Numbers for logs from counts of the layers: how even the load is, drops, bits per byte.
 
 Shapes: L MoE layers, E routed experts.
 """
@@ -38,7 +38,11 @@ def maxvio(load_LE: np.ndarray) -> list[float]:
 
 
 def drop_summary(ledger: Ledger, *, detailed: bool) -> dict[str, Any]:
-    """What was dropped by layer, after checking that nothing is missing.
+    """Dropped assignments by layer, after checking that none is missing.
+
+    Args:
+      ledger: of the layers, with a leading layer axis.
+      detailed: also by expert, device, position and reason.
 
     Raises:
       RuntimeError: naming layer and expert, if sent is not computed + dropped.

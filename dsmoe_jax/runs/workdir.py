@@ -1,10 +1,10 @@
-"""A run's directory: whose it is, and where things lie in it.
+"""The directory of a run: its lock, its config, and the names of what lies in it.
 
 config.json       the run's config
-metrics.jsonl     one JSON object a line, see metrics.py
-checkpoints/      one directory a kept step
+metrics.jsonl     one JSON object a line, see metrics_log.py
+checkpoints/      one directory a kept step, see checkpoint.py
 tensorboard/      event files
-routing/          with train.record_routing: which experts every token went to, see recording.py
+routing/          with train.record_routing: the experts of every token, see routing_records.py
 evaluation.json   held-out results after the last step: the run is finished
 """
 
@@ -18,7 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
+from dsmoe_jax.config import (
+    Config,
+    Stage,
+    differences,
+    from_config_dict,
+    stages_of,
+    to_config_dict,
+)
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
@@ -31,15 +38,14 @@ EVALUATION = "evaluation.json"
 ROUTING = "routing"
 _LOCK = ".lock"
 
-# What may change between two calls of one run: it does not touch the numbers being trained, but
-# for the order in which they are added up.  Other hardware needs another mesh, and that one other
-# micro-batches and buffers: to divide the batch, and to fit.
+# These keys may change between two calls of one run: they do not touch the numbers being trained,
+# but for the order in which they are added up.  Other hardware needs another mesh, and a mesh needs
+# other micro-batches and buffers: to divide the batch, and to fit.
 _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "model.remat",
     "model.moe.dispatch.buffer_factor",
     "model.moe.dispatch.chunks",
     "train.accumulation_steps",
-    "train.stages.accumulation_steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -49,15 +55,21 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
 
 
 def may_change(key: str, config: Config) -> bool:
-    """Whether a run goes on with another value of a dotted key.
+    """Whether a run goes on with another value of a dotted key, or of its column of stages.
 
     Micro-batches are part of the model where their tokens compete for places.
     """
-    moe = config.model.moe
-    drops = moe.drop or moe.evaluation_drop
-    if key.endswith("accumulation_steps") and (drops or get_router(moe)[0].competes):
+    key = key.removeprefix("train.stages.")
+    if key == "train.accumulation_steps" and any(map(_competes, stages_of(config))):
         return False
     return key in _MAY_CHANGE
+
+
+def _competes(stage: Stage) -> bool:
+    moe = stage.config.model.moe
+    if moe.n_routed_experts == 0:
+        return False
+    return bool(moe.drop or moe.evaluation_drop or get_router(moe)[0].competes)
 
 
 @contextlib.contextmanager
@@ -97,20 +109,25 @@ def _claimed(directory: Path, config: Config) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         if (directory / CONFIG).exists() and (directory / METRICS).exists():
-            _refuse_other(directory, config)  # one that never took a step is in nobody's way
+            _refuse_other(directory, config)  # a run that never took a step holds nothing to lose
         write_json(directory / CONFIG, to_config_dict(config).to_dict())
         yield
 
 
-def read_config(workdir: str | Path) -> Config:
+def read_config(workdir: str | Path, key: str | None = None) -> Config:
     """The config of the run in a workdir.
+
+    Args:
+      workdir: of the run.
+      key: what the user calls it, with its value, for errors; None is --workdir.
 
     Raises:
       ValueError: if there is none, or it cannot be read.
     """
     path = Path(workdir).expanduser().absolute() / CONFIG
     if not path.exists():
-        raise ValueError(f"--workdir={path.parent}: holds no run (there is no {CONFIG})")
+        key = key or f"--workdir={path.parent}"
+        raise ValueError(f"{key}: holds no run (there is no {CONFIG})")
     try:
         return from_config_dict(json.loads(path.read_text()))
     except ValueError as error:
@@ -136,7 +153,7 @@ def read_evaluation(workdir: str | Path) -> dict[str, Any] | None:
 
 def _refuse_foreign(directory: Path) -> None:
     if (directory / CONFIG).exists():
-        read_config(directory)  # refuses another program's: the name is not ours alone
+        read_config(directory)  # refuses that of another program, which may have the same name
         return
     if not directory.exists():
         return

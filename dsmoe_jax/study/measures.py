@@ -62,11 +62,15 @@ class Measure:
     note: str = ""
 
     @property
-    def axis(self) -> str:
-        """The label of an axis."""
-        label = f"{self.title}, {self.unit}" if self.unit else self.title
-        better = {True: " (lower is better)", False: " (higher is better)", None: ""}
-        return label + better[self.lower_is_better]
+    def label(self) -> str:
+        """Title and unit, for an axis."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    @property
+    def better(self) -> str:
+        """Which way is better, in words; "" where neither is."""
+        words = {True: "lower is better", False: "higher is better", None: ""}
+        return words[self.lower_is_better]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dsmoe_jax.config import Config, stages_of
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.parallel.mesh import BATCH_AXES, make_mesh
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 
 def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:

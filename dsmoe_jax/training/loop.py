@@ -15,7 +15,7 @@ import jax
 
 from dsmoe_jax.config import Config, stage_of, stages_of, tokens_after
 from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.opening import check_same_corpus, open_corpus
+from dsmoe_jax.data.opening import open_corpus, tokenizer_fingerprint
 from dsmoe_jax.hardware.peak import peak_flops
 from dsmoe_jax.model.size import train_flops_per_token
 from dsmoe_jax.parallel import hosts
@@ -35,14 +35,9 @@ from dsmoe_jax.training.rows import (
     training_row,
     validation_row,
 )
-from dsmoe_jax.training.stages import StageRun
-from dsmoe_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    abstract_model,
-    abstract_state,
-    init_state,
-)
+from dsmoe_jax.training.stages import StageRun, check_stages
+from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
+from dsmoe_jax.training.step import StepMetrics
 
 
 class NonFinite(ValueError):
@@ -51,7 +46,7 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` leaves behind.
+    """Outcome of a call of `train`.
 
     Attributes:
       step: updates made.
@@ -74,7 +69,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
 
     Args:
       config: of the run.
-      workdir: where everything is kept, see workdir.py.
+      workdir: where everything is kept, see runs/workdir.py.
       progress: whether to show a progress line on stderr.
 
     Raises:
@@ -82,9 +77,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
-    for stage in stages_of(config):  # refuses the impossible before anything is written
-        abstract_model(stage.config)
-        make_schedule(stage.config.optimizer, config.train.steps)
+    _check(config)
     hosts.require_same_config(config)
     speaks = progress and hosts.is_first()
     line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
@@ -103,9 +96,19 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
                 trainer.close()
 
 
+def _check(config: Config) -> None:
+    """Refuses what cannot be trained, before anything is written."""
+    for stage in stages_of(config):
+        make_schedule(stage.config.optimizer, config.train.steps)
+    check_stages(config)
+    routing_records.check_keys(config)
+    check_start_from(config)
+
+
 def _finished(directory: Path, config: Config) -> dict[str, Any] | None:
-    """The `Result` of a run that needs no more steps."""
-    evaluation, steps = workdirs.read_evaluation(directory), config.train.steps
+    """The `Result` of a run that needs no more steps; None if it does."""
+    evaluation = workdirs.read_evaluation(directory)
+    steps = config.train.steps
     if evaluation is None or evaluation.get("step") != steps:
         return None
     row = read_rows(directory)[-1]
@@ -123,13 +126,17 @@ class _Trainer:
         line: ProgressLine,
         interrupts: Interrupts,
     ):
-        self.config, self.corpus, self.directory = config, corpus, directory
-        self.line, self.interrupts = line, interrupts
-        train = config.train
+        self.config = config
+        self.corpus = corpus
+        self.directory = directory
+        self.line = line
+        self.interrupts = interrupts
         self.recorder, self.recording = routing_records.of_run(
             config, directory, corpus.fingerprint
         )
-        self.checkpoints = Checkpoints(directory / workdirs.CHECKPOINTS, train.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            directory / workdirs.CHECKPOINTS, config.train.keep_checkpoints
+        )
         self.log: MetricsLog | None = None
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
@@ -178,16 +185,14 @@ class _Trainer:
 
     def _start(self) -> tuple[TrainState, int, int | None]:
         """The state to go on from, its step, and the checkpoint that it came from."""
-        saved = self.checkpoints.steps()
-        if not saved:
+        state, step, extra = start(self.config, self.checkpoints, self.corpus)
+        if extra is None:
             self.now = self._stage(0)
-            return init_state(self.config, lambda: self.corpus.token_counts_V), 0, None
-        state, extra = self.checkpoints.restore(abstract_state(self.config), saved[-1])
-        check_same_corpus(self.corpus, extra["corpus"])
-        self.now = self._stage(saved[-1], extra["data"])
+            return state, 0, None
+        self.now = self._stage(step, extra["data"])
         self.running_load = RunningLoad(extra["running_load"])
-        self.line.message(f"{self.config.name}: going on from step {saved[-1]}")
-        return state, saved[-1], saved[-1]
+        self.line.message(f"{self.config.name}: going on from step {step}")
+        return state, step, step
 
     def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
@@ -246,9 +251,13 @@ class _Trainer:
 
     def _save(self, step: int, state: TrainState) -> None:
         if step != self.saved_step:
-            extra = {"data": self.now.position(), "corpus": self.corpus.fingerprint}
-            extra["running_load"] = self.running_load.saved()
-            self.checkpoints.save(step, state, extra)
+            extra = {
+                "data": self.now.position(),
+                "corpus": self.corpus.fingerprint,
+                "tokenizer": tokenizer_fingerprint(self.corpus),
+                "running_load": self.running_load.saved(),
+            }
+            self.checkpoints.save(step, to_items(state), extra)
             self.saved_step = step
 
     def _stop(self, step: int, state: TrainState) -> None:

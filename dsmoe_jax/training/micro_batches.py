@@ -1,26 +1,141 @@
-"""A global batch computed in parts, one after the other: cut up, added up, put together again.
+"""The gradient of a global batch, computed in micro-batches one after the other.
 
-Shapes: B sequences of the global batch, b of a micro-batch, n micro-batches, L MoE layers.
+Accumulation changes no number: every part of the loss knows the counts of the whole batch.
+
+Shapes: B sequences of the global batch, b of a micro-batch, n micro-batches, S positions, L MoE
+layers, G groups of a balance term.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.evaluation.cross_entropy import Sums, token_sums
+from dsmoe_jax.model.build import abstract_model
+from dsmoe_jax.model.types import ModelInputs, Output
+from dsmoe_jax.moe import losses
+from dsmoe_jax.moe.report import LoggedSums
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.training.objective import LossContext, balance_terms, training_loss
 
 
-def split(batch: Batch, n_micro: int) -> tuple[Batch, jax.Array]:
-    """The micro-batches along a new leading axis, with their sequences' places in the batch.
+class MicroBatch(NamedTuple):
+    """Some sequences of the global batch, and their places in it.
 
     Noise and protection go by these places: they are the same in any number of micro-batches.
     """
-    whole = batch, jnp.arange(len(batch["tokens_BS"]))
+
+    batch: Batch
+    sequence_ids_B: jax.Array
+
+
+class Totals(NamedTuple):
+    """Results of a micro-batch besides its gradient; those of all micro-batches add up.
+
+    Attributes:
+      total_loss: what is differentiated.
+      parts: of the loss, by name.
+      sums: over predicted tokens.
+      terms: of the balance, without their weights, (L,).
+      router: sums of the MoE layers, for the log; None without routed experts.
+    """
+
+    total_loss: jax.Array
+    parts: dict[str, jax.Array]
+    sums: Sums
+    terms: dict[str, jax.Array]
+    router: LoggedSums | None
+
+
+class Gradients(NamedTuple):
+    """Results of a global batch.
+
+    Attributes:
+      totals: of all micro-batches.
+      params: the gradient of the total loss with respect to the parameters.
+      recorded: routing of the batch, (L, B, S, K), if the run records it.
+    """
+
+    totals: Totals
+    params: nnx.State
+    recorded: RecordedRouting | None
+
+
+def make_gradients(config: Config, bytes_V: Any) -> Callable[..., Gradients]:
+    """Builds `(params, other, batch, rng, weights) -> Gradients` of a global batch.
+
+    Args:
+      config: of the run.
+      bytes_V: UTF-8 bytes of each token.
+    """
+    graph = abstract_model(config.model)
+    counted = losses.counted_over_batch(config.model.moe.balance)
+    n_micro = config.train.accumulation_steps
+
+    def forward(params, other, micro: MicroBatch, rng) -> Output:
+        model = nnx.merge(graph, params, other)
+        return model.forward(ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng))
+
+    def loss_fn(params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
+        output = forward(params, other, micro, rng)
+        nll_BS, sums = token_sums(output.logits_BSV, micro.batch, bytes_V)
+        terms = balance_terms(output, whole)
+        context = LossContext(config, micro.batch, output, nll_BS, sums, terms, weights, all_tokens)
+        loss, parts = training_loss(context)
+        report = output.report
+        logged = None if report is None else report.logged
+        recorded = report.recorded if report is not None and config.train.record_routing else None
+        return loss, (Totals(loss, parts, sums, terms, logged), recorded)
+
+    def load_of_batch(params, other, micros: MicroBatch, rng) -> dict[str, jax.Array] | None:
+        """What all micro-batches together send to each group, by term.
+
+        Terms of scope `global_batch` need it before the gradient of the first micro-batch: it is
+        counted in a forward pass of its own, which costs what a forward pass costs, and only then.
+        """
+        if n_micro == 1 or not counted:
+            return None
+
+        def sent(micro: MicroBatch):
+            report = forward(params, other, micro, rng).report
+            assert report is not None
+            return {name: report.loss_inputs.terms[name].sent_G for name in counted}, None
+
+        return add_up(sent, micros)[0]
+
+    def gradients(params, other, batch: Batch, rng, weights) -> Gradients:
+        micros = split(batch, n_micro)
+        sent_LG = load_of_batch(params, other, micros, rng)
+        all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
+        whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
+
+        def part_of(micro: MicroBatch):
+            grad_fn = jax.grad(loss_fn, has_aux=True)
+            grads, (totals, recorded) = grad_fn(
+                params, other, micro, rng, weights, all_tokens, whole
+            )
+            return (totals, grads), recorded
+
+        (totals, grads), recorded = add_up(part_of, micros)
+        return Gradients(totals, grads, None if recorded is None else join(recorded))
+
+    return gradients
+
+
+def split(batch: Batch, n_micro: int) -> MicroBatch:
+    """The micro-batches along a new leading axis."""
+    n_sequences = len(batch["tokens_BS"])
+    chex.assert_is_divisible(n_sequences, n_micro)
+    whole = MicroBatch(batch, jnp.arange(n_sequences))
     if n_micro == 1:
         return jax.tree.map(lambda x: x[None], whole)
 
@@ -34,14 +149,18 @@ def split(batch: Batch, n_micro: int) -> tuple[Batch, jax.Array]:
 
 def join(micros: Any) -> Any:
     """Puts the rows that `split` has cut apart back in order: (n, L, b, ...) -> (L, b n, ...)."""
-    back = lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])  # noqa: E731
-    return jax.tree.map(back, micros)
+
+    def whole(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
+
+    return jax.tree.map(whole, micros)
 
 
 def add_up(part_of: Callable[[Any], tuple[Any, Any]], micros: Any) -> tuple[Any, Any]:
-    """`part_of` of the micro-batches, one after the other: its first results' sum, all second ones.
+    """Calls `part_of` for one micro-batch after the other.
 
-    The second ones are along a new leading axis.
+    Returns:
+      The sum of its first results, and all second ones along a new leading axis.
     """
     first = jax.tree.map(lambda x: x[0], micros)
     if len(jax.tree.leaves(micros)[0]) == 1:

@@ -38,8 +38,12 @@ def first_values(
     state, settings = found
     if state.from_token_counts is None or not state.first(settings):
         return {}
-    key = f"model.moe.router.options of {model.moe.router.name}"
-    require(token_counts is not None, key, dict(settings.config.options), "needs token counts")
+    require(
+        token_counts is not None,
+        "model.moe.router.options",
+        dict(settings.config.options),
+        f"with these the {model.moe.router.name} router needs token counts of the training text",
+    )
     assert token_counts is not None
     counted = token_counts()
     counts_V = np.zeros(model.vocab_size, np.int64)

@@ -11,7 +11,9 @@ import numpy as np
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.moe.losses import TERMS
 from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary, maxvio
+from dsmoe_jax.training.objective import LOSS_PARTS
 from dsmoe_jax.training.step import StepMetrics
 
 RUNNING_DECAY = 0.99  # a step's weight in the running load after one more step
@@ -35,7 +37,7 @@ class RunningLoad:
             self.load_LE = load_LE + before
 
     def row(self) -> dict[str, Any]:
-        """What of it is logged."""
+        """Keys of metrics.jsonl that come of it."""
         return {} if self.load_LE is None else {"maxvio_running": maxvio(self.load_LE)}
 
     def saved(self) -> list[list[float]] | None:
@@ -56,6 +58,7 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
         "bits_per_byte": bits_per_byte(loss * tokens, n_bytes),
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": float(metrics.learning_rate),
+        **_logged_parts(metrics),
     }
     if metrics.router is None:
         return row
@@ -64,7 +67,7 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row |= {
         f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.token_sums.items()
     }
-    row |= {name: as_list(term_L) for name, term_L in metrics.terms.items()}
+    row |= {_term_key(name): as_list(term_L) for name, term_L in metrics.terms.items()}
     row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:
         bytes_of_row = model.hidden_size * compute_dtype(model).itemsize
@@ -76,15 +79,28 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     return row
 
 
+def _term_key(name: str) -> str:
+    """The key of a balance term: expert_balance, ...; router_z, which balances nothing."""
+    return f"{name}_balance" if TERMS[name].balances else name
+
+
+def _logged_parts(metrics: StepMetrics) -> dict[str, float]:
+    """The parts of the loss that have keys of their own."""
+    keys = {name: LOSS_PARTS[name].logged_as for name in metrics.parts}
+    return {key: float(metrics.parts[name]) for name, key in keys.items() if key is not None}
+
+
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
-    """What `HeldOut.measure` found after a step; of the expert loads only how uneven they are."""
+    """The results of `HeldOut.measure` after a step; of the loads only how uneven they are."""
     keys = ("loss", "bits_per_byte", "tokens", "maxvio", "dropped", "domains")
     return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
 
 
 def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
-    """Name and value of the first metric that is not finite: causes before what they spoil."""
-    watched = {"loss": metrics.loss, **metrics.terms}
+    """Name and value of the first metric that is not finite: causes before their effects."""
+    watched = {"loss": metrics.loss}
+    watched |= {_term_key(name): term_L for name, term_L in metrics.terms.items()}
+    watched |= _logged_parts(metrics)
     if metrics.router is not None:
         watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.token_sums.items()}
     watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}
@@ -96,7 +112,7 @@ def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
 
 
 def shown(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """What a progress line says besides the loss: the last speed and MaxVio."""
+    """Fields of the progress line besides the loss: the last speed and MaxVio."""
     row = next((r for r in reversed(rows) if "tokens_per_second" in r), {})
     fields = {}
     if "tokens_per_second" in row:

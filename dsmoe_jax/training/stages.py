@@ -1,4 +1,4 @@
-"""What the steps of one stage are made with: its data, its compiled step, its evaluation.
+"""A stage of a run at work: its data, its compiled step, its evaluation.
 
 A run without stages is one stage.
 """
@@ -7,20 +7,55 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsmoe_jax.config import Stage
+from dsmoe_jax.config import Config, Stage, replace, stages_of
+from dsmoe_jax.config.stages import without_stages
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.routing_records import TRAIN, Recorder, Recording
-from dsmoe_jax.training.step import abstract_model, jit_train_step
+from dsmoe_jax.runs import routing_records
+from dsmoe_jax.runs.routing_records import Recorder, Recording
+from dsmoe_jax.training.start import shapes_by_path, state_shapes
+from dsmoe_jax.training.step import jit_train_step
+
+
+def check_stages(config: Config) -> None:
+    """Refuses stages in which the state would have other shapes than in the others.
+
+    Raises:
+      ValueError: naming the key and an array, and as `state_shapes` does.
+    """
+    whole = without_stages(config)
+    wanted = shapes_by_path(state_shapes(whole))
+    for number, stage in enumerate(stages_of(config)):
+        found = shapes_by_path(state_shapes(stage.config))
+        if found == wanted:
+            continue
+        path = next(p for p in {**wanted, **found} if wanted.get(p) != found.get(p))
+        columns = config.train.stages or {}
+        keys = [key for key in columns if key.startswith("model.")]
+        guilty = [key for key in keys if _changes(whole, key, columns[key][number], wanted)]
+        key = (guilty or keys)[0]
+        raise ValueError(
+            f"train.stages.{key}={columns[key]}: changes the shape of {path}, cannot change"
+            " during a run"
+        )
+
+
+def _changes(config: Config, key: str, value: Any, wanted: dict[str, Any]) -> bool:
+    """Whether a key by itself gives the state other shapes."""
+    try:
+        return shapes_by_path(state_shapes(replace(config, **{key: value}))) != wanted
+    except ValueError:  # possible only together with another key
+        return True
 
 
 class StageRun:
     """A stage that is being trained, on the ambient mesh.
 
     Attributes:
-      stage: which.
+      stage: of the run.
       train_step: `(state, batch) -> (state, metrics)`, compiled at its first call.
       held_out: evaluates with the stage's model.
     """
@@ -42,7 +77,8 @@ class StageRun:
           recorder: of the routing of held-out text.
           recording: routing to replay.
         """
-        config, train = stage.config, stage.config.train
+        config = stage.config
+        train = config.train
         self.stage = stage
         self._rows = sharding.local_rows(train.global_batch_size)
         self._batches = train_batches(
@@ -56,22 +92,23 @@ class StageRun:
         if position is not None:
             self._batches.set_state(position)
         micro_batch = train.global_batch_size // train.accumulation_steps
-        self._recording = recording
+        self._recording = recording if routing_records.needs(config) else None
         self.held_out = HeldOut(
-            abstract_model(config),
+            abstract_model(config.model),
             corpus,
             micro_batch,
             train.eval_batches,
             recorder,
-            recording if config.model.moe.router.name == "replay" else None,
+            recording if routing_records.needs(config) == "routing" else None,
         )
         self.train_step = jit_train_step(config, corpus.bytes_per_token_V)
 
     def next_batch(self, step: int) -> Batch:
         """The batch of a step, which is the next one."""
-        batch, batch_size = next(self._batches), self.stage.config.train.global_batch_size
+        batch = next(self._batches)
+        batch_size = self.stage.config.train.global_batch_size
         if self._recording is not None:
-            batch |= self._recording.read(TRAIN, step, batch_size, self._rows)
+            batch |= self._recording.read(routing_records.TRAIN, step, batch_size, self._rows)
         return sharding.global_batch(batch, self._rows, batch_size)
 
     def position(self) -> dict[str, Any]:

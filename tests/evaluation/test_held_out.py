@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dsmoe_jax.config import Config, replace
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.data.packing import decode_record, read_records
 from dsmoe_jax.evaluation.held_out import HeldOut
-from dsmoe_jax.training.step import build_model
+from dsmoe_jax.model.build import build_model
 
 CONFIG = replace(
     Config(),
@@ -39,7 +40,7 @@ def corpus(tiny_corpus):
 
 @pytest.fixture(scope="module")
 def model():
-    graph, state = nnx.split(build_model(CONFIG))
+    graph, state = nnx.split(build_model(CONFIG.model, jax.random.key(CONFIG.train.seed)))
     return nnx.merge(graph, state)
 
 
@@ -110,7 +111,7 @@ def test_a_look_at_some_batches(model, corpus, result):
 def test_what_is_dropped_is_counted(corpus, result):
     assert result["dropped"] == [0]
     config = replace(CONFIG, **{"model.moe.evaluation_drop.capacity_factor": 0.5})
-    graph, params, other = nnx.split(build_model(config), nnx.Param, ...)
+    graph, params, other = nnx.split(build_model(config.model, jax.random.key(0)), nnx.Param, ...)
     cut = HeldOut(graph, corpus, batch_size=8, max_batches=2).measure(params, other)
     sent = np.sum(cut["load"])
     assert 0.3 * sent < cut["dropped"][0] < sent, "padding leaves a bit more than half the room"

@@ -1,9 +1,9 @@
 """Fixtures of the tests of models."""
 
 import pytest
-from tiny_model import make
 
 from dsmoe_jax.model.transformer import Transformer
+from tests.model.tiny_model import make
 
 
 @pytest.fixture(scope="package")

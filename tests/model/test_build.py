@@ -4,17 +4,17 @@ import chex
 import jax
 import pytest
 from flax import nnx
-from tiny_model import make, tiny
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.model.build import ModelState, abstract_model, build_model, model_shapes
+from tests.model.tiny_model import config_of, make
 
 BIASED = {"model.moe.router.bias_update_speed": 1e-3}
 
 
 def test_structure_and_shapes_are_those_of_the_model():
     graph, params, other = nnx.split(make(**BIASED), nnx.Param, ...)
-    config = tiny(**BIASED).model
+    config = config_of(**BIASED).model
     assert abstract_model(config) == graph
     assert jax.tree.leaves(other), "the bias is no parameter"
     chex.assert_trees_all_equal_shapes_and_dtypes(model_shapes(config), ModelState(params, other))
@@ -27,7 +27,7 @@ def test_nothing_is_allocated():
 
 
 def test_parameters_follow_the_key():
-    config = tiny().model
+    config = config_of().model
     draw = jax.jit(lambda key: nnx.state(build_model(config, key), nnx.Param))
     first = draw(jax.random.key(0))
     chex.assert_trees_all_equal(first, draw(jax.random.key(0)))

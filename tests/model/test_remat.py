@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny_model import V, tiny
 
 from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.remat import REMAT
+from tests.model.tiny_model import V, config_of
 
 TOKENS = jax.random.randint(jax.random.key(5), (2, 12), 0, V)
 
@@ -17,7 +17,7 @@ def test_memory_changes_but_not_the_results(model):
     params = nnx.split(model, nnx.Param, ...)[1:]
     losses, text = {}, {}
     for name in REMAT:
-        graph = abstract_model(tiny(**{"model.remat": name}).model)
+        graph = abstract_model(config_of(**{"model.remat": name}).model)
 
         def loss(params, graph=graph):
             return jnp.square(nnx.merge(graph, *params)(TOKENS)).mean()
@@ -35,4 +35,4 @@ def test_memory_changes_but_not_the_results(model):
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"model\.remat='some'.*'none', 'dots', 'full'"):
-        abstract_model(tiny(**{"model.remat": "some"}).model)
+        abstract_model(config_of(**{"model.remat": "some"}).model)

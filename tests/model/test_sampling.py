@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import greedy, make
 
 from dsmoe_jax.model.sampling import generate, sample
+from tests.model.tiny_model import greedy, make
 
 
 @pytest.fixture(scope="module")

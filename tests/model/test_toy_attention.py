@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import V, greedy, tiny
 
 from dsmoe_jax.config import replace
 from dsmoe_jax.model import size
@@ -21,7 +20,10 @@ from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.attention import Activations, Attention
 from dsmoe_jax.nn.layers import init_matrix, linear
 from dsmoe_jax.planning import planner
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
+from tests.model.tiny_model import V, config_of, greedy
+from tests.tools.tiny import batch
 
 B, S = 2, 8
 OPTIONS = {"rank": 4}
@@ -65,7 +67,7 @@ MEAN = Attention(
 @pytest.fixture
 def config(monkeypatch):
     monkeypatch.setitem(attention.ATTENTION, "mean", MEAN)
-    return tiny(
+    return config_of(
         **{
             "model.attention.name": "mean",
             "model.attention.options.rank": 3,
@@ -87,16 +89,8 @@ def test_generation_equals_recomputing_the_whole_sequence(config):
 
 def test_a_step_trains_it(config):
     state = init_state(config)
-    tokens_BS = np.arange(B * S, dtype=np.int32).reshape(B, S)
-    batch = {
-        "tokens_BS": tokens_BS,
-        "targets_BS": tokens_BS + 1,
-        "segment_ids_BS": np.ones((B, S), np.int32),
-        "positions_BS": np.tile(np.arange(S, dtype=np.int32), (B, 1)),
-        "loss_mask_BS": np.ones((B, S), np.float32),
-    }
     step = jax.jit(make_train_step(config, np.ones(V, np.int32)))
-    after, metrics = step(state, batch)
+    after, metrics = step(state, batch(config))
     assert np.isfinite(metrics.loss)
     for name in ("down_HD", "up_DH"):
         for old, new in zip(_parameters(state, name), _parameters(after, name), strict=True):
@@ -114,7 +108,7 @@ def _parameters(state, name):
 def test_its_costs_are_counted(config):
     count = size.count_parameters(config.model)
     assert count == size.parameters_by_formula(config.model)
-    with_grouped = replace(config, **{"model.attention": tiny().model.attention})
+    with_grouped = replace(config, **{"model.attention": config_of().model.attention})
     grouped = 32 * 8 * 2 * (4 + 2)
     difference = size.count_parameters(with_grouped.model).total - count.total
     assert difference == 4 * (grouped - 2 * 32 * 3)

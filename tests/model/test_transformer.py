@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import V, make, tiny
 
 from dsmoe_jax.model import transformer
 from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.model.types import ModelInputs
+from tests.model.tiny_model import V, config_of, make
 
 S = 12
 TOKENS = jax.random.randint(jax.random.key(5), (2, S), 0, V)
@@ -62,39 +62,6 @@ def test_dense_model_agrees_with_hugging_face_llama():
     np.testing.assert_allclose(model(TOKENS), want, atol=2e-5)
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_moe_layer_agrees_with_hugging_face_olmoe(renormalise):
-    """OLMoE routes as V1 does: softmax over all experts, top-k, gates renormalised or not."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
-
-    from dsmoe_jax.moe.layer import MoELayer
-
-    overrides = {"model.moe.n_shared_experts": 0, "model.moe.router.norm_topk_prob": renormalise}
-    config = tiny(**overrides).model
-    layer = MoELayer(config, rngs=nnx.Rngs(1))
-    theirs = OlmoeSparseMoeBlock(
-        OlmoeConfig(hidden_size=32, intermediate_size=16, num_experts=6, num_experts_per_tok=2,
-                    norm_topk_prob=renormalise, experts_implementation="eager")
-    )  # fmt: skip
-
-    def take(x):
-        return torch.tensor(np.asarray(x))
-
-    theirs.gate.weight.data = take(layer.router_ED[...])
-    fused = jnp.concatenate([layer.gate_EFD[...], layer.up_EFD[...]], axis=1)
-    theirs.experts.gate_up_proj.data = take(fused)
-    theirs.experts.down_proj.data = take(layer.down_EDF[...])
-    x = jax.random.normal(jax.random.key(3), (2, 7, 32))
-    with torch.no_grad():
-        want = theirs(take(x))
-    want = (want[0] if isinstance(want, tuple) else want).numpy()
-    got, _ = layer(x, jnp.zeros((2, 7), jnp.int32), jnp.ones((2, 7), bool))
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-
 @pytest.mark.parametrize("begin", [0, 4])  # of the second document; 0: there is one only
 def test_causality_by_gradient(gradient_of_logit, begin):
     """Logits at position t depend on the tokens of its document up to t, and on no other."""
@@ -113,40 +80,45 @@ def gradient_of_logit(model):
     graph, params = nnx.split(model)
 
     def logit(params, segments_BS, t):
-        return (
-            nnx.merge(graph, params)
-            .forward(ModelInputs(tokens, segments_BS))
-            .logits_BSV[0, t]
-            .sum()
-        )
+        output = nnx.merge(graph, params).forward(ModelInputs(tokens, segments_BS))
+        return output.logits_BSV[0, t].sum()
 
     grad = jax.jit(jax.grad(logit))
     return lambda *args: grad(params, *args).embedding_VD[...]
 
 
 def test_packed_documents_do_not_see_each_other(model):
-    first, second = TOKENS[:1, :5], TOKENS[1:, :7]
-    packed = jnp.concatenate([first, second], axis=1)
-    segments = jnp.array([[1] * 5 + [2] * 7])
-    positions = jnp.array([[*range(5), *range(7)]])
-    logits = model.forward(ModelInputs(packed, segments, positions)).logits_BSV
-    np.testing.assert_allclose(logits[:, :5], model(first), atol=1e-5)
-    np.testing.assert_allclose(logits[:, 5:], model(second), atol=1e-5)
-    assert jnp.abs(model(packed)[:, 5:] - logits[:, 5:]).max() > 1e-2  # the mask matters
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def logits(*arrays):
+        return nnx.merge(graph, state).forward(ModelInputs(*arrays)).logits_BSV
+
+    one_document = jnp.ones((2, S), jnp.int32), jnp.tile(jnp.arange(S), (2, 1))
+    alone = logits(TOKENS, *one_document)
+    packed = jnp.concatenate([TOKENS[:1, :5], TOKENS[1:, :7]], axis=1)
+    packed = jnp.tile(packed, (2, 1))
+    segments = jnp.array([[1] * 5 + [2] * 7] * 2)
+    positions = jnp.array([[*range(5), *range(7)]] * 2)
+    together, _ = logits(packed, segments, positions)
+    np.testing.assert_allclose(together[:5], alone[0, :5], atol=1e-5)
+    np.testing.assert_allclose(together[5:], alone[1, :7], atol=1e-5)
+    unmasked, _ = logits(packed, *one_document)
+    assert jnp.abs(unmasked[5:] - together[5:]).max() > 1e-2  # the mask matters
 
 
 def test_padding_is_not_counted(model):
     segments = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
-    stats = model.forward(ModelInputs(TOKENS, segments)).report
-    np.testing.assert_array_equal(stats.tokens, [21, 21])
-    np.testing.assert_array_equal(stats.load_E.sum(axis=1), [42, 42])
+    logged = model.forward(ModelInputs(TOKENS, segments)).report.logged
+    np.testing.assert_array_equal(logged.tokens, [21, 21])
+    np.testing.assert_array_equal(logged.load_E.sum(axis=1), [42, 42])
 
 
 def test_layers_draw_different_noise():
     model = make(**{"model.moe.router.name": "reinforce"})
     model.layers.moe.router_ED[...] *= 0  # what is drawn is the noise's doing alone
     output = model.forward(ModelInputs(TOKENS, rng=jax.random.key(0)))
-    first, second = output.report.load_E
+    first, second = output.report.logged.load_E
     assert (first != second).any()
 
 
@@ -169,7 +141,7 @@ def test_cache_gives_the_same_logits(model):
 
 def test_program_size_does_not_grow_with_depth():
     def size(layers):
-        config = tiny(**{"model.num_hidden_layers": layers}).model
+        config = config_of(**{"model.num_hidden_layers": layers}).model
         graph, shapes = abstract_model(config), model_shapes(config)
 
         def run(params, other):
@@ -212,5 +184,5 @@ def test_bfloat16_compute_keeps_float32_parameters(model):
 def test_compute_dtype_follows_the_platform(monkeypatch):
     for platform, dtype in (("cpu", jnp.float32), ("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16)):
         monkeypatch.setattr(transformer, "platform", lambda name=platform: name)
-        assert compute_dtype(tiny().model) == dtype
-        assert compute_dtype(tiny(**{"model.compute_dtype": "float32"}).model) == jnp.float32
+        assert compute_dtype(config_of().model) == dtype
+        assert compute_dtype(config_of(**{"model.compute_dtype": "float32"}).model) == jnp.float32

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import tiny
 
 from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.types import ModelInputs
+from tests.model.tiny_model import config_of
 
 B, S, LAYERS, K = 2, 5, 3, 4
 
@@ -53,7 +53,7 @@ def test_recorded_routing_of_a_batch_is_replayed():
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_parts_of_another_shape_are_refused_when_a_model_is_traced(wrong):
-    config = tiny().model
+    config = config_of().model
     inputs = ModelInputs(**{"tokens_BS": jnp.zeros((B, S), jnp.int32), **wrong})
 
     def run(params, other):

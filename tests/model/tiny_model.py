@@ -1,4 +1,4 @@
-"""The config of the model that the tests of models use: every kind of layer, grouped queries."""
+"""The tiny model with every kind of layer: leading dense ones, shared experts, grouped queries."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.model.build import build_model
 from dsmoe_jax.model.transformer import Transformer
-from tests.tools.tiny import tiny as any_tiny
+from tests.tools import tiny
 
 V = 64
-LAYERS = {
+MODEL = {
     "model.vocab_size": V,
     "model.num_hidden_layers": 4,
     "model.first_k_dense_replace": 2,
@@ -25,15 +26,15 @@ LAYERS = {
 }
 
 
-def tiny(**overrides: object) -> Config:
-    """The tiny config of all tests with these layers, and dotted keys changed."""
-    return any_tiny(**{**LAYERS, **overrides})
+def config_of(**overrides: object) -> Config:
+    """The config of the tiny model with dotted keys changed."""
+    return tiny.tiny(**{**MODEL, **overrides})
 
 
 def make(**overrides: object) -> Transformer:
     """The tiny model with dotted keys changed, its parameters drawn from one key."""
-    config = tiny(**overrides).model
-    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    config = config_of(**overrides).model
+    return jax.jit(lambda: build_model(config, jax.random.key(0)))()
 
 
 def greedy(model: Transformer, prompt_BP: jax.Array, n: int) -> jax.Array:

@@ -1,28 +1,17 @@
 """Sinkhorn and expert choice against plain numpy, BASE against SciPy's linear assignment."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import assignment, balanced, get_router
+from dsmoe_jax.moe.routers import assignment, balanced
 from dsmoe_jax.moe.types import RouterInputs, count_load
+from tests.tools.routing import moe_config, route
 
-T, E, K = 64, 8, 2
+T, E = 64, 8
 TOKENS = jnp.zeros(T, jnp.int32)
-
-
-def moe_config(**kwargs):
-    return MoEConfig(n_routed_experts=E, num_experts_per_tok=K, **kwargs)
-
-
-@functools.partial(jax.jit, static_argnums=(2,))
-def run(logits, inputs, config):
-    return get_router(config).route(logits, inputs, config)
 
 
 def skewed_logits(seed=0):
@@ -38,21 +27,31 @@ def maxvio(ids_TK, valid_T=None):
 
 def test_sinkhorn_shares_are_fair():
     logits = skewed_logits()
-    config = moe_config(router="sinkhorn", sinkhorn_iterations=30)
     x = np.exp(logits.astype(np.float64))
     for _ in range(30):
         x = x / x.sum(axis=0, keepdims=True)
         x = x / x.sum(axis=1, keepdims=True)
-    got = np.exp(balanced.balance(jnp.asarray(logits), None, config))
+    got = np.exp(balanced.balance(jnp.asarray(logits), None, iterations=30))
     np.testing.assert_allclose(got, x, rtol=1e-3)
     np.testing.assert_allclose(got.sum(axis=0), T / E, rtol=1e-2)
 
 
+def test_sinkhorn_takes_as_many_iterations_as_its_option_says():
+    """None leave the logits as they are, one is not enough; the default is eight."""
+    logits, inputs = skewed_logits(), RouterInputs(TOKENS, rng=jax.random.key(0))
+    ids = [
+        route(logits, inputs, moe_config("sinkhorn", options=options)).ids_TK
+        for options in ({"iterations": 0}, {"iterations": 1}, {"iterations": 8}, {})
+    ]
+    assert maxvio(ids[0]) > 1.0 > maxvio(ids[1]) > maxvio(ids[2])
+    np.testing.assert_array_equal(ids[2], ids[3])
+
+
 def test_sinkhorn_evens_the_load_in_training_and_not_in_evaluation():
-    logits, config = skewed_logits(), moe_config(router="sinkhorn")
-    trained = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
-    evaluated = run(logits, RouterInputs(TOKENS), config)
-    plain = run(logits, RouterInputs(TOKENS), moe_config())
+    logits, config = skewed_logits(), moe_config("sinkhorn")
+    trained = route(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
+    evaluated = route(logits, RouterInputs(TOKENS), config)
+    plain = route(logits, RouterInputs(TOKENS), moe_config())
     np.testing.assert_array_equal(evaluated.ids_TK, plain.ids_TK)
     assert maxvio(plain.ids_TK) > 1.0
     assert maxvio(trained.ids_TK) < 0.5
@@ -62,15 +61,15 @@ def test_sinkhorn_evens_the_load_in_training_and_not_in_evaluation():
 
 
 def test_padding_does_not_take_part_in_sinkhorn():
-    logits, config = skewed_logits(), moe_config(router="sinkhorn")
+    logits, config = skewed_logits(), moe_config("sinkhorn")
     padded = np.concatenate([logits, np.full((T, E), 7.0) * np.arange(E)]).astype(np.float32)
     valid = jnp.arange(2 * T) < T
-    got = balanced.balance(jnp.asarray(padded), valid, config)[:T]
-    want = balanced.balance(jnp.asarray(logits), None, config)
+    got = balanced.balance(jnp.asarray(padded), valid, 8)[:T]
+    want = balanced.balance(jnp.asarray(logits), None, 8)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     inputs = RouterInputs(TOKENS, rng=jax.random.key(0))
     more = inputs._replace(token_ids_T=jnp.zeros(2 * T, jnp.int32), valid_T=valid)
-    got, want = run(padded, more, config), run(logits, inputs, config)
+    got, want = route(padded, more, config), route(logits, inputs, config)
     np.testing.assert_array_equal(got.ids_TK[:T], want.ids_TK)
 
 
@@ -88,8 +87,8 @@ def test_expert_choice(n_valid):
     t, capacity = T - 3, 16  # 61 K / E = 15.25, rounded up
     logits = skewed_logits(1)[:t]
     valid = np.random.default_rng(0).permutation(t) < n_valid
-    config = moe_config(router="expert_choice", expert_balance_factor=0.0)
-    routing = run(logits, RouterInputs(TOKENS[:t], jnp.asarray(valid)), config)
+    config = moe_config("expert_choice")
+    routing = route(logits, RouterInputs(TOKENS[:t], jnp.asarray(valid)), config)
     s = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     dense = np.zeros((t, E + 1), np.float32)
     np.put_along_axis(dense, np.asarray(routing.ids_TK), np.asarray(routing.gates_TK), axis=1)
@@ -103,13 +102,13 @@ def test_expert_choice(n_valid):
 
 def test_expert_choice_leaks_the_future():
     """A later token changes who serves an earlier one: what its docstring warns of."""
-    logits, config = skewed_logits(1), moe_config(router="expert_choice", expert_balance_factor=0.0)
+    logits, config = skewed_logits(1), moe_config("expert_choice")
     later = logits.copy()
     later[T // 2 :] += 9.0 * (np.arange(E) == 0)
-    a, b = (run(x, RouterInputs(TOKENS), config).gates_TK[: T // 2] for x in (logits, later))
+    a, b = (route(x, RouterInputs(TOKENS), config).gates_TK[: T // 2] for x in (logits, later))
     assert jnp.abs(a - b).max() > 0.01
     plain = moe_config()
-    a, b = (run(x, RouterInputs(TOKENS), plain).gates_TK[: T // 2] for x in (logits, later))
+    a, b = (route(x, RouterInputs(TOKENS), plain).gates_TK[: T // 2] for x in (logits, later))
     np.testing.assert_array_equal(a, b)
 
 
@@ -154,15 +153,13 @@ def test_base_assignment_is_the_best_whatever_the_first_prices(monkeypatch):
 
 def test_base_balances_exactly_in_training_and_is_greedy_in_evaluation():
     logits = skewed_logits()
-    config = MoEConfig(
-        n_routed_experts=E, num_experts_per_tok=1, router="base", expert_balance_factor=0.0
-    )
-    trained = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
+    config = moe_config("base", k=1)
+    trained = route(logits, RouterInputs(TOKENS, rng=jax.random.key(0)), config)
     np.testing.assert_array_equal(count_load(trained.ids_TK, E), np.full(E, T / E))
     half = RouterInputs(TOKENS, jnp.arange(T) < T // 2, jax.random.key(0))
-    padded = run(logits, half, config).ids_TK[: T // 2]
+    padded = route(logits, half, config).ids_TK[: T // 2]
     np.testing.assert_array_equal(count_load(padded, E), np.full(E, T / 2 / E))
-    evaluated = run(logits, RouterInputs(TOKENS), config)
+    evaluated = route(logits, RouterInputs(TOKENS), config)
     np.testing.assert_array_equal(evaluated.ids_TK[:, 0], logits.argmax(axis=1))
     for routing in (trained, evaluated):
         chosen = np.take_along_axis(logits, np.asarray(routing.ids_TK), axis=1)

@@ -1,30 +1,36 @@
 """Drop policies against plain numpy, the ledger, and what evaluation may not see."""
 
-import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.config import Config, MoEConfig, replace
+from dsmoe_jax.config import Config, DropConfig, replace
 from dsmoe_jax.moe import dropping
-from dsmoe_jax.moe.layer import MoELayer, nobody_computes_padding
-from dsmoe_jax.moe.types import RouterInputs, Routing
-from dsmoe_jax.training.step import abstract_model
+from dsmoe_jax.moe.dropping import Sizes
+from dsmoe_jax.moe.layer import MoELayer, check_layer
+from dsmoe_jax.moe.types import MoEInputs, RouterInputs, Routing, count_load, unassign
+from dsmoe_jax.training.start import state_shapes
 
 B, S, E, K, D = 4, 16, 8, 2, 2
 T = B * S
+SIZES = Sizes(E, K, D)
 PROTECTED = 1  # the one sequence of four: protection goes to the middle of every four
 
 
-def moe_config(policy, **kwargs):
-    return MoEConfig(
-        n_routed_experts=E, num_experts_per_tok=K, drop_policy=policy, expert_groups=D,
-        protected_share=0.25, **kwargs,
-    )  # fmt: skip
+def drop_config(policy, factor=1.0):
+    return DropConfig(factor, policy, protected_share=0.25)
+
+
+def moe_config(**changes):
+    """`model.moe` of a config with dotted keys in it changed; D devices, E experts."""
+    sizes = {"n_routed_experts": E, "num_experts_per_tok": K, "expert_groups": D}
+    dotted = {f"model.moe.{key}": value for key, value in (sizes | changes).items()}
+    return replace(Config(), **dotted).model.moe
 
 
 def skewed_routing(seed=0):
@@ -35,10 +41,14 @@ def skewed_routing(seed=0):
     return Routing(ids, gates / gates.sum(axis=1, keepdims=True), jnp.asarray(s))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def run(routing, factor, config, first=0):
-    places_B = first + jnp.arange(len(routing.ids_TK) // S)
-    return dropping.drop(routing, places_B, factor, config)
+@functools.partial(jax.jit, static_argnums=1)
+def run(routing, config, first=0):
+    """The routing after dropping, and the ledger of it."""
+    n_sequences = len(routing.ids_TK) // S
+    kept = dropping.drop(routing, first + jnp.arange(n_sequences), config, SIZES)
+    computed_E = count_load(kept.ids_TK, E)
+    ledger = dropping.ledger(routing.ids_TK, kept.ids_TK, computed_E, n_sequences, config, SIZES)
+    return kept, ledger
 
 
 def numpy_kept(ids, affinity, valid, factor, policy):
@@ -65,8 +75,8 @@ def test_against_numpy(policy, factor):
     routing = skewed_routing()
     valid = np.arange(T) % S < 13
     valid[PROTECTED * S : (PROTECTED + 1) * S] = True
-    routing = nobody_computes_padding(routing, jnp.asarray(valid).reshape(B, S), E)
-    kept, ledger = run(routing, factor, moe_config(policy))
+    routing = unassign(routing, jnp.asarray(valid)[:, None], E)
+    kept, ledger = run(routing, drop_config(policy, factor))
     ids, gates = np.asarray(routing.ids_TK), np.asarray(routing.gates_TK)
     want = numpy_kept(ids, np.asarray(routing.affinity_TE), valid, factor, policy)
     np.testing.assert_array_equal(kept.ids_TK, np.where(want, ids, E))
@@ -84,22 +94,22 @@ def test_against_numpy(policy, factor):
 
 
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0])
-def test_protected_sequences_lose_nothing_at_any_budget(factor):
-    kept, _ = run(skewed_routing(1), factor, moe_config("device"))
+def test_protected_sequences_lose_nothing_at_any_capacity(factor):
+    kept, _ = run(skewed_routing(1), drop_config("device", factor))
     lost_B = np.asarray(kept.ids_TK == E).reshape(B, -1).sum(axis=1)
     assert lost_B[PROTECTED] == 0
     assert np.delete(lost_B, PROTECTED).sum() > 0
 
 
 def test_a_micro_batch_of_protected_sequences_loses_nothing():
-    routing, config = skewed_routing(1), moe_config("device")
+    routing, config = skewed_routing(1), drop_config("device", 0.01)
     places = jnp.arange(1000)
     places_B = places[dropping.protected(places, config.protected_share)][:B]
-    kept, _ = dropping.drop(routing, places_B, 0.01, config)
+    kept = dropping.drop(routing, places_B, config, SIZES)
     np.testing.assert_array_equal(kept.ids_TK, routing.ids_TK)
     for n_devices in (1, 2, 4, 8):
         load = np.bincount(np.asarray(kept.ids_TK).ravel() // (E // n_devices))
-        assert load.max() <= dropping.most_kept((B, S), 0.01, config, n_devices)
+        assert load.max() <= dropping.max_kept((B, S), config, SIZES, n_devices)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 1.0])
@@ -115,78 +125,84 @@ def test_the_protected_share_is_that_of_the_global_batch_and_of_its_parts(share,
 def test_nothing_is_dropped_when_there_is_room():
     routing = skewed_routing(2)
     for policy in dropping.POLICIES:
-        kept, ledger = run(routing, float(E), moe_config(policy))
+        kept, ledger = run(routing, drop_config(policy, float(E)))
         np.testing.assert_array_equal(kept.ids_TK, routing.ids_TK)
         np.testing.assert_array_equal(ledger.dropped_E, np.zeros(E))
         np.testing.assert_array_equal(ledger.sent_E, ledger.computed_E)
+    none = dropping.ledger(routing.ids_TK, routing.ids_TK, ledger.sent_E, B, None, SIZES)
+    chex.assert_trees_all_equal(none, ledger)
+
+
+def make_layer(**moe):
+    sizes = {"moe_intermediate_size": 4, "expert_backend": "ragged_dot"}
+    return MoELayer(
+        moe_config(**sizes, **moe),
+        hidden_size=8,
+        vocab_size=50,
+        initializer_range=0.5,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def layer_inputs(rng=None, b=B):
+    return MoEInputs(jnp.zeros((b, S), jnp.int32), jnp.ones((b, S), bool), rng)
 
 
 def test_evaluation_depends_on_the_other_sequences_only_if_it_drops():
-    def layer(**moe):
-        overrides = {
-            "hidden_size": 8, "initializer_range": 0.5, "moe.n_routed_experts": E,
-            "moe.num_experts_per_tok": K, "moe.moe_intermediate_size": 4,
-            "moe.expert_backend": "ragged_dot", **moe,
-        }  # fmt: skip
-        config = replace(Config(), **{f"model.{key}": v for key, v in overrides.items()})
-        return MoELayer(config.model, rngs=nnx.Rngs(0))
-
     x = jax.random.normal(jax.random.key(0), (B, S, 8))
-    ids, valid = jnp.zeros((B, S), jnp.int32), jnp.ones((B, S), bool)
 
     def last_sequence(layer, rng=None):
-        together = layer(x, ids, valid, rng)[0][-1]
-        alone = layer(x[-1:], ids[-1:], valid[-1:], rng)[0][0]
+        together = layer(x, layer_inputs(rng))[0][-1]
+        alone = layer(x[-1:], layer_inputs(rng, b=1))[0][0]
         return np.abs(together - alone).max()
 
-    training_only = layer(**{"moe.capacity_factor": 0.5})
+    training_only = make_layer(**{"drop.capacity_factor": 0.5})
     assert last_sequence(training_only) < 1e-5
-    ledger = training_only(x, ids, valid)[1].ledger
+    ledger = training_only(x, layer_inputs())[1].logged.ledger
     np.testing.assert_array_equal(ledger.computed_E, ledger.sent_E)
     assert ledger.dropped_E.sum() == 0 < ledger.sent_E.sum()
     assert last_sequence(training_only, jax.random.key(0)) > 1e-3
-    assert last_sequence(layer(**{"moe.evaluation_capacity_factor": 0.5})) > 1e-3
+    assert last_sequence(make_layer(**{"evaluation_drop.capacity_factor": 0.5})) > 1e-3
 
 
-@pytest.mark.parametrize("evaluation", ["position", "probability", "device", ""])
-@pytest.mark.parametrize("training", ["position", "probability", "device"])
-def test_training_and_evaluation_drop_by_policies_of_their_own(training, evaluation):
-    """Each loses what `dropping.drop` by its policy and factor takes from the same routing."""
-    overrides = {
-        "hidden_size": 8, "initializer_range": 0.5, "moe.n_routed_experts": E,
-        "moe.num_experts_per_tok": K, "moe.moe_intermediate_size": 4, "moe.expert_groups": D,
-        "moe.expert_backend": "ragged_dot", "moe.capacity_factor": 0.5,
-        "moe.evaluation_capacity_factor": 0.3, "moe.drop_policy": training,
-        "moe.evaluation_drop_policy": evaluation,
-    }  # fmt: skip
-    config = replace(Config(), **{f"model.{key}": v for key, v in overrides.items()}).model
-    layer, x = MoELayer(config, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (B, S, 8))
-    ids, valid = jnp.zeros((B, S), jnp.int32), jnp.ones((B, S), bool)
-    routing = layer.route(x.reshape(-1, 8), RouterInputs(ids.reshape(-1)))
-    for rng, policy, factor in (
-        (jax.random.key(0), training, 0.5),
-        (None, evaluation or training, 0.3),
-    ):
-        by_itself = dataclasses.replace(config.moe, drop_policy=policy)
-        kept, ledger = dropping.drop(routing, jnp.arange(B), factor, by_itself)
-        stats = layer(x, ids, valid, rng)[1]
-        assert stats is not None
-        assert stats.choice is not None
-        np.testing.assert_array_equal(stats.choice.ids.reshape(-1, K), kept.ids_TK)
-        jax.tree.map(np.testing.assert_array_equal, stats.ledger, ledger)
-        assert ledger.dropped_E.sum() > 0
+@pytest.mark.parametrize("evaluation", ["position", "probability", "device", None])
+@pytest.mark.parametrize("training", ["position", "probability", "device", None])
+def test_training_and_evaluation_drop_by_sections_of_their_own(training, evaluation):
+    """Each loses what `dropping.drop` by its section takes from the same routing; None nothing."""
+    drop = None if training is None else drop_config(training, 0.5)
+    evaluation_drop = None if evaluation is None else drop_config(evaluation, 0.3)
+    layer = make_layer(drop=drop, evaluation_drop=evaluation_drop)
+    x = jax.random.normal(jax.random.key(0), (B, S, 8))
+    routing, _ = layer.route(x.reshape(-1, 8), RouterInputs(jnp.zeros(T, jnp.int32)))
+    for rng, config in ((jax.random.key(0), drop), (None, evaluation_drop)):
+        kept, n_lost = routing, 0
+        if config is not None:
+            kept = dropping.drop(routing, jnp.arange(B), config, SIZES)
+            n_lost = (kept.ids_TK == E).sum()
+            assert n_lost > 0
+        report = layer(x, layer_inputs(rng))[1]
+        np.testing.assert_array_equal(report.recorded.ids.reshape(-1, K), kept.ids_TK)
+        ledger = dropping.ledger(
+            routing.ids_TK, kept.ids_TK, count_load(kept.ids_TK, E), B, config, SIZES
+        )
+        chex.assert_trees_all_equal(report.logged.ledger, ledger)
+        assert ledger.dropped_E.sum() == n_lost
 
 
-@pytest.mark.parametrize("key", ["capacity_factor", "evaluation_capacity_factor"])
-def test_a_capacity_below_the_need_of_one_token_is_refused(key):
+@pytest.mark.parametrize("section", ["drop", "evaluation_drop"])
+def test_a_capacity_below_the_need_of_one_token_is_refused(section):
     """16 tokens x 2 choices on 8 experts are 4 for each, on 2 devices 16; one needs 1 or 2."""
     for policy, enough, mean, need in (("position", 0.25, 4, 1), ("device", 0.125, 16, 2)):
-        dropping.check_room(moe_config(policy, **{key: enough}), 16)
-        with pytest.raises(ValueError, match=rf"{key}=0\.1: 16 tokens are {mean} .* need {need};"):
-            dropping.check_room(moe_config(policy, **{key: 0.1}), 16)
+        dropping.check_capacity(moe_config(**{section: drop_config(policy, enough)}), 16)
+        message = (
+            rf"model\.moe\.{section}\.capacity_factor=0\.1: 16 tokens are {mean} .* need {need};"
+            rf".* or model\.moe\.{section}=None"
+        )
+        with pytest.raises(ValueError, match=message):
+            dropping.check_capacity(moe_config(**{section: drop_config(policy, 0.1)}), 16)
     # Of four experts a token at most the two that a device has are there: 32 x 0.0625 are enough.
-    small = dataclasses.replace(moe_config("device"), num_experts_per_tok=4, expert_groups=4)
-    dropping.check_room(dataclasses.replace(small, **{key: 0.0625}), 32)
+    small = {"num_experts_per_tok": 4, "expert_groups": 4}
+    dropping.check_capacity(moe_config(**small, **{section: drop_config("device", 0.0625)}), 32)
 
 
 def test_a_run_without_room_is_refused_before_it_begins():
@@ -194,45 +210,45 @@ def test_a_run_without_room_is_refused_before_it_begins():
         Config(), **{"model.moe.drop.capacity_factor": 0.001, "train.accumulation_steps": 64}
     )
     # 2048 sequences of 2048 tokens in 64 parts, 7 of 63 experts each: 7,282 for an expert.
-    abstract_model(config)
+    state_shapes(config)
     one = replace(config, **{"data.sequence_length": 1})
     with pytest.raises(ValueError, match=r"capacity_factor=0\.001: 32 tokens are 3\.556"):
-        abstract_model(one)
+        state_shapes(one)
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match=r"drop_policy='nope': must be one of"):
-        dropping.get_policy(moe_config("nope"))
-    with pytest.raises(ValueError, match=r"expert_groups=1: with drop_policy='device'"):
-        dropping.get_policy(MoEConfig(drop_policy="device"))
-    hashed = {
-        "router": "hash", "num_experts_per_tok": 1, "expert_balance_factor": 0.0,
-        "capacity_factor": 1.0, "drop_policy": "probability",
-    }  # fmt: skip
-    evaluated = hashed | {
-        "capacity_factor": 0.0, "evaluation_capacity_factor": 1.0, "drop_policy": "position",
-        "evaluation_drop_policy": "probability",
-    }  # fmt: skip
-    for overrides, key in ((hashed, "moe.drop_policy"), (evaluated, "evaluation_drop_policy")):
-        config = replace(Config(), **{f"model.moe.{key}": v for key, v in overrides.items()})
-        with pytest.raises(ValueError, match=rf"{key}='probability': the hash router has no"):
-            nnx.eval_shape(lambda config=config: MoELayer(config.model, rngs=nnx.Rngs(0)))
-    unknown = {"model.moe.evaluation_drop.policy": "nope"}
-    with pytest.raises(ValueError, match=r"evaluation_drop_policy='nope': must be one of"):
-        dropping.check_policies(replace(Config(), **unknown).model.moe, scored=True)
+@pytest.mark.parametrize("section", ["drop", "evaluation_drop"])
+def test_policies_that_cannot_be_are_refused(section):
+    def check(**changes):
+        check_layer(moe_config(**changes))
+
+    with pytest.raises(ValueError, match=rf"moe\.{section}\.policy='nope': must be one of .*'pos"):
+        check(**{f"{section}.policy": "nope"})
+    with pytest.raises(ValueError, match=rf"expert_groups=1: with {section}\.policy='device'"):
+        check(**{f"{section}.policy": "device", "expert_groups": 1})
+    hashed = {"router.name": "hash", "num_experts_per_tok": 1, "balance.expert": None}
+    check(**hashed, **{f"{section}.policy": "position"})
+    for policy in ("probability", "device"):
+        message = rf"moe\.{section}\.policy='{policy}': the hash router has no"
+        with pytest.raises(ValueError, match=message):
+            check(**hashed, **{f"{section}.policy": policy})
+
+
+def test_a_layer_that_drops_by_an_impossible_policy_is_refused_when_it_is_built():
+    with pytest.raises(ValueError, match=r"model\.moe\.drop\.policy='nope': must be one of"):
+        nnx.eval_shape(lambda: make_layer(**{"drop.policy": "nope"}))
 
 
 @pytest.mark.parametrize("policy", list(dropping.POLICIES))
 def test_shards_drop_each_for_itself(policy):
-    """As if each half of the batch were a batch; and no device gets more than `most_kept`."""
-    routing, config = skewed_routing(), moe_config(policy)
-    kept, _ = dropping.drop(routing, jnp.arange(B), 0.5, config, shards=2)
+    """As if each half of the batch were a batch; and no device gets more than `max_kept`."""
+    routing, config = skewed_routing(), drop_config(policy, 0.5)
+    kept = dropping.drop(routing, jnp.arange(B), config, SIZES, shards=2)
     for half in (slice(0, T // 2), slice(T // 2, T)):
         part = jax.tree.map(lambda a, half=half: a[half], routing)
-        alone, _ = run(part, 0.5, config, half.start // S)
+        alone, _ = run(part, config, half.start // S)
         np.testing.assert_array_equal(kept.ids_TK[half], alone.ids_TK)
         for n_devices in (1, 2, 4, 8):
             load = np.bincount(np.asarray(alone.ids_TK).ravel() // (E // n_devices))[:n_devices]
-            assert load.max() <= dropping.most_kept((2, S), 0.5, config, n_devices)
+            assert load.max() <= dropping.max_kept((2, S), config, SIZES, n_devices)
     with pytest.raises(ValueError, match=r"batch of 4 sequences: must be a multiple of 3"):
-        dropping.drop(routing, jnp.arange(B), 0.5, config, shards=3)
+        dropping.drop(routing, jnp.arange(B), config, SIZES, shards=3)

@@ -1,20 +1,23 @@
 """Balance terms against plain numpy written from the papers."""
 
-import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.config import MoEConfig
+from dsmoe_jax.config import BalanceTerm, Config, MoEConfig, RouterConfig, replace
+from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.moe import losses
+from dsmoe_jax.moe.losses import TERMS, Devices
+from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.moe.types import Routing
 
 B, S, E, K = 3, 8, 6, 2
 D, M = 3, 2  # devices, and how many of them a token may use
 SCOPES = ["sequence", "global_batch"]
-GROUPS = {"n_group": D, "topk_group": M, "expert_groups": D}
+DEVICES = Devices(D, limit=M)
 
 
 def random_case(seed, scale=2.0):
@@ -28,10 +31,21 @@ def route(logits_TE):
     return Routing(ids, gates, affinity, jnp.asarray(logits_TE))
 
 
-def scope(name, **kwargs):
-    """A config in which every term has this scope."""
-    scopes = {f.name: name for f in dataclasses.fields(MoEConfig) if f.name.endswith("_scope")}
-    return MoEConfig(n_routed_experts=E, num_experts_per_tok=K, **{**GROUPS, **scopes, **kwargs})
+def term_value(name, routing, valid_BS, scope, devices=DEVICES):
+    """The value of a term over a whole batch."""
+    part = losses.sums(name, routing, valid_BS, scope, devices)
+    return losses.value(name, part, losses.whole_batch(valid_BS))
+
+
+def moe_config(**balance):
+    """A layer with these balance terms, in this order."""
+    return MoEConfig(
+        n_routed_experts=E,
+        num_experts_per_tok=K,
+        expert_groups=D,
+        router=RouterConfig(n_group=D, topk_group=M),
+        balance=FrozenDict(balance),
+    )
 
 
 def numpy_expert_balance(s, ids):
@@ -51,10 +65,10 @@ def test_expert_balance_by_scope(seed):
         numpy_expert_balance(s[b * S : (b + 1) * S], ids[b * S : (b + 1) * S]) for b in range(B)
     ]
     np.testing.assert_allclose(
-        losses.term("expert_balance", routing, valid, scope("global_batch")), whole, rtol=1e-5
+        term_value("expert", routing, valid, "global_batch"), whole, rtol=1e-5
     )
     np.testing.assert_allclose(
-        losses.term("expert_balance", routing, valid, scope("sequence")), np.mean(each), rtol=1e-5
+        term_value("expert", routing, valid, "sequence"), np.mean(each), rtol=1e-5
     )
     assert abs(whole - np.mean(each)) > 1e-3  # the scopes are not the same thing
 
@@ -83,10 +97,10 @@ def numpy_switch_balance(s, ids):
 
 
 BY_SCOPE = {
-    "expert_balance": numpy_expert_balance,
-    "device_balance": numpy_device_balance,
-    "communication_balance": numpy_communication_balance,
-    "switch_balance": numpy_switch_balance,
+    "expert": numpy_expert_balance,
+    "device": numpy_device_balance,
+    "communication": numpy_communication_balance,
+    "switch": numpy_switch_balance,
 }
 
 
@@ -98,25 +112,29 @@ def test_terms_against_numpy(name, skew):
     s, ids = np.asarray(routing.affinity_TE, np.float64), np.asarray(routing.ids_TK)
     each = [BY_SCOPE[name](s[b * S : b * S + S], ids[b * S : b * S + S]) for b in range(B)]
     for tokens, want in (("sequence", np.mean(each)), ("global_batch", BY_SCOPE[name](s, ids))):
-        got = losses.term(name, routing, valid, scope(tokens))
+        got = term_value(name, routing, valid, tokens)
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_sequence_balance_is_by_sequence_whatever_the_scope():
+def test_sequence_balance_is_the_expert_term_of_each_sequence():
+    """Of no other scope, whatever that of the expert term is."""
     logits, valid = random_case(3)
-    values = [losses.term("sequence_balance", route(logits), valid, scope(s)) for s in SCOPES]
-    want = losses.term("expert_balance", route(logits), valid, scope("sequence"))
-    assert values == [want, want]
+    want = term_value("expert", route(logits), valid, "sequence")
+    assert term_value("sequence", route(logits), valid, "sequence") == want
+    terms = {"sequence": BalanceTerm(1e-4), "expert": BalanceTerm(1e-4, "global_batch")}
+    sums = losses.layer_sums(route(logits), valid, moe_config(**terms))
+    assert losses.value("sequence", sums["sequence"], losses.whole_batch(valid)) == want
+    assert losses.value("expert", sums["expert"], losses.whole_batch(valid)) != want
 
 
-@pytest.mark.parametrize("name", [name for name in losses.BALANCE_TERMS if name != "router_z"])
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.balances])
 def test_uniform_routing_gives_exactly_one(name):
     """Token t goes to experts t and t + 3 mod 6: all experts, devices and first choices alike."""
     ids = (jnp.arange(B * S)[:, None] + jnp.array([0, E // 2])) % E
     routing = Routing(ids, jnp.full((B * S, K), 1 / E), jnp.full((B * S, E), 1 / E))
     # With 8 tokens a sequence, 16 assignments cannot be even over 6 experts: one of 24 tokens.
     for tokens in SCOPES:
-        value = losses.term(name, routing, jnp.ones((1, B * S), bool), scope(tokens))
+        value = term_value(name, routing, jnp.ones((1, B * S), bool), tokens)
         assert value == pytest.approx(1.0, rel=1e-6)
 
 
@@ -127,9 +145,9 @@ def test_uneven_devices_cost_more_even_if_no_expert_is_visited_twice():
     together = Routing(jnp.array([[0, 1], [2, 3], [4, 5]]), jnp.ones((D, K)), affinity)
     valid = jnp.ones((1, D), bool)
     for routing, want in ((apart, 1.0), (together, 0.5)):
-        value = losses.term("communication_balance", routing, valid, scope("sequence"))
+        value = term_value("communication", routing, valid, "sequence")
         np.testing.assert_allclose(value, want, rtol=1e-6)
-        expert = losses.term("expert_balance", routing, valid, scope("sequence"))
+        expert = term_value("expert", routing, valid, "sequence")
         np.testing.assert_allclose(expert, 1.0, rtol=1e-6)
 
 
@@ -137,14 +155,14 @@ def test_a_token_with_fewer_experts_than_devices_reaches_no_more_devices_than_ex
     """M = 3 devices allowed, K = 2 experts: spread evenly over the devices it still costs 1."""
     ids = jnp.array([[0, 2], [4, 0], [2, 4]])
     routing = Routing(ids, jnp.ones((D, K)), jnp.full((D, E), 1 / E))
-    config = scope("sequence", topk_group=D)
-    value = losses.term("communication_balance", routing, jnp.ones((1, D), bool), config)
+    valid, devices = jnp.ones((1, D), bool), Devices(D, limit=D)
+    value = term_value("communication", routing, valid, "sequence", devices)
     np.testing.assert_allclose(value, 1.0, rtol=1e-6)
 
 
 def test_collapsed_routing_costs_more():
     logits = jnp.zeros((B * S, E)).at[:, :K].set(8.0)
-    value = losses.term("expert_balance", route(logits), jnp.ones((B, S), bool), scope("sequence"))
+    value = term_value("expert", route(logits), jnp.ones((B, S), bool), "sequence")
     np.testing.assert_allclose(value, E / K, rtol=1e-2)
 
 
@@ -152,7 +170,7 @@ def test_gradient_flows_through_the_affinities_only():
     logits, valid = random_case(0)
 
     def value(logits):
-        return losses.term("expert_balance", route(logits), valid, scope("global_batch"))
+        return term_value("expert", route(logits), valid, "global_batch")
 
     fixed = route(logits)
     f = np.asarray([E / (K * B * S) * np.sum(np.asarray(fixed.ids_TK) == i) for i in range(E)])
@@ -165,15 +183,15 @@ def test_gradient_flows_through_the_affinities_only():
     assert np.abs(got).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", list(losses.BALANCE_TERMS))
+@pytest.mark.parametrize("name", list(TERMS))
 @pytest.mark.parametrize("tokens", SCOPES)
 def test_padding_counts_nowhere(name, tokens):
     """A padded batch (with a sequence that is all padding) equals the batch without padding."""
     logits, _ = random_case(1)
     short = logits.reshape(B, S, E)[:2, :5].reshape(-1, E)
-    want = losses.term(name, route(short), jnp.ones((2, 5), bool), scope(tokens))
+    want = term_value(name, route(short), jnp.ones((2, 5), bool), tokens)
     valid = jnp.zeros((B, S), bool).at[:2, :5].set(True)
-    got = losses.term(name, route(logits), valid, scope(tokens))
+    got = term_value(name, route(logits), valid, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -184,60 +202,140 @@ def test_router_z_is_the_mean_squared_logsumexp():
     z_BS = (np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)) ** 2).reshape(B, S)
     by_sequence = np.mean([z_BS[0, :3].mean(), *z_BS[1:].mean(axis=1)])
     for tokens, want in (("sequence", by_sequence), ("global_batch", z_BS[valid].mean())):
-        got = losses.term("router_z", route(logits), jnp.asarray(valid), scope(tokens))
+        got = term_value("router_z", route(logits), jnp.asarray(valid), tokens)
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(losses.BALANCE_TERMS))
+@pytest.mark.parametrize("name", list(TERMS))
 @pytest.mark.parametrize("tokens", SCOPES)
 def test_values_of_parts_add_up(name, tokens):
     """A batch in three parts of a sequence each, one of them padded, one nothing but padding."""
     logits, _ = random_case(5)
-    routing, config = route(logits), scope(tokens)
+    routing = route(logits)
     valid = jnp.ones((B, S), bool).at[1, 4:].set(False).at[2].set(False)
     parts = []
     for b in range(B):
         own = jax.tree.map(lambda x, b=b: x[b * S : b * S + S], routing)
-        parts.append(losses.part(name, own, valid[b : b + 1], config))
+        parts.append(losses.sums(name, own, valid[b : b + 1], tokens, DEVICES))
     sent = None if parts[0].sent_G is None else {name: sum(part.sent_G for part in parts)}
-    whole = losses.whole(valid, sent)
+    whole = losses.whole_batch(valid, sent)
     got = sum(losses.value(name, part, whole) for part in parts)
-    np.testing.assert_allclose(got, losses.term(name, routing, valid, config), rtol=1e-6)
+    np.testing.assert_allclose(got, term_value(name, routing, valid, tokens), rtol=1e-6)
 
 
 def test_each_term_has_its_own_scope():
     logits, valid = random_case(4)
-    mixed = scope("sequence", device_balance_scope="global_batch")
-    for name, tokens in (("expert_balance", "sequence"), ("device_balance", "global_batch")):
-        got = losses.term(name, route(logits), valid, mixed)
-        assert got == losses.term(name, route(logits), valid, scope(tokens))
-    active = dataclasses.replace(mixed, device_balance_factor=0.1)
-    assert losses.counted_terms(active) == ["device_balance"]
-    assert losses.counted_terms(mixed) == []
+    balance = {"expert": BalanceTerm(0.01), "device": BalanceTerm(0.1, "global_batch")}
+    sums = losses.layer_sums(route(logits), valid, moe_config(**balance))
+    assert set(sums) == set(balance)
+    for name, tokens in (("expert", "sequence"), ("device", "global_batch")):
+        got = losses.value(name, sums[name], losses.whole_batch(valid))
+        assert got == term_value(name, route(logits), valid, tokens)
+
+
+def test_what_is_counted_over_the_batch():
+    """Terms of that scope, but for those that count nothing."""
+    by_batch = {name: BalanceTerm(0.1, "global_batch") for name in TERMS}
+    assert losses.counted_over_batch(by_batch) == [n for n in TERMS if n != "router_z"]
+    assert losses.counted_over_batch({name: BalanceTerm(0.1) for name in TERMS}) == []
+    mixed = {"device": BalanceTerm(0.1, "global_batch"), "expert": BalanceTerm(0.01)}
+    assert losses.counted_over_batch(mixed) == ["device"]
 
 
 def test_weights_follow_their_schedules():
     """Against numpy's interpolation; two pairs with the same share are a jump."""
     ramp, stairs = ((0.1, 0.0), (0.5, 2.0)), ((0.5, 1.0), (0.5, 0.25))
-    config = scope(
-        "sequence", expert_balance_schedule=ramp, router_z_factor=0.5, router_z_schedule=stairs,
-        switch_balance_factor=0.3,
-    )  # fmt: skip
-    for share in (0.0, 0.1, 0.2, 0.4999, 0.5, 0.9, 1.0):
-        got = losses.weights_at(config, jnp.float32(share))
-        want = 0.01 * np.interp(share, [0.1, 0.5], [0.0, 2.0])
-        np.testing.assert_allclose(got["expert_balance"], want, rtol=1e-5, atol=1e-9)
-        np.testing.assert_allclose(got["router_z"], 0.5 if share < 0.5 else 0.125, rtol=1e-6)
-        np.testing.assert_allclose(got["switch_balance"], 0.3, rtol=1e-6)
-        assert set(got) == {"expert_balance", "router_z", "switch_balance"}
-
-
-def test_active_terms_are_those_with_a_weight():
-    assert losses.active_terms(MoEConfig(expert_balance_factor=0.0)) == {}
-    assert losses.active_terms(MoEConfig(router_z_factor=1e-3)) == {
-        "expert_balance": 0.01,
-        "router_z": 1e-3,
+    balance = {
+        "expert": BalanceTerm(0.01, schedule=ramp),
+        "router_z": BalanceTerm(0.5, schedule=stairs),
+        "switch": BalanceTerm(0.3),
     }
-    for name in losses.BALANCE_TERMS:  # every term has its weight in the config
-        assert hasattr(MoEConfig(), f"{name}_factor")
-        assert hasattr(MoEConfig(), f"{name}_schedule")
+    for share in (0.0, 0.1, 0.2, 0.4999, 0.5, 0.9, 1.0):
+        got = losses.weights_at(balance, jnp.float32(share))
+        want = 0.01 * np.interp(share, [0.1, 0.5], [0.0, 2.0])
+        np.testing.assert_allclose(got["expert"], want, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(got["router_z"], 0.5 if share < 0.5 else 0.125, rtol=1e-6)
+        np.testing.assert_allclose(got["switch"], 0.3, rtol=1e-6)
+        assert set(got) == {"expert", "router_z", "switch"}
+
+
+def test_the_terms_are_those_of_the_config():
+    """The default is the expert term; None takes one out, a factor of 0 keeps it at no weight."""
+
+    def weights(**changes):
+        balance = replace(Config(), **changes).model.moe.balance
+        return losses.weights_at(balance, jnp.float32(0.5))
+
+    assert weights() == {"expert": np.float32(0.01)}
+    assert weights(**{"model.moe.balance.expert": None}) == {}
+    assert weights(**{"model.moe.balance.expert.factor": 0}) == {"expert": 0.0}
+    both = weights(**{"model.moe.balance.router_z.factor": 1e-3})
+    assert both == {"expert": np.float32(0.01), "router_z": np.float32(1e-3)}
+    for name in TERMS:  # every term has its weight, scope and schedule in the config
+        key = f"model.moe.balance.{name}"
+        fades = {f"{key}.factor": 2.0, f"{key}.schedule": ((0, 1), (1, 0))}
+        assert weights(**fades, **{f"{key}.scope": "sequence"})[name] == 1.0
+
+
+def test_the_order_of_terms_is_not_that_of_the_config():
+    """So that their sum is the same float however a config was written."""
+    terms = {"router_z": 0.5, "expert": 0.01, "switch": 0.3, "device": 0.05}
+    wanted = ["expert", "device", "switch", "router_z"]
+    logits, valid = random_case(8)
+    for names in itertools.permutations(terms):
+        moe = moe_config(**{name: BalanceTerm(terms[name], "global_batch") for name in names})
+        assert list(losses.in_order(moe.balance)) == wanted
+        assert list(losses.weights_at(moe.balance, jnp.float32(0))) == wanted
+        assert losses.counted_over_batch(moe.balance) == wanted[:3]
+    assert list(losses.layer_sums(route(logits), valid, moe)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "message"),
+    [
+        (
+            "topk",
+            {"balance.sequence.factor": 1e-4, "balance.sequence.scope": "global_batch"},
+            r"model\.moe\.balance\.sequence\.scope='global_batch': must be one of \('sequence',\)",
+        ),
+        ("topk", {"balance.expert.scope": "batch"}, r"expert\.scope='batch': must be one of"),
+        (
+            "topk",
+            {"balance.expret.factor": 0.1},
+            r"expret\.factor=0\.1: no such balance term; did you mean expert\?",
+        ),
+        ("topk", {"balance.x.factor": 0.1}, r"no such balance term; the terms are expert, device,"),
+        (
+            "topk",
+            {"balance.device.factor": 0.1},
+            r"device\.factor=0\.1: .*one device; model\.moe\.expert_groups must be > 1",
+        ),
+        (
+            "topk",
+            {"balance.communication.factor": 0.1, "expert_groups": 3},
+            r"communication\.factor=0\.1: .*expert_groups=3 must equal n_group=1",
+        ),
+        ("hash", {}, r"expert\.factor=0\.01: the hash router has no .*balance\.expert=None"),
+        ("expert_choice", {}, r"expert\.factor=0\.01: the expert_choice router has no affinities"),
+        (
+            "uniform",
+            {"balance.expert": None, "balance.router_z.factor": 0.1},
+            r"router_z\.factor=0\.1: the uniform router has no",
+        ),
+    ],
+)
+def test_terms_that_cannot_be_are_refused(router, changes, message):
+    def build():
+        moe = replace(Config(), **{f"model.moe.{k}": v for k, v in changes.items()}).model.moe
+        line = ROUTERS[router]
+        losses.check(moe, router, learned=line.learned, balanced=line.balanced)
+
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_router_whose_load_is_even_may_still_have_a_z_loss():
+    """It pulls at the logits, not at the load."""
+    for name in ("base", "expert_choice"):
+        moe = moe_config(router_z=BalanceTerm(1e-3))
+        losses.check(moe, name, learned=ROUTERS[name].learned, balanced=ROUTERS[name].balanced)

@@ -2,15 +2,16 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import get_router
-from dsmoe_jax.moe.routers.policy import log_probability, policy_loss
-from dsmoe_jax.moe.types import Drawn, RouterInputs
+from dsmoe_jax.moe import report
+from dsmoe_jax.moe.routers.policy import PolicySample, log_probability, policy_loss, sample_of
+from dsmoe_jax.moe.types import RouterInputs
+from tests.tools.routing import moe_config, route
 
 T, E, K, D = 3, 3, 2, 4
 ORDERS = np.array(list(itertools.permutations(range(E), K)), np.int32)  # all choices of a token
@@ -53,8 +54,8 @@ def test_the_expectation_of_the_estimate_is_the_gradient(masked):
         log_prob_T = log_probability(x_TD @ w_ED.T, jnp.asarray(ORDERS)[choice_T])
         nll_T = nll_TC[jnp.arange(T), choice_T]
         entropy_T = jnp.log(3.0) - relative_entropy(w_ED)
-        drawn = Drawn(log_prob_T[None, None], entropy_T[None, None])
-        return policy_loss(drawn, nll_T[None], mask_T[None], 0.7)
+        sample = PolicySample(log_prob_T[None, None], entropy_T[None, None])
+        return policy_loss(sample, nll_T[None], mask_T[None], 0.7)
 
     def relative_entropy(w_ED):  # to the uniform policy
         p_TE = jax.nn.softmax(x_TD @ w_ED.T)
@@ -74,14 +75,36 @@ def test_the_expectation_of_the_estimate_is_the_gradient(masked):
 
 def test_draws_from_the_policy_in_training_and_takes_the_best_in_evaluation():
     n, logits = 20_000, np.array([1.0, 0.0, 2.0], np.float32)
-    config = MoEConfig(n_routed_experts=E, num_experts_per_tok=K, router="reinforce")
+    config = moe_config("reinforce", e=E, k=K)
     many, tokens = jnp.tile(logits, (n, 1)), jnp.zeros(n, jnp.int32)
-    drawn = get_router(config).route(many, RouterInputs(tokens, rng=jax.random.key(0)), config)
+    drawn = route(many, RouterInputs(tokens, rng=jax.random.key(0)), config)
     for order in ORDERS:
         share = (np.asarray(drawn.ids_TK) == order).all(axis=1).mean()
         assert abs(share - probability(logits, order)) < 4 * np.sqrt(0.25 / n)
-    p = np.exp(logits) / np.exp(logits).sum()
-    np.testing.assert_allclose(drawn.drawn_T.entropy, -(p * np.log(p)).sum(), rtol=1e-5)
-    best = get_router(config).route(many, RouterInputs(tokens), config)
+    best = route(many, RouterInputs(tokens), config)
     np.testing.assert_array_equal(best.ids_TK, np.tile([2, 0], (n, 1)))
     np.testing.assert_array_equal(best.gates_TK, 0.5)
+
+
+def test_the_sample_is_read_off_the_routing():
+    """Its probabilities and entropies, in plain numpy, from ids and logits alone."""
+    logits = np.random.default_rng(2).normal(size=(50, E)).astype(np.float32)
+    inputs = RouterInputs(jnp.zeros(50, jnp.int32), rng=jax.random.key(0))
+    routing = route(jnp.asarray(logits), inputs, moe_config("reinforce", e=E, k=K))
+    sample = sample_of(routing._replace(gates_TK=None, affinity_TE=None))
+    want = [probability(u, order) for u, order in zip(logits, routing.ids_TK.tolist(), strict=True)]
+    np.testing.assert_allclose(np.exp(sample.log_prob), want, rtol=1e-5)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(sample.entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-5)
+
+
+def test_a_layer_hands_its_sample_to_the_loss_by_sequence():
+    """Of a router that samples; the others hand over none."""
+    logits = np.random.default_rng(3).normal(size=(6, E)).astype(np.float32)
+    inputs, valid_BS = RouterInputs(jnp.zeros(6, jnp.int32)), jnp.ones((2, 3), bool)
+    policy, plain = moe_config("reinforce", e=E, k=K), moe_config("topk", e=E, k=K)
+    routing = route(jnp.asarray(logits), inputs, policy)
+    found = report.loss_inputs(routing, valid_BS, policy).policy
+    wanted = PolicySample(*(x_T.reshape(2, 3) for x_T in sample_of(routing)))
+    chex.assert_trees_all_equal(found, wanted)
+    assert report.loss_inputs(routing, valid_BS, plain).policy is None

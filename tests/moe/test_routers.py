@@ -1,4 +1,6 @@
-"""Each router against plain numpy, and what it refuses."""
+"""Each router against plain numpy, its variables, and what it refuses."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import ROUTERS, get_router
+from dsmoe_jax.config import Config, RouterConfig, replace
+from dsmoe_jax.config.trees import known_keys
+from dsmoe_jax.moe.routers import ROUTERS, RouterSettings, get_router
 from dsmoe_jax.moe.routers.fixed import balanced_table, hash_expert
 from dsmoe_jax.moe.types import RouterInputs, count_load
-
-
-def moe_config(e=8, k=3, **kwargs):
-    return MoEConfig(n_routed_experts=e, num_experts_per_tok=k, **kwargs)
+from tests.tools.routing import moe_config, route
 
 
 def numpy_softmax(x):
@@ -27,10 +27,12 @@ NO_TOKENS = RouterInputs(jnp.zeros(0, jnp.int32))
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 4), st.booleans())
-def test_topk_softmax_is_the_papers_formula(seed, k, renormalise):
+def test_topk_is_the_papers_formula(seed, k, renormalise):
     logits = np.random.default_rng(seed).normal(size=(5, 8), scale=3).astype(np.float32)
-    config = moe_config(k=k, norm_topk_prob=renormalise, routed_scaling_factor=2.5)
-    routing = ROUTERS["topk_softmax"].route(jnp.asarray(logits), NO_TOKENS, config)
+    section = RouterConfig(norm_topk_prob=renormalise, routed_scaling_factor=2.5)
+    routing = ROUTERS["topk"].route(
+        jnp.asarray(logits), NO_TOKENS, RouterSettings(section, n_experts=8, k=k)
+    )
 
     s = numpy_softmax(logits.astype(np.float64))
     chosen = np.argsort(-s, axis=-1, kind="stable")[:, :k]
@@ -43,28 +45,28 @@ def test_topk_softmax_is_the_papers_formula(seed, k, renormalise):
 
 
 def test_ties_go_to_the_lower_index():
-    routing = ROUTERS["topk_softmax"].route(jnp.zeros((4, 8)), NO_TOKENS, moe_config())
+    routing = route(jnp.zeros((4, 8)), NO_TOKENS, moe_config(k=3))
     np.testing.assert_array_equal(routing.ids_TK, np.tile([0, 1, 2], (4, 1)))
 
 
 def test_switch_weighs_by_the_probability_so_the_router_learns():
-    config = moe_config(k=1, router="switch")
+    config = moe_config("switch", k=1)
     logits = jax.random.normal(jax.random.key(0), (6, 8))
-    routing = get_router(config).route(logits, NO_TOKENS, config)
+    routing = route(logits, NO_TOKENS, config)
     np.testing.assert_allclose(
         routing.gates_TK[:, 0], jax.nn.softmax(logits).max(axis=-1), rtol=1e-6
     )
 
     def gate_sum(logits):
-        return get_router(config).route(logits, NO_TOKENS, config).gates_TK.sum()
+        return route(logits, NO_TOKENS, config).gates_TK.sum()
 
     assert jnp.abs(jax.grad(gate_sum)(logits)).max() > 1e-3
 
 
 def test_hash_sends_a_token_to_the_same_expert_whatever_surrounds_it():
-    config = moe_config(k=1, router="hash", expert_balance_factor=0.0)
+    config = moe_config("hash", k=1)
     tokens = jnp.array([5, 9, 5, 700, 9, 5])
-    routing = get_router(config).route(None, RouterInputs(tokens), config)
+    routing = route(None, RouterInputs(tokens), config)
     np.testing.assert_array_equal(routing.ids_TK[:, 0] == routing.ids_TK[0, 0], tokens == 5)
     np.testing.assert_array_equal(routing.gates_TK, np.ones((6, 1)))
     assert routing.affinity_TE is None
@@ -117,31 +119,120 @@ def test_load_counts_every_valid_assignment_once(seed, e):
 
 
 def test_uniform_is_exactly_balanced():
-    config = moe_config(k=3, router="uniform")
-    routing = get_router(config).route(None, RouterInputs(jnp.zeros(16, jnp.int32)), config)
+    config = moe_config("uniform", k=3)
+    routing = route(None, RouterInputs(jnp.zeros(16, jnp.int32)), config)
     np.testing.assert_array_equal(count_load(routing.ids_TK, 8), np.full(8, 6))
     np.testing.assert_allclose(routing.gates_TK.sum(axis=1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("moe", "message"),
+    ("name", "settings", "message"),
     [
-        ({"router": "topk_sofmax"}, r"model\.moe\.router\.name='topk_sofmax'.*topk_softmax"),
-        ({"router": "switch"}, r"num_experts_per_tok=3.*switch.*exactly 1 expert"),
-        ({"router": "gshard"}, r"num_experts_per_tok=3.*gshard.*exactly 2 experts"),
-        ({"scoring_func": "sigmoid"}, r"scoring_func='sigmoid'.*topk_softmax router.*'topk'"),
-        ({"router": "uniform", "bias_update_speed": 0.1}, r"bias_update_speed=0\.1.*uniform"),
-        ({"router": "expert_choice", "n_group": 2, "topk_group": 2}, r"n_group=2.*expert_choice"),
-        ({"router": "topk", "random_second_expert": True}, r"random_second_expert=True.*gshard"),
-        ({"k": 1, "norm_topk_prob": True}, r"norm_topk_prob=True.*learn nothing"),
+        ("topk_sofmax", {}, r"model\.moe\.router\.name='topk_sofmax'.*'topk'"),
+        ("switch", {"k": 3}, r"num_experts_per_tok=3.*switch.*exactly 1 expert"),
+        ("gshard", {"k": 3}, r"num_experts_per_tok=3.*gshard.*exactly 2 experts"),
+        (
+            "dynamic_specialised",
+            {"scoring_func": "sigmoid"},
+            r"router\.scoring_func='sigmoid'.*dynamic_specialised router does not.*'topk'",
+        ),
+        ("uniform", {"bias_update_speed": 0.1}, r"bias_update_speed=0\.1.*uniform.*be None, or"),
+        ("expert_choice", {"n_group": 2, "topk_group": 2}, r"n_group=2.*expert_choice"),
+        ("topk", {"k": 1, "norm_topk_prob": True}, r"norm_topk_prob=True.*learn nothing"),
     ],
 )
-def test_refusals_name_key_value_and_what_would_be_right(moe, message):
+def test_refusals_name_key_value_and_what_would_be_right(name, settings, message):
     with pytest.raises(ValueError, match=message):
-        get_router(moe_config(**moe))
+        get_router(moe_config(name, **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "options", "message"),
+    [
+        # Of another router, of none, and misspelt.
+        ("topk", 2, {"random_second_expert": True}, r"second_expert=True: the topk .*it has \[\]"),
+        ("sinkhorn", 2, {"entropy_factor": 0.1}, r"entropy_factor=0\.1: .*has \['iterations'\]"),
+        ("sinkhorn", 2, {"iteration": 3}, r"options\.iteration=3: .*did you mean iterations\?"),
+        # Of the wrong type, or a wrong value of the right type.
+        ("sinkhorn", 2, {"iterations": 2.5}, r"options\.iterations=2\.5: must be of type int"),
+        ("sinkhorn", 2, {"iterations": True}, r"options\.iterations=True: must be of type int"),
+        ("gshard", 2, {"random_second_expert": 1}, r"second_expert=1: must be of type bool"),
+        ("hash", 1, {"table": 3}, r"model\.moe\.router\.options\.table=3: must be of type str"),
+        ("hash", 1, {"table": "even"}, r"options\.table='even': .*\('random', 'frequency'\)"),
+    ],
+)
+def test_options_are_those_of_the_router(name, k, options, message):
+    def build():
+        router, found = get_router(moe_config(name, k=k, options=options))
+        return router.state.first(found)  # a table's name is looked at where the table is made
+
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_options_have_defaults_and_a_whole_number_is_a_number():
+    _, found = get_router(moe_config("reinforce", options={"entropy_factor": 1}))
+    assert found.option("entropy_factor") == 1.0
+    _, found = get_router(moe_config("reinforce"))
+    assert found.option("entropy_factor") == 0.0
+    _, found = get_router(moe_config("hash", k=1, options={"seed": 5}))
+    assert (found.option("seed"), found.option("table")) == (5, "random")
 
 
 def test_what_a_router_reads_is_in_the_config():
+    """And every router's options can be set by their dotted keys."""
+    fields = {field.name for field in dataclasses.fields(RouterConfig)}
+    keys = set(known_keys(Config))
     for name, router in ROUTERS.items():
-        for setting in router.reads:
-            assert hasattr(MoEConfig(), setting), f"{name} reads {setting}"
+        assert router.reads <= fields - {"name", "options"}, name
+        assert {f"model.moe.router.{field}" for field in router.reads} <= keys
+        dotted = {f"model.moe.router.options.{option}": v for option, v in router.options.items()}
+        config = replace(Config(), **{"model.moe.router.name": name}, **dotted)
+        assert config.model.moe.router.options == router.options
+
+
+@pytest.mark.parametrize("name", list(ROUTERS))
+def test_variables_are_there_when_a_setting_asks_for_them(name):
+    """Nothing by default; a bias for each expert, all 0, or a table in which all is unassigned."""
+    router = ROUTERS[name]
+
+    def first(**section):
+        _, found = get_router(moe_config(name, k=router.top or 2, **section))
+        return router.state.first(dataclasses.replace(found, vocab_size=20))
+
+    if router.state is None:
+        assert "bias_update_speed" not in router.reads
+        return
+    assert first() == {}
+    if "bias_update_speed" in router.reads:
+        np.testing.assert_array_equal(first(bias_update_speed=1e-3)["bias_E"], np.zeros(8))
+        np.testing.assert_array_equal(first(bias_update_speed=0.0)["bias_E"], np.zeros(8))
+    if "table" in router.options:
+        table_V = first(options={"table": "frequency"})["table_V"]
+        np.testing.assert_array_equal(table_V, np.full(20, 8))
+
+
+def test_the_bias_moves_by_its_speed_towards_an_even_load():
+    """2408.15664 algorithm 1, layer by layer; at the mean it stays."""
+    router, found = get_router(moe_config(e=4, bias_update_speed=0.5))
+    before_LE = jnp.array([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.0, 2.0]])
+    load_LE = jnp.array([[9.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 8.0]])
+    after = router.state.after_step({"bias_E": before_LE}, load_LE, found)
+    want_LE = [[-0.5, 0.5, 0.0, 0.0], [1.5, -0.5, 0.5, 1.5]]
+    np.testing.assert_array_equal(after["bias_E"], want_LE)
+    _, still = get_router(moe_config(e=4))
+    assert router.state.after_step({}, load_LE, still) == {}
+
+
+def test_the_table_is_made_from_the_counts_of_the_training_text():
+    """And tokens go where it says."""
+    counts_V = np.array([1, 50, 7, 7, 20, 0])
+    moe = moe_config("hash", e=3, k=1, options={"table": "frequency"})
+    router, found = get_router(moe)
+    variables = router.state.from_token_counts(counts_V, found)
+    np.testing.assert_array_equal(variables["table_V"], greedy_table(counts_V.tolist(), 3))
+    tokens = jnp.array([4, 1, 1, 0])
+    routing = route(None, RouterInputs(tokens, state=variables), moe)
+    np.testing.assert_array_equal(routing.ids_TK[:, 0], variables["table_V"][tokens])
+    _, random = get_router(moe_config("hash", e=3, k=1))
+    assert router.state.from_token_counts(counts_V, random) == {}

@@ -1,27 +1,16 @@
 """Scores, groups, bias and noise against plain numpy written from the papers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.config import MoEConfig
-from dsmoe_jax.moe.routers import get_router, scored
-from dsmoe_jax.moe.types import Choice, RouterInputs
+from dsmoe_jax.moe.routers import scored
+from dsmoe_jax.moe.types import RecordedRouting, RouterInputs
+from tests.tools.routing import moe_config, route
 
-T, E = 64, 8
+T, E, K = 64, 8, 3
 TOKENS = jnp.zeros(T, jnp.int32)
-
-
-def moe_config(k=3, **kwargs):
-    return MoEConfig(n_routed_experts=E, num_experts_per_tok=k, **kwargs)
-
-
-@functools.partial(jax.jit, static_argnums=(2,))
-def run(logits, inputs, config):
-    return get_router(config).route(logits, inputs, config)
 
 
 def random_logits(seed=0, width=E, scale=2.0):
@@ -74,10 +63,10 @@ def test_v3_node_limited_with_bias(groups, kept, bias):
     logits = random_logits(groups)
     bias_E = bias + np.random.default_rng(1).normal(size=E, scale=0.3).astype(np.float32)
     config = moe_config(
-        router="topk", scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5,
+        k=K, scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5,
         n_group=groups, topk_group=kept, group_score="top2_sum", bias_update_speed=1e-3,
     )  # fmt: skip
-    routing = run(logits, RouterInputs(TOKENS, bias_E=jnp.asarray(bias_E)), config)
+    routing = route(logits, RouterInputs(TOKENS, state={"bias_E": jnp.asarray(bias_E)}), config)
     ids, gates = numpy_v3(logits, bias_E, 3, groups, kept)
     np.testing.assert_array_equal(routing.ids_TK, ids)
     np.testing.assert_allclose(routing.gates_TK, gates, rtol=1e-5)
@@ -88,8 +77,8 @@ def test_v3_node_limited_with_bias(groups, kept, bias):
 @pytest.mark.parametrize(("groups", "kept"), [(4, 2), (4, 3), (8, 3), (2, 1)])
 def test_v2_device_limited(groups, kept):
     logits = random_logits(groups)
-    config = moe_config(n_group=groups, topk_group=kept, routed_scaling_factor=16.0)
-    routing = run(logits, RouterInputs(TOKENS), config)
+    config = moe_config(k=K, n_group=groups, topk_group=kept, routed_scaling_factor=16.0)
+    routing = route(logits, RouterInputs(TOKENS), config)
     ids, gates = numpy_v2(logits, 3, groups, kept)
     np.testing.assert_array_equal(routing.ids_TK, ids)
     np.testing.assert_allclose(routing.gates_TK, gates, rtol=1e-5)
@@ -100,32 +89,32 @@ def test_v2_and_v3_pick_different_groups():
     logits = jnp.array([[3.0, -9, -9, -9, 2.5, 2.4, -9, -9]])
     for score, ids in (("max", [0, 1]), ("top2_sum", [4, 5])):
         config = moe_config(k=2, n_group=2, topk_group=1, group_score=score)
-        assert run(logits, RouterInputs(TOKENS[:1]), config).ids_TK.tolist() == [ids]
+        assert route(logits, RouterInputs(TOKENS[:1]), config).ids_TK.tolist() == [ids]
 
 
 def test_a_masked_expert_does_not_win_over_negative_scores():
     """With a fill of 0 the masked experts 4, 5 would beat group 0's biased, negative scores."""
     config = moe_config(
-        k=2, router="topk", scoring_func="sigmoid", n_group=2, topk_group=1, bias_update_speed=1e-3
+        "topk", k=2, scoring_func="sigmoid", n_group=2, topk_group=1, bias_update_speed=1e-3
     )
     bias_E = jnp.array([-1.1, -1.2, -2, -2, -3, -3, -3, -3], jnp.float32)
-    routing = run(jnp.zeros((1, E)), RouterInputs(TOKENS[:1], bias_E=bias_E), config)
+    routing = route(jnp.zeros((1, E)), RouterInputs(TOKENS[:1], state={"bias_E": bias_E}), config)
     assert routing.ids_TK.tolist() == [[0, 1]]
 
 
 def test_ties_of_groups_and_experts_go_to_the_lower_index():
-    config = moe_config(n_group=4, topk_group=2)
-    routing = run(jnp.zeros((4, E)), RouterInputs(TOKENS[:4]), config)
+    config = moe_config(k=K, n_group=4, topk_group=2)
+    routing = route(jnp.zeros((4, E)), RouterInputs(TOKENS[:4]), config)
     np.testing.assert_array_equal(routing.ids_TK, np.tile([0, 1, 2], (4, 1)))
 
 
 def test_the_bias_chooses_but_neither_weighs_nor_learns():
     logits = jnp.asarray(random_logits(5))
-    config = moe_config(bias_update_speed=1e-3)
+    config = moe_config(k=K, bias_update_speed=1e-3)
     bias_E = jnp.zeros(E).at[3].set(5.0)
 
     def gates(logits, bias_E):
-        routing = run(logits, RouterInputs(TOKENS, bias_E=bias_E), config)
+        routing = route(logits, RouterInputs(TOKENS, state={"bias_E": bias_E}), config)
         return (routing.gates_TK**2).sum(), routing
 
     (_, routing), grads = jax.value_and_grad(gates, argnums=(0, 1), has_aux=True)(logits, bias_E)
@@ -139,10 +128,10 @@ def test_the_bias_chooses_but_neither_weighs_nor_learns():
 @pytest.mark.parametrize("logit", [-30.0, -45.0, -60.0, -200.0])
 def test_scores_that_vanish_are_no_error(logit):
     """No score of a token is much above 0: its gates and affinities and their gradients are."""
-    config = moe_config(router="topk", scoring_func="sigmoid", norm_topk_prob=True)
+    config = moe_config("topk", k=K, scoring_func="sigmoid", norm_topk_prob=True)
 
     def outputs(logits):
-        routing = run(logits, RouterInputs(TOKENS), config)
+        routing = route(logits, RouterInputs(TOKENS), config)
         return (routing.gates_TK[:, 0] + routing.affinity_TE[:, 1]).sum(), routing
 
     logits = logit + jnp.asarray(random_logits(6, scale=0.1))
@@ -153,11 +142,13 @@ def test_scores_that_vanish_are_no_error(logit):
 
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate(renormalise):
-    config = moe_config(k=2, router="gshard", norm_topk_prob=renormalise, random_second_expert=True)
+    config = moe_config(
+        "gshard", k=2, norm_topk_prob=renormalise, options={"random_second_expert": True}
+    )
     logits = np.tile([2.0, 1.0, 0, 0, 0, 0, 0, 0], (T, 1)).astype(np.float32)
     share = 1 / (1 + np.e)  # of the second among the two
     both = 1.0 if renormalise else softmax(logits[0])[:2].sum()
-    routings = jax.vmap(lambda rng: run(logits, RouterInputs(TOKENS, rng=rng), config))(
+    routings = jax.vmap(lambda rng: route(logits, RouterInputs(TOKENS, rng=rng), config))(
         jax.random.split(jax.random.key(0), 50)
     )
     kept = np.asarray(routings.ids_TK[..., 1] < E)
@@ -165,17 +156,17 @@ def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate(renormalise):
     second = np.where(kept, both * share, 0)
     np.testing.assert_allclose(routings.gates_TK[..., 1], second, rtol=1e-5)
     np.testing.assert_allclose(routings.gates_TK[..., 0], both * (1 - share), rtol=1e-5)
-    evaluated = run(logits, RouterInputs(TOKENS), config)
+    evaluated = route(logits, RouterInputs(TOKENS), config)
     np.testing.assert_array_equal(evaluated.ids_TK, np.tile([0, 1], (T, 1)))
 
 
 def test_replayed_experts_get_the_gates_of_live_scores():
-    """The best ones are not asked; nobody, E, has gate 0 and counts in no sum."""
+    """Whatever the best ones are; an unassigned one, id E, has gate 0 and counts in no sum."""
     rng, logits = np.random.default_rng(4), random_logits(4)
     ids = np.argsort(rng.random((T, E + 1)), axis=1)[:, :3].astype(np.int32)
-    config = moe_config(router="replay_ids", scoring_func="sigmoid", norm_topk_prob=True)
-    replayed = Choice(jnp.asarray(ids), jnp.zeros((T, 3)))
-    routing = run(logits, RouterInputs(TOKENS, rng=jax.random.key(0), replayed=replayed), config)
+    config = moe_config("replay_ids", k=K, scoring_func="sigmoid", norm_topk_prob=True)
+    replayed = RecordedRouting(jnp.asarray(ids), jnp.zeros((T, 3)))
+    routing = route(logits, RouterInputs(TOKENS, rng=jax.random.key(0), replayed=replayed), config)
     s = sigmoid(logits.astype(np.float64))
     chosen = np.take_along_axis(np.pad(s, ((0, 0), (0, 1))), ids, axis=1)
     np.testing.assert_array_equal(routing.ids_TK, ids)
@@ -187,14 +178,14 @@ def test_noise_has_its_learned_scale_and_is_for_training_only():
     """1701.06538 eqs. 3-5: softmax over the K kept of x W_g + normal softplus(x W_noise)."""
     logits = random_logits(2, width=2 * E)
     logits[:, E:] = np.linspace(-8, 3, E)
-    config = moe_config(router="noisy_topk", norm_topk_prob=True)
-    calm = run(logits, RouterInputs(TOKENS), config)
+    config = moe_config("noisy_topk", k=K, norm_topk_prob=True)
+    calm = route(logits, RouterInputs(TOKENS), config)
     np.testing.assert_array_equal(calm.logits_TE, logits[:, :E])
     ids = np.argsort(-logits[:, :E], axis=1, kind="stable")[:, :3]
     np.testing.assert_array_equal(calm.ids_TK, ids)
     kept = np.take_along_axis(logits[:, :E], ids, axis=1)
     np.testing.assert_allclose(calm.gates_TK, softmax(kept), rtol=1e-5)
-    noisy = jax.vmap(lambda rng: run(logits, RouterInputs(TOKENS, rng=rng), config).logits_TE)(
+    noisy = jax.vmap(lambda rng: route(logits, RouterInputs(TOKENS, rng=rng), config).logits_TE)(
         jax.random.split(jax.random.key(0), 50)
     )
     spread_E = np.std(np.asarray(noisy) - logits[:, :E], axis=(0, 1))
@@ -202,15 +193,17 @@ def test_noise_has_its_learned_scale_and_is_for_training_only():
 
 
 def test_noise_scale_gets_a_gradient():
-    config = moe_config(router="noisy_topk")
+    config = moe_config("noisy_topk", k=K)
     inputs = RouterInputs(TOKENS, rng=jax.random.key(0))
-    grad = jax.grad(lambda x: run(x, inputs, config).gates_TK.sum())(random_logits(0, width=2 * E))
+    grad = jax.grad(lambda x: route(x, inputs, config).gates_TK.sum())(
+        random_logits(0, width=2 * E)
+    )
     assert jnp.abs(grad[:, E:]).max() > 1e-4
 
 
 def test_dynamic_specialised_router_sums_shares_of_one_softmax():
     logits = random_logits(3, width=4 * E)
-    routing = run(logits, RouterInputs(TOKENS), moe_config(router="dynamic_specialised"))
+    routing = route(logits, RouterInputs(TOKENS), moe_config("dynamic_specialised", k=K))
     s = softmax(logits.astype(np.float64)).reshape(T, E, 4).sum(axis=2)
     np.testing.assert_allclose(routing.affinity_TE, s, rtol=1e-5)
     np.testing.assert_array_equal(routing.ids_TK, np.argsort(-s, axis=1, kind="stable")[:, :3])
@@ -221,5 +214,5 @@ def test_dynamic_specialised_router_as_printed_routes_nothing():
     logits = random_logits(3, width=4 * E, scale=5.0)
     printed = softmax(logits.reshape(T, E, scored.SUB_EXPERTS)).mean(axis=2)
     np.testing.assert_allclose(printed, 0.25, rtol=1e-6)
-    working = run(logits, RouterInputs(TOKENS), moe_config(router="dynamic_specialised"))
+    working = route(logits, RouterInputs(TOKENS), moe_config("dynamic_specialised", k=K))
     assert np.ptp(working.affinity_TE, axis=1).min() > 0.1

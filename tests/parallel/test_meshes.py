@@ -14,7 +14,8 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import abstract_state, init_state, jit_train_step
+from dsmoe_jax.training.start import abstract_state, from_items, init_state, to_items
+from dsmoe_jax.training.step import jit_train_step
 from tests.tools.tiny import FOR_EIGHT_DEVICES, batch, tiny
 from tests.tools.trees import assert_all_below, by_path, relative_errors
 
@@ -85,7 +86,7 @@ class OnMesh:
         """Writes a checkpoint."""
         checkpoints = Checkpoints(directory, keep=1)
         with jax.set_mesh(self.mesh):
-            checkpoints.save(int(self.state.step), self.state, {})
+            checkpoints.save(int(self.state.step), to_items(self.state), {})
         checkpoints.close()
 
     def load(self, directory: Path) -> None:
@@ -93,7 +94,8 @@ class OnMesh:
         checkpoints = Checkpoints(directory, keep=None)
         with jax.set_mesh(self.mesh):
             (step,) = checkpoints.steps()
-            self.state = checkpoints.restore(abstract_state(self.config), step).state
+            target = to_items(abstract_state(self.config))
+            self.state = from_items(checkpoints.restore(step, target).items)
         checkpoints.close()
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from dsmoe_jax.config import MeshConfig
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 from tests.tools.tiny import tiny
 
 SMALL = {

@@ -20,7 +20,7 @@ from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts
 from dsmoe_jax.planning import ahead_of_time
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import plan_report, planner
-from dsmoe_jax.training.step import state_shapes
+from dsmoe_jax.training.start import state_shapes
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The report: self-contained, well-formed, and honest about what is missing."""
 
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -16,6 +17,7 @@ from dsmoe_jax.report.markdown import to_markdown
 from dsmoe_jax.report.numbers import NONE
 from dsmoe_jax.report.style import PALETTE
 from dsmoe_jax.study import verdicts
+from experiments.v1.table1 import EXPERIMENT
 
 VOID = {"meta", "br"}
 
@@ -89,6 +91,25 @@ def test_every_picture_is_in_the_page_and_beside_the_markdown(page, directory):
     for name in pictures:
         assert f"(pictures/{name}.svg)" in markdown
         ElementTree.parse(directory / f"pictures/{name}.svg")
+
+
+def test_an_experiment_chooses_its_pictures_and_a_measure_is_one(fake_run):
+    experiment = dataclasses.replace(EXPERIMENT, pictures=("domains", "maxvio"))
+    comparison = fake_run(experiment=experiment)
+    figures = plots.draw(comparison)
+    assert list(figures) == ["domains", "maxvio"]
+    (ax,) = plots.draw(dataclasses.replace(comparison, experiment=dots("dead_experts")))[
+        "dead_experts"
+    ].axes
+    assert ax.get_xlabel() == "dead experts on held-out text (lower is better)"
+    found = comparison.by_seed("dead_experts")
+    assert [line.get_xdata()[0] for line in ax.lines[1::2]] == [v[0] for v in found.values()]
+    with pytest.raises(ValueError, match=r"picture 'los': must be a measure or one of final_loss,"):
+        plots.plot("los")
+
+
+def dots(measure):
+    return dataclasses.replace(EXPERIMENT, pictures=(measure,))
 
 
 def test_every_colour_of_the_palette_changes_at_night(page):

@@ -1,4 +1,4 @@
-"""Table 1 for real, at the smoke scale, through its command line: the two arms farthest apart.
+"""Table 1 for real, at the smoke scale, through its command line: two arms, and probes of one.
 
 That every config trains at this scale is seen elsewhere.
 """
@@ -25,7 +25,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_trains_models_and_a_second_call_only_reports(tmp_path):
+def test_trains_models_then_only_reports_and_the_models_can_be_probed(tmp_path):
     arguments = "--scale=smoke", f"--results={tmp_path}", "--arms=dense,deepseekmoe"
     done = run("experiments.table1", *arguments)
     assert done.returncode == 0, done.stderr
@@ -45,6 +45,15 @@ def test_trains_models_and_a_second_call_only_reports(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "[1/2]" not in again.stderr, "nothing is trained"
     assert (directory / "results.jsonl").read_text() == text
+
+    done = run("experiments.v1.no_shared_expert", "--scale=smoke", f"--results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "no_shared_expert-smoke/results.jsonl").read_text()
+    intact, without = (json.loads(line) for line in text.splitlines())
+    assert intact["validation_loss"] == rows[1]["validation_loss"]
+    assert intact["maxvio"] == rows[1]["maxvio"]
+    assert without["validation_loss"] != intact["validation_loss"]
+    assert without["flops_per_sequence"] == intact["flops_per_sequence"]
 
 
 @pytest.mark.parametrize(

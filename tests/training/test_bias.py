@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.moe.layer import RouterBias
+from dsmoe_jax.moe.layer import RouterVariable
 from dsmoe_jax.runs.checkpoint import Checkpoints
-from dsmoe_jax.training.step import abstract_state, init_state, make_train_step
+from dsmoe_jax.training.start import abstract_state, from_items, init_state, to_items
+from dsmoe_jax.training.step import make_train_step
 
 B, S, V, E, GAMMA = 4, 16, 64, 8, 0.01
 BIASED = {
@@ -56,7 +58,7 @@ def batch(seed):
 
 
 def bias_of(state):
-    (bias_LE,) = jax.tree.leaves(nnx.filter_state(state.other, RouterBias))
+    (bias_LE,) = jax.tree.leaves(nnx.filter_state(state.other, RouterVariable))
     return np.asarray(bias_LE)
 
 
@@ -85,12 +87,12 @@ def test_accumulation_changes_nothing():
         state, step = compiled(**{"train.accumulation_steps": micro_batches})
         state, metrics = step(state, batch(0))
         after.append((bias_of(state), metrics.total_loss, metrics.grad_norm))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *after)
+    chex.assert_trees_all_close(*after, rtol=1e-5)
 
 
 def test_is_no_parameter():
     state, _ = compiled()
-    assert not jax.tree.leaves(nnx.filter_state(state.params, RouterBias))
+    assert not jax.tree.leaves(nnx.filter_state(state.params, RouterVariable))
     assert bias_of(state).shape not in [x.shape for x in jax.tree.leaves(state.opt_state)]
 
 
@@ -110,10 +112,12 @@ def test_survives_a_checkpoint(tmp_path):
     state, step = compiled()
     state, _ = step(state, batch(0))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(1, state, {})
+    checkpoints.save(1, to_items(state), {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(abstract_state(replace(Config(), **BIASED)), 1)
+    target = to_items(abstract_state(replace(Config(), **BIASED)))
+    restored = from_items(checkpoints.restore(1, target).items)
     checkpoints.close()
+    chex.assert_trees_all_equal(restored, state)
     np.testing.assert_array_equal(bias_of(restored), bias_of(state))
     assert np.abs(bias_of(restored)).max() > 0
 

@@ -8,9 +8,9 @@ from dsmoe_jax.data.pipeline import train_batches
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe.routers.fixed import balanced_table
 from dsmoe_jax.runs.loading import load_run
+from dsmoe_jax.training import router_state
 from dsmoe_jax.training.loop import train
-from dsmoe_jax.training.router_state import make_hash_table
-from dsmoe_jax.training.step import init_state
+from dsmoe_jax.training.start import init_state
 
 HASH = {
     "model.moe.router.name": "hash",
@@ -19,7 +19,7 @@ HASH = {
     "model.moe.balance.expert": None,
     "model.moe.balance.router_z": None,
     "train.steps": 2,
-    "train.eval_every": 0,
+    "train.eval_every": None,
 }
 
 
@@ -40,20 +40,20 @@ def test_a_run_has_the_table_keeps_it_and_routes_by_it(tiny_config, tiny_corpus,
     load = np.bincount(table_LV[0], weights=counts_V, minlength=4)
     assert load.max() / load.mean() < 1.01
     tokens = np.arange(512, dtype=np.int32)[None]
-    stats = model.forward(ModelInputs(tokens)).report
+    stats = model.forward(ModelInputs(tokens)).report.logged
     np.testing.assert_array_equal(stats.load_E[0], np.bincount(table_LV[0], minlength=4))
 
 
 def test_a_tokenizer_may_leave_rows_of_the_embedding_unused(tiny_config):
     """What was counted is of the first token ids; the rest, never seen, is spread."""
     counts_V = np.arange(500, 0, -1)
-    table_V = make_hash_table(tiny_config(**HASH), lambda: counts_V)
+    table_V = router_state.first_values(tiny_config(**HASH).model, lambda: counts_V)["table_V"]
     padded_V = np.concatenate([counts_V, np.zeros(12, int)])
     np.testing.assert_array_equal(table_V, balanced_table(padded_V, 4))
 
 
 def test_without_counts_it_is_refused(tiny_config):
     with pytest.raises(
-        ValueError, match=r"model\.moe\.router\.options\.table='frequency': needs token counts"
+        ValueError, match=r"model\.moe\.router\.options=.*'frequency'.* hash router needs token"
     ):
         init_state(tiny_config(**HASH))

@@ -5,6 +5,7 @@ All terms are in one compiled function, in which their weights are arguments.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe import losses
-from dsmoe_jax.training.step import init_state, make_gradients
+from dsmoe_jax.training.micro_batches import make_gradients
+from dsmoe_jax.training.start import init_state
+from tests.tools.trees import assert_all_below, by_path, relative_errors
 
 FAST = {"xla_cpu_use_fusion_emitters": False}  # compiles in a third of the time
 B, S, V, E = 8, 16, 64, 8
@@ -32,7 +35,7 @@ ALL_TERMS = {
     "model.moe.expert_groups": 4,
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
-    **{f"model.moe.{name}_factor": 1.0 for name in losses.BALANCE_TERMS},
+    **{f"model.moe.balance.{name}.factor": 1.0 for name in losses.TERMS},
     "data.tokenizer_vocab_size": V,
     "train.global_batch_size": B,
 }
@@ -60,7 +63,9 @@ def batch():
 
 def config_of(scope, micro_batches):
     scopes = {
-        f"model.moe.{name}_scope": scope for name in losses.BALANCE_TERMS if "sequence" not in name
+        f"model.moe.balance.{name}.scope": scope
+        for name, line in losses.TERMS.items()
+        if scope in line.scopes
     }
     return replace(Config(), **ALL_TERMS, **scopes, **{"train.accumulation_steps": micro_batches})
 
@@ -77,33 +82,27 @@ def compiled(scope, micro_batches):
 
 
 def gradients(scope, term, micro_batches):
-    """The gradient with a weight on one term, far above the language model's, and what adds up."""
+    """The gradient with a weight on one term, far above the language model's, and the totals."""
     state, inputs = initial_state(), batch()
-    weights = {name: jnp.float32(1e3 * (name == term)) for name in losses.BALANCE_TERMS}
+    weights = {name: jnp.float32(1e3 * (name == term)) for name in losses.TERMS}
     run = compiled(scope, micro_batches)
-    parts, grads = run(state.params, state.other, inputs, jax.random.key(0), weights)
-    return {
-        jax.tree_util.keystr(k): np.asarray(g) for k, g in jax.tree.leaves_with_path(grads)
-    }, parts
+    found = run(state.params, state.other, inputs, jax.random.key(0), weights)
+    return by_path(jax.device_get(found.params)), found.totals
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_over_micro_batches(scope, micro_batches):
-    for term in losses.BALANCE_TERMS:
+    for term in losses.TERMS:
         want, whole = gradients(scope, term, 1)
-        got, parts = gradients(scope, term, micro_batches)
-        for key in want:
-            error = np.linalg.norm(got[key] - want[key]) / np.linalg.norm(want[key])
-            assert error < 1e-6, (term, key, error)
-        np.testing.assert_array_equal(parts.router.load_E, whole.router.load_E)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), parts.terms, whole.terms
-        )
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6),
-            (parts.total_loss, parts.router.sums), (whole.total_loss, whole.router.sums),
-        )  # fmt: skip
+        got, totals = gradients(scope, term, micro_batches)
+        assert_all_below(relative_errors(got, want), 1e-6)
+        np.testing.assert_array_equal(totals.router.load_E, whole.router.load_E)
+        chex.assert_trees_all_close(totals.terms, whole.terms, rtol=2e-6)
+        chex.assert_trees_all_close(totals.parts, whole.parts, rtol=2e-6)
+        chex.assert_trees_all_close(totals.total_loss, whole.total_loss, rtol=2e-6)
+        token_sums = totals.router.token_sums, whole.router.token_sums
+        chex.assert_trees_all_close(*token_sums, rtol=2e-6)
 
 
 def test_the_terms_move_the_router_and_differ():
@@ -112,11 +111,9 @@ def test_the_terms_move_the_router_and_differ():
     found = {
         (scope, term): gradients(scope, term, 1)[0][router]
         for scope in SCOPES
-        for term in losses.BALANCE_TERMS
+        for term in losses.TERMS
     }
-    same = {(s, "sequence_balance") for s in SCOPES} | {
-        ("sequence", "expert_balance")
-    }  # as defined
+    same = {(scope, "sequence") for scope in SCOPES} | {("sequence", "expert")}  # as defined
     for a in found:
         assert np.linalg.norm(found[a]) > 0.1, a
         for b in found:

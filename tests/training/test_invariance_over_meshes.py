@@ -17,25 +17,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.config import Config, MoEConfig, replace
+from dsmoe_jax.config import Config, replace
 from dsmoe_jax.config.mesh import AXES, MeshConfig
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.types import RouterInputs
+from dsmoe_jax.moe.types import MoEInputs, RouterInputs
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.parallel.mesh import make_mesh
 from tests.tools.trees import assert_all_below
 
 B, S, D = 8, 12, 16
-SCOPES = ("sequence", "global_batch")
-TERMS = [
-    (scope, term)
-    for term in losses.BALANCE_TERMS
-    for scope in (("sequence",) if term == "sequence_balance" else SCOPES)
-]
+TERMS = [(scope, term) for term, line in losses.TERMS.items() for scope in line.scopes]
 LAYERS = {
-    "model.hidden_size": D,
-    "model.initializer_range": 0.15,
     "model.moe.n_routed_experts": 8,
     "model.moe.num_experts_per_tok": 2,
     "model.moe.router.n_group": 4,
@@ -57,13 +50,6 @@ def mesh_name(sizes: dict[str, int]) -> str:
     return " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1)
 
 
-def of_scope(scope: str) -> MoEConfig:
-    """The layers' config with that scope for all terms that have one."""
-    names = (f"model.moe.{term}_scope" for term in losses.BALANCE_TERMS)
-    scopes = {name: scope for name in names if "sequence_balance" not in name}
-    return replace(Config(), **LAYERS, **scopes).model.moe
-
-
 def batch() -> tuple[np.ndarray, np.ndarray]:
     """Tokens with much in common; two sequences have padding.
 
@@ -78,20 +64,20 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 def make_loss(graph: nnx.GraphDef):
     """`(params, x_BSD, valid_BS, weights) -> weighted sum of the terms of both layers`."""
-    scopes = {scope: of_scope(scope) for scope in SCOPES}
+    devices = losses.Devices(n=4, limit=2)
 
     def loss(params, x_BSD, valid_BS, weights):
-        whole, total = losses.whole(valid_BS), 0.0
+        whole, total = losses.whole_batch(valid_BS), 0.0
         for state in params:
             x_BSD = sharding.constrain(x_BSD, "BSD")
             layer: MoELayer = nnx.merge(graph, state)
-            token_ids_BS = jnp.zeros(valid_BS.shape, jnp.int32)
-            inputs = RouterInputs(token_ids_BS.reshape(-1), valid_BS.reshape(-1))
-            routing = layer.route(x_BSD.reshape(-1, D), inputs)
+            inputs = MoEInputs(jnp.zeros(valid_BS.shape, jnp.int32), valid_BS)
+            by_token = RouterInputs(inputs.token_ids_BS.reshape(-1), valid_BS.reshape(-1))
+            routing, _ = layer.route(x_BSD.reshape(-1, D), by_token)
             for weight, (scope, term) in zip(weights, TERMS, strict=True):
-                part = losses.part(term, routing, valid_BS, scopes[scope])
+                part = losses.sums(term, routing, valid_BS, scope, devices)
                 total += weight * losses.value(term, part, whole)
-            x_BSD += layer(x_BSD, token_ids_BS, valid_BS)[0]
+            x_BSD += layer(x_BSD, inputs)[0]
         return total
 
     return loss
@@ -100,8 +86,9 @@ def make_loss(graph: nnx.GraphDef):
 @functools.cache
 def two_layers() -> tuple[nnx.GraphDef, list]:
     """The graph of a layer, and the parameters of two."""
-    model = replace(Config(), **LAYERS).model
-    layers = [nnx.split(MoELayer(model, rngs=nnx.Rngs(seed))) for seed in range(2)]
+    moe = replace(Config(), **LAYERS).model.moe
+    sizes = {"hidden_size": D, "vocab_size": 1, "initializer_range": 0.15}
+    layers = [nnx.split(MoELayer(moe, **sizes, rngs=nnx.Rngs(seed))) for seed in range(2)]
     return layers[0][0], [jax.tree.map(np.asarray, state) for _, state in layers]
 
 
@@ -144,5 +131,5 @@ def test_gradients_on_a_mesh(sizes):
         assert len(moved) >= 7, (term, len(moved))  # router twice, experts once, tokens, ...
         assert all(not x.any() for x, y in pairs if not y.any())
         errors[term] = max(np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in moved)
-    assert len(errors) == 2 * len(losses.BALANCE_TERMS) - 1
+    assert len(errors) == 2 * len(losses.TERMS) - 1
     assert_all_below(errors, 1e-6)

@@ -7,22 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_step import B, S, synthetic_batch
-from tiny import TINY
 
-from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe.types import RouterInputs
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import make_train_step
+from tests.tools.tiny import tiny
+from tests.training.test_step import B, S, synthetic_batch
 
 # Without the noise of a router, other tokens change nothing about a token's experts: the loads of
 # one step are the same in any number of micro-batches if the noise is.
 RANDOM = {
-    "jitter": {"router_jitter": 0.9},
-    "second": {"router": "gshard", "random_second_expert": True},
-    "noisy": {"router": "noisy_topk"},
-    "drawn": {"router": "reinforce"},
-    "uniform": {"router": "uniform", "num_experts_per_tok": 3, "expert_balance_factor": 0.0,
-                "router_z_factor": 0.0},
+    "jitter": {"router.jitter": 0.9},
+    "second": {"router.name": "gshard", "router.options.random_second_expert": True},
+    "noisy": {"router.name": "noisy_topk"},
+    "drawn": {"router.name": "reinforce"},
+    "uniform": {"router.name": "uniform", "num_experts_per_tok": 3, "balance.expert": None,
+                "balance.router_z": None},
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ RANDOM = {
 def compiled(name, n_micro):
     overrides = {f"model.moe.{key}": value for key, value in RANDOM[name].items()}
     overrides |= {"train.accumulation_steps": n_micro, "model.num_hidden_layers": 1}
-    config = replace(Config(), **{**TINY, **overrides})
+    config = tiny(**overrides)
     return init_state(config), jax.jit(make_train_step(config, jnp.ones(512)))
 
 

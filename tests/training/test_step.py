@@ -2,15 +2,17 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import TINY
 
-from dsmoe_jax.config import Config, replace
-from dsmoe_jax.training.step import init_state, make_train_step
+from dsmoe_jax.training.start import init_state
+from dsmoe_jax.training.step import jit_train_step, make_train_step
+from tests.tools.tiny import tiny
+from tests.tools.trees import assert_all_below, by_path, relative_errors
 
 B, S, V = 4, 64, 512
 GOLDEN = {"loss": 6.248553, "total_loss": 6.272792, "grad_norm": 0.681197}
@@ -35,19 +37,19 @@ def synthetic_batch(padding: int = 0):
 @functools.cache
 def initial_state():
     """The same for all configs of this file: they differ in what the step does."""
-    return init_state(replace(Config(), **TINY))
+    return init_state(tiny())
 
 
 @functools.cache
 def one_step(padding: int = 0, **overrides):
     """State before, state after and metrics of the first step of a tiny model."""
-    config, before = replace(Config(), **{**TINY, **overrides}), initial_state()
+    config, before = tiny(**overrides), initial_state()
     after, metrics = jax.jit(make_train_step(config, jnp.ones(V)))(before, synthetic_batch(padding))
     return config, before, after, metrics
 
 
 def leaves(tree):
-    return {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree.leaves_with_path(tree)}
+    return by_path(jax.device_get(tree))
 
 
 def adam(state):
@@ -127,15 +129,12 @@ def test_accumulation_changes_no_gradient(padding, micro_batches):
     reference = leaves(adam(whole).mu)
     assert np.abs(reference[router]).max() > 0
     for _, _, state, other in results:
-        for key, mu in leaves(adam(state).mu).items():
-            error = np.linalg.norm(mu - reference[key]) / np.linalg.norm(reference[key])
-            assert error < 1e-6, (key, error)
+        assert_all_below(relative_errors(leaves(adam(state).mu), reference), 1e-6)
         np.testing.assert_allclose(other.total_loss, metrics.total_loss, rtol=1e-6)
         np.testing.assert_array_equal(other.router.load_E, metrics.router.load_E)
-        for name, term in metrics.terms.items():
-            np.testing.assert_allclose(other.terms[name], term, rtol=1e-6)
-        for name, sum_L in metrics.router.sums.items():
-            np.testing.assert_allclose(other.router.sums[name], sum_L, rtol=1e-6)
+        chex.assert_trees_all_close(other.parts, metrics.parts, rtol=1e-6)
+        chex.assert_trees_all_close(other.terms, metrics.terms, rtol=1e-6)
+        chex.assert_trees_all_close(other.router.token_sums, metrics.router.token_sums, rtol=1e-6)
 
 
 def test_balance_terms_reach_the_router():
@@ -150,20 +149,20 @@ def test_the_weight_of_a_term_follows_its_schedule():
     """From 0 before the first step on, to its factor at the end of the run."""
     ramp = {"model.moe.balance.expert.schedule": ((0.0, 0.0), (1.0, 1.0)),
             "model.moe.balance.router_z": None}  # fmt: skip
-    config = replace(Config(), **{**TINY, **ramp})
+    config = tiny(**ramp)
     step = jax.jit(make_train_step(config, jnp.ones(V)))
     for done in (0, 5):
         _, metrics = step(initial_state()._replace(step=jnp.int32(done)), synthetic_batch())
-        weighted = done / config.train.steps * 0.01 * metrics.terms["expert_balance"].sum()
+        weighted = done / config.train.steps * 0.01 * metrics.terms["expert"].sum()
         np.testing.assert_allclose(metrics.total_loss - metrics.loss, weighted, atol=1e-5)
 
 
 def test_entropy_of_a_policy_is_rewarded():
     """The total loss of REINFORCE is less by its mean entropy a token, summed over the layers."""
-    policy = {"router": "reinforce", "policy_entropy_factor": 0.7, "expert_balance_factor": 0.0,
-              "router_z_factor": 0.0}  # fmt: skip
+    policy = {"router.name": "reinforce", "router.options.entropy_factor": 0.7,
+              "balance.expert": None, "balance.router_z": None}  # fmt: skip
     _, _, _, metrics = one_step(**{f"model.moe.{key}": value for key, value in policy.items()})
-    bonus = 0.7 * metrics.router.sums["entropy"].sum() / metrics.tokens
+    bonus = 0.7 * metrics.router.token_sums["entropy"].sum() / metrics.tokens
     assert bonus > 1.5, "two layers, each near ln 4"
     np.testing.assert_allclose(metrics.total_loss, metrics.loss - bonus, rtol=1e-5)
 
@@ -173,3 +172,28 @@ def test_the_moments_are_arrays_of_the_state():
     _, before, _, _ = one_step()
     assert isinstance(before.params, nnx.State)
     assert all(not m.any() for m in leaves(adam(before).mu).values())
+
+
+def test_a_step_is_traced_once():
+    """An argument of another shape or type is refused, and named, instead of compiled for."""
+    step = jit_train_step(tiny(), np.ones(V, np.int32))
+    state, _ = step(jax.tree.map(jnp.copy, initial_state()), synthetic_batch())
+    state, _ = step(state, synthetic_batch())
+    changed = synthetic_batch()
+    changed["positions_BS"] = changed["positions_BS"].astype(np.int16)
+    with pytest.raises(AssertionError, match=r"\['positions_BS'\] was .*int32.*, is .*int16"):
+        step(state, changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("loss_mask_BS", (B, S - 1)), ("targets_BS", (B - 1, S)), ("replayed_ids_BLSK", (B, 2, 1, 2))],
+)
+def test_a_batch_of_two_shapes_is_refused(name, shape):
+    batch = synthetic_batch()
+    if name.startswith("replayed"):
+        batch["replayed_gates_BLSK"] = np.zeros((B, 2, S, 2), np.float32)
+    batch[name] = np.zeros(shape, np.int32)
+    step = make_train_step(tiny(), jnp.ones(V))
+    with pytest.raises(AssertionError, match="shape"):
+        jax.eval_shape(step, initial_state(), batch)

@@ -70,6 +70,8 @@ class Router(NamedTuple):
       competes: the tokens that it sees at once, a micro-batch, compete for experts.
       balanced: even by construction, or fixed: there is nothing for a balance term to move.
       all_columns: a routing has a column for each of the E experts, not K of them.
+      masks_best: in evaluation its choice is by score, so that a token's best experts can be left
+        out (`RouterSettings.mask_best`).
       samples: draws from a policy, which learns by `policy.policy_loss`.
       needs_recording: what it replays: "" nothing, "ids" the recorded experts in training,
         "routing" experts and gates, in evaluation too.
@@ -85,6 +87,7 @@ class Router(NamedTuple):
     competes: bool = False
     balanced: bool = False
     all_columns: bool = False
+    masks_best: bool = False
     samples: bool = False
     needs_recording: str = ""
     state: RouterState | None = None
@@ -100,20 +103,37 @@ class Router(NamedTuple):
 
 
 ROUTERS: dict[str, Router] = {
-    "topk": Router(scored.topk, _SCORED, state=_BIAS),
-    "switch": Router(scored.topk, _SCORED, top=1, state=_BIAS),
-    "gshard": Router(scored.gshard, _SCORED, {"random_second_expert": False}, top=2, state=_BIAS),
+    "topk": Router(scored.topk, _SCORED, masks_best=True, state=_BIAS),
+    "switch": Router(scored.topk, _SCORED, top=1, masks_best=True, state=_BIAS),
+    "gshard": Router(
+        scored.gshard,
+        _SCORED,
+        {"random_second_expert": False},
+        top=2,
+        masks_best=True,
+        state=_BIAS,
+    ),
     "noisy_topk": Router(
-        scored.noisy_topk, _SCORED, logits_per_expert=2, alters_logits=True, state=_BIAS
+        scored.noisy_topk,
+        _SCORED,
+        logits_per_expert=2,
+        alters_logits=True,
+        masks_best=True,
+        state=_BIAS,
     ),
     "dynamic_specialised": Router(
         scored.dynamic_specialised,
         _SCORED - {"scoring_func"},
         logits_per_expert=scored.SUB_EXPERTS,
+        masks_best=True,
         state=_BIAS,
     ),
     "sinkhorn": Router(
-        balanced.sinkhorn, _GATES | {"scoring_func", "jitter"}, {"iterations": 8}, competes=True
+        balanced.sinkhorn,
+        _GATES | {"scoring_func", "jitter"},
+        {"iterations": 8},
+        competes=True,
+        masks_best=True,
     ),
     "base": Router(
         assignment.base,
@@ -144,7 +164,9 @@ ROUTERS: dict[str, Router] = {
         state=_TABLE,
     ),
     "replay": Router(fixed.replay, logits_per_expert=0, balanced=True, needs_recording="routing"),
-    "replay_ids": Router(scored.replay_ids, _GATES | {"scoring_func"}, needs_recording="ids"),
+    "replay_ids": Router(
+        scored.replay_ids, _GATES | {"scoring_func"}, masks_best=True, needs_recording="ids"
+    ),
     "uniform": Router(fixed.uniform, logits_per_expert=0, balanced=True),
 }
 

@@ -1,0 +1,38 @@
+"""Cross-entropy of the next token as sums over predicted tokens: in training and on held-out text.
+
+Shapes: B sequences, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsmoe_jax.data.pipeline import Batch
+
+
+class Sums(NamedTuple):
+    """Sums over predicted tokens: their negative log-likelihood, number, and bytes."""
+
+    nll: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+
+
+def token_sums(logits_BSV: jax.Array, batch: Batch, bytes_V: Any) -> tuple[jax.Array, Sums]:
+    """Negative log-likelihood of every target (B x S, 0 where masked) and the sums of a batch.
+
+    Args:
+      logits_BSV: float32.
+      batch: has the targets.
+      bytes_V: UTF-8 bytes of each token.
+    """
+    mask_BS = batch["loss_mask_BS"].astype(jnp.float32)
+    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["targets_BS"])
+    nll_BS = nll_BS * mask_BS
+    bytes_V = jnp.asarray(bytes_V)  # in here: a traced function may not close over global arrays
+    n_bytes = (bytes_V[batch["targets_BS"]].astype(jnp.float32) * mask_BS).sum()
+    return nll_BS, Sums(nll_BS.sum(), mask_BS.sum(), n_bytes)
