@@ -14,8 +14,8 @@ from dsmoe_jax.config import overrides
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
 from dsmoe_jax.report import page, sentences, tables, text
 from dsmoe_jax.study import runner
+from dsmoe_jax.study.cells import Options
 from dsmoe_jax.study.experiment import Experiment
-from dsmoe_jax.study.runner import Options
 
 
 def main(experiment: Experiment) -> None:

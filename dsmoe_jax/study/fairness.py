@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsmoe_jax.config import Config, differences
+from dsmoe_jax.study.cells import Cell
 from dsmoe_jax.study.experiment import Equal, Experiment
 from dsmoe_jax.study.measures import MEASURES, Outcome
-from dsmoe_jax.study.results import Cell, Row
+from dsmoe_jax.study.results import Row
 
 
 def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:

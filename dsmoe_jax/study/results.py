@@ -17,37 +17,10 @@ from typing import Any
 from dsmoe_jax.config import Config, trees
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_evaluation
+from dsmoe_jax.study.cells import Cell
 from dsmoe_jax.study.experiment import AnyArm, Experiment
 from dsmoe_jax.study.histories import History
 from dsmoe_jax.study.measures import MEASURES, Outcome
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of an experiment: an arm, a seed, and where it is kept.
-
-    Attributes:
-      arm, seed: which.
-      config: of the run; of a probe, of the run that trained the model.
-      measured: the config of the model that is measured; of a probe, as the intervention makes it.
-      workdir: of its own.
-      trained: workdir of the run that a probe measures; None if the arm is trained here.
-    """
-
-    arm: AnyArm
-    seed: int
-    config: Config
-    measured: Config
-    workdir: pathlib.Path
-    trained: pathlib.Path | None = None
-
-    @property
-    def record(self) -> pathlib.Path:
-        """The file beside the workdir that says on what the run was made, see `runner.py`."""
-        return self.workdir.with_suffix(".json")
-
-    def __str__(self) -> str:
-        return f"{self.arm.label}, seed {self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)

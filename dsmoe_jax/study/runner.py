@@ -31,36 +31,12 @@ from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import workdir
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.study import fairness, results
-from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
+from dsmoe_jax.study.cells import Cell, Options, chosen, make_cells, shell_command
+from dsmoe_jax.study.experiment import Experiment, ProbeArm
 from dsmoe_jax.study.histories import read_history
-from dsmoe_jax.study.results import Cell, Comparison
+from dsmoe_jax.study.results import Comparison
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.devices import open_mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How an experiment is run.
-
-    Attributes:
-      scale: a key of the experiment's `seeds`, such as "demo".
-      seeds: how many; None is what the experiment says for the scale.
-      results: directory under which `NAME-SCALE` is made.
-      arms: labels or directory names; () is all.
-      overrides: dotted config keys to change in every arm.
-      report_only: train and probe nothing; read what there is.
-    """
-
-    scale: str
-    seeds: int | None = None
-    results: str = "runs"
-    arms: tuple[str, ...] = ()
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    report_only: bool = False
-
-    def directory(self, experiment: Experiment) -> pathlib.Path:
-        """Where the runs of an experiment are."""
-        return pathlib.Path(self.results).expanduser() / f"{experiment.name}-{self.scale}"
 
 
 def run(
@@ -107,43 +83,6 @@ def run(
     return comparison
 
 
-def make_cells(experiment: Experiment, options: Options) -> list[Cell]:
-    """All runs in the order in which they are made: the first seed of every arm, then the next.
-
-    Raises:
-      ValueError: for an unknown arm, fewer than one seed, or an override that does not fit.
-    """
-    seeds = experiment.seeds[options.scale] if options.seeds is None else options.seeds
-    if seeds < 1:
-        raise ValueError(f"--seeds={seeds}: must be at least 1")
-    arms = _chosen(experiment, options.arms)
-    return [_cell(experiment, arm, seed, options) for seed in range(seeds) for arm in arms]
-
-
-def _cell(experiment: Experiment, arm: AnyArm, seed: int, options: Options) -> Cell:
-    config = arm.run_config(options.scale, seed, options.overrides)
-    directory = options.directory(experiment) / arm.slug / f"seed{seed}"
-    measured = arm.measured_config(config)
-    return Cell(arm, seed, config, measured, directory, _trained(arm, seed, options))
-
-
-def _trained(arm: AnyArm, seed: int, options: Options) -> pathlib.Path | None:
-    if not isinstance(arm, ProbeArm):
-        return None
-    slug = arm.experiment.arm(arm.trained).slug
-    return options.directory(arm.experiment) / slug / f"seed{seed}"
-
-
-def _chosen(experiment: Experiment, names: tuple[str, ...]) -> list[AnyArm]:
-    known = {name: arm for arm in experiment.arms for name in (arm.label, arm.slug)}
-    for name in names:
-        if name not in known:
-            slugs = ", ".join(arm.slug for arm in experiment.arms)
-            raise ValueError(f"--arms={name}: no such arm; there are {slugs}")
-    wanted = {known[name] for name in names} if names else set(experiment.arms)
-    return [arm for arm in experiment.arms if arm in wanted]
-
-
 def _check_workdir(cell: Cell, directory: pathlib.Path) -> None:
     """Finds out before hours of training that a later run would be refused."""
     if not (directory / workdir.CONFIG).exists():
@@ -169,7 +108,7 @@ def _check_trained(cells: list[Cell], options: Options) -> None:
     """Refuses to probe models that are not there."""
     for cell in cells:
         if isinstance(cell.arm, ProbeArm) and _trained_loss(cell) is None:
-            command = _command(cell.arm.experiment, dataclasses.replace(options, arms=()))
+            command = shell_command(cell.arm.experiment, dataclasses.replace(options, arms=()))
             raise ValueError(
                 f"{cell.trained}: holds no finished run, which {cell} measures; train it with"
                 f" {command}"
@@ -278,21 +217,13 @@ def read(
     return Comparison(
         experiment=experiment,
         scale=options.scale,
-        arms=tuple(_chosen(experiment, options.arms)),
+        arms=tuple(chosen(experiment, options.arms)),
         rows=tuple(results.read_row(cell) for cell in cells),
         histories={key: history for key, history in histories.items() if history is not None},
-        command=_command(experiment, options),
+        command=shell_command(experiment, options),
         overrides=options.overrides,
         failed=tuple(failed),
     )
-
-
-def _command(experiment: Experiment, options: Options) -> str:
-    parts = [f"python -m {experiment.module} --scale={options.scale}"]
-    parts += [f"--seeds={options.seeds}"] if options.seeds is not None else []
-    parts += [f"--arms={','.join(options.arms)}"] if options.arms else []
-    parts += [f"--set={key}={value}" for key, value in options.overrides.items()]
-    return " ".join(parts)
 
 
 def machine() -> str:

@@ -8,6 +8,7 @@ how they choose are in balanced_routers.py.  What came out is in docs/routers_an
 """
 
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.claims import below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 NONE = {"model.moe.balance.expert": None}
@@ -26,6 +27,7 @@ ARMS = (
     Arm("device loss", "dsmoe_2b", overrides={**NONE, **DEVICES}),  # evens out devices, not experts
 )
 LABELS = tuple(arm.label for arm in ARMS)
+EVEN_OUT = LABELS[1:-1]  # the device loss only has to even out devices
 
 EXPERIMENT = Experiment(
     module="experiments.balancing.balance",
@@ -35,6 +37,7 @@ EXPERIMENT = Experiment(
     " choice of experts, evens the load out.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+    claims=tuple(below(label, "nothing", measure="maxvio_running") for label in EVEN_OUT),
 )
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
 from collections.abc import Mapping
 
 from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.claims import below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
 
@@ -59,6 +60,7 @@ EXPERIMENT = Experiment(
     " bias together.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS[:-1])),
+    claims=tuple(below(label, "nothing", measure="maxvio_running") for label in ("V2", "V3")),
 )
 
 if __name__ == "__main__":

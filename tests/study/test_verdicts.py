@@ -102,9 +102,9 @@ def test_claims_about_arms_that_were_not_chosen_are_left_out():
 
 def test_a_difference_of_differences_has_the_interval_of_a_t_test_seed_by_seed():
     a, b, c = np.array([3.0, 3.1, 3.3]), np.array([4.0, 4.2, 4.2]), np.array([3.2, 3.35, 3.4])
-    claim = larger_change("B gains more", ("A", "B"), ("A", "C"))
+    claim = larger_change("from A to B more than from C to A", ("A", "B"), ("C", "A"))
     found = judged(claim, {"A": list(a), "B": list(b), "C": list(c)})
-    by_seed = (b - a) - (c - a)
+    by_seed = (b - a) - (a - c)
     interval = stats.ttest_1samp(by_seed, 0).confidence_interval(0.95)
     assert found.ours == pytest.approx(by_seed.mean())
     assert found.half_width == pytest.approx((interval.high - interval.low) / 2)

@@ -15,9 +15,9 @@ from dsmoe_jax.report import page
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.summaries import load_summary
 from dsmoe_jax.study import runner
+from dsmoe_jax.study.cells import Options
 from dsmoe_jax.study.experiment import Experiment
 from dsmoe_jax.study.results import Comparison
-from dsmoe_jax.study.runner import Options
 from experiments.v1.table1 import EXPERIMENT
 
 FINAL_LOSS = {"dense_2b": 5.2, "hash_2b": 5.12, "switch_2b": 5.1, "gshard_2b": 5.0, "dsmoe_2b": 4.9}
