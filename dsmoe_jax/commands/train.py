@@ -35,9 +35,7 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
-    config = (
-        command_line.config()
-    )  # a wrong one is refused before other processes wait for this one
+    config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
     result = train(config, _WORKDIR.value)
