@@ -245,7 +245,7 @@ def _widths(setup: Setup, sizes: Settings, *, at_paper_scale: bool) -> _Widths:
 
 
 def _key_value_heads(setup: Setup, sizes: Settings) -> int:
-    """As many as query heads; with grouped-query attention, one for 8 query heads at any scale."""
+    """Number of key/value heads: the query heads, or an eighth with grouped-query attention."""
     if setup.settings.num_key_value_heads is None:
         return sizes.num_attention_heads
     return max(sizes.num_attention_heads // 8, 1)

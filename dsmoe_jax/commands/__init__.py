@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "Measure a trained run on held-out text.",
     "generate": "Continue a prompt with a trained model.",
     "count": "Count parameters and FLOPs, beside the paper's figures.",
-    "plan": "Propose a mesh for so many chips, and say what it costs.",
+    "plan": "Propose a mesh for a number of chips, with its costs.",
     "aot": "Compile the train step for a TPU slice, without a TPU.",
     "prepare_data": "Prepare a corpus: fetch or read text, train a tokenizer, pack sequences.",
     "plot_load": "Draw the load of every expert over the training of some runs.",
