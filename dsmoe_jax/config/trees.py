@@ -101,7 +101,7 @@ _SAID = {
 
 
 def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
-    """`X | None`, or one of several plain types."""
+    """Converts a value of `X | None`, or of one of several plain types."""
     others = [hint for hint in hints if hint is not types.NoneType]
     if value is None and len(others) < len(hints):
         return None
@@ -113,7 +113,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
-    """Sections or values by name; values that are tuples go by dotted key."""
+    """Converts sections or values by name; values that are tuples go by dotted key."""
     if typing.get_origin(hint) is tuple:
         tree = dict(flatten(tree))
     return FrozenDict(
@@ -165,7 +165,7 @@ _DOTTED = object()  # inside of a `FrozenDict` that goes by dotted key, any key 
 
 
 def _inside(hint: Any, part: str) -> Any:
-    """The hint of a field or name of a section; None where there is no such thing."""
+    """The type hint of a field or name of a section; None if there is no such field."""
     if hint is _DOTTED:
         return _DOTTED
     hint = _without_none(hint)

@@ -1,15 +1,14 @@
 """Noise belongs to a sequence of the global batch, however the batch is cut up or spread out."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dsmoe_jax.moe.types import RouterInputs
 from dsmoe_jax.training.start import init_state
 from dsmoe_jax.training.step import make_train_step
 from tests.tools.tiny import tiny
@@ -60,32 +59,19 @@ def test_sequences_draw_different_noise():
     assert load.sum() == B * S * 2
 
 
-ON_DEVICES = """
-import functools, jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from dsmoe_jax.moe.types import RouterInputs
-
-@jax.jit
-def draw(tokens, places, key):
-    inputs = RouterInputs(tokens.reshape(-1), rng=key, sequence_ids_B=places)
-    return inputs.draw(jax.random.normal, 5)
-
-args = jnp.zeros((16, 6), jnp.int32), jnp.arange(16)
-key, results = jax.random.key(3), []
-for n in (1, 2, 8):
-    mesh = jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
-    placed = jax.device_put(args, NamedSharding(mesh, P("data")))
-    results.append(np.asarray(draw(*placed, key)))
-for other in results[1:]:
-    np.testing.assert_array_equal(other, results[0])
-assert len(np.unique(results[0])) == results[0].size, "all different"
-"""
-
-
+@pytest.mark.eight_devices
 def test_devices_do_not_change_the_noise():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    environment = {**os.environ, **flags, "PYTHONPATH": os.getcwd()}
-    child = subprocess.run(
-        [sys.executable, "-c", ON_DEVICES], env=environment, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stderr
+    @jax.jit
+    def draw(tokens, places, key):
+        inputs = RouterInputs(tokens.reshape(-1), rng=key, sequence_ids_B=places)
+        return inputs.draw(jax.random.normal, 5)
+
+    arrays, key = (jnp.zeros((16, 6), jnp.int32), jnp.arange(16)), jax.random.key(3)
+    results = []
+    for n in (1, 2, 8):
+        mesh = jax.make_mesh((n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n])
+        placed = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+        results.append(np.asarray(draw(*placed, key)))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+    assert len(np.unique(results[0])) == results[0].size, "all different"
