@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs.workdir import EVALUATION, METRICS
+from dsmoe_jax.study.experiment import Arm
 from experiments.v1.table1 import EXPERIMENT
 
 SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}
@@ -89,7 +90,8 @@ def runs_of(checkout: Path) -> list[Run]:
     """Every config file at smoke scale, and the models of table 1 at demo scale."""
     files = sorted(path.stem for path in (checkout / "configs").glob("*.py"))
     smoke = [Run("smoke", name) for name in files if name not in NO_MODEL]
-    return smoke + [Run("demo", arm.config) for arm in EXPERIMENT.arms]
+    trained = [arm for arm in EXPERIMENT.arms if isinstance(arm, Arm)]
+    return smoke + [Run("demo", arm.config) for arm in trained]
 
 
 def selected(runs: list[Run], only: str | None) -> list[Run]:
@@ -239,11 +241,19 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--renamed",
         type=_renamed,
         nargs="+",
+        action="extend",
         default=[],
         metavar="OLD=NEW",
         help="keys with another name in the new rows; in rows without the new key it stays",
     )
-    parser.add_argument("--added", nargs="+", default=[], metavar="KEY", help="only in new rows")
+    parser.add_argument(
+        "--added",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="keys that only the new rows have",
+    )
     flags = parser.parse_args(argv)
     try:
         flags.runs = selected(runs_of(flags.checkouts[0]), flags.only)

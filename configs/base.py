@@ -1,9 +1,9 @@
-"""How config files put a model together, and the scales below the paper's.
+"""Builder of the configs of the files here, and the scales below the paper's.
 
-A model is described by numbers relative to its hidden size d, so that it shrinks from the paper's
-size to a laptop's without changing its kind: widths count in standard FFNs (8 d^2 parameters,
-three matrices of d x 8d/3).  A file's `SETUP` says how its model differs from others.  Sizes and
-training settings are the paper's (dsmoe_jax/planning/papers.py), below its scale those of `SMALL`.
+A model is described by numbers relative to its hidden size d, so that it keeps its ratios at every
+scale: widths count in standard FFNs (8 d^2 parameters, three matrices of d x 8d/3).  A file's
+`SETUP` has the numbers in which its model differs from others.  Sizes and training settings are the
+paper's (dsmoe_jax/planning/papers.py), below its scale those of `SMALL`.
 
 Choices that V1 leaves open:
 - The 2B expert widths are only given relative to the standard FFN.  8 * 1280 / 3 is not a whole
@@ -100,14 +100,14 @@ SCALES = ("paper", *SMALL)
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What makes one model different from others, in numbers that hold at every scale.
+    """The numbers in which models differ, the same at every scale.
 
     Attributes:
       name: of the config file, with its options.
-      settings: those of the paper, for the scale "paper".
+      settings: the paper's, for the scale "paper".
       nominal_width: of one expert, relative to a standard FFN.
       balance: factors of the balance terms, by name.
-      expert_groups: devices of the device term.
+      expert_groups: the D of the device balance term.
       first_k_dense_replace: leading layers with a dense FFN, of relative width nominal_dense_width.
       moe_intermediate_size, intermediate_size: the widths of the released model where they are
         known, for the scale "paper"; None rounds the nominal ones.
@@ -136,7 +136,7 @@ def parse(arg: str, **options: int) -> tuple[str, dict[str, int]]:
 
     Args:
       arg: the part after the colon of `--config=configs/FILE.py:ARG`.
-      **options: what the file understands, with defaults.
+      **options: of the config file, with their defaults.
 
     Raises:
       ValueError: for an unknown scale or option, or a value that is not a whole number.
@@ -245,7 +245,7 @@ def _widths(setup: Setup, sizes: Settings, *, at_paper_scale: bool) -> _Widths:
 
 
 def _key_value_heads(setup: Setup, sizes: Settings) -> int:
-    """As many as query heads; with grouped-query attention one for 8 of these at every scale."""
+    """Number of key/value heads: the query heads, or an eighth with grouped-query attention."""
     if setup.settings.num_key_value_heads is None:
         return sizes.num_attention_heads
     return max(sizes.num_attention_heads // 8, 1)

@@ -1,4 +1,4 @@
-"""DeepSeek 7B, dense: what DeepSeekMoE 16B is compared with (V1 table 3).
+"""DeepSeek 7B, dense: compared with DeepSeekMoE 16B (V1 table 3).
 
     python -m dsmoe_jax train --config=configs/deepseek_7b.py:demo --workdir=DIR
 

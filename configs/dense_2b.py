@@ -2,7 +2,7 @@
 
     python -m dsmoe_jax train --config=configs/dense_2b.py:demo --workdir=DIR
 
-It belongs to the 2B comparison and has 0.2B parameters itself.
+It is named for the comparison of 2B models; it has 0.2B parameters itself.
 
 V1 table 1, 100B tokens: Pile loss 2.060 with 0.2B parameters, 2.9T FLOPs per 2K tokens.
 """

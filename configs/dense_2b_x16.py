@@ -1,4 +1,4 @@
-"""Dense with 16 standard FFNs a layer, all active: what no MoE of the size can beat (V1 table 2).
+"""Dense with 16 standard FFNs a layer, all active: V1's bound for MoE models (V1 table 2).
 
     python -m dsmoe_jax train --config=configs/dense_2b_x16.py:demo --workdir=DIR
 

@@ -2,8 +2,8 @@
 
     python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=DIR
 
-Options build the other points of the design: with `split=m`, 16 standard FFNs are cut into 16 m
-experts of 1/m the width and 2 m are activated; `shared` of these are always active (V1 eqs. 6-11).
+Options give the variants of V1: with `split=m`, 16 standard FFNs are cut into 16 m experts of 1/m
+the width and 2 m are activated; `shared` of these are always active (V1 eqs. 6-11).
 V1 figure 3 is gshard_2b, then `:paper,split=1`, `:paper,split=2` and this config; the shared
 experts of section 4.4 are `:paper,shared=1`, `shared=2` and `shared=4`.
 
@@ -16,7 +16,7 @@ from dsmoe_jax.planning import papers
 
 
 def setup(split: int = 4, shared: int = 1) -> base.Setup:
-    """16 standard FFNs in `split` parts each, 2 standard FFNs activated, `shared` parts always."""
+    """16 standard FFNs cut into `split` experts each; 2 `split` are activated, `shared` always."""
     total = 16 * split
     activated = 2 * split
     if split < 1 or not 0 <= shared < activated:

@@ -1,10 +1,10 @@
-"""DeepSeekMoE 2B in three stages: few experts and large batches first, all of it at the end.
+"""DeepSeekMoE 2B in three stages, with more activated experts and smaller batches in each.
 
     python -m dsmoe_jax train --config=configs/dsmoe_2b_staged.py:demo --workdir=DIR
 
 An example of `train.stages`, not a recipe of a paper: 3, then 7, then 15 of the 63 routed experts
-activated, batches of twice, once and half the size of `dsmoe_2b`, all on one stream of data.  Any
-key that can change during a run has a column like these, here or on the command line.
+are activated, and batches are of twice, once and half the size of `dsmoe_2b`, all on one stream of
+data.  Any key that can change during a run can have such a column, here or on the command line.
 """
 
 from configs import dsmoe_2b

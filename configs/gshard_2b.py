@@ -2,8 +2,8 @@
 
     python -m dsmoe_jax train --config=configs/gshard_2b.py:demo --workdir=DIR
 
-The gates are the softmax affinities, not renormalised over the two chosen: V1 writes its
-conventional MoE so (eqs. 3-5), unlike the original GShard.  It is also the first step of V1
+The gates are the softmax affinities, not renormalised over the two chosen experts, as in V1's
+conventional MoE (eqs. 3-5) and unlike the original GShard.  It is also the first step of V1
 figure 3.
 
 V1 table 1, 100B tokens: Pile loss 1.867 with 2.0B parameters, 0.3B activated, 4.3T FLOPs per 2K

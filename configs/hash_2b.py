@@ -2,7 +2,7 @@
 
     python -m dsmoe_jax train --config=configs/hash_2b.py:demo --workdir=DIR
 
-Nothing is learned about routing, so there is nothing to balance and no balance term.
+Routing is not learned, so there is no balance term.
 
 V1 table 1, 100B tokens: Pile loss 1.932 with 2.0B parameters, 0.2B activated, 2.9T FLOPs per 2K
 tokens.

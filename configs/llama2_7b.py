@@ -1,4 +1,4 @@
-"""LLaMA2 7B, dense: the open model that DeepSeekMoE 16B is compared with (V1 table 4).
+"""LLaMA2 7B, dense: the open model compared with DeepSeekMoE 16B (V1 table 4).
 
     python -m dsmoe_jax train --config=configs/llama2_7b.py:demo --workdir=DIR
 

@@ -1,4 +1,4 @@
-"""The line that says how far a long job is and how long it will still take."""
+"""The progress line of a long job, with the time that it will still take."""
 
 from __future__ import annotations
 
@@ -11,24 +11,35 @@ class ProgressLine:
     """`name 120/250  loss 4.31  ...  ETA 1:05`, updated in place on a terminal.
 
     Elsewhere (a log file) it is a plain line every now and then.
+
+    Args:
+      name: of the job.
+      total: amount of work, in the unit of `update`.
+      stream: to write to; None: stderr.
+      every: seconds between lines, where they are not updated in place.
     """
 
     def __init__(self, name: str, total: int, stream: TextIO | None = None, every: float = 20.0):
-        """Args: name and total to show, where to write (None: stderr), seconds between lines."""
-        self._name, self._total = name, total
+        self._name = name
+        self._total = total
         self._stream = sys.stderr if stream is None else stream
         self._in_place = self._stream.isatty()
         self._every = 0.1 if self._in_place else every
-        self._width, self._first, self._last, self._done = 0, None, 0.0, 0.0
+        self._width = 0
+        self._first: tuple[int, float] | None = None
+        self._last = 0.0
+        self._done = 0.0
         self._said: int | None = None  # the number in the last line
 
     def update(self, done: int, **fields: str) -> None:
         """Says that `done` of the total are done; fields are shown in the order given."""
         now = time.monotonic()
         if self._first is None:
-            self._first, self._last = (done, now), now  # the first one may have compiled
+            self._first = (done, now)  # the time before may include compilation
+            self._last = now
         elif now - self._last >= self._every or done == self._total != self._said:
-            self._last, self._said = now, done
+            self._last = now
+            self._said = done
             shown = [f"{key} {value}" for key, value in fields.items()]
             parts = f"{self._name} {done}/{self._total}", *shown, f"ETA {self._eta(done, now)}"
             self._write("  ".join(parts))
@@ -44,13 +55,13 @@ class ProgressLine:
             self._write(f"{self._name}: {text}")
 
     def message(self, text: str) -> None:
-        """A line of its own that stays."""
+        """Writes a line of its own, which stays."""
         self._end_line()
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """Leaves the cursor on a line of its own."""
+        """Ends the line."""
         self._end_line()
 
     def _eta(self, done: int, now: float) -> str:
@@ -77,7 +88,7 @@ class ProgressLine:
 
 
 class Silent(ProgressLine):
-    """Says nothing."""
+    """A progress line that writes nothing."""
 
     def __init__(self) -> None:
         super().__init__("", 0)
@@ -86,11 +97,11 @@ class Silent(ProgressLine):
         pass
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Writes nothing."""
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 42 s, 12 min, 3 h 05 min."""
+    """A readable time: 42 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

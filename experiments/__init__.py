@@ -1,5 +1,5 @@
 """One module a table or figure, by paper: a literal `Experiment`, see `dsmoe_jax/study`.
 
 v1          DeepSeekMoE (arXiv 2401.06066)
-balancing   what keeps the load of the experts even, from several papers
+balancing   ways to balance the load of the experts, from several papers
 """

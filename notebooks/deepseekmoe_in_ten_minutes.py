@@ -17,20 +17,23 @@
 # them, and sends each token to a few.  [DeepSeekMoE](https://arxiv.org/abs/2401.06066) changes two
 # things about it: it cuts the experts finer, and it sets some aside that every token uses.
 #
-# We build the layer from its three parts (**routing**, **dispatch**, **experts**), count what the
-# two changes cost, train a tiny model on text, and look at what its experts do.  All code is the
-# package's own; every claim below ends in an `assert`, and the tests of the project run this file.
-# It takes a minute or two on two CPU cores.
+# We write the layer as one loop, take it apart at its three seams (**routing**, **dispatch**,
+# **experts**), count what the two changes cost, train a tiny model on text, and look at what its
+# experts do.  All code is the package's own; every claim below ends in an `assert`, and the tests
+# of the project run this file.  It takes a minute or two on two CPU cores.
 #
 # To open it: `pip install -e ".[notebooks]"` in the repository (in Colab: clone it, `%cd` into it,
 # the same), then open this file as a notebook (Jupyter with jupytext does), or convert it with
 # `jupytext --to notebook`.
 #
-# Shapes are suffixes of names: `T` tokens, `D` hidden, `E` routed experts, `K` activated ones per
-# token, `N = T*K` assignments, `F` width of an expert, `L` layers, `V` vocabulary.
+# Shapes are suffixes of names: `B` sequences, `S` positions, `T = B*S` tokens, `D` hidden, `E`
+# routed experts, `K` activated ones per token, `N = T*K` assignments, `F` width of an expert, `L`
+# layers, `V` vocabulary.
 
 # %%
 import dataclasses
+import functools
+import inspect
 import math
 import sys
 import tempfile
@@ -43,18 +46,21 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 from flax import nnx
 from matplotlib.patches import Rectangle
 
 import configs
 from dsmoe_jax.config import MoEConfig, from_config_dict, replace
+from dsmoe_jax.data.pipeline import validation_batches
 from dsmoe_jax.data.prepare import prepare
-from dsmoe_jax.evaluation.held_out import evaluate
-from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.size import Parameters, count_parameters
-from dsmoe_jax.moe import dispatch, experts, losses, routers
+from dsmoe_jax.model.types import ModelInputs
+from dsmoe_jax.moe import experts, kernels, losses, reference, routed, routers
+from dsmoe_jax.moe.dispatch import DISPATCHERS
+from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.types import RouterInputs, count_load
+from dsmoe_jax.moe.types import MoEInputs, RouterInputs, count_load
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
@@ -75,36 +81,53 @@ plt.rcParams.update(
 )
 
 # %% [markdown]
-# ## 1. Routing: who goes where
+# ## 1. The layer as one loop
 #
-# Each expert $i$ has a vector $e_i$.  A token $u_t$ has with it the **affinity**
+# Each routed expert $i$ has a vector $e_i$.  Its **affinity** to a token $u_t$ is
 #
-# $$s_{i,t} = \mathrm{Softmax}_i(u_t^\top e_i)$$
+# $$s_{i,t} = \mathrm{Softmax}_i(u_t^\top e_i).$$
 #
-# and goes to the $K$ experts of highest affinity, with the **gate**
+# The token goes to the $K$ experts of highest affinity, each with the **gate**
 #
-# $$g_{i,t} = s_{i,t} \text{ if } s_{i,t} \in \mathrm{TopK}(\{s_{j,t}\}, K), \text{ else } 0.$$
+# $$g_{i,t} = s_{i,t} \text{ if } s_{i,t} \in \mathrm{TopK}(\{s_{j,t}\}, K), \text{ else } 0,$$
 #
-# (V1 eqs. 3-5; "V1" is the paper above.)  In code a router is a pure function from logits
-# $u_t^\top e_i$ to a `Routing`: the chosen experts, their gates, all affinities.  Routers stand in
-# the table `ROUTERS`.  Six tokens, eight experts, two each:
+# and through the **shared experts**, as every token does (V1 eqs. 9-11; "V1" is the paper above):
+#
+# $$h_t = u_t + \sum_{i=1}^{K_s} \mathrm{FFN}^{shared}_i(u_t)
+#             + \sum_{i=1}^{E} g_{i,t} \, \mathrm{FFN}_i(u_t).$$
+#
+# `dsmoe_jax/moe/reference.py` says the same in code, except for $u_t$, the block's residual
+# connection.  Every expert computes every token, and the gate of most is 0:
 
 # %%
-T, E, K = 6, 8, 2
-toy = MoEConfig(n_routed_experts=E, n_shared_experts=0, num_experts_per_tok=K)
-logits_TE = 1.2 * jax.random.normal(jax.random.key(6), (T, E))
-inputs = RouterInputs(token_ids_T=jnp.arange(T))  # only a router that looks at the token needs it
-topk_softmax = routers.ROUTERS["topk_softmax"].route
-routing = topk_softmax(logits_TE, inputs, toy)
-for name in ("ids_TK", "gates_TK", "affinity_TE"):
-    print(f"{name}: {getattr(routing, name).dtype} {getattr(routing, name).shape}")
+for function in (reference.route, reference.ffn, reference.moe_layer):
+    print(inspect.getsource(function))
+
+# %% [markdown]
+# Six tokens, eight routed experts, two each, and one shared expert.  The weights are those of a
+# freshly drawn layer.
+
+# %%
+T, D, E, K, F = 6, 16, 8, 2, 24
+toy = MoEConfig(
+    n_routed_experts=E, n_shared_experts=1, num_experts_per_tok=K, moe_intermediate_size=F
+)
+layer = MoELayer(toy, hidden_size=D, vocab_size=T, initializer_range=0.3, rngs=nnx.Rngs(0))
+router_ED = layer.router_ED[...]
+weights = experts.ExpertWeights(layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...])
+shared = (layer.shared.gate_FD[...], layer.shared.up_FD[...], layer.shared.down_DF[...])
+
+u_TD = jax.random.normal(jax.random.key(6), (T, D))
+routing = reference.route(u_TD, router_ED, K)
+h_TD = reference.moe_layer(u_TD, routing, weights, shared)
+for name, value in routing._asdict().items():
+    print(f"{name}: {value.dtype} {value.shape}")
 
 s_TE = np.asarray(routing.affinity_TE)
+ids_TK = np.asarray(routing.ids_TK)
 np.testing.assert_allclose(s_TE.sum(axis=1), 1, rtol=1e-6)
-np.testing.assert_array_equal(routing.ids_TK, np.argsort(-s_TE)[:, :K])  # the K best, best first
-np.testing.assert_array_equal(
-    routing.gates_TK, np.take_along_axis(s_TE, np.asarray(routing.ids_TK), 1)
-)
+np.testing.assert_array_equal(ids_TK, np.argsort(-s_TE)[:, :K])  # the K best, best first
+np.testing.assert_array_equal(routing.gates_TK, np.take_along_axis(s_TE, ids_TK, 1))
 assert (routing.gates_TK.sum(axis=1) < 1).all(), "V1 does not renormalise the chosen gates"
 
 # %%
@@ -126,8 +149,36 @@ ax.tick_params(length=0)
 plt.show()
 
 # %% [markdown]
-# ## 2. Balance: why a router needs a nudge
+# The loop is right and slow: $E$ experts compute where $K$ are needed.  The package computes the
+# same in three steps.  They meet at seams, so that each can be exchanged without the others:
 #
+# ```
+# logits_TE --[router]--> Routing(ids_TK, gates_TK, affinity_TE, logits_TE)
+# x_TD, Routing --[dispatch]--> rows by expert, group sizes, what combine needs
+# rows, group sizes --[experts]--> rows --[combine]--> y_TD
+# ```
+#
+# ## 2. Routing, and why a router needs a nudge
+#
+# A router is a pure function from logits $u_t^\top e_i$ to a `Routing`.  Routers stand in the table
+# `ROUTERS`; a config names one, the default is the paper's.
+
+# %%
+router, settings = routers.get_router(toy)
+
+
+def route(logits_TE):
+    """The routing of some logits; this router looks at nothing else."""
+    inputs = RouterInputs(token_ids_T=jnp.zeros(len(logits_TE), int))
+    return router.route(logits_TE, inputs, settings)
+
+
+again = route(u_TD @ router_ED.T)
+np.testing.assert_array_equal(again.ids_TK, routing.ids_TK)
+np.testing.assert_allclose(again.gates_TK, routing.gates_TK, rtol=1e-6)
+print(sorted(routers.ROUTERS))
+
+# %% [markdown]
 # Nothing in this keeps all tokens from choosing the same experts, which then learn everything while
 # the others learn nothing.  So a small term is added to the loss (V1 eqs. 12-14):
 #
@@ -140,30 +191,31 @@ plt.show()
 # chosen and preferred, the larger it gets, up to $E/K$.
 
 # %%
-T = 4096
-noise_TE = jax.random.normal(jax.random.key(1), (T, E))
+many = 4096
+noise_TE = jax.random.normal(jax.random.key(1), (many, E))
 favour_E = jnp.linspace(1.0, -1.0, E)  # the first experts are better liked by every token
 cases = {"no favourites": noise_TE, "favourites": noise_TE + favour_E}
 cases["collapsed"] = 0.1 * noise_TE + 40 * favour_E
 
 
+@functools.partial(jax.value_and_grad, has_aux=True)
 def balance(logits_TE):
-    """The unweighted balance term over all tokens as one sequence, and the routing."""
-    routing = topk_softmax(logits_TE, RouterInputs(jnp.zeros(len(logits_TE), int)), toy)
+    """The unweighted balance term over all tokens as one sequence, and the load of each expert."""
+    routing = route(logits_TE)
     valid_BS = jnp.ones((1, len(logits_TE)), bool)
-    return losses.term("expert_balance", routing, valid_BS, toy), routing
+    sums = losses.layer_sums(routing, valid_BS, toy)
+    term = losses.value("expert", sums["expert"], losses.whole_batch(valid_BS))
+    return term, count_load(routing.ids_TK, E)
 
 
 fig, axes = plt.subplots(1, 3, figsize=(7.2, 2.1), sharey=True)
-terms = {}
+terms, slopes = {}, {}
 for ax, (name, case_TE) in zip(axes, cases.items(), strict=True):
-    term, case_routing = balance(case_TE)
-    terms[name] = float(term)
-    load_E = np.asarray(count_load(case_routing.ids_TK, E))
-    assert load_E.sum() == T * K
+    (terms[name], load_E), slopes[name] = jax.jit(balance)(case_TE)
+    assert load_E.sum() == many * K
     ax.bar(range(E), load_E / load_E.mean(), color=BLUE)
     ax.axhline(1, color=INK, lw=0.8, ls=":")
-    ax.set(title=f"{name}: $\\sum f_i P_i$ = {term:.2f}", xlabel="expert", xticks=range(E))
+    ax.set(title=f"{name}: $\\sum f_i P_i$ = {terms[name]:.2f}", xlabel="expert", xticks=range(E))
 axes[0].set_ylabel("load / fair share")
 plt.show()
 
@@ -171,7 +223,7 @@ assert abs(terms["no favourites"] - 1) < 0.01
 assert terms["no favourites"] < terms["favourites"] < terms["collapsed"] <= E / K + 1e-4
 
 # Descending on the term lowers the logits of crowded experts and raises those of idle ones.
-slope_E = jax.grad(lambda logits_TE: balance(logits_TE)[0])(cases["favourites"]).sum(axis=0)
+slope_E = slopes["favourites"].sum(axis=0)
 assert slope_E[0] > 0 > slope_E[-1]
 
 # %% [markdown]
@@ -179,39 +231,33 @@ assert slope_E[0] > 0 > slope_E[-1]
 #
 # An expert wants its tokens in one block, to multiply them by its matrices at once.  So: write down
 # the $N = TK$ assignments (token, expert), sort them by expert, gather the rows.  The rows of
-# expert 0 come first, then those of expert 1, and so on, and `group_sizes` says how many each has.
-# Nothing is padded and no token is dropped.  Afterwards each token picks up its $K$ results,
-# multiplies them by its gates and adds them.
+# expert 0 come first, then those of expert 1, and so on, and the group sizes say how many each has.
+# Nothing is padded and no token is dropped.
 #
-# A dispatcher does just this, around a function `run_experts(rows_ND, group_sizes_E)`.  To watch
-# it, we give the six tokens of part 1 rows that hold the token's number, and "experts" that change
-# nothing:
+# A dispatcher is a pair of functions: `dispatch` does this, `combine` brings the results back.  It
+# knows neither how experts are chosen nor how they compute.  To watch it we give each of the six
+# tokens a row that holds its number:
 
 # %%
-T = 6
-x_TD = jnp.arange(T, dtype=jnp.float32)[:, None]  # D = 1
-seen = {}
-
-
-def do_nothing(rows_ND, group_sizes_E):
-    seen.update(rows=np.asarray(rows_ND[:, 0], int), sizes=np.asarray(group_sizes_E))
-    return rows_ND
-
-
-y_TD, _ = dispatch.local(x_TD, routing, E, do_nothing)
+dispatcher = DISPATCHERS["local"]  # on one device; the others send rows between devices
+numbers_TD = jnp.arange(T, dtype=jnp.float32)[:, None]  # D = 1
+there = dispatcher.dispatch(numbers_TD, routing, E, None, kernels.JAX_ROWS)
+token_of_row_N = np.asarray(there.rows_ND[:, 0], int)
 start = 0
-for e, size in enumerate(seen["sizes"]):
-    print(f"expert {e}: tokens {seen['rows'][start : start + size].tolist()}")
+for e, size in enumerate(there.group_sizes_e):
+    print(f"expert {e}: tokens {token_of_row_N[start : start + size].tolist()}")
     start += size
-
 assert start == T * K
-np.testing.assert_allclose(y_TD[:, 0], x_TD[:, 0] * routing.gates_TK.sum(axis=1), rtol=1e-6)
+
+# Experts that change nothing: each token gets its own row back, times the sum of its gates.
+y_TD = dispatcher.combine(there.rows_ND, there.state, kernels.JAX_ROWS)
+np.testing.assert_allclose(y_TD, numbers_TD * routing.gates_TK.sum(axis=1)[:, None], rtol=1e-6)
 
 # %%
 token_N = np.repeat(np.arange(T), K)
-expert_N = np.asarray(routing.ids_TK).reshape(-1)
+expert_N = ids_TK.reshape(-1)
 order_N = np.argsort(expert_N, kind="stable")
-np.testing.assert_array_equal(seen["rows"], token_N[order_N])
+np.testing.assert_array_equal(token_of_row_N, token_N[order_N])
 
 fig, ax = plt.subplots(figsize=(6.4, 2.0))
 colour = plt.get_cmap("Set2")
@@ -235,54 +281,47 @@ plt.show()
 # ## 4. Experts: a grouped matrix product
 #
 # Each expert is a small SwiGLU network, $\mathrm{FFN}_i(x) = W^{down}_i(\mathrm{silu}(W^{gate}_i x)
-# \odot W^{up}_i x)$.  The obvious way is a loop in which every expert computes *all* rows and keeps
-# its own: $E$ times the work needed.  A grouped matrix product gives the same rows for the work of
-# the assignments alone.
+# \odot W^{up}_i x)$.  A grouped matrix product multiplies every block of rows by its own expert's
+# matrices, for the work of the assignments alone.  There are several, one for each kind of device;
+# all compute the same.
 
 # %%
-D, F = 16, 24
-weights = experts.ExpertWeights(
-    *(
-        jax.random.normal(key, shape) / 4
-        for key, shape in zip(
-            jax.random.split(jax.random.key(0), 3), [(E, F, D), (E, F, D), (E, D, F)], strict=True
-        )
-    )
-)
-rows_ND = jax.random.normal(jax.random.key(1), (T * K, D))
-sizes_E = jnp.asarray(seen["sizes"])
-grouped_ND = experts.run_experts(rows_ND, sizes_E, weights, "blocked")
+there = dispatcher.dispatch(u_TD, routing, E, None, kernels.JAX_ROWS)
+run_experts = experts.BACKENDS["blocked"].run
+out_ND = jax.jit(run_experts)(there.rows_ND, there.group_sizes_e, weights)
 
 by_hand = [
-    experts.swiglu(rows_ND[n : n + 1], *(matrix[e] for matrix in weights))
+    reference.ffn(there.rows_ND[n : n + 1], *(matrix[e] for matrix in weights))
     for n, e in enumerate(expert_N[order_N])
 ]
-np.testing.assert_allclose(grouped_ND, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
+np.testing.assert_allclose(out_ND, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# The layer puts the parts together and adds the **shared experts**, through which every token goes
-# whatever the router says (V1 eqs. 9-11; the $+\,u_t$ is the block's residual connection):
-#
-# $$h_t = u_t + \sum_{i=1}^{K_s} \mathrm{FFN}^{shared}_i(u_t)
-#             + \sum_{i=1}^{E} g_{i,t} \, \mathrm{FFN}_i(u_t)$$
-#
-# Written out as these two sums, for a small layer, with every expert on every token:
+# Combine: each token picks up its $K$ results, multiplies them by its gates and adds them.  With
+# the shared expert this is the layer, and equal to the loop of part 1:
 
 # %%
-smoke = from_config_dict(configs.load("dsmoe_2b", "smoke"))
-small = replace(smoke, **{"model.moe.expert_backend": "loop"}).model  # the simplest backend
-layer = MoELayer(small, rngs=nnx.Rngs(0))
-u_TD = jax.random.normal(jax.random.key(2), (5, small.hidden_size))
-got_BSD, stats = layer(u_TD[None], jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 5), bool))
+y_TD = dispatcher.combine(out_ND, there.state, kernels.JAX_ROWS)
+np.testing.assert_allclose(y_TD + reference.ffn(u_TD, *shared), h_TD, rtol=1e-4, atol=1e-5)
 
-s_TE = jax.nn.softmax(u_TD @ layer.router_ED[...].T)
-best_TE = s_TE >= jnp.sort(s_TE)[:, -small.moe.num_experts_per_tok, None]
-gates_TE = jnp.where(best_TE, s_TE, 0)
-every_ffn = jax.vmap(experts.swiglu, in_axes=(None, 0, 0, 0))
-ffn_ETD = every_ffn(u_TD, layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...])
-want_TD = layer.shared(u_TD) + jnp.einsum("te,etd->td", gates_TE, ffn_ETD)
-np.testing.assert_allclose(got_BSD[0], want_TD, rtol=1e-3, atol=1e-6)
-assert stats.load_E.sum() == 5 * small.moe.num_experts_per_tok
+# %% [markdown]
+# `routed.dispatch_compute_combine` is these three calls.  The layer of the package is the router in
+# front of it, the shared experts beside it, and a report of what happened:
+
+# %%
+parts = routed.Parts(dispatcher, run_experts, kernels.JAX_ROWS)
+tokens = routed.Tokens(u_TD, routing.ids_TK, routing.gates_TK)
+composed_TD, computed_E = routed.dispatch_compute_combine(parts, weights, None, tokens)
+np.testing.assert_allclose(composed_TD, y_TD, rtol=1e-5, atol=1e-6)
+np.testing.assert_array_equal(computed_E, there.group_sizes_e)
+
+inputs = MoEInputs(token_ids_BS=jnp.zeros((1, T), int), valid_BS=jnp.ones((1, T), bool))
+got_BSD, report = nnx.jit(lambda layer, u_BSD, inputs: layer(u_BSD, inputs))(
+    layer, u_TD[None], inputs
+)
+np.testing.assert_allclose(got_BSD[0], h_TD, rtol=1e-4, atol=1e-5)
+np.testing.assert_array_equal(report.recorded.ids[0], routing.ids_TK)
+assert report.logged.load_E.sum() == T * K
 
 # %% [markdown]
 # ## 5. The idea: finer experts, and some of them shared
@@ -340,7 +379,7 @@ plt.show()
 #
 # The same model at smoke scale: two layers, 1 shared + 63 routed experts in each, 7 activated,
 # hidden size 48.  It reads the text that comes with every Python: its library, its documentation,
-# the names of the Unicode characters.  150 steps are a matter of seconds, once they are compiled.
+# the names of the Unicode characters.  100 steps are a matter of seconds, once they are compiled.
 # The config is the file `configs/dsmoe_2b.py`; we change a few of its keys.
 
 # %%
@@ -350,17 +389,17 @@ corpus = prepare(
     max_bytes_per_domain=400_000,
 )  # fmt: skip
 config = replace(
-    smoke,
+    from_config_dict(configs.load("dsmoe_2b", "smoke")),
     **{
         "model.vocab_size": 1024,
         "data.tokenizer_vocab_size": 1024,
         "data.corpus": str(corpus.directory),
-        "train.steps": 150,
+        "train.steps": 100,
         "train.global_batch_size": 16,
         "train.checkpoint_every": 1000,
-        "train.eval_every": 30,
-        "train.eval_batches": 20,
-        "optimizer.warmup_steps": 15,
+        "train.eval_every": 25,
+        "train.eval_batches": 10,
+        "optimizer.warmup_steps": 10,
     },
 )
 workdir = Path(folder.name) / "run"
@@ -408,45 +447,43 @@ assert (load_LE > 0).all(), "no expert is dead"
 # %% [markdown]
 # ## 7. What do experts like?
 #
-# To see which tokens go where we need the `Routing` of every layer.  Since a router is a function
-# in a table, we wrap it in one that also writes down what it sees, and run the trained parameters
-# in a model with that router.  (A new router, a balance term or a dispatcher is added in just this
-# way: a function and a line in a table.)
+# To see which tokens go where we need the routing of every layer.  The layers report it: a forward
+# pass returns logits, and in the report the experts of each token.  It also takes an
+# **intervention**, a change to how the trained layers are used, for part 8.
 
 # %%
 run = load_run(workdir)
-_, params, other = nnx.split(run.model, nnx.Param, ...)
-notes = []
 
 
-def write_down(logits_TE, inputs, moe):
-    routing = topk_softmax(logits_TE, inputs, moe)
-    note = lambda tokens_T, ids_TK: notes.append((np.array(tokens_T), np.array(ids_TK)))  # noqa: E731
-    jax.debug.callback(note, inputs.token_ids_T, routing.ids_TK, ordered=True)
-    return routing
+@functools.partial(nnx.jit, static_argnames="intervention")
+def look(model, batch, intervention):
+    """The summed loss of a batch, in nats, and the experts of each token in each layer."""
+    output = model.forward(ModelInputs.of_batch(batch), intervention=intervention)
+    nll_BS = optax.softmax_cross_entropy_with_integer_labels(output.logits_BSV, batch["targets_BS"])
+    return (nll_BS * batch["loss_mask_BS"]).sum(), output.report.recorded.ids
 
 
-def variant(params=params, **overrides):
-    """The trained model with some keys of its config changed."""
-    return nnx.merge(abstract_model(replace(run.config, **overrides).model), params, other)
+def held_out(intervention):
+    """The held-out loss in nats per token; tokens and experts of each batch."""
+    nll, predicted, seen = 0.0, 0.0, []
+    for batch in validation_batches(corpus.directory, 16, 10):
+        batch_nll, ids_LBSK = look(run.model, batch, intervention)
+        nll += float(batch_nll)
+        predicted += float(batch["loss_mask_BS"].sum())
+        seen.append((batch["tokens_BS"], np.asarray(ids_LBSK)))
+    return nll / predicted, seen
 
 
-def held_out_loss(model):
-    return evaluate(model, corpus, batch_size=16, max_batches=20)["loss"]
+whole, seen = held_out(Intervention())
+assert abs(whole - result.evaluation["loss"]) < 1e-4, "it is the model as it was trained"
 
-
-routers.ROUTERS["write_down"] = routers.Router(write_down)  # as configs name it
-whole = held_out_loss(variant(**{"model.moe.router.name": "write_down"}))
-jax.effects_barrier()
-assert abs(whole - result.evaluation["loss"]) < 1e-5, "writing down changes nothing"
-
-# count_LEV: how often expert e of layer l was chosen for token v (padding left out)
-count_LEV = np.zeros((L, E, corpus.vocab_size))
-for i, (tokens_T, ids_TK) in enumerate(notes):  # one note a layer and batch, layers in turn
-    np.add.at(count_LEV[i % L], (ids_TK, tokens_T[:, None]), 1)
-count_LEV[:, :, corpus.tokenizer.pad_id] = 0
-K = config.model.moe.num_experts_per_tok
-assert len(notes) == 20 * L
+# count_LEV: how often expert e of layer l was chosen for token v; padding is unassigned, id E
+count_LEV = np.zeros((L, E + 1, corpus.vocab_size))
+for tokens_BS, ids_LBSK in seen:
+    for i in range(L):
+        np.add.at(count_LEV[i], (ids_LBSK[i], tokens_BS[:, :, None]), 1)
+count_LEV = count_LEV[:, :E]
+np.testing.assert_array_equal(count_LEV.sum(axis=2), load_LE)  # as the evaluation has counted
 np.testing.assert_array_equal(*count_LEV.sum(axis=1))  # each layer sees the same tokens, K times
 
 # %% [markdown]
@@ -475,33 +512,17 @@ for e in np.argsort(-choosy_E * busy_E)[:3]:
 # experiments of the paper (V1 section 4.5), on our model:
 #
 # - **Mask the best.**  For every token, the quarter of the experts with the highest affinities is
-#   forbidden, and the 7 best of the rest do the work (their softmax is taken over the rest).  If
-#   experts were interchangeable, the loss would hardly rise.
-# - **No shared expert.**  It is turned off and an eighth routed expert is activated instead: the
+#   forbidden, and the 7 best of the rest do the work, with the gates that their affinities give
+#   them.  If experts were interchangeable, the loss would hardly rise.
+# - **No shared expert.**  It is left out and an eighth routed expert is activated instead: the
 #   compute is the same.
 
-
 # %%
-def without_the_best(n):
-    """A router that forbids each token its n best experts."""
-
-    def route(logits_TE, inputs, moe):
-        worst_of_the_best_T1 = jax.lax.top_k(logits_TE, n)[0][:, -1:]
-        allowed_TE = jnp.where(logits_TE >= worst_of_the_best_T1, -jnp.inf, logits_TE)
-        return topk_softmax(allowed_TE, inputs, moe)
-
-    return routers.Router(route)
-
-
-routers.ROUTERS["without_16"] = without_the_best(16)
-model = variant(**{"model.moe.router.name": "without_16"})
-found = {"as trained": whole, "16 best of 63 masked": held_out_loss(model)}
-
-silent = jax.tree.map(lambda x: x, params)  # a copy: the trained parameters stay as they are
-silent["layers"]["moe"]["shared"]["down_DF"][...] *= 0
-found["no shared, 8 routed"] = held_out_loss(
-    variant(silent, **{"model.moe.num_experts_per_tok": 8})
-)
+found = {
+    "as trained": whole,
+    "16 best of 63 masked": held_out(Intervention(mask_best=16))[0],
+    "no shared, 8 routed": held_out(Intervention(shared_experts=False, num_experts_per_tok=8))[0],
+}
 
 fig, ax = plt.subplots(figsize=(5.6, 1.6))
 names = list(found)[::-1]
@@ -518,7 +539,6 @@ plt.show()
 
 assert found["16 best of 63 masked"] > whole
 assert found["no shared, 8 routed"] > whole + 0.05
-assert run.model.layers.moe.shared.down_DF[...].any(), "the model itself was left alone"
 
 # %% [markdown]
 # Both hurt.  That a routed expert cannot stand in for the shared one is what the paper found, too
@@ -533,7 +553,7 @@ folder.cleanup()
 # ## Where to go on
 #
 # - `dsmoe_jax/moe/`: the parts of this notebook, with all routers, losses and dispatchers; start
-#   with `layer.py`.
+#   with `reference.py`, then `routed.py` and `layer.py`.
 # - `configs/`: the models of the paper from 2B to 145B, each a few lines.
 #   `python -m dsmoe_jax count --config=configs/dsmoe_16b.py` counts them.
 # - `python -m dsmoe_jax generate --workdir=DIR --prompt="def "` lets a trained model write.

@@ -1,7 +1,7 @@
 """The commands: `python -m dsmoe_jax COMMAND [--flags]` or, installed, `dsmoe COMMAND [--flags]`.
 
-A command is a module of its name here, with flags at the top, `main()`, and its manual as
-docstring.  It is imported when it is called: importing JAX takes seconds, the list must not.
+A command is a module here with the command's name: flags at the top, `main()`, and its manual as
+the docstring.  Only the command that is called is imported: importing JAX takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "Measure a trained run on held-out text.",
     "generate": "Continue a prompt with a trained model.",
     "count": "Count parameters and FLOPs, beside the paper's figures.",
-    "plan": "Propose a mesh for so many chips, and say what it costs.",
+    "plan": "Propose a mesh for a number of chips, with its costs.",
     "aot": "Compile the train step for a TPU slice, without a TPU.",
     "prepare_data": "Prepare a corpus: fetch or read text, train a tokenizer, pack sequences.",
     "plot_load": "Draw the load of every expert over the training of some runs.",
@@ -26,7 +26,8 @@ def main() -> None:
     """Runs the command that the command line names; without one, lists them."""
     name, *arguments = sys.argv[1:] or ["help"]
     if name == "help" and arguments:
-        name, arguments = arguments[0], ["--help"]
+        name = arguments[0]
+        arguments = ["--help"]
     if name in ("help", "--help", "-h"):
         print(_manual())
     elif name in COMMANDS:

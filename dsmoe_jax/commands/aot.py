@@ -1,13 +1,15 @@
-"""Compiles the train step of a config for a TPU slice, without a TPU: does it fit, what does it
-send, how fast can it be?  A minute or two for any size of model.
+"""Compiles the train step of a config for a TPU slice, without a TPU.
+
+Prints memory, traffic between chips, and bounds of the time of a step.  Takes a minute or two for a
+model of any size.
 
 python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
 python -m dsmoe_jax aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
     --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
 python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
 
-The mesh is the config's; if that leaves it open, the planner's (the command plan).  It needs
-pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error, with the numbers.
+The mesh is that of the config; if the config has none, the command `plan` proposes it.  Needs
+pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error that gives the numbers.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6
 _BUFFERS = flags.DEFINE_bool("buffers", False, "Also with exchange buffers for MaxVio 0, 1 and 4.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
-# Room for the busiest device at this MaxVio over devices -> model.moe.dispatch.buffer_factor.
+# MaxVio over devices -> model.moe.dispatch.buffer_factor that holds the rows of the busiest device.
 BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": None}
 
 
 def describe(proof: Proof) -> str:
     """The proof as text."""
-    chip, roof = CHIPS[proof.chip], proof.roofline
+    chip = CHIPS[proof.chip]
+    roof = proof.roofline
     shape = " x ".join(f"{axis} {n}" for axis, n in proof.sizes.items() if n > 1) or "one chip"
     by = "chosen by the planner" if proof.planned else "from the config"
     slow, fast = roof.mfu
@@ -72,7 +75,7 @@ def _overlap(proof: Proof) -> str:
     )
 
 
-def _room(proof: Proof | str) -> str:
+def _memory_and_exchange(proof: Proof | str) -> str:
     if isinstance(proof, str):
         return proof
     ragged = proof.collectives.get("ragged-all-to-all", 0.0)
@@ -114,7 +117,7 @@ def as_json(proof: Proof) -> dict[str, Any]:
 
 
 def other_buffers(proof: Proof) -> Iterator[tuple[str, Proof | str]]:
-    """The same step with other room for the exchange; a sentence where it does not fit."""
+    """Proofs of the same step with other exchange buffers; the error where one does not fit."""
     for name, factor in BUFFERS.items():
         if factor == proof.config.model.moe.dispatch.buffer_factor:
             yield name, proof
@@ -140,6 +143,6 @@ def main() -> None:
         for name, other in other_buffers(proof):
             report["buffers"][name] = as_json(other) if isinstance(other, Proof) else other
             if not _JSON.value:
-                print(f"buffers   {name}: {_room(other)}", flush=True)
+                print(f"buffers   {name}: {_memory_and_exchange(other)}", flush=True)
     if _JSON.value:
         print(json.dumps(report))

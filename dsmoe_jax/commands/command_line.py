@@ -1,4 +1,4 @@
-"""What all commands share: flags, `--help`, and errors in one line.
+"""Flags, `--help` and errors in one line, shared by all commands.
 
 A command is a module whose docstring is its manual:
 
@@ -31,7 +31,7 @@ _CONFIG_HELP = (
     " demo, smoke).  Any key is changed by its dotted name:"
     " --config.model.num_hidden_layers=4 --config.train.seed=1"
 )
-# KEY=VALUE of every --config.KEY=VALUE of the command line: absl knows no flags of any name.
+# KEY=VALUE of each --config.KEY=VALUE, kept here because absl needs the name of every flag.
 _overrides: list[str] = []
 
 
@@ -69,9 +69,10 @@ def mesh() -> Mesh:
     """The mesh of the command line.
 
     Raises:
-      ValueError: if it is none, or does not divide the devices.
+      ValueError: if the flag is not a mesh, or the mesh does not divide the devices.
     """
-    text, sizes = FLAGS.mesh, {}
+    text = FLAGS.mesh
+    sizes = {}
     for item in text.split(","):
         axis, _, size = item.partition("=")
         if axis not in AXES or not re.fullmatch(r"-1|\d+", size):
@@ -85,7 +86,7 @@ def mesh() -> Mesh:
 def run(
     main: Callable[[], None], arguments: Sequence[str] | None = None, manual: str | None = None
 ) -> NoReturn:
-    """Parses the flags, runs `main` and leaves the process.
+    """Parses the flags, runs `main` and exits.
 
     Exit code 0 if `main` returned; 2, with one line on stderr, for a wrong command line and for a
     `ValueError` or `OSError` (both mean bad input; `--traceback` shows where); 130 for Ctrl-C.  Any
@@ -93,7 +94,7 @@ def run(
 
     Args:
       main: the command.
-      arguments: by default those of the process.
+      arguments: of the command line; by default those of the process.
       manual: by default the docstring of the module of `main`, whose flags are explained too.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -124,7 +125,7 @@ def parse(arguments: Sequence[str]) -> None:
     """Parses the flags of the command that was imported.
 
     Raises:
-      ValueError: in one line, for whatever is wrong with them.
+      ValueError: in one line, for a flag that does not exist or a value that it cannot have.
     """
     try:
         arguments = FLAGS.read_flags_from_files(arguments, force_gnu=False)
@@ -142,7 +143,7 @@ def parse(arguments: Sequence[str]) -> None:
 
 
 def _without_overrides(arguments: Sequence[str]) -> list[str]:
-    """The arguments without those `--config.KEY=VALUE`, which are kept for `config`."""
+    """The arguments except `--config.KEY=VALUE`, which are kept for `config`."""
     if "config" not in FLAGS:
         return list(arguments)
     pattern = re.compile(r"--?config\.")

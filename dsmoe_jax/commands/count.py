@@ -31,7 +31,7 @@ QUANTITIES = {
 
 
 def report(config: Config) -> dict[str, Any]:
-    """The figures of a config; under "paper" those that the paper prints of this very model."""
+    """Figures of a config; under "paper" the printed ones, if the paper has this exact model."""
     figures = size.account(config)
     return {
         "name": config.name,
@@ -45,7 +45,7 @@ def report(config: Config) -> dict[str, Any]:
 
 
 def _paper(config: Config) -> dict[str, str]:
-    """What the paper prints; nothing for another scale or after an override of a size."""
+    """Printed figures; none for another scale or after an override of a size."""
     model = papers.MODELS.get(config.name)
     if config.scale != "paper" or model is None or not model.figures:
         return {}
@@ -60,11 +60,13 @@ def _load(name: str) -> Config:
     return from_config_dict(files.load(f"configs/{name}.py"))
 
 
-def table(some: list[Config]) -> str:
-    """One line a model; each figure as "ours / the paper's", with notes below."""
-    rows, notes = [["model", *QUANTITIES.values()]], []
-    for config in some:
-        figures, paper = size.account(config), _paper(config)
+def table(configs: list[Config]) -> str:
+    """Table with one line a model; each figure as "ours / the paper's", with notes below."""
+    rows = [["model", *QUANTITIES.values()]]
+    notes = []
+    for config in configs:
+        figures = size.account(config)
+        paper = _paper(config)
         row = [config.name + (f":{config.scale}" if config.scale != "paper" else "")]
         for key in QUANTITIES:
             cell = _short(figures[key])
@@ -83,7 +85,7 @@ def table(some: list[Config]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    if any(_paper(config) for config in some):
+    if any(_paper(config) for config in configs):
         notes.insert(0, "ours / as the paper prints it (how far outside those digits, if at all)")
     return "\n".join([*lines, "", *notes]).rstrip()
 
@@ -96,7 +98,7 @@ def _short(value: float) -> str:
 
 
 def details(config: Config) -> str:
-    """What the paper does not print: bytes of training state, and FLOPs at the widths used."""
+    """Bytes of training state, and FLOPs at the widths used, which the paper does not print."""
     state = size.state_bytes(size.parameters_by_formula(config.model).total)
     gb = {key: f"{value / 1e9:.3g} GB" for key, value in state.items()}
     return (
@@ -111,11 +113,11 @@ def main() -> None:
     """Runs the command."""
     everything = _ALL.value or command_line.FLAGS.config is None
     names = [name for name, model in papers.MODELS.items() if model.figures]
-    some = [_load(name) for name in names] if everything else [command_line.config()]
+    configs = [_load(name) for name in names] if everything else [command_line.config()]
     if _JSON.value:
-        reports = [report(config) for config in some]
+        reports = [report(config) for config in configs]
         print(json.dumps(reports if everything else reports[0], indent=2))
     else:
-        print(table(some))
+        print(table(configs))
         if not everything:
-            print(details(some[0]))
+            print(details(configs[0]))

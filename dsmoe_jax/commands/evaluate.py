@@ -3,7 +3,7 @@ r"""Measures a trained run on held-out text: nats per token and bits per byte, b
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
 
-The routing can be written down and replayed by the experts of another step or run:
+The routing can be recorded, and replayed with the experts of another step or run:
 
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
@@ -52,8 +52,9 @@ def main() -> None:
         dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run)
-        batches = _BATCH_SIZE.value, _MAX_BATCHES.value
-        held_out = HeldOut(graph, run.corpus, *batches, recorder, replayed)
+        held_out = HeldOut(
+            graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, recorder, replayed
+        )
         line = ProgressLine(run.config.name, held_out.n_batches)
         result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
@@ -63,8 +64,9 @@ def main() -> None:
 def _routing(
     run: Run,
 ) -> tuple[routing_records.Recorder | None, routing_records.Recording | None, str]:
-    """Where the routing goes to, where it comes from, and the name of the pass there."""
-    directory, folder = _RECORD_ROUTING.value, _REPLAY_ROUTING.value
+    """Recorder of the routing, recording to replay, and the name of this pass in both."""
+    directory = _RECORD_ROUTING.value
+    folder = _REPLAY_ROUTING.value
     fingerprint = run.corpus.fingerprint
     if directory and folder:
         raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
@@ -82,7 +84,7 @@ def _routing(
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line a domain, the whole last."""
+    """Table with one line a domain; the last line is the whole text."""
     width = max(len(name) for name in (*result["domains"], "all"))
     lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
     for name, row in [*result["domains"].items(), ("all", result)]:

@@ -1,6 +1,6 @@
 """The command line of every experiment: `python -m experiments.v1.table1 --scale=demo`.
 
-The module of an experiment is its manual; running it ends with the report.
+The docstring of an experiment's module is its manual; a run ends with the report.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def options() -> Options:
     """The options of the command line.
 
     Raises:
-      ValueError: for an override that makes no sense.
+      ValueError: for an override that is not KEY=VALUE, or that sets the seed.
     """
     parsed = command_line.FLAGS
     return Options(
@@ -51,7 +51,7 @@ def override(item: str) -> tuple[str, object]:
     """A key and its value: "train.steps=100" -> ("train.steps", 100).
 
     Raises:
-      ValueError: if it is none, or the seed.
+      ValueError: if the item is not KEY=VALUE, or sets the seed.
     """
     try:
         key, value = overrides.parse(item)

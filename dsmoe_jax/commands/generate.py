@@ -10,7 +10,7 @@ starts a new document.  A text ends where the model writes end-of-text, or after
 The default, --temperature=0, is greedy: the most likely token each time, and the same text on every
 call.  Above 0 the same --seed gives the same texts.
 
-Shapes: B samples, P tokens of the prompt.
+Shapes: B samples, P tokens of the prompt, G generated tokens.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def _generate(workdir: str, prompt: str) -> None:
 
 
 def cut(tokens_G: np.ndarray, tokenizer: Tokenizer) -> Sample:
-    """What was generated up to the first end-of-text token (all of it, if there is none)."""
+    """The generated text before the first end-of-text token; all of it if there is none."""
     ends = np.flatnonzero(tokens_G == tokenizer.eos_id)
     kept = tokens_G[: ends[0]] if ends.size else tokens_G
     return Sample(tokenizer.decode(kept.tolist()), len(kept), bool(ends.size))
 
 
 def _checked_flags() -> tuple[str, str]:
-    """Workdir and prompt; refuses what is wrong on the command line before anything is loaded."""
+    """Workdir and prompt; refuses wrong flags before anything is loaded."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
     if _PROMPT.value is None:
@@ -112,7 +112,8 @@ def _checked_flags() -> tuple[str, str]:
 
 
 def _note_length(run: Run, prompt_tokens: int) -> None:
-    trained, asked = run.config.data.sequence_length, prompt_tokens + _MAX_NEW_TOKENS.value
+    trained = run.config.data.sequence_length
+    asked = prompt_tokens + _MAX_NEW_TOKENS.value
     if asked > trained:
         print(
             f"note: {prompt_tokens} + {_MAX_NEW_TOKENS.value} tokens go past the {trained} that"

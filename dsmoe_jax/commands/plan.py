@@ -1,12 +1,12 @@
-"""Proposes a mesh for a model on so many chips, and says what it costs; refuses what cannot fit.
+"""Proposes a mesh for a model on a number of chips, with its costs; an error if none fits.
 
 python -m dsmoe_jax plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64
 python -m dsmoe_jax plan --config=configs/dsmoe_145b.py --chip=h100 --chips=512 --json
 python -m dsmoe_jax plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64 \\
     --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.accumulation_steps=36
 
-A mesh in the config is examined instead of proposing one.  It is arithmetic and takes seconds;
-activations are an estimate.  What the compiler allocates: `python -m dsmoe_jax aot`.
+If the config has a mesh, the costs are those of that mesh.  The arithmetic takes seconds;
+activations are an estimate.  `python -m dsmoe_jax aot` gives what the compiler allocates.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
 def main() -> None:
     """Runs the command."""
-    config, chip, chips = command_line.config(), _CHIP.value, _CHIPS.value
+    config = command_line.config()
+    chip = _CHIP.value
+    chips = _CHIPS.value
     if chip is None or chips is None:
         missing = "chip" if chip is None else "chips"
         raise ValueError(f"--{missing}: missing; for example --chip=v5p --chips=64")
     if config.mesh == MeshConfig():
         plan, plans = planner.propose(config, chip, chips)
     else:
-        plan, plans = planner.examine(config, chip, chips), []
+        plan = planner.examine(config, chip, chips)
+        plans = []
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(plan)))
     else:

@@ -1,9 +1,9 @@
-"""Draws the load of every expert over training, and MaxVio, layer by layer, of any runs.
+"""Draws the load of every expert and MaxVio over training, layer by layer, for one or more runs.
 
 python -m dsmoe_jax plot_load --workdir=runs/dsmoe --out=load.png
 python -m dsmoe_jax plot_load --workdir=runs/without --workdir=runs/with --out=load.svg
 
-Reads metrics.jsonl; a run may still be going on.
+Reads metrics.jsonl; a run need not be finished.
 """
 
 from __future__ import annotations

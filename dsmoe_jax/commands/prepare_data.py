@@ -4,7 +4,7 @@ python -m dsmoe_jax prepare_data --corpus=demo --out=DIR --vocab_size=4096 --seq
 python -m dsmoe_jax prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 \\
     --sequence_length=2048
 
-Training does this by itself where it has to; prepared here, a corpus can be shared and looked at.
+Training prepares a missing corpus by itself; one that is prepared here can be shared and inspected.
 `--config.data.corpus=DIR` trains on it.
 """
 
@@ -62,7 +62,7 @@ def _given(flag: flags.FlagHolder, example: object) -> Any:
 
 
 def _print_table(corpus: Corpus) -> None:
-    """What the corpus holds, a line per domain."""
+    """Prints the sizes of the corpus, one line a domain."""
     print(f"{'domain':<16}{'documents':>11}{'train MB':>10}{'train tokens':>14}{'held out':>11}")
     for domain in corpus.manifest["domains"]:
         print(

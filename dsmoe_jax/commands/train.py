@@ -1,4 +1,4 @@
-"""Trains a model, or goes on with a run that was interrupted: the same command does both.
+"""Trains a model, or continues an interrupted run: the same command does both.
 
 python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=runs/dsmoe
 python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=runs/wide \\
@@ -35,7 +35,7 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
-    config = command_line.config()  # a wrong one is refused before the others wait for this process
+    config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
     result = train(config, _WORKDIR.value)

@@ -1,7 +1,7 @@
-"""Every knob of a run: frozen dataclasses by section, which refuse to be built wrong.  No jax.
+"""Every setting of a run: frozen dataclasses by section, checked when they are built.  No jax.
 
-Read `run` first, then `moe`; `stages` says what is in force when, `trees` how a dotted key finds
-its place.
+Read `run` first, then `moe`; `stages` has the config of each stage of a run, `trees` the dotted
+keys.
 """
 
 from dsmoe_jax.config.data import DataConfig

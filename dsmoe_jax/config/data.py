@@ -9,7 +9,7 @@ from dsmoe_jax.config.checks import positive
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens come from."""
+    """The corpus, its tokenizer and the length of its sequences."""
 
     # "demo", "stdlib", a file or directory of text, or a prepared corpus; None must be replaced:
     # no corpus that comes with the project is large enough for the paper's scale.

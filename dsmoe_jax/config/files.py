@@ -23,7 +23,7 @@ def load(spec: str) -> ml_collections.ConfigDict:
         is no colon.
 
     Raises:
-      ValueError: naming the file, if there is none, it is no config file, or it fails.
+      ValueError: naming the file, if it does not exist, is not a config file, or fails.
     """
     path, colon, arg = spec.partition(":")
     root = _root(path)
@@ -62,7 +62,7 @@ def _root(path: str) -> Path:
 def _importing_from(*directories: Path) -> Iterator[None]:
     """Lets a config file import its neighbours (`from configs import base`).
 
-    The console script, unlike `python -m`, has no directory of the user's on `sys.path`.
+    The console script, unlike `python -m`, does not have the current directory on `sys.path`.
     """
     before = list(sys.path)
     sys.path[:0] = map(str, directories)

@@ -14,7 +14,7 @@ AXES = ("data", "fsdp", "expert", "tensor")  # neighbours in `tensor` are the cl
 class MeshConfig:
     """Devices along each axis; their product is the number of devices."""
 
-    data: int = -1  # -1: what the other axes leave
+    data: int = -1  # -1: the devices that the other axes leave
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
@@ -35,7 +35,7 @@ class MeshConfig:
         """The size of each axis on that many devices.
 
         Raises:
-          ValueError: if they cannot be arranged so.
+          ValueError: if they do not make up that number.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         product = math.prod(size for size in sizes.values() if size != -1)

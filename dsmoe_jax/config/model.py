@@ -11,10 +11,10 @@ from dsmoe_jax.config.moe import MoEConfig
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """How tokens look at earlier ones.
+    """Attention of all layers.
 
-    `options` are the settings of a single attention; its entry in dsmoe_jax/nn/attention names
-    them and their defaults.
+    `options` are settings of one kind of attention; its entry in dsmoe_jax/nn/attention names them
+    and their defaults.
     """
 
     name: str = "grouped"  # in dsmoe_jax/nn/attention

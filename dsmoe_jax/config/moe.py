@@ -1,8 +1,8 @@
 """The section `model.moe` of a config, and the sections in it: one for each part of the layer.
 
-None means none of it (no bias, no dropping, no schedule); 0 is a number.  What the registries know
-(routers, balance terms, dispatchers) is checked where the layer is built, see moe/layer.py: a new
-router or term needs nothing here.
+None means none of it (no bias, no dropping, no schedule); 0 is a number.  Names of registries
+(routers, balance terms, dispatchers) are checked where the layer is built, see moe/layer.py: a new
+router or term changes nothing here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SCOPES = ("sequence", "global_batch")
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """How experts are chosen.  A router refuses a setting that it would ignore.
+    """The choice of experts.  A router refuses a setting that it would ignore.
 
-    `options` are the settings of a single router; its line in dsmoe_jax/moe/routers names them and
+    `options` are settings of one router; its entry in dsmoe_jax/moe/routers names them and
     their defaults.
     """
 
@@ -29,15 +29,16 @@ class RouterConfig:
     scoring_func: str = "softmax"  # logits -> affinities; "sigmoid": V3
     norm_topk_prob: bool = False  # renormalise the chosen gates to sum 1 (V1: no)
     routed_scaling_factor: float = 1.0
-    n_group: int = 1  # the experts in this many equal groups (V2: devices, V3: nodes),
-    topk_group: int = 1  # of which a token may use this many (V2's M),
-    group_score: str = "max"  # those with the best expert (V2); "top2_sum": two best (V3)
+    n_group: int = 1  # equal groups of experts (V2: devices, V3: nodes)
+    topk_group: int = 1  # groups that a token may use (V2's M)
+    group_score: str = "max"  # of a group: its best score (V2); "top2_sum": its two best (V3)
     bias_update_speed: float | None = None  # gamma of the loss-free balance bias (V3: 1e-3)
     jitter: float | None = None  # in training the router's input times U(1 - x, 1 + x) (Switch)
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
-        at, check = "model.moe.router.", checker(self, "model.moe.router.")
+        at = "model.moe.router."
+        check = checker(self, at)
         not_negative(self, at, "bias_update_speed", "jitter")
         positive(self, at, "n_group", "topk_group")
         check("jitter", (self.jitter or 0.0) < 1, "must be below 1")
@@ -69,26 +70,26 @@ class BalanceTerm:
 
 @dataclasses.dataclass(frozen=True)
 class DropConfig:
-    """Dropping: what the busiest experts (or devices) get above a multiple of the mean is lost.
+    """Dropping of the assignments above the capacity of an expert or a device.
 
-    With the dispatcher "fixed_slots" each shard of the tokens has its part of the capacity.
+    With the dispatcher "fixed_slots" each shard of the tokens has a part of the capacity.
     """
 
     capacity_factor: float = 1.0  # the capacity, relative to the mean load
     policy: str = "position"  # a name in dsmoe_jax/moe/dropping.py
-    protected_share: float = 0.1  # `device`: this share of the sequences never loses a token (V2)
+    protected_share: float = 0.1  # policy `device`: this share of sequences loses no token (V2)
 
 
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
-    """How rows get to their experts."""
+    """The dispatch of rows to their experts."""
 
     # A name in dsmoe_jax/moe/dispatch, or "auto": "all_to_all" where a mesh splits the experts.
     name: str = "auto"
-    # Rows that a device makes room for, relative to the mean: what does not fit is done in smaller
-    # chunks.  None: room for the worst case.
+    # Rows of a device's buffers, relative to the mean load; where they are too few, smaller chunks
+    # are used.  None: buffers that fit any load.
     buffer_factor: float | None = None
-    chunks: int = 1  # the tokens of a shard are dispatched in so many parts, for less room
+    chunks: int = 1  # parts in which the tokens of a shard are dispatched; more take less memory
 
     def __post_init__(self) -> None:
         check = checker(self, "model.moe.dispatch.")
@@ -126,8 +127,10 @@ class MoEConfig:
     row_kernels: str = "auto"  # "native", "jax": top-k, sorting and summing rows; moe/kernels
 
     def __post_init__(self) -> None:
-        at, check = "model.moe.", checker(self, "model.moe.")
-        e, k = self.n_routed_experts, self.num_experts_per_tok
+        at = "model.moe."
+        check = checker(self, at)
+        e = self.n_routed_experts
+        k = self.num_experts_per_tok
         not_negative(self, at, "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
         positive(self, at, "moe_intermediate_size", "nominal_width", "expert_groups")
         check("n_routed_experts", e + self.n_shared_experts > 0, "a layer needs an expert")
@@ -142,8 +145,10 @@ class MoEConfig:
         self._check_groups()
 
     def _check_groups(self) -> None:
-        e, k = self.n_routed_experts, self.num_experts_per_tok
-        router, check = self.router, checker(self.router, "model.moe.router.")
+        e = self.n_routed_experts
+        k = self.num_experts_per_tok
+        router = self.router
+        check = checker(router, "model.moe.router.")
         groups = router.n_group
         check("n_group", e % groups == 0, f"must divide n_routed_experts={e}")
         reachable = router.topk_group * (e // groups)

@@ -23,7 +23,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        at, check = "optimizer.", checker(self, "optimizer.")
+        at = "optimizer."
+        check = checker(self, at)
         positive(self, at, "peak_learning_rate", "decay_factor", "eps", "clip_norm")
         not_negative(self, at, "warmup_steps", "weight_decay", "b1", "b2")
         check("b1", self.b1 < 1, "must be below 1")

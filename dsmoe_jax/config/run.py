@@ -26,7 +26,7 @@ from dsmoe_jax.config.train import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run."""
+    """Config of one run."""
 
     name: str = "unnamed"
     scale: str = "paper"
@@ -43,9 +43,9 @@ class Config:
             self.data.tokenizer_vocab_size,
             f"must not exceed model.vocab_size={self.model.vocab_size}",
         )
-        from dsmoe_jax.config.stages import stages_of  # which builds configs, one a stage
+        from dsmoe_jax.config.stages import stages_of  # imports this module
 
-        stages_of(self)  # refuses a table of stages that cannot be
+        stages_of(self)  # refuses an impossible table of stages
 
     @property
     def tokens_per_step(self) -> int:
@@ -71,7 +71,8 @@ def from_config_dict(tree: Any) -> Config:
 
 
 def _refuse_old_form(tree: Any) -> None:
-    """A config from before `model.moe` had sections: all its keys would be unknown, one by one."""
+    """Refuses a config from before `model.moe` had sections."""
+    # Otherwise the error would name only the first of many keys that have moved.
     model = tree.get("model") if isinstance(tree, dict) else None
     moe = model.get("moe") if isinstance(model, dict) else None
     if isinstance(moe, dict) and isinstance(moe.get("router"), str):
@@ -99,7 +100,7 @@ def replace(config: Config, **overrides: Any) -> Config:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ: `{key: (value in a, value in b)}`, None for none."""
+    """The dotted keys whose values differ: `{key: (value in a, value in b)}`, None if missing."""
     flat_a, flat_b = (dict(trees.flatten(trees.to_tree(config))) for config in (a, b))
     keys = [*flat_a, *(key for key in flat_b if key not in flat_a)]
     pairs = {key: (flat_a.get(key), flat_b.get(key)) for key in keys}

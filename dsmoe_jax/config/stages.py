@@ -1,4 +1,4 @@
-"""The stages of a run: what is in force when.  A run without stages is one stage."""
+"""The stages of a run, each with its config.  A run without stages is one stage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.run import Config, replace
 
 SHARE = "share"
-# The data, the devices and what the training loop reads once.  Whether a key of `model` changes the
-# parameters' shapes is seen where they are made, see training/stages.py.
+# Fixed during a run: the data, the devices, and what the training loop reads once.  Keys of `model`
+# that change the parameters' shapes are refused where those are made, see training/stages.py.
 _FIXED = ("name", "scale", "data.", "mesh.", "train.")
 _FREE = ("train.global_batch_size", "train.accumulation_steps", "train.eval_batches")
 
@@ -20,9 +20,9 @@ class Stage(NamedTuple):
     """A part of a run.
 
     Attributes:
-      first, end: updates made before it and after it.
-      sequences: taken from the data before it.
-      config: in force; without stages of its own.
+      first, end: updates made when it begins, and when it ends.
+      sequences: number taken from the data before it.
+      config: of this stage, without stages of its own.
     """
 
     first: int
@@ -35,7 +35,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     """The stages of a run in order.
 
     Raises:
-      ValueError: for a table of stages that cannot be.
+      ValueError: for an impossible table of stages.
     """
     columns = config.train.stages
     if columns is None:
@@ -43,7 +43,9 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     share = columns.get(SHARE, ())
     _check(columns, share)
     whole = replace(config, **{"train.stages": None})
-    stages, first, sequences = [], 0, 0
+    stages = []
+    first = 0
+    sequences = 0
     for i in range(len(share)):
         last = i + 1 == len(share)
         end = config.train.steps if last else round(sum(share[: i + 1]) * config.train.steps)

@@ -11,10 +11,10 @@ from dsmoe_jax.config.frozen import FrozenDict
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at a time, and what is kept.
+    """Length of a run, its batches, and the files that it keeps.
 
     `stages` cuts a run into parts.  It is a table: a column by dotted key, entry i for stage i;
-    `share` is of the steps.  Any key may have a column that can change during a run:
+    `share` is of the steps.  Any key that can change during a run may have a column:
 
         train.stages.share = (0.3, 0.5, 0.2)
         train.stages.model.moe.num_experts_per_tok = (3, 7, 15)
@@ -38,7 +38,8 @@ class TrainConfig:
     replay_routing: str | None = None  # such a directory, for a router that replays it
 
     def __post_init__(self) -> None:
-        at, check = "train.", checker(self, "train.")
+        at = "train."
+        check = checker(self, at)
         positive(
             self,
             at,

@@ -101,7 +101,7 @@ _SAID = {
 
 
 def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
-    """`X | None`, or one of several plain types."""
+    """Converts a value of `X | None`, or of one of several plain types."""
     others = [hint for hint in hints if hint is not types.NoneType]
     if value is None and len(others) < len(hints):
         return None
@@ -113,7 +113,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
-    """Sections or values by name; values that are tuples go by dotted key."""
+    """Converts sections or values by name; values that are tuples go by dotted key."""
     if typing.get_origin(hint) is tuple:
         tree = dict(flatten(tree))
     return FrozenDict(
@@ -165,7 +165,7 @@ _DOTTED = object()  # inside of a `FrozenDict` that goes by dotted key, any key 
 
 
 def _inside(hint: Any, part: str) -> Any:
-    """The hint of a field or name of a section; None where there is no such thing."""
+    """The type hint of a field or name of a section; None if there is no such field."""
     if hint is _DOTTED:
         return _DOTTED
     hint = _without_none(hint)
@@ -199,22 +199,26 @@ def _defaults(hint: Any) -> Tree:
 
 
 def _refuse_unknown(cls: type, tree: Tree, key: str, value: Any) -> typing.NoReturn:
+    """Says which key was probably meant: a neighbour, or one of that name elsewhere."""
     known = sorted({*known_keys(cls), *dict(flatten(tree))})
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.rpartition(".")
+    neighbours = [k for k in known if k.startswith(f"{section}.")]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     close = (
         difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)
-        or difflib.get_close_matches(key, known, n=1)
-        or _close_by_leaf(leaf, known)
+        or _close_by_leaf(leaf, neighbours, cutoff=0.6)
+        or _close_by_leaf(leaf, known, cutoff=0.75)
     )
-    hint = f"did you mean {close[0]}?" if close else f"the keys are in {cls.__module__}"
+    hint = f"did you mean {close[0]}?" if close else f"the keys there are {', '.join(neighbours)}"
+    if not close and not neighbours:
+        hint = f"there is no section {section!r}"
     raise ValueError(f"{key}={value!r}: no such key; {hint}")
 
 
-def _close_by_leaf(leaf: str, known: list[str]) -> list[str]:
-    """Keys elsewhere in the tree whose last part is spelled alike."""
-    leaves = {k.rpartition(".")[2]: k for k in known}
-    return [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+def _close_by_leaf(leaf: str, keys: list[str], cutoff: float) -> list[str]:
+    """Keys whose last part is spelled alike."""
+    by_leaf = {k.rpartition(".")[2]: k for k in keys}
+    return [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff)]
 
 
 def known_keys(hint: Any, prefix: str = "") -> Iterator[str]:

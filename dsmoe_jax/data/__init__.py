@@ -1,6 +1,6 @@
 """Text -> labelled corpus -> packed sequences -> batches.
 
 Read in this order: documents (what is kept and held out), tokenizer, packing (one record), corpus
-(the directory), pipeline (`Batch`, `train_batches`, `validation_batches`), prepare (all of it in
-a row); sources and readers say where built-in text comes from, user_files reads your own.
+(the directory), pipeline (`Batch`, `train_batches`, `validation_batches`), prepare (all steps in
+a row); sources and readers have the built-in text, user_files reads your own.
 """

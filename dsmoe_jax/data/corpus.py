@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: what is in the directory, and how to load it.
+"""A prepared corpus on disk: the files of its directory, and loading them.
 
     manifest.json                           what the corpus is, by domain and split
     tokenizer.json                          byte-level BPE, trained on the train split
@@ -59,12 +59,12 @@ class Corpus:
 
     @functools.cached_property
     def bytes_per_token_V(self) -> np.ndarray:
-        """int32 [V], see `Tokenizer.bytes_per_token_V`."""
+        """UTF-8 bytes of each token, int32 [V], see `Tokenizer.bytes_per_token_V`."""
         return self.tokenizer.bytes_per_token_V
 
     @functools.cached_property
     def token_counts_V(self) -> np.ndarray:
-        """int64 [V]: how often each token is an input of the train split, counted by reading it."""
+        """Occurrences of each token as an input of the train split, int64 [V]; reads the split."""
         counts_V = np.zeros(self.vocab_size, np.int64)
         for record in read_records(self.shards("train")):
             _, tokens = decode_record(record)
@@ -81,12 +81,16 @@ class Corpus:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """`manifest.json` of a corpus directory. Raises ValueError when it is not one of ours."""
+    """Reads `manifest.json` of a corpus directory.
+
+    Raises:
+      ValueError: if it is not a manifest of this format.
+    """
     path = directory / MANIFEST
     if not path.is_file():
-        what = "no such directory" if not directory.is_dir() else f"has no {MANIFEST}"
+        reason = "no such directory" if not directory.is_dir() else f"has no {MANIFEST}"
         raise ValueError(
-            f"corpus directory {directory}: {what}; "
+            f"corpus directory {directory}: {reason}; "
             "python -m dsmoe_jax prepare_data --out makes one"
         )
     try:
@@ -99,9 +103,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load_corpus(directory: str | Path) -> Corpus:
-    """Open a prepared corpus and check that it is whole.
+    """Opens a prepared corpus and checks that it is whole.
 
-    Raises ValueError when a file is missing, cut, or has other contents than the manifest says.
+    Raises:
+      ValueError: if a file is missing, cut, or has other contents than the manifest says.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)

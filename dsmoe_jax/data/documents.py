@@ -38,16 +38,18 @@ def num_bytes(text: str) -> int:
 
 
 def cut(text: str, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
-    """Cut one long text at line ends into pieces of about `piece_bytes` UTF-8 bytes.
+    """Cuts one long text at line ends into pieces of about `piece_bytes` UTF-8 bytes.
 
-    Nothing is lost: the pieces joined give `text` again. A single line longer than that stays
-    whole. For sources that come as one file without document boundaries of their own.
+    The pieces joined give `text` again. A single longer line stays whole. It is for sources that
+    are one file without document boundaries.
     """
-    piece, size = [], 0
+    piece: list[str] = []
+    size = 0
     for line in text.splitlines(keepends=True):
         if size and size + num_bytes(line) > piece_bytes:
             yield "".join(piece)
-            piece, size = [], 0
+            piece = []
+            size = 0
         piece.append(line)
         size += num_bytes(line)
     if piece:
@@ -60,13 +62,15 @@ def choose(
     max_bytes: int | None = None,
     validation_fraction: float = VALIDATION_FRACTION,
 ) -> Split:
-    """Drop empty texts and exact repeats, cap the domain, hold out whole groups.
+    """Drops empty texts and exact repeats, caps the domain and holds out whole groups.
 
     Groups are ordered by the sha256 of their text, which is a shuffle that depends on nothing
     but content. Validation takes, in that order, every group that still fits into
     `validation_fraction` of the bytes (the smallest group if none fits); training takes the
     others until `max_bytes` are reached in all.
-    Raises ValueError when the domain has fewer than two groups: one side would be empty.
+
+    Raises:
+      ValueError: if the domain has fewer than two groups: one side would be empty.
     """
     groups = _group(documents)
     if len(groups) < 2:
@@ -77,14 +81,15 @@ def choose(
         )
     ordered = [groups[key] for key in sorted(groups)]
     sizes = [sum(map(num_bytes, texts)) for texts in ordered]
-    budget = min(sum(sizes), max_bytes) if max_bytes else sum(sizes)
-    held_out = _first_fit(sizes, budget * validation_fraction)
-    validation, train = [], []
+    total = min(sum(sizes), max_bytes) if max_bytes else sum(sizes)
+    held_out = _first_fit(sizes, total * validation_fraction)
+    validation: list[str] = []
+    train: list[str] = []
     used = sum(sizes[i] for i in held_out)
     for i, texts in enumerate(ordered):
         if i in held_out:
             validation += texts
-        elif not train or used < budget:
+        elif not train or used < total:
             train += texts
             used += sizes[i]
     return Split(train, validation)
@@ -107,11 +112,12 @@ def _group(documents: Iterable[Document]) -> dict[str, list[str]]:
     }
 
 
-def _first_fit(sizes: list[int], limit: float) -> set[int]:
-    """Indices of the groups to hold out: all that fit under `limit` bytes, at least one."""
-    chosen, used = set(), 0
+def _first_fit(sizes: list[int], max_bytes: float) -> set[int]:
+    """Indices of the groups to hold out: all that fit into `max_bytes`, at least one."""
+    chosen: set[int] = set()
+    used = 0
     for i, size in enumerate(sizes):
-        if used + size <= limit:
+        if used + size <= max_bytes:
             chosen.add(i)
             used += size
     return chosen or {min(range(len(sizes)), key=lambda i: sizes[i])}

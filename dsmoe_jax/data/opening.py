@@ -1,4 +1,4 @@
-"""From the section `data` of a config to its corpus, prepared now if it is not yet."""
+"""The corpus of a config's section `data`, prepared now if it is not yet."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
-    """A prepared corpus has its sizes already: they must be the config's."""
+    """Refuses a prepared corpus whose sizes or domains are not those of the config."""
     if corpus.sequence_length != config.sequence_length:
         raise ValueError(
             f"data.sequence_length={config.sequence_length}: the corpus {corpus.directory} is"
@@ -66,7 +66,7 @@ def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
 
 
 def _prepared_directory(config: DataConfig, source: str) -> Path:
-    """Where in the cache: a name for people, and a hash of all that decides the content."""
+    """Directory in the cache: a readable name, and a hash of all that decides the content."""
     content = (
         platform.python_version() if source in BUILT_IN else user_files.fingerprint(Path(source))
     )

@@ -23,7 +23,7 @@ WRITER_OPTIONS = "group_size:1"
 
 
 def pack(documents: Iterable[np.ndarray], sequence_length: int, eos_id: int) -> list[np.ndarray]:
-    """Cut the stream of `documents` (arrays of token ids) into int32 arrays of up to S + 1 tokens.
+    """Cuts the stream of `documents` (arrays of token ids) into int32 arrays of up to S + 1 tokens.
 
     Only the last one may be shorter; it has at least one input and one target.
     """
@@ -36,18 +36,18 @@ def pack(documents: Iterable[np.ndarray], sequence_length: int, eos_id: int) -> 
 
 
 def encode_record(domain: int, tokens: np.ndarray) -> bytes:
-    """A record is little-endian int32: the index of its domain, then its tokens."""
+    """A record, in little-endian int32: the index of its domain, then its tokens."""
     return np.concatenate([[domain], tokens]).astype("<i4").tobytes()
 
 
 def decode_record(record: bytes) -> tuple[int, np.ndarray]:
-    """(domain, tokens) of `encode_record`."""
+    """Domain and tokens of a record made by `encode_record`."""
     array = np.frombuffer(record, "<i4").astype(np.int32)
     return int(array[0]), array[1:]
 
 
 def interleave(records_by_domain: Sequence[list[bytes]]) -> list[bytes]:
-    """Spread each domain evenly over the whole, so that any prefix has every domain's share."""
+    """Spreads each domain evenly over the whole, so that any prefix has every domain's share."""
     keyed = [
         ((i + 0.5) / len(records), domain, record)
         for domain, records in enumerate(records_by_domain)
@@ -60,9 +60,13 @@ def interleave(records_by_domain: Sequence[list[bytes]]) -> list[bytes]:
 def write_shards(
     directory: Path, split: str, records: Sequence[bytes], shard_bytes: int = SHARD_BYTES
 ) -> list[str]:
-    """Write `SPLIT-0000i-of-0000N.array_record` files of about `shard_bytes`; their names.
+    """Writes `SPLIT-0000i-of-0000N.array_record` files of about `shard_bytes`.
 
-    Raises OSError when the disk refuses.
+    Returns:
+      The names of the files.
+
+    Raises:
+      OSError: if they cannot be written.
     """
     shards = max(1, math.ceil(sum(map(len, records)) / shard_bytes))
     names = []
@@ -74,19 +78,23 @@ def write_shards(
             for record in records[first:last]:
                 writer.write(record)
             writer.close()
-        except RuntimeError as error:  # how the library reports what the system refused
+        except RuntimeError as error:  # the library reports errors of the system so
             raise OSError(f"cannot write {directory / name}: {error}") from error
         names.append(name)
     return names
 
 
 def count_records(path: Path) -> int:
-    """Number of records of one shard. Raises ValueError when it is not a whole ArrayRecord."""
+    """Number of records of one shard.
+
+    Raises:
+      ValueError: if it is not a whole ArrayRecord file.
+    """
     try:
         reader = ArrayRecordReader(os.fspath(path))
         count = reader.num_records()
         reader.close()
-    except Exception as error:  # the library raises whatever the file leads it to
+    except Exception as error:  # the library raises many types
         raise ValueError(f"shard {path}: not a whole ArrayRecord file") from error
     return count
 

@@ -50,9 +50,10 @@ class Batch(TypedDict):
 
 
 def make_batch(records: Sequence[bytes], sequence_length: int, eos_id: int, pad_id: int) -> Batch:
-    """Decode records of up to S + 1 tokens into a batch, `domain_BS` included."""
+    """Decodes records of up to S + 1 tokens into a batch, `domain_BS` included."""
     decoded = [decode_record(record) for record in records]
-    rows, columns = len(decoded), sequence_length
+    rows = len(decoded)
+    columns = sequence_length
     stream_BS1 = np.full((rows, columns + 1), pad_id, np.int32)
     lengths_B1 = np.zeros((rows, 1), np.int32)
     for row, (_, tokens) in enumerate(decoded):
@@ -84,10 +85,13 @@ def train_batches(
 ) -> "grain.DatasetIterator[Batch]":
     """Endless shuffled batches, of which this host gets the given rows (None: all).
 
-    `start` is a step, and how many records the steps before it took where their batches had other
-    sizes: from that step on record follows record, so none is left out or read twice.
+    `start` is a step and the number of records that the steps before it took, since their batches
+    may have had other sizes: no record is left out or read twice.
     `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
-    with other rows. Threads read ahead. Raises ValueError when the sizes do not fit the corpus.
+    with other rows. Threads read ahead.
+
+    Raises:
+      ValueError: if the sizes do not fit the corpus.
     """
     corpus = load_corpus(corpus_dir)
     rows = _checked_rows(global_batch_size, rows)
@@ -152,7 +156,7 @@ def _validation_batches(
 
 
 def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
-    """The rows to read. Raises ValueError for a batch without rows."""
+    """The rows to read; refuses a batch without rows."""
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: must be > 0")
     rows = range(batch_size) if rows is None else rows

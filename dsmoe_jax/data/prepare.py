@@ -1,4 +1,4 @@
-"""Build a corpus directory: read -> choose -> train the tokenizer -> pack -> write.
+"""Builds a corpus directory: read -> choose -> train the tokenizer -> pack -> write.
 
 The text is held in memory while it is prepared: right for corpora up to a few GB.
 """
@@ -40,14 +40,20 @@ def prepare(
     domains: Sequence[str] | None = None,
     max_bytes_per_domain: int | None = None,
 ) -> Corpus:
-    """Prepare `corpus` ('demo', 'stdlib' or a path to text) in the directory `out`.
+    """Prepares `corpus` in the directory `out`, which appears only when it is whole.
 
-    domains: the ones to take; None takes all (of 'demo': all but the large extra archives).
-    max_bytes_per_domain: cap in UTF-8 bytes; None takes DEFAULT_MAX_BYTES.
+    The same request again does nothing.
 
-    The same request again does nothing; `out` appears only when it is whole. Raises ValueError
-    (one line: what is wrong and what would be right) for any bad input, and never writes over
-    a directory that holds something else.
+    Args:
+      corpus: 'demo', 'stdlib' or a path to text.
+      out: a directory; one that holds something else is never written over.
+      vocab_size: tokens of the tokenizer.
+      sequence_length: inputs per record.
+      domains: those to take; None takes all (of 'demo': all but the large extra archives).
+      max_bytes_per_domain: cap in UTF-8 bytes; None takes DEFAULT_MAX_BYTES.
+
+    Raises:
+      ValueError: for any bad input, in one line: what is wrong and what would be right.
     """
     out = Path(os.path.abspath(out))
     request = _request(corpus, vocab_size, sequence_length, domains, max_bytes_per_domain)
@@ -55,7 +61,7 @@ def prepare(
         return load_corpus(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out.parent):
-        # Someone else may have prepared it while this process waited for the lock.
+        # Another process may have prepared it while this one waited for the lock.
         if not _already_prepared(out, request):
             building = out.with_name(f".{out.name}.building")
             shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
@@ -90,8 +96,8 @@ def _request(
         "max_bytes_per_domain": max_bytes or DEFAULT_MAX_BYTES.get(corpus),
     }
     if corpus == "demo":
-        known, default = {**sources.DEMO, **sources.EXTRA}, list(sources.DEMO)
-        request["domains"] = _check_domains(domains, known) or default
+        known = {**sources.DEMO, **sources.EXTRA}
+        request["domains"] = _check_domains(domains, known) or list(sources.DEMO)
         parts = [part for name in request["domains"] for part in known[name]]
         request["packages"] = sorted({sources.PACKAGES[part.package].pin for part in parts})
     elif corpus == "stdlib":
@@ -106,7 +112,7 @@ def _request(
 
 
 def _check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) -> list[str]:
-    """`domains` as a list without repeats. Raises ValueError for one that is not known."""
+    """`domains` as a list without repeats; refuses unknown ones."""
     for domain in domains or ():
         if domain not in known:
             raise ValueError(f"unknown domain {domain!r}; there are {', '.join(known)}")
@@ -114,7 +120,7 @@ def _check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) -
 
 
 def _already_prepared(out: Path, request: dict[str, Any]) -> bool:
-    """Whether `out` holds this request. Raises ValueError when it holds anything else."""
+    """Whether `out` holds this request; refuses a directory that holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / corpus_format.MANIFEST).is_file():
@@ -131,7 +137,7 @@ def _already_prepared(out: Path, request: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Let one process at a time prepare a corpus in `directory`; the lock dies with it."""
+    """Lets one process at a time prepare a corpus in `directory`; the lock dies with it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -141,7 +147,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _build(request: dict[str, Any], directory: Path) -> None:
-    """Write all files of the corpus into `directory`, the manifest last."""
+    """Writes all files of the corpus into `directory`, the manifest last."""
     splits, origins = _read(request)
     train_texts = [text for split in splits.values() for text in split.train]
     _say(f"training a tokenizer of {request['vocab_size']} tokens")
@@ -178,8 +184,9 @@ def _build(request: dict[str, Any], directory: Path) -> None:
 
 
 def _read(request: dict[str, Any]) -> tuple[dict[str, Split], dict[str, list[dict[str, str]]]]:
-    """Per domain: the chosen texts, and where they come from."""
-    splits, origins = {}, {}
+    """The chosen texts and their origins, by domain."""
+    splits: dict[str, Split] = {}
+    origins: dict[str, list[dict[str, str]]] = {}
     max_bytes = request["max_bytes_per_domain"]
     if request["corpus"] in DEFAULT_MAX_BYTES:
         demo = {**sources.DEMO, **sources.EXTRA}
@@ -202,7 +209,7 @@ def _read(request: dict[str, Any]) -> tuple[dict[str, Split], dict[str, list[dic
 
 
 def _domain_entry(name: str, split: Split, origin: list[dict[str, str]]) -> dict[str, Any]:
-    """The manifest's entry of one domain; `_encode` adds tokens and records."""
+    """Entry of one domain in the manifest; `_encode` adds tokens and records."""
     texts = {"train": split.train, "validation": split.validation}
     digest = hashlib.sha256()
     for text in [*split.train, *split.validation]:

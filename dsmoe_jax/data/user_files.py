@@ -16,7 +16,10 @@ def list_files(path: Path) -> list[Path]:
     """The text files at `path` (a file or a directory, searched to any depth), sorted.
 
     Files with other suffixes in a directory are not text and are left out; a single file must
-    have one of SUFFIXES. Raises ValueError when there is nothing to read.
+    have one of SUFFIXES.
+
+    Raises:
+      ValueError: if there is nothing to read.
     """
     if not path.exists():
         raise ValueError(f"corpus {path}: no such file or directory")
@@ -36,7 +39,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 over the names and contents of all files of a user corpus."""
+    """Hexadecimal sha256 over the names and contents of all files of a user corpus."""
     if is_saved_dataset(path):
         files = sorted(p for p in path.rglob("*") if p.is_file())
     else:
@@ -53,7 +56,9 @@ def read_user_corpus(path: Path) -> dict[str, list[Document]]:
     A row's `domain` field names its domain; otherwise the first directory below `path` does,
     or, for files that lie directly there, the name of `path` without its suffix.
     A .txt file is cut at line ends into documents of about 16 KB.
-    Raises ValueError naming file and place for anything that is not text.
+
+    Raises:
+      ValueError: naming file and place, for anything that is not text.
     """
     domains: dict[str, list[Document]] = {}
     if is_saved_dataset(path):
@@ -131,7 +136,7 @@ def _saved_dataset(path: Path) -> Iterator[tuple[str | None, Document]]:
 
 
 def _row(row: object, place: str) -> tuple[str | None, Document]:
-    """(domain or None, document) of one row; `place` is for the message of a ValueError."""
+    """Domain (or None) and document of one row; `place` is for the message of a ValueError."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{place}: needs a field 'text' with a string")

@@ -19,7 +19,7 @@ class Chip:
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s that it can receive, all links together: a TPU's interconnect, a
         GPU's NVLink within one server.
-      torus_dimensions: of a TPU's interconnect; None for GPUs behind a switch.
+      torus_dimensions: of a TPU's interconnect; None for GPUs, which have a switch.
       description: what JAX needs to describe a slice of it, beside the name.
     """
 

@@ -27,7 +27,7 @@ def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
     """Draws the parameters of a new model; call it under `jax.jit` or `nnx.eval_shape`.
 
     Raises:
-      ValueError: for a model that cannot be, naming the key of the config.
+      ValueError: for an impossible model, naming the key of the config.
     """
     return Transformer(config, rngs=nnx.Rngs(key))
 
@@ -52,7 +52,7 @@ def model_shapes(config: ModelConfig) -> ModelState:
 
 
 def _split(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    # The key is made in here: nothing may run, the ambient mesh's devices may not exist.
+    # The key is made inside: nothing may run, since the devices of the ambient mesh may not exist.
     abstract = nnx.eval_shape(lambda: build_model(config, jax.random.key(0)))
     graph, params, other = nnx.split(abstract, nnx.Param, ...)
     return graph, params, other

@@ -9,7 +9,7 @@ import jax
 
 
 class Remat(NamedTuple):
-    """A way to keep less.
+    """A kind of rematerialisation.
 
     Attributes:
       policy: says what `jax.checkpoint` keeps of a layer; None: no checkpoint, all is kept.

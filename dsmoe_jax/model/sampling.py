@@ -57,7 +57,7 @@ def generate(
       seed: of the sampling.
 
     Returns:
-      tokens_BG, int32 (what follows an end-of-text token is for the caller to cut).
+      tokens_BG, int32 (not cut after an end-of-text token).
 
     Raises:
       ValueError: naming the argument that is out of range.

@@ -3,8 +3,8 @@
 Parameters are counted on the real module, initialised abstractly (nothing is allocated: the 145B
 model counts in seconds).  `parameters_by_formula` counts them again from the sizes alone.
 
-What the words mean was found by comparing with the digits that DeepSeekMoE prints (V1 tables 1-3,
-6, 8 and 9):
+With these definitions the counts agree with the digits that DeepSeekMoE prints (V1 tables 1-3, 6, 8
+and 9):
 - `total` is everything trained: embedding, output head, norms, attention, FFNs and router.
 - `activated` is `total` without the routed experts a token is not sent to.  The embedding table
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).

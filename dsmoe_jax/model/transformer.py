@@ -49,7 +49,7 @@ class _OneLayer(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward with residuals; `dense` leaves out the MoE."""
+    """Pre-norm attention and feed-forward with residuals; the latter is an MoE layer or `dense`."""
 
     def __init__(self, config: ModelConfig, *, dense: bool, rngs: nnx.Rngs):
         d = config.hidden_size
@@ -102,7 +102,7 @@ class Transformer(nnx.Module):
     """The model: `Transformer(config, rngs=nnx.Rngs(seed))`; `model(tokens_BS) -> logits_BSV`.
 
     Raises:
-      ValueError: at construction, for a name in the config that no registry has.
+      ValueError: at construction, for an unknown name in the config.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
 
     @property
     def n_scanned(self) -> int:
-        """Layers of one form that are scanned over: all but the leading dense ones."""
+        """Layers that are scanned over: all but the leading dense ones."""
         return self.config.num_hidden_layers - self.config.first_k_dense_replace
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
         cache: Cache | None,
         intervention: Intervention,
     ) -> tuple[jax.Array, LayerReport | None, Any]:
-        """The stacked layers: one program, whatever their number."""
+        """Runs the stacked layers as one scan."""
         graph, params = nnx.split(self.layers)
 
         def layer(x_BSD, scanned):

@@ -20,17 +20,17 @@ if TYPE_CHECKING:  # the input pipeline takes a second to import, and counting n
 
 
 class ModelInputs(NamedTuple):
-    """One batch as a model sees it; `ModelInputs(tokens_BS)` is whole single documents, evaluated.
+    """Inputs of a model; `ModelInputs(tokens_BS)` is evaluation on whole single documents.
 
     Attributes:
       tokens_BS: int32 token ids.
-      segment_ids_BS: int32, which document each token is of; 0 is padding.  Tokens see only earlier
-        tokens of their own document.  None: one document a sequence.
+      segment_ids_BS: int32, the document of each token; 0 is padding.  A token attends only to its
+        own document.  None: one document a sequence.
       positions_BS: int32, position within the document; None: 0, 1, 2, ...
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       rng: random key for routers that act at random in training; None is evaluation.
       replayed: recorded routing, ids and gates of shape (B, L, S, K), for routers that replay; in
-        evaluation in place of any router's.
+        evaluation it replaces the choice of any router.
     """
 
     tokens_BS: jax.Array
@@ -47,7 +47,7 @@ class ModelInputs(NamedTuple):
         sequence_ids_B: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> ModelInputs:
-        """The inputs that a batch of packed sequences holds, with its recorded routing if any.
+        """Inputs from a batch of packed sequences, with its recorded routing if any.
 
         Args:
           batch: of the input pipeline.
@@ -87,7 +87,7 @@ class ModelInputs(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Caches of all attention layers: the positions that generation has passed.
+    """Caches of all attention layers, filled with the positions so far.
 
     Attributes:
       leading: of each leading dense layer, in the form of its attention.
@@ -101,7 +101,7 @@ class Cache(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        """Positions that there is room for."""
+        """Positions that the cache can hold."""
         # Every attention's arrays begin with (B, L); here the layers come before them.
         return jax.tree.leaves(self.stacked)[0].shape[2]
 

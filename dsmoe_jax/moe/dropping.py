@@ -1,9 +1,9 @@
-"""Dropping: assignments above a capacity are taken back, as pure functions of a routing.
+"""Dropping of the assignments above a capacity, as pure functions of a routing.
 
 A dropped assignment becomes unassigned (expert E, gate 0): its token keeps the residual stream, the
-shared experts and its other experts.  Every assignment is either computed or in the `Ledger`.
-What is computed is counted where the experts do it, so that sent = computed + dropped is a finding
-and no definition.  The balance terms see the routing before anything is dropped.
+shared experts and its other experts.  The `Ledger` counts the computed assignments where the
+experts compute them, so that sent = computed + dropped is a check and not a definition.  The
+balance terms see the routing before dropping.
 
 Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
 N = T*K assignments, D devices (`expert_groups`), G experts or devices that have a capacity, P
@@ -28,15 +28,15 @@ REASONS = ("expert_capacity", "device_capacity")  # what was full
 
 
 class Ledger(NamedTuple):
-    """What became of the assignments to experts, all float32; sent = computed + dropped.
+    """Counts of the assignments to experts, all float32; sent = computed + dropped.
 
     Attributes:
-      sent_E: to each expert by the router.
-      computed_E: that reached the expert.
-      dropped_E: taken back because the expert, or its device, was over its capacity.
-      dropped_D: the same by device (of `expert_groups`);
-      dropped_P: by the position of the token in its sequence;
-      dropped_R: by reason, see `REASONS`.
+      sent_E: sent to each expert by the router.
+      computed_E: computed by each expert.
+      dropped_E: dropped because the expert, or its device, was above its capacity.
+      dropped_D: dropped, by device (of `expert_groups`).
+      dropped_P: dropped, by position of the token in its sequence.
+      dropped_R: dropped, by reason, see `REASONS`.
     """
 
     sent_E: jax.Array
@@ -48,10 +48,10 @@ class Ledger(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What has a capacity, and which assignments go first.
+    """A drop policy: what has a capacity, and which assignments are dropped.
 
     Attributes:
-      by_device: the capacity is that of each of `expert_groups` devices, not of each expert.
+      by_device: each of `expert_groups` devices has a capacity, not each expert.
       by_score: the assignments with the largest affinities stay; else the earliest tokens, and all
         tokens' first choices before any second choice.
       protects: the sequences of `protected_share` lose nothing, even above the capacity.
@@ -70,7 +70,7 @@ POLICIES: dict[str, Policy] = {
 
 
 class Sizes(NamedTuple):
-    """What `drop` knows of its layer: E, K and D."""
+    """Sizes of a layer that dropping needs: E, K and D."""
 
     n_experts: int
     k: int
@@ -87,7 +87,7 @@ def sizes_of(moe: MoEConfig) -> Sizes:
 
 
 def check_policies(moe: MoEConfig, *, scored: bool) -> None:
-    """Refuses drop policies, in training or evaluation, that cannot be.
+    """Refuses impossible drop policies, in training or evaluation.
 
     Args:
       moe: config of the layer.
@@ -152,20 +152,20 @@ def check_capacity(moe: MoEConfig, tokens: int) -> None:
 def drop(
     routing: Routing, sequence_ids_B: jax.Array, config: DropConfig, sizes: Sizes, shards: int = 1
 ) -> Routing:
-    """Takes back what is above `capacity_factor` times the mean load of an expert or a device.
+    """Drops what is above `capacity_factor` times the mean load of an expert or a device.
 
     The capacity is `ceil(capacity_factor T K / G)` assignments.
 
     Args:
-      routing: of T tokens; padding is unassigned, so it competes for nothing.
+      routing: of T tokens; padding is unassigned and takes no capacity.
       sequence_ids_B: int32, the place of each sequence in the global batch.
       config: factor, policy and protected share.
       sizes: of the layer.
-      shards: into so many parts the batch is cut, each of which has a capacity for its own tokens;
-        1: all tokens compete, so that what is dropped does not depend on the mesh.
+      shards: equal parts of the batch, each with a capacity for its own tokens; 1: all tokens
+        compete, so that what is dropped does not depend on the mesh.
 
     Raises:
-      ValueError: for sequences that cannot be shared out evenly.
+      ValueError: for a batch that does not divide into the shards.
     """
     if len(sequence_ids_B) % shards:
         raise ValueError(
@@ -198,8 +198,7 @@ def max_kept(shape_BS: tuple[int, int], config: DropConfig, sizes: Sizes, n_shar
     size = sizes.n_experts // groups
     held = sizes.n_experts // n_shards
     if policy.protects and config.protected_share:
-        # Which sequences of the global batch a shard has is not known here: maybe only protected
-        # ones.  A smaller bound would take the protection away from some of them.
+        # A shard may hold protected sequences only: which ones it holds is not known here.
         capacity = max(capacity, b * s * min(sizes.k, size))
     # A device may hold several groups, or parts of some.
     starts = range(0, sizes.n_experts, held)
@@ -218,7 +217,7 @@ def _keep(
     config: DropConfig,
     sizes: Sizes,
 ) -> jax.Array:
-    """Which assignments of one batch stay, bool (T, K)."""
+    """Mask of the assignments of one batch that stay, bool (T, K)."""
     policy = POLICIES[config.policy]
     t, k = ids_TK.shape
     groups = sizes.capacities(config)
@@ -238,18 +237,15 @@ def _keep(
 
 
 def protected(sequence_ids_B: jax.Array, share: float) -> jax.Array:
-    """Which sequences never lose a token: bool, about that share of the global batch.
-
-    Multiples of the golden ratio modulo 1 are spread so evenly that every micro-batch has its
-    share, whether it is a block of the batch or every n-th row of it.  What text stands at a place
-    is new in every step.
-    """
+    """Mask of the sequences that lose no token, bool (B,): about that share of the global batch."""
+    # Multiples of the golden ratio modulo 1 are spread so evenly that every micro-batch has its
+    # share, be it a block of the batch or every n-th row.  The text at a place changes every step.
     golden_B = sequence_ids_B.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(0x80000000)
     return (golden_B >> 8).astype(jnp.float32) * 2**-24 < share
 
 
 def rank_in_group(group_TK: jax.Array, key_TK: jax.Array, n_groups: int) -> jax.Array:
-    """How many assignments of the same group have a smaller key (ties: come earlier); int32."""
+    """Rank of each assignment in its group by key, int32; ties go to the earlier one."""
     group_N = group_TK.reshape(-1)
     key_N = jax.lax.stop_gradient(key_TK).reshape(-1)
     order_N = jnp.lexsort((key_N, group_N))  # by group, then by key; stable
@@ -268,7 +264,7 @@ def ledger(
     sizes: Sizes,
     count: Callable[[jax.Array, int], jax.Array] = count_load,
 ) -> Ledger:
-    """Counts what became of the assignments; unassigned ones (padding) are not sent.
+    """Counts assignments sent, computed and dropped; unassigned ones (padding) are not sent.
 
     Args:
       sent_TK, kept_TK: experts before and after dropping.
@@ -278,9 +274,11 @@ def ledger(
       sizes: of the layer.
       count: `(ids_TK, E) -> assignments of each expert`, the kernel in use.
     """
-    e, d = sizes.n_experts, sizes.n_devices
+    e = sizes.n_experts
+    d = sizes.n_devices
     sent_E = count(sent_TK, e)
-    none_P, none_R = jnp.zeros(POSITION_BUCKETS), jnp.zeros(len(REASONS))
+    none_P = jnp.zeros(POSITION_BUCKETS)
+    none_R = jnp.zeros(len(REASONS))
     if drop is None:
         return Ledger(sent_E, computed_E, jnp.zeros(e), jnp.zeros(d), none_P, none_R)
     s = len(sent_TK) // n_sequences

@@ -40,7 +40,7 @@ class ExpertWeights(NamedTuple):
 
 
 def loop(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """Every expert on all rows, its own rows kept: E times the work needed, and plain to see."""
+    """Runs every expert on all rows and keeps its own: E times the work, but easy to verify."""
     owner_N = expert_of_row(group_sizes_E, rows_ND.shape[0])
 
     def one_expert(out_ND, expert_and_weights):
@@ -81,7 +81,7 @@ def tokamax(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights
     import tokamax as library
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # it would parse sys.argv itself and fail on others' flags
+    if not flags.FLAGS.is_parsed():  # tokamax would parse sys.argv and fail on our flags
         flags.FLAGS.mark_as_parsed()
 
     def grouped_matmul(x_NI, w_EOI):
@@ -137,11 +137,11 @@ RunExperts = Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]
 
 
 class Backend(NamedTuple):
-    """A registry line.
+    """A backend in the registry.
 
     Attributes:
       run: the function, see the head of this file.
-      missing: why it cannot be had on this machine, "" if it can; None: it always can.
+      missing: returns why it cannot run on this machine, "" if it can; None: it always can.
       default_device: picks its kernel by JAX's default device, so that compiling ahead of time for
         another one needs `jax.default_device`.
     """
@@ -161,12 +161,13 @@ BACKENDS: dict[str, Backend] = {
 
 
 def check_backend(name: str) -> None:
-    """Refuses a name of `model.moe.expert_backend` that is unknown, or cannot be had here.
+    """Refuses a `model.moe.expert_backend` that is unknown or cannot run here.
 
     Raises:
       ValueError: saying what is missing.
     """
-    key, known = "model.moe.expert_backend", ["auto", *sorted(BACKENDS)]
+    key = "model.moe.expert_backend"
+    known = ["auto", *sorted(BACKENDS)]
     require(name in known, key, name, f"must be one of {known}")
     missing = BACKENDS[name].missing if name in BACKENDS else None
     if missing is not None and (reason := missing()):

@@ -14,11 +14,11 @@ from dsmoe_jax.moe.routers import get_router
 
 @dataclasses.dataclass(frozen=True)
 class Intervention:
-    """What differs from the layer as it was trained.
+    """A change to how a trained layer is used.
 
     Attributes:
-      mask_best: so many of each token's best routed experts may not be chosen; it takes the next
-        ones (V1 figure 4).  Only for routers by score.
+      mask_best: number of each token's best routed experts to mask; the token takes the next ones
+        (V1 figure 4).  Only for routers that choose by score.
       num_experts_per_tok: another K; None: the config's (V1 figure 5).
       shared_experts: False leaves the shared experts out (V1 section 4.5).
     """
@@ -37,7 +37,7 @@ NONE = Intervention()
 
 
 def check(intervention: Intervention, moe: MoEConfig) -> None:
-    """Refuses what the layer's router would ignore, or has too few experts for.
+    """Refuses an intervention that the router would ignore, or has too few experts for.
 
     Raises:
       ValueError: naming the field of the intervention.

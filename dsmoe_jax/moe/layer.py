@@ -31,15 +31,15 @@ from dsmoe_jax.nn.layers import SwiGLU, init_matrix
 
 
 class RouterVariable(nnx.Variable):
-    """A variable of a router that is no parameter: see `routers.RouterState`."""
+    """A variable of a router that is not a parameter; see `routers.RouterState`."""
 
 
 class MoELayer(nnx.Module):
     """Shared experts beside a router, a dispatcher and routed experts.
 
     Raises:
-      ValueError: at construction, for a name that no registry has, a router that cannot serve the
-        config, or a balance term without affinities to balance.
+      ValueError: at construction, for an unknown name, a router that cannot serve the config, or a
+        balance term without affinities to balance.
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class MoELayer(nnx.Module):
         initializer_range: float,
         rngs: nnx.Rngs,
     ):
-        d, e, f = hidden_size, moe.n_routed_experts, moe.moe_intermediate_size
+        d = hidden_size
+        e = moe.n_routed_experts
+        f = moe.moe_intermediate_size
         self.config = moe
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
@@ -78,18 +80,18 @@ class MoELayer(nnx.Module):
 
         Args:
           x_BSD: activations, in the compute dtype.
-          inputs: what the layer knows of the tokens.
+          inputs: of the same tokens.
           intervention: a change to how the layer is used.
 
         Returns:
-          y_BSD, and what is reported of the batch (None without routed experts).
+          y_BSD, and the report of the batch (None without routed experts).
         """
         chex.assert_equal_shape_prefix([x_BSD, inputs.token_ids_BS, inputs.valid_BS], 2)
         y_BSD = report = None
         if self.config.n_routed_experts:
             y_BSD, report = self._routed(x_BSD, inputs, intervention)
         if self.config.n_shared_experts and (intervention.shared_experts or y_BSD is None):
-            # They need nothing of the above: XLA may compute them while rows are on their way.
+            # Independent of the routed experts: XLA may compute them during the exchange of rows.
             with jax.named_scope("shared_experts"):
                 shared_BSD = self.shared(x_BSD)
             y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD
@@ -100,7 +102,8 @@ class MoELayer(nnx.Module):
         self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention
     ) -> tuple[jax.Array, LayerReport]:
         """The routed experts' part of the output: router, dropping, experts, report."""
-        moe, valid_BS = self.config, inputs.valid_BS
+        moe = self.config
+        valid_BS = inputs.valid_BS
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         sequence_ids_B = inputs.sequence_ids_B
         if sequence_ids_B is None:
@@ -118,11 +121,11 @@ class MoELayer(nnx.Module):
             weights = experts.ExpertWeights(
                 self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
             )
-            y_TD, did = routed_experts(x_TD, kept, weights, moe, row_kernels, max_kept)
+            y_TD, dispatch_report = routed_experts(x_TD, kept, weights, moe, row_kernels, max_kept)
         ledger = dropping.ledger(
             assigned.ids_TK,
             kept.ids_TK,
-            did.computed_E,
+            dispatch_report.computed_E,
             len(x_BSD),
             drop,
             sizes,
@@ -131,7 +134,7 @@ class MoELayer(nnx.Module):
         by_place = (a.reshape(*valid_BS.shape, -1) for a in (kept.ids_TK, kept.gates_TK))
         report = LayerReport(
             loss_inputs(routing, valid_BS, moe),
-            logged_sums(routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, did, moe),
+            logged_sums(routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe),
             RecordedRouting(*by_place),
         )
         return y_TD.reshape(x_BSD.shape), report
@@ -148,12 +151,12 @@ class MoELayer(nnx.Module):
         Args:
           x_TD: activations.
           inputs: without the router's variables, which the layer adds.
-          row_kernels: in use.
+          row_kernels: the row kernels in use.
           intervention: a change to how the layer is used.
 
         Returns:
-          The routing, and the mean of each token's logits where the routing's logits are those that
-          the layer computed (None elsewhere).
+          The routing, and the mean of each token's logits; None for a router that changes the
+          logits or has none.
 
         Raises:
           ValueError: for an intervention that the router would ignore.
@@ -177,7 +180,7 @@ class MoELayer(nnx.Module):
             product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
             logits = product("td,ed->te", x_TD, self.router_ED[...])
             if not router.alters_logits:
-                # Asking for the logits' own mean would make XLA on CPU write them down.
+                # The mean of the logits themselves would make XLA on CPU store the logits.
                 mean_D = self.router_ED[...].mean(axis=0)
                 mean_logit_T = product("td,d->t", x_TD, mean_D)
         routing = router.route(logits, inputs, settings)
@@ -195,23 +198,22 @@ class MoELayer(nnx.Module):
         drop: DropConfig | None,
         sizes: Sizes,
     ) -> tuple[Routing, int | None]:
-        """What the capacity leaves of a routing, and what it promises of a device's rows.
-
-        Buffers of fixed size need a promise for each shard of the mesh: there each drops by itself.
-        """
+        """The routing after dropping, and the most assignments of a shard on a device, if known."""
         if drop is None:
             return routing, None
         name = self.config.dispatch.name
         if not dispatch.choose_dispatcher(name, expert_devices()).drops_by_shard:
             return dropping.drop(routing, sequence_ids_B, drop, sizes), None
+        # Buffers of fixed size need a bound for each shard, so each shard drops for itself.
         shards = token_shards()
-        b, t = len(sequence_ids_B), len(routing.ids_TK)
+        b = len(sequence_ids_B)
+        t = len(routing.ids_TK)
         kept = dropping.drop(routing, sequence_ids_B, drop, sizes, shards)
         return kept, dropping.max_kept((b // shards, t // b), drop, sizes, expert_devices())
 
 
 def check_layer(moe: MoEConfig) -> None:
-    """Refuses what the registries do not have, or what does not fit together.
+    """Refuses unknown names, and settings that do not fit together.
 
     Raises:
       ValueError: naming the key, the value and what would be right.
@@ -227,7 +229,7 @@ def check_layer(moe: MoEConfig) -> None:
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
-    """The layer's inputs with one axis of tokens."""
+    """The router's inputs: those of the layer, with B and S as one axis of tokens."""
     replayed = inputs.replayed
     if replayed is not None:
         replayed = RecordedRouting(*(a.reshape(-1, a.shape[-1]) for a in replayed))
@@ -241,10 +243,7 @@ def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
 
 
 def _jitter(x_TD: jax.Array, inputs: RouterInputs, width: float) -> tuple[jax.Array, RouterInputs]:
-    """The router's input times U(1 - width, 1 + width) (2101.03961 section 2.2).
-
-    Returns the inputs with what is left of the random key.
-    """
+    """The router's input times U(1 - width, 1 + width) (2101.03961 section 2.2), and new inputs."""
     assert inputs.rng is not None, "evaluation is not jittered"
     jitter_rng, rng = jax.random.split(inputs.rng)
     sample = functools.partial(jax.random.uniform, minval=1 - width, maxval=1 + width)

@@ -4,13 +4,13 @@ A new term is a function and a line in `TERMS`; its weight, scope and schedule a
 `model.moe.balance.NAME.factor`, `.scope` and `.schedule`.
 
 Every term is a sum of products f P over groups of experts.  The loads f are counted, so they have
-no gradient; the mean affinities P have.  Both are means over the valid tokens of a scope: each
+no gradient; the mean affinities P have one.  Both are means over the valid tokens of a scope: each
 sequence by itself (the term is then the mean over the sequences), or the global batch.  Each
 balance term is exactly 1 for a uniform routing.
 
 The batch may be computed in parts (micro-batches).  A layer reports the `TermSums` of its tokens;
 the values of all parts add up to the term, and so do their gradients, because P is a sum over
-tokens.  Only f of the global batch must be known before: then it is counted in a first pass.
+tokens.  In scope `global_batch`, f of the whole batch must be known first: a first pass counts it.
 
 Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
 G groups of experts that a term balances (E, or the devices), L MoE layers.
@@ -35,9 +35,9 @@ class Factors(NamedTuple):
     """The two factors of a term, by token.
 
     Attributes:
-      sent_TG: what a token sends to each group, scaled so that the mean f is 1 where all is even;
-        None where f is 1 whatever the routing.
-      affinity_TG: how much it leans to each group; their mean is P.
+      sent_TG: assignments of a token to each group, scaled so that their mean, f, is 1 for an even
+        load; None for a term in which f is always 1.
+      affinity_TG: affinity of a token for each group; the mean over tokens is P.
     """
 
     sent_TG: jax.Array | None
@@ -45,11 +45,12 @@ class Factors(NamedTuple):
 
 
 class TermSums(NamedTuple):
-    """What a part of the batch contributes to a term; all are sums.
+    """Contribution of a part of the batch to a balance term; all are sums.
 
     Attributes:
       products: of f P over the sequences (scope `sequence`); None in scope `global_batch`.
-      sent_G, affinity_G: over tokens (scope `global_batch`); None where there is none.
+      sent_G, affinity_G: over tokens (scope `global_batch`); None in scope `sequence`, and sent_G
+        for a term that counts no load.
     """
 
     products: jax.Array | None
@@ -58,11 +59,11 @@ class TermSums(NamedTuple):
 
 
 class WholeBatch(NamedTuple):
-    """What the value of a part needs to know of the whole batch.
+    """Counts over the whole batch that the value of a part depends on.
 
     Attributes:
-      sequences: that have a valid token.
-      tokens: valid ones.
+      sequences: number of those with a valid token.
+      tokens: number of valid ones.
       sent_LG: the sum of all parts' `sent_G` by term; None: the part is the whole.
     """
 
@@ -72,7 +73,7 @@ class WholeBatch(NamedTuple):
 
 
 class Devices(NamedTuple):
-    """How the experts lie on devices: D equal groups, of which a token may use `limit`."""
+    """Placement of the experts on devices: D equal groups, of which a token may use `limit`."""
 
     n: int
     limit: int
@@ -114,7 +115,7 @@ def communication_balance(routing: Routing, devices: Devices) -> Factors:
     """Communication balance loss `sum_d f''_d P''_d` (V2 eqs. 29-31).
 
     f''_d = D / (M T) * #{tokens that are sent to device d}: a token with three experts on a device
-    travels there once.  M devices at most are reached by a token (`topk_group`, or K if fewer).
+    travels there once.  A token reaches at most M devices (`topk_group`, or K if that is less).
     """
     scale = devices.n / min(devices.limit, routing.ids_TK.shape[1])
     sent_TG = _by_device(_chosen(routing), devices).max(axis=-1)
@@ -124,7 +125,7 @@ def communication_balance(routing: Routing, devices: Devices) -> Factors:
 def router_z(routing: Routing, devices: Devices) -> Factors:
     """Router z-loss `mean_t (log sum_i exp logits_ti)^2`, which keeps logits small (ST-MoE eq. 5).
 
-    There is nothing to count: it is a mean over tokens, or of the sequences' means.
+    It counts no load: it is a mean over tokens, or of the sequences' means.
     """
     del devices
     assert routing.logits_TE is not None, "the router has no logits"
@@ -164,14 +165,14 @@ def _devices_are_groups(term: BalanceTerm, moe: MoEConfig, key: str) -> None:
 
 
 class Term(NamedTuple):
-    """A registry line: the function, and all that others must know of it.
+    """A balance term in the registry: its function, and all that others must know of it.
 
     Attributes:
       factors: `(routing, devices) -> Factors`.
       counts_load: f is counted, so that the scope `global_batch` needs all micro-batches' loads.
-      balances: pulls at the load, so it is refused for a router whose load is even anyway.
-      scopes: that it may be taken over.
-      check: `(term, moe, key)`, refuses configs that it is not for; None: it is for all.
+      balances: acts on the load, so it is refused for a router whose load is even by construction.
+      scopes: those that it can have.
+      check: `(term, moe, key)`, refuses configs that the term does not fit; None: it fits all.
     """
 
     factors: Callable[[Routing, Devices], Factors]
@@ -185,8 +186,8 @@ TERMS: dict[str, Term] = {
     "expert": Term(expert_balance),
     "device": Term(device_balance, check=_has_devices),
     "communication": Term(communication_balance, check=_devices_are_groups),
-    # V3's complementary loss (eqs. 17-20): the expert loss of each sequence, so that the one may
-    # count load over the batch and the other over a sequence.
+    # V3's complementary loss (eqs. 17-20): the expert loss of each sequence.  An entry of its own,
+    # so that it can be combined with `expert` over the global batch.
     "sequence": Term(expert_balance, scopes=("sequence",)),
     "switch": Term(switch_balance),
     "router_z": Term(router_z, counts_load=False, balances=False),
@@ -194,7 +195,7 @@ TERMS: dict[str, Term] = {
 
 
 def check(moe: MoEConfig, router_name: str, *, learned: bool, balanced: bool) -> None:
-    """Refuses balance terms that there are not, or that the router gives nothing to balance.
+    """Refuses unknown balance terms, and those that have nothing to balance in this router.
 
     Args:
       moe: config of the layer.
@@ -227,7 +228,7 @@ def check(moe: MoEConfig, router_name: str, *, learned: bool, balanced: bool) ->
 def sums(
     name: str, routing: Routing, valid_BS: jax.Array, scope: str, devices: Devices
 ) -> TermSums:
-    """What these tokens contribute to a term.
+    """Contribution of these tokens to a balance term.
 
     Args:
       name: of the term.
@@ -254,7 +255,7 @@ def sums(
 
 
 def layer_sums(routing: Routing, valid_BS: jax.Array, moe: MoEConfig) -> dict[str, TermSums]:
-    """What these tokens contribute to each term of a layer, by name."""
+    """Contribution of these tokens to each balance term of a layer, by name."""
     devices = Devices(moe.expert_groups, moe.router.topk_group)
     return {
         name: sums(name, routing, valid_BS, term.scope, devices)
@@ -263,7 +264,7 @@ def layer_sums(routing: Routing, valid_BS: jax.Array, moe: MoEConfig) -> dict[st
 
 
 def whole_batch(valid_BS: jax.Array, sent_LG: dict[str, jax.Array] | None = None) -> WholeBatch:
-    """The `WholeBatch` of a batch; `sent_LG` if it is computed in parts."""
+    """Counts over a batch; with `sent_LG` if it is computed in parts."""
     return WholeBatch(
         jnp.maximum(valid_BS.any(axis=1).sum(dtype=jnp.float32), 1.0),
         jnp.maximum(valid_BS.sum(dtype=jnp.float32), 1.0),
@@ -272,9 +273,9 @@ def whole_batch(valid_BS: jax.Array, sent_LG: dict[str, jax.Array] | None = None
 
 
 def value(name: str, part: TermSums, whole: WholeBatch) -> jax.Array:
-    """The share that a part has in a term's value; the shares of all parts add up to the term.
+    """Value of a part of the batch; the values of all parts add up to the term.
 
-    Any leading (layer) axis of the part is kept.
+    A leading layer axis of the part is kept.
     """
     if part.products is not None:
         return part.products / whole.sequences
@@ -315,5 +316,5 @@ def _multiple(schedule: Schedule | None, share: jax.Array) -> jax.Array:
     if schedule is None:
         return jnp.float32(1.0)
     shares, multiples = zip(*schedule, strict=True)
-    multiples = multiples[0], *multiples, multiples[-1]  # constant outside, a jump counts at once
+    multiples = multiples[0], *multiples, multiples[-1]  # constant outside; a jump acts at once
     return jnp.interp(share, jnp.array([-1.0, *shares, 2.0]), jnp.array(multiples))

@@ -1,4 +1,4 @@
-"""What an MoE layer reports of a batch: for the loss, for the log, for a recording.
+"""Report of an MoE layer on a batch: inputs of the loss, sums for the log, recorded routing.
 
 Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
 D devices of the config (`expert_groups`).
@@ -21,11 +21,11 @@ from dsmoe_jax.moe.types import RecordedRouting, Routing
 
 
 class LossInputs(NamedTuple):
-    """What the training loss needs of a layer; gradients flow through it.
+    """Inputs of the training loss from one layer; gradients flow through them.
 
     Attributes:
-      terms: what the tokens contribute to each balance term of the config, by name.
-      policy: (B, S), of a router that samples a policy; None of the others.
+      terms: contribution of the tokens to each balance term of the config, by name.
+      policy: (B, S), for a router that samples from a policy; None for the others.
     """
 
     terms: dict[str, losses.TermSums]
@@ -33,20 +33,21 @@ class LossInputs(NamedTuple):
 
 
 class LoggedSums(NamedTuple):
-    """What is logged of a layer: float32 sums over the valid tokens (no padding).
+    """Sums to log of a layer, float32, over the valid tokens (no padding).
 
-    Those of the parts of a batch add up to those of the batch.
+    The sums of all micro-batches add up to those of the batch.
 
     Attributes:
-      tokens: valid ones.
+      tokens: number of valid tokens.
       load_E: assignments that each routed expert received.
-      token_sums: over the tokens, of what is logged as a mean: `top_gate` (of the best expert),
-        `gate_sum` (of all K), `entropy` of the affinities in nats (ln E is undecided) and `z`, the
-        square of the logits' log-sum-exp (as `losses.router_z`); without what the router lacks.
-      ledger: what was sent, computed and dropped.
-      device_rows_D: tokens that go to each of the `expert_groups` devices, each token once however
-        many of its experts are there; after dropping.
-      dispatch: what the dispatch did.
+      token_sums: of what is logged as a mean over tokens: `top_gate` (gate of the best expert),
+        `gate_sum` (of all K), `entropy` of the affinities in nats (ln E: uniform) and `z`, the
+        squared log-sum-exp of the logits (as in `losses.router_z`).  A router without affinities
+        or logits has no entry for them.
+      ledger: assignments sent, computed and dropped.
+      device_rows_D: tokens sent to each of the `expert_groups` devices, after dropping; a token
+        with several experts on a device counts once.
+      dispatch: report of the dispatch.
     """
 
     tokens: jax.Array
@@ -58,12 +59,12 @@ class LoggedSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """What one MoE layer reports of a batch.
+    """Report of one MoE layer on a batch.
 
     Attributes:
       loss_inputs: for the training loss.
       logged: for the log.
-      recorded: ids_BSK and gates_BSK of the experts' real work, after dropping.
+      recorded: ids_BSK and gates_BSK after dropping.
     """
 
     loss_inputs: LossInputs
@@ -72,7 +73,7 @@ class LayerReport(NamedTuple):
 
 
 def loss_inputs(routing: Routing, valid_BS: jax.Array, moe: MoEConfig) -> LossInputs:
-    """What the training loss needs of a routing, before anything is dropped."""
+    """Inputs of the training loss from a routing before dropping."""
     sample = None
     if get_router(moe)[0].samples:
         by_token = policy.sample_of(routing)
@@ -89,11 +90,11 @@ def logged_sums(
     dispatch: DispatchReport,
     moe: MoEConfig,
 ) -> LoggedSums:
-    """What is logged of a routing, of which only the assignments `kept_TK` were computed.
+    """Sums to log of a routing, of which only the assignments `kept_TK` were computed.
 
     Args:
       routing: before dropping.
-      mean_logit_T: the mean of each token's logits, where it is known without them.
+      mean_logit_T: the mean of each token's logits, if it is known without them.
       kept_TK: experts after dropping.
       valid_BS: bool, False for padding.
       ledger, dispatch: of the batch.
@@ -101,9 +102,9 @@ def logged_sums(
     """
     valid_T = valid_BS.reshape(-1).astype(jnp.float32)
     softmax = moe.router.scoring_func == "softmax"
-    # Without gradients, else the backward pass would go through what is only logged.
+    # Without gradients: the backward pass would otherwise include what is only logged.
     columns = token_columns(*jax.lax.stop_gradient((routing, mean_logit_T)), softmax=softmax)
-    # Products add up, because on a CPU every sum by itself is a chain of small kernels.
+    # Sums as one matrix product: on CPU every sum by itself is a chain of small kernels.
     columns_CT = jnp.stack([jnp.ones_like(valid_T), *columns.values()])
     tokens, *sums = jnp.matmul(columns_CT, valid_T, precision="highest")
     return LoggedSums(
@@ -126,22 +127,22 @@ def reached(ids_TK: jax.Array, moe: MoEConfig) -> jax.Array:
 def token_columns(
     routing: Routing, mean_logit_T: jax.Array | None, *, softmax: bool
 ) -> dict[str, jax.Array]:
-    """What is logged as a mean over tokens, by name, each (T,): see `LoggedSums.token_sums`.
-
-    A softmax of logits needs no logarithm for every expert.  Where the mean logit is known, only
-    differences of logits are looked at, written as `jax.nn.softmax` has them: XLA on CPU makes them
-    together with the router's product and never writes down the logits, unless they are needed
-    elsewhere.
-    """
-    gates_TK, s_TE, z_TE = routing.gates_TK, routing.affinity_TE, routing.logits_TE
+    """Quantities logged as a mean over tokens, by name, each (T,): see `LoggedSums.token_sums`."""
+    gates_TK = routing.gates_TK
+    s_TE = routing.affinity_TE
+    z_TE = routing.logits_TE
     columns = {"top_gate": gates_TK[:, 0], "gate_sum": gates_TK.sum(axis=1)}
     if s_TE is not None:
         columns["entropy"] = jax.scipy.special.entr(s_TE).sum(axis=1)
     if z_TE is not None:
+        # With a known mean only differences of logits are used, written as in `jax.nn.softmax`: XLA
+        # on CPU then fuses them with the router's product and never stores the logits, unless they
+        # are needed elsewhere.
         below_TE = z_TE - z_TE.max(axis=1, keepdims=True)
         log_sum_T = jnp.log(jnp.exp(below_TE).sum(axis=1))
         mean_T = z_TE.mean(axis=1) if mean_logit_T is None else mean_logit_T
         columns["z"] = jnp.square(mean_T - below_TE.mean(axis=1) + log_sum_T)
         if s_TE is not None and s_TE.shape == z_TE.shape and softmax:
+            # The entropy of a softmax needs no logarithm for every expert.
             columns["entropy"] = log_sum_T - (s_TE * below_TE).sum(axis=1)
     return columns

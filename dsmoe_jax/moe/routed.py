@@ -1,13 +1,13 @@
 """The routed experts: dispatch, experts and combine, composed once.
 
-`dispatch_compute_combine` is the composition.  On one device it is all there is.  On a mesh it runs
-inside of each shard and, where the tokens of a shard are cut into chunks, inside of each chunk; the
-rest of this file leads there: specs, weights, buffers, chunks.
+`dispatch_compute_combine` is the composition.  On one device it runs once, on all tokens.  On a
+mesh it runs inside each shard, and inside each chunk of a shard's tokens; the rest of this file
+prepares that: specs, weights, buffers, chunks.
 
 The mesh is the ambient one (`jax.set_mesh`) with the axes data, fsdp, expert, tensor.  Tokens are
-split over data x fsdp x expert.  Of the experts' weights E is split over `expert`, F over `tensor`
-(each device computes a part of every sum over F) and D over `fsdp`: gathered before use, so that
-their gradients are reduce-scattered.
+split over data x fsdp x expert.  The experts' weights are split too: E over `expert`, F over
+`tensor` (each device computes a part of every sum over F) and D over `fsdp` (gathered before use,
+so that the gradients are reduce-scattered).
 
 Shapes: T tokens, t of a shard, D hidden, F expert width, E experts, K activated per token, P
 devices of the axis `expert`, Q chunks.
@@ -66,14 +66,14 @@ def routed_experts(
     Args:
       x_TD: tokens, in the compute dtype.
       routing: of those tokens.
-      weights: of all experts, in the dtype that they are kept in.
+      weights: of all experts, in the dtype of the parameters.
       moe: config of the layer: its `dispatch` and `expert_backend`.
       kernels: row kernels in use.
-      max_kept: the most assignments that one shard's tokens have on one device, where dropping
-        says so (`dropping.max_kept`); None: no limit.
+      max_kept: the most assignments that one shard's tokens have on one device, if dropping bounds
+        them (`dropping.max_kept`); None: unbounded.
 
     Returns:
-      y_TD, and what the dispatch did.
+      y_TD, and the report of the dispatch.
 
     Raises:
       ValueError: for a dispatcher that the mesh, or its absence, does not allow, or a mesh that
@@ -87,7 +87,7 @@ def routed_experts(
     parts = Parts(dispatcher, choose_backend(moe.expert_backend, x_TD.dtype).run, kernels)
     tokens = Tokens(x_TD, routing.ids_TK, routing.gates_TK)
     if dispatcher.needs_mesh or math.prod(mesh.axis_sizes) > 1:
-        # Compiled row kernels know neither empty slots nor rows that are cut off.
+        # The compiled row kernels support neither empty slots nor cut-off rows.
         parts = parts._replace(kernels=JAX_ROWS)
         return _on_mesh(parts, tokens, weights, moe.dispatch, max_kept)
     weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
@@ -98,12 +98,12 @@ def routed_experts(
 def dispatch_compute_combine(
     parts: Parts, weights: ExpertWeights, max_rows: int | None, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array]:
-    """The three seams in a row, for the tokens of one shard or chunk.
+    """Dispatch, experts and combine for the tokens of one shard or chunk.
 
     Args:
       parts: dispatcher, backend and row kernels.
       weights: of this device's experts, in the dtype of the tokens.
-      max_rows: the most assignments that this device gets; None: all may be.
+      max_rows: the most assignments that this device receives; None: unbounded.
       tokens: with a routing over all E experts.
 
     Returns:
@@ -113,13 +113,13 @@ def dispatch_compute_combine(
     if parts.dispatcher.needs_mesh:
         n_experts *= jax.lax.axis_size("expert")
     routing = Routing(tokens.ids_TK, tokens.gates_TK, None)
-    there = parts.dispatcher.dispatch(tokens.x_TD, routing, n_experts, max_rows, parts.kernels)
-    chex.assert_shape(there.group_sizes_e, (weights.gate_EFD.shape[0],))
+    dispatched = parts.dispatcher.dispatch(tokens.x_TD, routing, n_experts, max_rows, parts.kernels)
+    chex.assert_shape(dispatched.group_sizes_e, (weights.gate_EFD.shape[0],))
     with jax.named_scope("experts"):
-        out_ND = parts.run_experts(there.rows_ND, there.group_sizes_e, weights)
-    chex.assert_equal_shape([out_ND, there.rows_ND])
-    y_tD = parts.dispatcher.combine(out_ND, there.state, parts.kernels)
-    return y_tD, there.computed()
+        out_ND = parts.run_experts(dispatched.rows_ND, dispatched.group_sizes_e, weights)
+    chex.assert_equal_shape([out_ND, dispatched.rows_ND])
+    y_tD = parts.dispatcher.combine(out_ND, dispatched.state, parts.kernels)
+    return y_tD, dispatched.computed()
 
 
 def _on_mesh(
@@ -142,10 +142,11 @@ def _on_mesh(
         y_tD = jax.lax.psum(y_tD[: tokens.x_TD.shape[0]], "tensor")
         return y_tD, DispatchReport(computed_e, rows, retries)
 
-    everywhere = PartitionSpec()
+    replicated = PartitionSpec()
     by_token = spec("TD")
-    report: Any = DispatchReport(PartitionSpec("expert"), everywhere, everywhere)  # pyright: ignore
-    # Without check_vma: the backends' loops start from zeros that it would take for replicated.
+    report: Any = DispatchReport(PartitionSpec("expert"), replicated, replicated)  # pyright: ignore
+    # Without check_vma, which would take the zeros that the backends' loops start from for
+    # replicated.
     y_TD, report = jax.shard_map(
         on_shard,
         in_specs=(Tokens(by_token, by_token, by_token), WEIGHT_SPECS),  # pyright: ignore
@@ -163,20 +164,19 @@ def _in_buffers(
     config: DispatchConfig,
     max_kept: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The composition with buffers for what may come at worst, or `buffer_factor` times the mean.
+    """The composition with buffers that fit any load, or `buffer_factor` times the mean load.
 
-    If the mean times the factor is too small for any device of the mesh, all do the exchange in
-    chunks that are small enough for their worst case: slower, but exact and in the same memory.
+    If the latter are too small on any device of the mesh, all devices use smaller chunks, so small
+    that any load fits: slower, but exact and in the same memory.
 
     Returns:
-      y_tD, the rows that each expert of this device computed, and 1.0 if it took the smaller
-      chunks.
+      y_tD, the rows that each expert of this device computed, and 1.0 if smaller chunks were used.
     """
     n_devices = jax.lax.axis_size("expert")
     t, k = tokens.ids_TK.shape
     choices = min(k, n_experts // n_devices)  # of a token on one device
 
-    def worst(n_chunks: int) -> int:
+    def exact_max_rows(n_chunks: int) -> int:
         per_shard = t // n_chunks * choices
         return n_devices * (per_shard if max_kept is None else min(per_shard, max_kept))
 
@@ -185,20 +185,20 @@ def _in_buffers(
         return _in_chunks(n_chunks, one, tokens)
 
     def exact(n_chunks: int, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        return run(n_chunks, worst(n_chunks), tokens)
+        return run(n_chunks, exact_max_rows(n_chunks), tokens)
 
     n_chunks = config.chunks
-    max_rows = worst(n_chunks)
+    max_rows = exact_max_rows(n_chunks)
     if config.buffer_factor is not None:
         max_rows = math.ceil(config.buffer_factor * (t // n_chunks) * k)
-    if max_rows >= worst(n_chunks):
+    if max_rows >= exact_max_rows(n_chunks):
         return *exact(n_chunks, tokens), jnp.float32(0)
-    # From all shards of this group, chunk by chunk, to each device:
+    # Assignments that each device receives from all shards of its group, by chunk.
     device_QTK = tokens.ids_TK.reshape(n_chunks, -1, k) // (n_experts // n_devices)
     load_QP = jax.vmap(lambda device_TK: count_load(device_TK, n_devices))(device_QTK)
     load_QP = jax.lax.psum(load_QP, "expert")
     retry = jax.lax.pmax((load_QP > max_rows).any().astype(jnp.float32), BATCH_AXES)
-    fitting = [n for n in range(n_chunks, t + 1) if t % n == 0 and worst(n) <= max_rows]
+    fitting = [n for n in range(n_chunks, t + 1) if t % n == 0 and exact_max_rows(n) <= max_rows]
     y_tD, computed_e = jax.lax.cond(
         retry > 0,
         functools.partial(exact, fitting[0] if fitting else t),
@@ -209,7 +209,7 @@ def _in_buffers(
 
 
 def _in_chunks(n_chunks: int, one: Any, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-    """One chunk of the tokens after the other; in the backward pass too, each computed anew."""
+    """Runs one chunk of the tokens after the other; the backward pass recomputes each."""
     if n_chunks == 1:
         return one(tokens)
     chunks = jax.tree.map(lambda a: a.reshape(n_chunks, -1, *a.shape[1:]), tokens)
@@ -219,10 +219,10 @@ def _in_chunks(n_chunks: int, one: Any, tokens: Tokens) -> tuple[jax.Array, jax.
 
 
 def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
-    """The whole D of this device's experts."""
+    """The weights of this device's experts, gathered over `fsdp`."""
 
     def whole(w: jax.Array, axis: int) -> jax.Array:
-        # Cast first: half the bytes of float32.
+        # Cast before the gather: bfloat16 has half the bytes of float32.
         return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
     return ExpertWeights(
@@ -231,7 +231,7 @@ def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
 
 
 def _fill_up(tokens: Tokens, multiple: int, n_experts: int) -> Tokens:
-    """Adds unassigned tokens up to a multiple: shards and chunks must be equal."""
+    """Pads with unassigned tokens to a multiple, so that shards and chunks are equal."""
     fill = ((0, -tokens.x_TD.shape[0] % multiple), (0, 0))
     return Tokens(
         jnp.pad(tokens.x_TD, fill),

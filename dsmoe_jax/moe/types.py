@@ -13,16 +13,17 @@ import jax.numpy as jnp
 
 
 class Routing(NamedTuple):
-    """Which experts each token goes to, and with what weight.
+    """The experts of each token, and the weights of their outputs.
 
     Attributes:
       ids_TK: int32, the chosen experts of each token, all different, best first.  Id E is
         unassigned: no expert computes it, and its gate is 0.
       gates_TK: float32, the weight of each chosen expert's output (V1 eq. 10).
-      affinity_TE: float32, how much each token leans to each expert, from which the balance losses
-        take their gradient.  Rows sum to 1: softmax (V1 eq. 11), or sigmoid scores divided by their
-        sum (V3 eq. 19).  None for a router that has none.
-      logits_TE: float32, what the affinities were made of (for the z-loss); None without.
+      affinity_TE: float32, the affinity of each token for each expert; the balance losses take
+        their gradient from it.  Rows sum to 1: softmax (V1 eq. 11), or sigmoid scores divided by
+        their sum (V3 eq. 19).  None for a router without affinities.
+      logits_TE: float32, the logits of the affinities, for the z-loss; None for a router without
+        logits.
     """
 
     ids_TK: jax.Array
@@ -39,15 +40,15 @@ class RecordedRouting(NamedTuple):
 
 
 class MoEInputs(NamedTuple):
-    """What a layer knows of its tokens besides the activations.
+    """Inputs of a layer besides the activations.
 
     Attributes:
       token_ids_BS: int32.
       valid_BS: bool, False for padding.
       rng: random key in training; None is evaluation.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
-      replayed: recorded ids_BSK and gates_BSK, for a router that replays; in evaluation they take
-        the place of any router's.
+      replayed: recorded ids_BSK and gates_BSK, for a router that replays; in evaluation they
+        replace the choice of any router.
     """
 
     token_ids_BS: jax.Array
@@ -58,12 +59,12 @@ class MoEInputs(NamedTuple):
 
 
 class RouterInputs(NamedTuple):
-    """What a router may look at besides the logits.
+    """Inputs of a router besides the logits.
 
     Attributes:
       token_ids_T: int32, for routers that look at the token itself (hash).
       valid_T: bool, False for padding, for routers that compare tokens; None: all are valid.
-      rng: random key in training; None is evaluation: no noise, nothing balanced by force.
+      rng: random key in training; None is evaluation: no noise, no forced balance.
       state: the layer's variables of this router by name, see `routers.RouterState`.
       replayed: ids_TK and gates_TK recorded in another run, for routers that replay; None: none.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: the T tokens are
@@ -78,9 +79,9 @@ class RouterInputs(NamedTuple):
     sequence_ids_B: jax.Array | None = None
 
     def draw(self, sample: Callable[..., jax.Array], *shape: int) -> jax.Array:
-        """Random numbers of shape (T, *shape), each sequence's from a key of its own.
+        """Random numbers of shape (T, *shape), drawn with a key for each sequence.
 
-        So they do not depend on how the global batch is cut into micro-batches or over devices.
+        They do not depend on how the global batch is cut into micro-batches or over devices.
 
         Args:
           sample: `(key, shape) -> numbers`, such as `jax.random.normal`.
@@ -95,18 +96,18 @@ class RouterInputs(NamedTuple):
         return numbers.reshape(t, *shape)
 
     def sequences(self) -> jax.Array:
-        """`sequence_ids_B`, or that of a single sequence where none were given."""
+        """`sequence_ids_B`; that of one sequence, the first, where it is None."""
         if self.sequence_ids_B is None:
             return jnp.zeros(1, jnp.int32)
         return self.sequence_ids_B
 
 
 def unassign(routing: Routing, keep: jax.Array, n_experts: int) -> Routing:
-    """The routing with only some of its assignments; the others get id E and gate 0.
+    """Takes assignments out of a routing: they get id E and gate 0.
 
     Args:
       routing: of T tokens.
-      keep: bool, (T, K) or (T, 1).
+      keep: bool, (T, K) or (T, 1), the assignments that stay.
       n_experts: E.
     """
     return routing._replace(

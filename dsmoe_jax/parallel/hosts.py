@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
 
-HEARTBEAT_SECONDS = 30  # without a sign of life a process is taken for dead, and the others end
-SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others to end too
+HEARTBEAT_SECONDS = 30  # a process silent for so long is taken for dead, and the others end
+SHUTDOWN_SECONDS = 20  # a process that ends waits so long for the others to end
 
 
 def join(
@@ -164,10 +164,10 @@ def one_line_if_another_ends() -> Iterator[None]:
 
 
 class Vote:
-    """The largest of one number a process (such as a signal's), as an array on the devices.
+    """Maximum over the processes of a number (such as a signal's), as an array on the devices.
 
-    It is computed in line with the steps and fetched with a step's metrics: no process waits for
-    it, and all of them act on it at the same step.
+    It is computed between the steps and fetched with a step's metrics: no process waits for it, and
+    all of them act on it at the same step.
     """
 
     def __init__(self, mesh: Mesh):
@@ -175,7 +175,7 @@ class Vote:
         self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
 
     def __call__(self, value: int) -> jax.Array | int:
-        """The largest of all; with a single process its own."""
+        """The maximum over all processes; `value` itself if there is only one."""
         if jax.process_count() == 1:
             return value
         return self._largest(

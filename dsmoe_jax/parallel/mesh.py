@@ -27,9 +27,6 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the sequences of a batch are split ov
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config, with the axes `AXES`, all of `AxisType.Auto`.
 
-    Auto, because the model is written for one device and XLA splits it by the constraints of
-    sharding.py; only the dispatchers, which must know their shard, use `jax.shard_map`.
-
     Args:
       config: the section `mesh`.
       devices: None takes all devices of all processes.
@@ -43,4 +40,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     arranged = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    # Auto, because the model is written for one device and XLA splits it by the constraints of
+    # sharding.py; only the dispatchers, which must know their shard, use `jax.shard_map`.
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

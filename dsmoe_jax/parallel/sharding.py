@@ -1,12 +1,12 @@
 """The sharding of every array, by one table: which dimension is split over which mesh axes.
 
 Every parameter says its logical axes in its name: `down_EDF` has the axes E, D and F.  `LOGICAL`
-maps each letter to mesh axes.  An axis of the mesh splits an array once, and the letter that comes
-first has it:
+maps each letter to mesh axes.  An axis of the mesh splits an array once, at the first letter that
+has it:
 
     query_NHD   heads over tensor, D over fsdp and expert
     gate_FD     width over tensor, D over fsdp and expert (dense FFNs and shared experts)
-    gate_EFD    experts over expert, width over tensor, D over fsdp, which is all that is left
+    gate_EFD    experts over expert, width over tensor, D over fsdp alone
     x_BSD       sequences over data, fsdp and expert; D is whole
     scale_D     whole: a single vector is not worth a message
 
@@ -120,7 +120,7 @@ def shardings(tree: Any) -> Any:
 
 
 def whole() -> NamedSharding | None:
-    """The sharding of arrays that every device has whole (metrics); None if there is no mesh."""
+    """The sharding of replicated arrays (metrics); None if there is no mesh."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else NamedSharding(mesh, P())
 
@@ -171,8 +171,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 def gathered(weight: jax.Array, letters: str) -> jax.Array:
     """A weight as FSDP uses it: collected from the batch axes, still split over `tensor`.
 
-    XLA sees by itself that it must do so where a weight meets the batch in a matrix product, but
-    not in a lookup.
+    XLA does so by itself in a matrix product of a weight and a batch, but not in a lookup.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -189,8 +188,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(batch_size: int) -> list[int]:
     """The sequences of a global batch that this process feeds to its devices, in order.
 
-    All of them without a mesh.  Which rows a device gets depends on the mesh, which row holds
-    which text does not: hence every mesh sees the same global batches.
+    Without a mesh these are all rows.  The mesh decides which rows a device gets, but not which
+    text a row holds: every mesh sees the same global batches.
 
     Raises:
       ValueError: if the batch cannot be split evenly.

@@ -1,7 +1,7 @@
-"""Compiles the train step for a TPU slice without a TPU, and says what it takes of each chip.
+"""Compiles the train step for a TPU slice without a TPU; gives memory, traffic and time of a chip.
 
-The program is the one that training runs: forward, backward, optimizer, dispatch.  Only its arrays
-are missing: it is lowered with shapes, sharded over the described devices.
+The program is the one that training runs: forward, backward, optimizer, dispatch.  It is lowered
+with shapes in place of arrays, sharded over the described devices.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OUT_OF_MEMORY = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Lower bounds of the seconds that a step takes a chip, one for each resource.
+    """Lower bounds of the time of a step on a chip, in seconds, one for each resource.
 
     Attributes:
       compute: the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included.
@@ -88,15 +88,17 @@ class Proof:
 
     Attributes:
       config: with the mesh and the number of micro-batches that were used.
-      topology: of the slice, CHIP:AxB; chip: its first part; chips: how many.
+      topology: of the slice, CHIP:AxB.
+      chip: its first part.
+      chips: their number.
       sizes: of the mesh's axes.
       planned: whether the planner chose them.
       memory: GB of one chip by category; they add up to what the program allocates.
-      gradients: GB of one chip's part of the gradients, float32, if they are all there at once.
+      gradients: GB of one chip's part of all gradients in float32.
       flops: of a step, by our accounting.
       collectives: GB that a chip receives in a step, by kind.
       overlap: of exchanges and computation.
-      roofline: lower bounds of its time.
+      roofline: lower bounds of the time of a step.
       seconds: of lowering and compiling.
     """
 
@@ -116,7 +118,7 @@ class Proof:
 
     @property
     def used(self) -> float:
-        """GB of one chip."""
+        """GB of one chip, all categories together."""
         return sum(self.memory.values())
 
 
@@ -148,11 +150,11 @@ def slice_devices(topology: str) -> tuple[str, list[Any]]:
 
 
 def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh, bool]:
-    """The mesh of a config, or the planner's where the config has the default mesh.
+    """The mesh of a config, or the planner's if the config has the default mesh.
 
     Returns:
       The config with the mesh and the number of micro-batches that are used; the mesh; whether the
-      planner chose them.
+      planner chose both.
 
     Raises:
       ValueError: if the mesh does not divide devices, model or batch, or if no mesh fits.
@@ -169,7 +171,7 @@ def prove(config: Config, topology: str) -> Proof:
     """Compiles the train step of a config for a TPU slice.
 
     Raises:
-      ValueError: for a slice or mesh that cannot be, or a program that does not fit, with numbers.
+      ValueError: for an impossible slice or mesh, or, with the numbers, if the step does not fit.
     """
     chip, devices = slice_devices(topology)
     config, mesh, planned = lay_out(config, chip, devices)
@@ -268,7 +270,7 @@ def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]
 def roofline(
     config: Config, params: Any, mesh: Mesh | AbstractMesh, chip: Chip, received_gb: float
 ) -> Roofline:
-    """The bounds of a step in which a chip receives `received_gb`."""
+    """Lower bounds of the time of a step in which a chip receives `received_gb`."""
     tokens = config.tokens_per_step / mesh.size
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
     passes = 2  # forward and backward
@@ -288,7 +290,7 @@ def roofline(
 
 
 def _in_use(params: Any, mesh: Mesh | AbstractMesh) -> float:
-    """Elements of the weights that one chip computes with, when FSDP has gathered them."""
+    """Elements of the weights with which one chip computes, after FSDP has gathered them."""
     total = 0.0
     for path, x in jax.tree.leaves_with_path(params):
         letters = sharding.axes_of(path, x.shape)

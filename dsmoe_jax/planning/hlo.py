@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: its traffic between devices, and the computation beside it.
+"""Reads the text of a compiled program: traffic between devices, and computation meanwhile.
 
 The text is that of `jax.stages.Compiled.as_text()`: computations of one instruction a line, in the
 order in which they run.  The condition of a `while` (the layers, the micro-batches) compares a
@@ -69,7 +69,7 @@ class Traffic(NamedTuple):
     Attributes:
       kind: one of `COLLECTIVES`.
       bytes: received by a chip each time (see the module's docstring).
-      times: that it runs.
+      times: number of its runs in one run of the program.
     """
 
     kind: str
@@ -94,13 +94,14 @@ class Overlap(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of a program by name, and the name of the one it begins with."""
+    """The computations of a program by name, and the name of its entry computation."""
     computations: dict[str, list[Instruction]] = {}
     current = None
     entry = ""
     for line in text.splitlines():
         if (header := _HEADER.match(line)) and not line.startswith("HloModule"):
-            current = computations[header[1]] = []
+            current = []
+            computations[header[1]] = current
             entry = header[1] if line.startswith("ENTRY") else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
             name, kind, opcode, rest = match.groups()
@@ -110,7 +111,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _closing(text: str) -> int:
-    """The position of the parenthesis that closes the one before the text."""
+    """The position of the parenthesis that closes one just before `text`."""
     depth = 1
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -131,15 +132,15 @@ def n_bytes(kind: str) -> float:
 def traffic(text: str) -> list[Traffic]:
     """Every collective of a program.
 
-    Of a conditional only the branch that moves least is counted: the other one is the exchange in
-    chunks, for which the buffer of `buffer_factor` was too small.
+    In a conditional only the branch that moves least is counted: the other branch exchanges in
+    chunks, and runs only when the buffer of `buffer_factor` is too small.
 
     Raises:
       ValueError: for a loop around a collective whose condition gives no number of times.
     """
     computations, entry = parse(text)
 
-    def of_computation(name: str) -> Iterator[Traffic]:
+    def collectives_in(name: str) -> Iterator[Traffic]:
         instructions = computations.get(name, [])
         types = {i.name: i.type for i in instructions}
         for i in instructions:
@@ -150,16 +151,16 @@ def traffic(text: str) -> list[Traffic]:
                     kind = "reduce-scatter"
                 yield Traffic(kind, _received(kind, i, types), times=1)
             elif i.opcode == "while" and (body := _BODY.search(i.attributes)):
-                inside = list(of_computation(body[1]))
+                inside = list(collectives_in(body[1]))
                 trips = _trips(i, computations) if inside else 0
                 yield from (t._replace(times=t.times * trips) for t in inside)
             elif i.opcode == "conditional":
-                branches = [list(of_computation(branch)) for branch in _branches(i)]
+                branches = [list(collectives_in(branch)) for branch in _branches(i)]
                 yield from min(branches, key=lambda b: sum(t.bytes * t.times for t in b))
             elif called and not _is_continued(i, called[1]):
-                yield from of_computation(called[1])
+                yield from collectives_in(called[1])
 
-    return list(of_computation(entry))
+    return list(collectives_in(entry))
 
 
 def _is_continued(i: Instruction, called: str) -> bool:
@@ -227,7 +228,7 @@ def by_kind(all_traffic: list[Traffic]) -> dict[str, float]:
 
 
 def overlap(text: str, scope: str = "shared_experts") -> Overlap:
-    """Counts the exchanges whose time the schedule uses for computation.
+    """Counts the exchanges, and those that the schedule overlaps with computation.
 
     Args:
       text: of a scheduled program.

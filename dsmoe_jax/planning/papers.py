@@ -1,12 +1,12 @@
-"""The numbers that papers print of their models, in one table by the name of the config file.
+"""The numbers that papers print about their models, in one table by the name of the config file.
 
-Config files take their sizes and training settings from here, `count` and the tests compare our
+Config files take their sizes and training settings from here; `count` and the tests compare our
 figures with the printed ones, experiments compare losses.
 
 V1  DeepSeekMoE, arXiv 2401.06066
 
-Figures keep their printed digits ("16.4B"), because these say how exactly a figure is known.  What
-each of them includes is written in dsmoe_jax/model/size.py.
+Figures keep their printed digits ("16.4B"), because these show the precision of a figure.
+dsmoe_jax/model/size.py defines what each of them includes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from dsmoe_jax.config.frozen import FrozenDict
 
-# The figures, and how far ours may lie outside what the printed digits allow, relative to them.
+# Figure -> distance that ours may have from the interval of the printed digits, relative to them.
 TOLERANCE = {
     "total": 0.01,
     "activated": 0.01,
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a paper prints of one model; None where it prints nothing.
+    """Numbers that a paper prints about one model; None where it prints none.
 
     Attributes:
       source: tables, figures and sections of the paper.
@@ -66,7 +66,7 @@ class Model:
       total, activated, expert_total, expert_activated: numbers of parameters.
       flops_per_sequence: training FLOPs of one sequence.
       flops_percent: its FLOPs in per cent of those of other models.
-      irreproducible: figures that do not follow from the paper's own sizes, with what does.
+      irreproducible: figures that do not follow from the paper's own sizes, with the reason.
     """
 
     source: str
@@ -191,7 +191,7 @@ V1: dict[str, Model] = {
     ),
 }  # fmt: skip
 
-MODELS: dict[str, Model] = {**V1}  # of all papers
+MODELS: dict[str, Model] = {**V1}  # the models of all papers
 
 
 def value(digits: str) -> float:
@@ -200,9 +200,9 @@ def value(digits: str) -> float:
 
 
 def deviation(ours: float, digits: str) -> float:
-    """How far `ours` lies outside the numbers that print as `digits`, relative to the figure.
+    """Signed distance of `ours` from the interval that prints as `digits`, relative to the figure.
 
-    0 if it prints the same: "2.0B" stands for everything from 1.95B to 2.05B.
+    0 inside the interval: "2.0B" stands for everything from 1.95B to 2.05B.
     """
     printed = value(digits)
     decimals = len(digits[:-1].partition(".")[2])

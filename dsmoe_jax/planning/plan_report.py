@@ -1,4 +1,4 @@
-"""A plan in words: the mesh, its costs, and those of the meshes not taken."""
+"""A plan in words: the mesh, its costs, and the costs of other meshes."""
 
 from __future__ import annotations
 

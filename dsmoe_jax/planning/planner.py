@@ -1,17 +1,17 @@
-"""Proposes a mesh for a config on so many chips, by arithmetic alone: nothing is compiled.
+"""Proposes a mesh for a config on a number of chips, by arithmetic alone: nothing is compiled.
 
-Among all meshes that divide the model and the batch and whose memory fits, the one that moves the
-fewest bytes.  What is counted:
+It is the mesh that moves the fewest bytes, among those that divide the model and the batch and
+whose memory fits.  Counted are:
 
 - state, exact: float32 parameters, two moments and gradients, split as sharding.py does;
-- weights in use: what FSDP gathers for a layer, twice (the next one arrives meanwhile), and the
-  embedding and the head;
-- activations, an estimate: what rematerialisation keeps of every layer, and the larger of one layer
-  at work and the logits;
+- weights in use: those that FSDP gathers for a layer, twice (the next layer arrives meanwhile), and
+  the embedding and the head;
+- activations, an estimate: those that rematerialisation keeps of every layer, and the larger of one
+  running layer and the logits;
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
-`python -m dsmoe_jax aot` replaces the estimate by what the compiler allocates.
+`python -m dsmoe_jax aot` gives the compiler's allocation instead of the estimate.
 
 Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated experts.
 """
@@ -37,7 +37,7 @@ from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.training.start import TrainState, state_shapes
 
-USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and what is not counted
+USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and bytes not counted here
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
 # Bytes for each number in a row of D and of F that the experts' backward pass holds at once: fitted
 # to what the compiler allocates (docs/scale.md).  Most are results of grouped products, in float32.
@@ -47,11 +47,11 @@ _ROW_F = 19
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A mesh, and what it costs each chip.
+    """A mesh with its costs for each chip.
 
     Attributes:
       sizes: of the mesh's axes.
-      accumulation_steps: micro-batches of a step.
+      accumulation_steps: number of micro-batches of a step.
       memory: GB by category.
       traffic: GB that each chip receives in one step, by category.
     """
@@ -80,7 +80,7 @@ class _Array:
       size: number of elements.
       layers: 1 if it is not stacked.
       axes: mesh axes that split it.
-      axes_in_use: those that still split it while it is used, when FSDP has gathered it.
+      axes_in_use: those that still split it in use, after FSDP has gathered it.
     """
 
     size: int
@@ -90,10 +90,10 @@ class _Array:
 
 
 def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
-    """The mesh that moves the fewest bytes among those that fit, and all that were estimated.
+    """The plan that moves the fewest bytes among those that fit, and all plans considered.
 
     Raises:
-      ValueError: for an unknown chip, or if no mesh fits; with the numbers of the closest one.
+      ValueError: for an unknown chip, or if no mesh fits, with the numbers of the closest one.
     """
     check_chip(chip)
     state = state_shapes(config)
@@ -125,7 +125,7 @@ def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
 
 
 def examine(config: Config, chip: str, chips: int) -> Plan:
-    """The cost of the mesh and the micro-batches that the config itself has.
+    """The plan with the mesh and the micro-batches of the config itself.
 
     Raises:
       ValueError: for an unknown chip, a mesh that does not divide model or batch, or does not fit.
@@ -168,7 +168,7 @@ def _refuse_unless_it_fits(config: Config, chip: str, plan: Plan, how: str, advi
 
 
 def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], list[str]]:
-    """The sizes that a mesh axis can have if it is the only one, and the lengths they divide."""
+    """The sizes of a mesh axis that is the only one above 1, and the lengths that they divide."""
     lengths = {"batch": config.train.global_batch_size} if axis in BATCH_AXES else {}
     for path, x in jax.tree.leaves_with_path(state.params):
         letters = axes_of(path, x.shape)
@@ -182,7 +182,7 @@ def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], l
 
 
 def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
-    """All meshes of so many chips that divide the arrays of a state."""
+    """All meshes of this many chips that divide the arrays of a state."""
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
         if chips % (fsdp * expert * tensor):
@@ -197,7 +197,7 @@ def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
 
 
 def _accumulations(config: Config, sizes: dict[str, int]) -> list[int]:
-    """Numbers of micro-batches that the batch can be cut into, fewest first."""
+    """Numbers of micro-batches into which the batch can be split, fewest first."""
     sequences, rest = divmod(config.train.global_batch_size, _n_shards(sizes, BATCH_AXES))
     if rest:
         return []
@@ -215,7 +215,7 @@ def estimate(
     memory = {
         "parameters": 4 * weights.local,
         "moments": 8 * weights.local,
-        # With several micro-batches their sum and the latest one.
+        # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
         "weights in use": 0.0 if replicated else _COMPUTE * weights.in_use,
         **_activations(config, micro_batch, sizes),
@@ -244,7 +244,7 @@ class _Weights(NamedTuple):
       local: its shards of all parameters.
       in_use: gathered at the same time: two layers (the next one arrives meanwhile), and what is
         not in a layer.
-      gathered: received in order to have each parameter once.
+      gathered: received to gather each parameter once.
     """
 
     local: float
@@ -277,13 +277,13 @@ def _array(path: tuple, shape: tuple[int, ...]) -> _Array:
     axes = [axis for axes in split(letters) for axis in axes]
     if len(letters.removeprefix("L")) < 2:
         axes = []
-    # FSDP collects a weight from all axes of the batch, but experts stay where they are.
+    # FSDP gathers a weight over all axes of the batch; experts are not gathered over `expert`.
     stays = ("expert", "tensor") if "E" in letters else ("tensor",)
     return _Array(math.prod(shape), layers, tuple(axes), tuple(a for a in axes if a in stays))
 
 
 def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes on one chip: kept for the backward pass, a layer at work, and logits."""
+    """Bytes on one chip: kept for the backward pass, and of a running layer or the logits."""
     model = config.model
     moe = model.moe
     s = config.data.sequence_length
@@ -294,7 +294,7 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     scores = t * attended.scores / tensor * (4 + _COMPUTE)
     rows = volume(moe, t, sizes["expert"])
     f = moe.moe_intermediate_size / tensor
-    # A layer at work: what attention computes, and as much again of gradients; rows of the experts.
+    # A running layer: activations of attention and as many gradients, then rows of the experts.
     layer = 2 * (_COMPUTE * (4 * t * d + t * attended.projected / tensor) + scores)
     layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.buffered * d
     layer += t * moe.n_shared_experts * _ROW_F * f
@@ -302,14 +302,14 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     if not remat.get(model.remat).whole_layers:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
     logits = 3 * 4 * t * model.vocab_size / tensor
-    # The larger of the two: logits are gone before the backward pass comes to the layers.
+    # The larger of the two: logits are freed before the backward pass reaches the layers.
     return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
 
 
 def _exchange(
     config: Config, micro_batch: int, sizes: dict[str, int], accumulation_steps: int
 ) -> dict[str, float]:
-    """Bytes that one chip receives in a step: tokens on their way to experts, sums over tensor."""
+    """Bytes that one chip receives in a step: exchange of tokens, and sums over `tensor`."""
     model = config.model
     d = model.hidden_size
     t = micro_batch * config.data.sequence_length

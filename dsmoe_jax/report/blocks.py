@@ -1,4 +1,4 @@
-"""The blocks of which a report is written: once, for HTML, Markdown and the terminal.
+"""Blocks of a report, which HTML, Markdown and the terminal render each in their own way.
 
 In running text `code` and **bold** are understood; everything else is literal.
 """
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """A section begins."""
+    """The heading of a section."""
 
     text: str
 
@@ -32,8 +32,8 @@ class Table:
 
     Attributes:
       head, rows: cells; the first column names the row.
-      best: index of the row to stress, if any.
-      prose: cells are words, set flush left.
+      best: index of the row in bold; None for none.
+      prose: whether the cells are words, which are set flush left.
     """
 
     head: Sequence[str]
@@ -51,14 +51,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Lines to be typed."""
+    """Lines of a shell command."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure with its name (of the file beside the Markdown), title and caption."""
+    """A figure with its name (NAME.svg beside the Markdown), title and caption."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""What a report says about its runs: sizes, data, machine, time, and what was kept equal."""
+"""Facts about the runs of a report: sizes, data, machine, time, and what was kept equal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def facts(comparison: Comparison) -> Facts:
     """Scale, sizes, data, machine and duration."""
     rows = comparison.rows
     config = comparison.arms[0].run_config(comparison.scale, 0, dict(comparison.overrides))
-    model, train, data = config.model, config.train, config.data
+    model = config.model
+    train = config.train
+    data = config.data
     machines = sorted({row.machine for row in rows if row.machine})
     prints = sorted({row.data_fingerprint for row in rows if row.data_fingerprint})
     held_out = {int(tokens) for row in rows if (tokens := row["validation_tokens"])}

@@ -15,7 +15,7 @@ CSS = (pathlib.Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """One page that needs nothing else."""
+    """HTML of a report, with style and pictures inside."""
     day = "".join(f"--c{key[1:]}:{key};" for key in PALETTE)
     night = "".join(f"--c{key[1:]}:{value};" for key, value in PALETTE.items())
     colours = f":root{{{day}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{night}}}}}\n"

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 
 def load_map(ax: Axes, x_edges: np.ndarray, y_edges: np.ndarray, load: np.ndarray) -> QuadMesh:
-    """A heat map of loads, 1 in the middle; one image in an SVG, where cells would be shapes."""
+    """A heat map of loads; a load of 1 is in the middle of the colour scale."""
     norm = TwoSlopeNorm(1.0, 0.0, 3.0)
+    # Rasterized: an SVG would otherwise hold a shape for every cell.
     cells = ax.pcolormesh(x_edges, y_edges, load, norm=norm, cmap="PuOr_r", rasterized=True)
     ax.invert_yaxis()
     ax.set_yticks(sorted({1, len(load)}))
@@ -23,7 +24,7 @@ def load_map(ax: Axes, x_edges: np.ndarray, y_edges: np.ndarray, load: np.ndarra
 
 
 def load_bar(figure: Figure, cells: QuadMesh, place: tuple[float, float, float, float]) -> Colorbar:
-    """The scale of colours beside such maps; `place` is left, bottom, width and height."""
+    """The colour scale beside heat maps; `place` is left, bottom, width and height."""
     bar = figure.colorbar(cells, cax=figure.add_axes(place), ticks=[0, 1, 2, 3])
     bar.ax.set_yticklabels(["0", "1", "2", "≥ 3"])
     bar.outline.set_visible(False)  # pyright: ignore

@@ -1,4 +1,7 @@
-"""Draws the load of every expert over training, and MaxVio, layer by layer, of any runs."""
+"""Picture of the load of every expert and MaxVio over training, layer by layer.
+
+Shapes: S logged steps, L MoE layers, E routed experts.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ STRETCHES = 24  # columns of a heat map
 
 
 def draw(runs: Mapping[str, Loads]) -> Figure:
-    """A column a run: a heat map (experts over training) a layer, and below MaxVio of all layers.
+    """A figure with one column a run: a heat map for each layer, and MaxVio of all layers below.
 
     Args:
-      runs: by title, of which the last two parts of a path are shown.
+      runs: by title; of a path only the last two parts are shown.
     """
     n_layers = max(run.load_SLE.shape[1] for run in runs.values())
     panel = min(0.4 + 0.014 * max(run.load_SLE.shape[2] for run in runs.values()), 1.4)
@@ -55,12 +58,14 @@ def draw(runs: Mapping[str, Loads]) -> Figure:
 
 
 def _heat_map(ax, tokens_S: np.ndarray, load_SE: np.ndarray):
-    """A cell is the mean over a stretch of logged steps: a column a step would be too thin."""
+    """Heat map of a layer, experts over training."""
+    # A cell is the mean of several logged steps: one column a step would be too thin.
     stretches = np.array_split(np.arange(len(tokens_S)), min(len(tokens_S), STRETCHES))
     mean_SE = np.array([load_SE[steps].mean(axis=0) for steps in stretches])
     ends_S = np.array([tokens_S[steps[-1]] for steps in stretches])
-    edges = np.append(0.0, ends_S), np.arange(load_SE.shape[1] + 1) + 0.5
-    return load_map(ax, *edges, mean_SE.T)
+    x_edges = np.append(0.0, ends_S)
+    y_edges = np.arange(load_SE.shape[1] + 1) + 0.5
+    return load_map(ax, x_edges, y_edges, mean_SE.T)
 
 
 def _violations(ax, run: Loads) -> None:

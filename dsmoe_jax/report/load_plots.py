@@ -65,19 +65,21 @@ def expert_load(comparison: Comparison) -> Figure | None:
     image = None
     for ax, (arm, load_LE) in zip(panels, loads.items(), strict=True):
         n_layers, n_experts = load_LE.shape
-        edges = np.arange(n_experts + 1) + 0.5, np.arange(n_layers + 1) + 0.5
-        image = load_map(ax, *edges, load_LE)
+        x_edges = np.arange(n_experts + 1) + 0.5
+        y_edges = np.arange(n_layers + 1) + 0.5
+        image = load_map(ax, x_edges, y_edges, load_LE)
         ax.set_title(arm.label, loc="left", color=colour(comparison, arm), pad=3)
         ax.set_xticks([1, *range(8, n_experts + 1, 8)])
     panels[-1].set_xlabel("routed expert (rows are layers)")
     assert image is not None
-    figure.subplots_adjust(0.06, 0.62 / figure.get_figheight(), 0.86, 1 - 0.24 / figure.get_figheight(), hspace=0.28 / panel + 0.25)  # fmt: skip  # noqa: E501
+    height = figure.get_figheight()
+    figure.subplots_adjust(0.06, 0.62 / height, 0.86, 1 - 0.24 / height, hspace=0.28 / panel + 0.25)
     load_bar(figure, image, (0.885, 0.3, 0.022, 0.4))
     return figure
 
 
 def load_over_training(comparison: Comparison) -> Figure | None:
-    """Load of every expert and MaxVio by layer: the arm with the most experts, its first seed."""
+    """Load of every expert and MaxVio by layer: first seed of the arm with the most experts."""
     runs = {}
     for arm in comparison.arms:
         for history in comparison.histories_of(arm).values():

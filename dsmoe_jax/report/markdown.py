@@ -8,7 +8,7 @@ from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table
 
 
 def to_markdown(title: str, blocks: Sequence[Block], pictures: str) -> str:
-    """The same as Markdown; `pictures` is the directory of NAME.svg, relative to the file."""
+    """Markdown of a report; `pictures` is the directory of NAME.svg, relative to the file."""
     return "\n\n".join([f"# {title}", *(_markdown(block, pictures) for block in blocks)]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How the numbers of a report are written; one that is not there is NONE."""
+"""Formats of the numbers in a report; a missing number is NONE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NONE = "–"
 
 
 def fixed(value: float | None, digits: int | None) -> str:
-    """A number with so many decimals; None is three digits and a unit."""
+    """A number with `digits` decimals; for None, three digits and a unit."""
     if value is None or digits is None:
         return short(value)
     return f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""The report of an experiment: what stands in it, in which order.
+"""The report of an experiment: its blocks and their order.
 
 Every number and every verdict is computed from the results; a missing one is shown as missing.
 """

@@ -20,7 +20,7 @@ from dsmoe_jax.study.results import Comparison
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A picture, what is above it and what is below it."""
+    """A picture with the title above it and the caption below it."""
 
     title: str
     caption: str
@@ -86,7 +86,7 @@ PLOTS: dict[str, Plot] = {
 
 
 def plot(name: str) -> Plot:
-    """The picture of a name, which may be that of a measure.
+    """The picture with this name; the name of a measure gives the dots of its runs.
 
     Raises:
       ValueError: if there is no such picture or measure.

@@ -12,7 +12,7 @@ from dsmoe_jax.study.results import Comparison
 
 
 def over_x(comparison: Comparison) -> Figure | None:
-    """A line a trained model, mean over seeds; a level line for an arm without a place on it."""
+    """The main measure over `x`: a line a trained model, a level line for an arm without `x`."""
     experiment = comparison.experiment
     values = comparison.by_seed(experiment.main_measure)
     lines: dict[str, list[ProbeArm]] = {}

@@ -1,4 +1,4 @@
-"""What a report says in words: the findings, and the notes below its tables."""
+"""Sentences of a report: the findings, and the notes below its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ LOAD_NOTE = (
 
 def findings(comparison: Comparison) -> list[str]:
     """The result in a few sentences."""
-    sentences, found = [], verdicts.judge(comparison)
+    sentences = []
+    found = verdicts.judge(comparison)
     best = _best(comparison)
     if best is not None:
         sentences.append(best)
@@ -32,9 +33,10 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _best(comparison: Comparison) -> str | None:
-    """Which arm is best, and by how much; None with fewer than two."""
+    """Sentence about the best arm and its margin; None with fewer than two arms."""
     name = comparison.experiment.main_measure
-    measure, ranked = MEASURES[name], list(tables.ranking(comparison, name).items())
+    measure = MEASURES[name]
+    ranked = list(tables.ranking(comparison, name).items())
     if len(ranked) < 2:
         return None
     (best, value), (second, next_value) = ranked[:2]
@@ -55,7 +57,7 @@ def _best(comparison: Comparison) -> str | None:
 
 
 def _count(found: list[Finding]) -> str:
-    """How many claims hold."""
+    """Sentence about the number of claims that hold."""
     counts = {v: sum(f.verdict == v for f in found) for v in (HOLDS, REVERSED, UNDECIDED, MISSING)}
     said = {
         HOLDS: "hold" if counts[HOLDS] != 1 else "holds",
@@ -74,7 +76,7 @@ def _count(found: list[Finding]) -> str:
 
 
 def results_note(comparison: Comparison) -> str:
-    """What the columns of the results table are."""
+    """Note below the results table: the meaning of its columns."""
     several = any(len(comparison.finished(arm)) > 1 for arm in comparison.arms)
     names = tables.shown_measures(comparison.experiment)
     notes = [MEASURES[name].note for name in names if MEASURES[name].note]
@@ -89,7 +91,7 @@ def results_note(comparison: Comparison) -> str:
 
 
 def claims_note(comparison: Comparison, found: list[Finding]) -> str:
-    """How the verdicts were reached."""
+    """Note below the claims: how the verdicts were reached."""
     tail = " Losses of other data, vocabularies and sizes do not compare; orders and signs do."
     seeds = spread.common_seeds(comparison.by_seed(comparison.experiment.main_measure))
     if not any(finding.half_width is not None for finding in found):

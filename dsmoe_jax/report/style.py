@@ -1,7 +1,7 @@
-"""How the pictures of a report look: colours, type, axes, and names at the ends of lines.
+"""Style of the pictures in a report: colours, type, axes, and names at the ends of lines.
 
-Colours come from `PALETTE` alone: the report swaps them in the dark.  The arms' colours were chosen
-so that they stay apart for colour-blind readers; markers differ as well.
+All colours are in `PALETTE`, so that the report can swap them in dark mode.  Those of the arms
+remain distinct for colour-blind readers; markers differ as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from dsmoe_jax.study.experiment import AnyArm
 from dsmoe_jax.study.results import Comparison
 
-# Each colour by day and by night.
+# Colour in light mode -> colour in dark mode.
 PALETTE = {
     "#4a4a4a": "#d0d0d0",
     "#2e93d1": "#4fa8e8",
@@ -32,7 +32,8 @@ PALETTE = {
     "#73716c": "#a19e97",  # axes
     "#e4e1da": "#35373c",  # grid
 }
-ARM_COLOURS, (INK, AXIS, GRID) = list(PALETTE)[:7], list(PALETTE)[7:]
+ARM_COLOURS = list(PALETTE)[:7]
+INK, AXIS, GRID = list(PALETTE)[7:]
 MARKERS = "os^DvPX"
 NO_NAMES: Mapping[AnyArm, str] = MappingProxyType({})
 STYLE = {
@@ -64,16 +65,17 @@ WIDTH = 4.5  # inches: a picture is as wide as a phone and half as wide as a pag
 
 
 def styled() -> contextlib.AbstractContextManager[None]:
-    """Within it figures are drawn and saved in this style, whatever the user's own settings."""
+    """Context in which figures are drawn and saved in this style, without the user's settings."""
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})  # pyright: ignore
 
 
 def colour(comparison: Comparison, arm: AnyArm) -> str:
-    """The same colour for an arm in every picture, also when only some arms are shown."""
+    """Colour of an arm: the same in every picture, also when only some arms are shown."""
     return ARM_COLOURS[comparison.experiment.arms.index(arm) % len(ARM_COLOURS)]
 
 
 def marker(comparison: Comparison, arm: AnyArm) -> str:
+    """Marker of an arm: the same in every picture."""
     return MARKERS[comparison.experiment.arms.index(arm) % len(MARKERS)]
 
 
@@ -89,6 +91,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def axes(
     height: float = 3.1, left: float = 0.15, right: float = 0.97, top_lines: int = 0
 ) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes and room above for lines of a legend.
+
+    Args:
+      height: of the figure, in inches.
+      left, right: edges of the axes, as shares of the width.
+      top_lines: of text above the axes.
+    """
     figure = Figure(figsize=(WIDTH, height))
     ax = figure.subplots()
     figure.subplots_adjust(left, 0.46 / height, right, 1 - (0.08 + 0.26 * top_lines) / height)
@@ -96,7 +105,7 @@ def axes(
 
 
 def token_axis(ax: Axes) -> None:
-    """Tokens trained on, as 250k or 1.5G."""
+    """Labels the x axis with the tokens trained on, as 250k or 1.5G."""
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("tokens trained on")
@@ -113,7 +122,7 @@ def label_ends(
     Args:
       comparison: for the colours.
       ax: with the lines.
-      ends: where each line ends.
+      ends: the last value of each line.
       names: in place of the arms' labels.
     """
     last = max(float(np.max(line.get_xdata())) for line in ax.lines)

@@ -15,18 +15,19 @@ from dsmoe_jax.report.style import PALETTE, styled
 def svg(figure: Figure) -> str:
     """A figure as an <svg> element in its own colours; the same figure gives the same text."""
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date would differ
     with styled():
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = buffer.getvalue()
     return text[text.index("<svg") :].strip()
 
 
 def themed_svg(picture: Picture) -> str:
-    """A figure for inside a page: by day and by night, of any width, its ids its own."""
+    """A figure as an <svg> element of an HTML page, in light and dark colours and of any width."""
     text = svg(picture.figure)
     for colour in PALETTE:
         text = text.replace(colour, f"var(--c{colour[1:]})")
+    # Ids are unique in a page only with the picture's name.
     text = re.sub(r'\bid="', f'id="{picture.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{picture.name}-", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
@@ -36,7 +37,7 @@ def themed_svg(picture: Picture) -> str:
 
 
 def standalone_svg(figure: Figure) -> str:
-    """A figure as a file of its own, on white."""
+    """A figure as an SVG file, on white."""
     text = svg(figure)
     start = text.index(">") + 1
     return text[:start] + '\n<rect width="100%" height="100%" fill="#ffffff"/>' + text[start:]

@@ -25,7 +25,7 @@ def columns_of(table: str) -> tuple[str, ...]:
 
 def results_table(comparison: Comparison) -> Table:
     """One row an arm; means over seeds, ± the standard deviation where there are two or more."""
-    names, main = shown_measures(comparison.experiment), comparison.experiment.main_measure
+    names = shown_measures(comparison.experiment)
     head = ["", *(MEASURES[name].columns.get(RESULTS, MEASURES[name].title) for name in names)]
     rows = []
     for arm in comparison.arms:
@@ -33,14 +33,16 @@ def results_table(comparison: Comparison) -> Table:
         known = [row for row in comparison.rows if row.arm == arm.label]
         cells = [_cell(known if MEASURES[name].from_config else done, name) for name in names]
         rows.append([arm.label, *cells, str(len(done) or NONE)])
-    labels, means = [arm.label for arm in comparison.arms], ranking(comparison, main)
+    labels = [arm.label for arm in comparison.arms]
+    means = ranking(comparison, comparison.experiment.main_measure)
     best = labels.index(next(iter(means))) if len(means) > 1 else None
     return Table([*head, "seeds"], rows, best=best)
 
 
 def load_table(comparison: Comparison) -> Table | None:
     """Load over training, one row an arm; None without routed experts."""
-    names, rows = columns_of(LOAD), []
+    names = columns_of(LOAD)
+    rows = []
     for arm in comparison.arms:
         begun = [row for row in comparison.rows if row.arm == arm.label]
         cells = [_cell(begun, name) for name in names]
@@ -51,10 +53,12 @@ def load_table(comparison: Comparison) -> Table | None:
 
 def paper_table(comparison: Comparison) -> Table:
     """The paper's losses beside ours, and both as differences to the first arm."""
-    base, losses = comparison.arms[0], ranking(comparison, LOSS)
+    base = comparison.arms[0]
+    losses = ranking(comparison, LOSS)
     rows = []
     for arm in comparison.arms:
-        ours, reference = losses.get(arm.label), losses.get(base.label)
+        ours = losses.get(arm.label)
+        reference = losses.get(base.label)
         rows.append(
             [
                 arm.label,
@@ -72,7 +76,8 @@ def claims_table(found: list[Finding]) -> Table:
     """One row a claim."""
     rows = []
     for finding in found:
-        claim, digits = finding.claim, MEASURES[finding.claim.measure].digits
+        claim = finding.claim
+        digits = MEASURES[claim.measure].digits
         text = (
             claim.text
             if claim.measure == LOSS
@@ -89,7 +94,7 @@ def claims_table(found: list[Finding]) -> Table:
 
 
 def domains_table(comparison: Comparison) -> Table | None:
-    """Bits per byte, one row a domain and one column an arm; None before anything is judged."""
+    """Bits per byte, one row a domain and one column an arm; None before the first evaluation."""
     done = {arm: comparison.finished(arm) for arm in comparison.arms}
     names = list(dict.fromkeys(n for rows in done.values() for row in rows for n in row.domains))
     if not names:
@@ -99,7 +104,7 @@ def domains_table(comparison: Comparison) -> Table | None:
 
 
 def equal_table(comparison: Comparison) -> Table:
-    """One row a rule about sizes, with what was found."""
+    """One row a rule about sizes, with the largest difference found."""
     arms = {arm.label: arm for arm in comparison.arms}
     rows = [
         [
@@ -131,7 +136,7 @@ def _domain_cell(rows: list[Row], name: str) -> str:
 
 
 def _largest_difference(comparison: Comparison, rule: Equal, arms: dict[str, AnyArm]) -> str:
-    """How far the arms are from the first one, at most."""
+    """The largest relative difference of an arm to the first one."""
     rows = {row.arm: row for row in comparison.rows}
     values = [
         value

@@ -6,7 +6,7 @@ from dsmoe_jax.report.blocks import Table
 
 
 def to_text(table: Table) -> str:
-    """A table for a terminal."""
+    """Text of a table, with aligned columns."""
     lines = [list(table.head), *map(list, table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]

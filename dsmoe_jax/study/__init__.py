@@ -1,11 +1,11 @@
-"""Experiments: arms that are trained or probed, measures of them, claims about these.
+"""Experiments: arms that are trained or probed, their measures, claims about the measures.
 
-experiment   what an experiment is: arms, what must be equal, claims
-measures     the numbers that a run is judged by
-claims       statements about measures of arms; verdicts: what the runs say to them
+experiment   definition of an experiment: arms, sizes that must be equal, claims
+measures     numbers by which runs are compared
+claims       statements about measures of arms; verdicts: whether the runs confirm them
 probes       measurements of a trained model under an intervention
 fairness     refuses comparisons that are not fair
-cells        the runs of an experiment: an arm with a seed, and where it is kept
-runner       trains and probes what is missing
-results      results.jsonl; histories: what was logged over training
+cells        the runs of an experiment: an arm with a seed, and its workdir
+runner       trains and probes the runs that are missing
+results      results.jsonl; histories: values logged over training
 """

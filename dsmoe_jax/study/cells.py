@@ -1,4 +1,4 @@
-"""The runs of an experiment: which there are, with what config, and where they are kept."""
+"""The runs of an experiment: their arms, seeds, configs and workdirs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an experiment is run.
+    """Options of an experiment's command line.
 
     Attributes:
       scale: a key of the experiment's `seeds`, such as "demo".
-      seeds: how many; None is what the experiment says for the scale.
+      seeds: their number; None is the experiment's own for the scale.
       results: directory under which `NAME-SCALE` is made.
       arms: labels or directory names; () is all.
       overrides: dotted config keys to change in every arm.
-      report_only: train and probe nothing; read what there is.
+      report_only: whether to report the existing runs without training or probing.
     """
 
     scale: str
@@ -32,19 +32,19 @@ class Options:
     report_only: bool = False
 
     def directory(self, experiment: Experiment) -> pathlib.Path:
-        """Where the runs of an experiment are."""
+        """Directory of the runs of an experiment."""
         return pathlib.Path(self.results).expanduser() / f"{experiment.name}-{self.scale}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of an experiment: an arm, a seed, and where it is kept.
+    """One run of an experiment: an arm with a seed.
 
     Attributes:
-      arm, seed: which.
-      config: of the run; of a probe, of the run that trained the model.
-      measured: the config of the model that is measured; of a probe, as the intervention makes it.
-      workdir: of its own.
+      arm, seed: of the run.
+      config: of the run; for a probe, of the run that trained the model.
+      measured: config of the measured model; for a probe, as the intervention changes it.
+      workdir: of this run alone.
       trained: workdir of the run that a probe measures; None if the arm is trained here.
     """
 
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def record(self) -> pathlib.Path:
-        """The file beside the workdir that says on what the run was made, see `runner.py`."""
+        """The file beside the workdir with the data and machine of the run, see `runner.py`."""
         return self.workdir.with_suffix(".json")
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def make_cells(experiment: Experiment, options: Options) -> list[Cell]:
     """All runs in the order in which they are made: the first seed of every arm, then the next.
 
     Raises:
-      ValueError: for an unknown arm, fewer than one seed, or an override that does not fit.
+      ValueError: for an unknown arm, fewer than one seed, or an impossible override.
     """
     seeds = experiment.seeds[options.scale] if options.seeds is None else options.seeds
     if seeds < 1:
@@ -103,7 +103,7 @@ def chosen(experiment: Experiment, names: tuple[str, ...]) -> list[AnyArm]:
 
 
 def shell_command(experiment: Experiment, options: Options) -> str:
-    """The command line that runs this."""
+    """The command line that runs an experiment with these options."""
     parts = [f"python -m {experiment.module} --scale={options.scale}"]
     parts += [f"--seeds={options.seeds}"] if options.seeds is not None else []
     parts += [f"--arms={','.join(options.arms)}"] if options.arms else []

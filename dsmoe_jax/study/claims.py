@@ -1,7 +1,7 @@
-"""Claims: statements about a measure of arms, which runs can bear out or refute.
+"""Claims: statements about a measure of arms, which runs can confirm or refute.
 
-Every claim has one form, `constant + sum over arms of weight * mean of the measure > 0`; the
-functions below write the usual ones.
+Every claim has the form `constant + sum over arms of weight * mean of the measure > 0`; the
+functions below make the usual ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Claim:
       weights: of the arms, by label.
       constant: in the unit of the measure.
       measure: a name in `measures.MEASURES`.
-      source: where it is said, "V1 figure 3".
+      source: paper and place, "V1 figure 3".
       paper: the sum that the source's own numbers give; None where it prints none.
     """
 
@@ -34,7 +34,7 @@ class Claim:
 
     @property
     def is_ordering(self) -> bool:
-        """Whether it is about the sign of the difference of two arms."""
+        """Whether the claim is about the sign of the difference of two arms."""
         return self.constant == 0 and sorted(self.weights.values()) == [-1, 1]
 
 
@@ -52,7 +52,7 @@ def below(
 
 
 def decreasing(*labels: str, measure: str = LOSS, source: str = "") -> tuple[Claim, ...]:
-    """All orderings of arms that are named from the highest value to the lowest."""
+    """All orderings of arms that are given from the highest value to the lowest."""
     return tuple(
         below(lower, higher, measure=measure, source=source)
         for i, higher in enumerate(labels)
@@ -71,8 +71,8 @@ def larger_change(
 ) -> Claim:
     """The sign of a difference of differences.
 
-    From one arm of `larger` to the next the measure grows by more than from one arm of `smaller`
-    to the next.
+    From the first arm of `larger` to the second the measure grows by more than from the first arm
+    of `smaller` to the second.
     """
     weights: dict[str, float] = {}
     for sign, (before, after) in ((1.0, larger), (-1.0, smaller)):
@@ -90,7 +90,7 @@ def ratio_below(
     source: str = "",
     paper: float | None = None,
 ) -> Claim:
-    """A ratio: the measure of one arm is below so many times that of another."""
+    """A ratio: the measure of one arm is below `ratio` times that of another."""
     text = f"{part} below {ratio:g} × {whole}"
     return Claim(text, {whole: ratio, part: -1.0}, 0.0, measure, source, paper)
 

@@ -1,7 +1,7 @@
-"""What an experiment is: arms to compare, what must be equal, and what is claimed.
+"""Definition of an experiment: arms to compare, sizes that must be equal, and claims.
 
 A new experiment is a module with one literal `Experiment` (see `experiments/v1/table1.py`);
-running, checking, resuming, tables, pictures and reports are shared.
+all experiments share the code that runs, checks, resumes and reports them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def _slug(label: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One model of a comparison, which is trained.
+    """One model of a comparison, trained for it.
 
     Attributes:
-      label: as in tables and pictures.
+      label: in tables and pictures.
       config: name of a file in `configs/`.
       options: of that file, as on the command line: "split=2,shared=1".
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
-      overrides: dotted config keys to change, for what no config file says.
+      overrides: dotted config keys to change, for settings that no config file has.
     """
 
     label: str
@@ -54,9 +54,9 @@ class Arm:
         """The config of one run of this arm.
 
         Args:
-          scale: as config files call it, "smoke", "demo", "proxy" or "paper".
-          seed: of everything random; the same seed is the same data in the same order.
-          overrides: dotted keys that are changed in every arm.
+          scale: of the config files: "smoke", "demo", "proxy" or "paper".
+          seed: of every random choice; the same seed gives the same data in the same order.
+          overrides: dotted config keys to change in every arm.
 
         Raises:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
@@ -67,22 +67,22 @@ class Arm:
         return config_lib.replace(config, **{**self.overrides, **overrides, "train.seed": seed})
 
     def measured_config(self, config: Config) -> Config:
-        """The config of the model that is measured: that of the run."""
+        """The config of the measured model: that of the run."""
         return config
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeArm:
-    """A trained model, measured under an intervention; trains nothing.
+    """A trained model measured under an intervention, without further training.
 
     Attributes:
-      label: as in tables and pictures.
-      experiment: the one that trained the model.
+      label: in tables and pictures.
+      experiment: that trained the model.
       trained: the label of the model's arm there.
-      intervention: what is changed while it is measured.
+      intervention: change of the model while it is measured.
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
-      x: place on the axis `Experiment.x_axis`; None is a level line.
-      probe: what is measured: gives what evaluation.json holds, which the measures read.
+      x: position on the axis `Experiment.x_axis`; None is a level line.
+      probe: function that returns the contents of evaluation.json, which the measures read.
     """
 
     label: str
@@ -120,7 +120,7 @@ AnyArm = Arm | ProbeArm
 
 @dataclasses.dataclass(frozen=True)
 class Equal:
-    """`quantity` of the arms may differ by at most `tolerance`, relative to the first arm named."""
+    """A rule: `quantity` differs between arms by at most `tolerance`, relative to the first one."""
 
     quantity: str
     arms: tuple[str, ...]
@@ -128,14 +128,15 @@ class Equal:
 
 
 def same_total(*arms: str) -> tuple[Equal, ...]:
-    """Experts of the same total size.  Routers may differ: more experts need a larger one."""
+    """Rules that the experts of all arms have the same total size."""
+    # All parameters may differ by more: more experts need a larger router.
     return Equal("total", arms, 0.02), Equal("expert_total", arms, 0.001)
 
 
 def same_activated(*arms: str) -> tuple[Equal, ...]:
-    """The same work per token.  A router is 2 % of the activated parameters of a tiny model."""
+    """Rules that all arms do the same work per token."""
     return (
-        Equal("activated", arms, 0.04),
+        Equal("activated", arms, 0.04),  # the router alone is 2 % in a tiny model
         Equal("expert_activated", arms, 0.001),
         Equal("flops_per_sequence", arms, 0.001),
     )
@@ -146,20 +147,19 @@ class Experiment:
     """A comparison of models under the same budget, data and random order.
 
     Attributes:
-      module: where it stands, "experiments.v1.table1"; results go to RESULTS/table1-SCALE.
+      module: of the experiment, "experiments.v1.table1"; results go to RESULTS/table1-SCALE.
       title: heading of the report.
       source: paper and table or figure.
       summary: what the paper says, in a sentence or two.
       arms: in the order in which they are shown; pictures of differences start from the first.
-      equal: which sizes must agree, and how closely.
-      claims: what the runs are asked, besides the orderings that follow from the arms'
-        `paper_loss`.
-      may_differ: config keys (or sections, ending in a dot) in which arms may differ.  Everything
-        else - data, order, seed, steps, batch, learning rate, attention - must be the same.
+      equal: rules about sizes that must agree.
+      claims: to be judged, besides the orderings that follow from the arms' `paper_loss`.
+      may_differ: config keys (or sections, ending in a dot) in which arms may differ.  All others
+        (data, order, seed, steps, batch, learning rate, attention) must be the same.
       measures: columns of the results table; () is every measure that has a column there.
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
-      x_axis: what the probe arms' `x` is.
-      seeds: how many by default, for each scale.
+      x_axis: label of the axis of the probe arms' `x`.
+      seeds: their default number at each scale.
     """
 
     module: str
@@ -178,7 +178,8 @@ class Experiment:
     )
 
     def __post_init__(self) -> None:
-        labels, slugs = [arm.label for arm in self.arms], [arm.slug for arm in self.arms]
+        labels = [arm.label for arm in self.arms]
+        slugs = [arm.slug for arm in self.arms]
         if not labels or len(set(slugs)) < len(slugs):
             raise ValueError(f"{self.name}: arms={labels}: labels must differ in letters or digits")
         named = [name for rule in self.equal for name in rule.arms]
@@ -201,7 +202,7 @@ class Experiment:
         return self.measures[0] if self.measures else LOSS
 
     def arm(self, label: str) -> AnyArm:
-        """The arm of a label.
+        """The arm with this label.
 
         Raises:
           ValueError: if there is none.
@@ -212,9 +213,9 @@ class Experiment:
         return self.arms[labels.index(label)]
 
     def all_claims(self) -> list[Claim]:
-        """The orderings that follow from the paper's losses, and the claims that are written out.
+        """The orderings that follow from the paper's losses, then those of `claims`.
 
-        An ordering that is written out too is not repeated.
+        An ordering that is also in `claims` is not repeated.
         """
         ranked = sorted(
             (arm for arm in self.arms if arm.paper_loss is not None),

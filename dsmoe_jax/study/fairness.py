@@ -16,8 +16,8 @@ def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
     """Checks that arms differ only where they may, and agree in size where they must.
 
     Args:
-      experiment: with its rules.
-      cells: of one seed, one an arm; rules about arms that are not here are left out.
+      experiment: whose rules are checked.
+      cells: of one seed, one an arm; arms without a cell are left out of the rules.
 
     Raises:
       ValueError: naming both arms, both values and the tolerance.
@@ -57,7 +57,7 @@ def _check_rule(experiment: Experiment, rule: Equal, configs: Mapping[str, Confi
 
 
 def check_measured(experiment: Experiment, rows: list[Row]) -> None:
-    """Checks that finished runs were trained and judged on the same data, and on as many tokens.
+    """Checks that finished runs were trained and evaluated on the same data and number of tokens.
 
     Args:
       experiment: for its name.

@@ -1,4 +1,4 @@
-"""What training logged, step by step.
+"""Values that training logged, step by step.
 
 Shapes: S logged steps, L MoE layers, E routed experts.
 """
@@ -14,11 +14,11 @@ from dsmoe_jax.study.measures import RUNNING, Outcome
 
 
 class Loads(NamedTuple):
-    """Load at each logged step: shapes S steps, L layers, E experts.
+    """Load of every expert at each logged step.
 
     Attributes:
       tokens_S: trained on so far.
-      load_SLE: assignments over the layer's mean, so that 1 is the fair share.
+      load_SLE: assignments over the layer's mean: 1 is balance.
     """
 
     tokens_S: np.ndarray
@@ -27,13 +27,13 @@ class Loads(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What training logged, in order.
+    """Logged values of a run, in order.
 
     Attributes:
       tokens, loss: trained on so far, and training loss in nats per token, at each logged step.
-      validation_tokens, validation_loss: the same for the validations on the way.
+      validation_tokens, validation_loss: the same at each validation during training.
       maxvio_SL: of each logged batch; empty without routed experts.
-      maxvio_running_SL: the same of the load of the last 100 steps or so.
+      maxvio_running_SL: the same for the load of the last 100 steps or so.
       load_LE: load of every expert on the held-out text over its layer's mean (1 is balance);
         None without routed experts, or before the run is finished.
       loads: of every expert over training; None without routed experts.
@@ -50,19 +50,19 @@ class History:
 
 
 def read_history(outcome: Outcome) -> History | None:
-    """What a run has logged so far; None before its first row."""
+    """Logged values of a run so far; None before its first row."""
     if not outcome.rows:
         return None
     trained = [row for row in outcome.rows if "loss" in row]
-    judged = [row for row in trained if "validation_loss" in row]
+    validated = [row for row in trained if "validation_loss" in row]
     routed = [row for row in trained if "maxvio" in row]
     load = (outcome.evaluation or {}).get("load")
     load_LE = None if load is None else np.asarray(load, np.float64)
     return History(
         tokens=_column(trained, "tokens"),
         loss=_column(trained, "loss"),
-        validation_tokens=_column(judged, "tokens"),
-        validation_loss=_column(judged, "validation_loss"),
+        validation_tokens=_column(validated, "tokens"),
+        validation_loss=_column(validated, "validation_loss"),
         maxvio_SL=np.array([row["maxvio"] for row in routed]),
         maxvio_running_SL=np.array([row[RUNNING] for row in routed]),
         load_LE=None if load_LE is None else load_LE / load_LE.mean(axis=1, keepdims=True),

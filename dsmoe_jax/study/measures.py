@@ -1,7 +1,7 @@
-"""The numbers that a run is judged by.  A new one is a function and an entry in `MEASURES`.
+"""Measures: numbers by which runs are compared.
 
-A measure reads what a run has left behind so far.  A number that does not exist (a dense model has
-no load), or is not there yet, is None, never 0.
+A new one is a function and an entry in `MEASURES`.  A measure reads the files of a run.  A number
+that does not exist (a dense model has no load), or is not known yet, is None, never 0.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RESULTS, LOAD = "results", "load"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run has left behind so far.
+    """Files of a run, as far as they are written.
 
     Attributes:
-      config: of the run; of a probe, as the intervention makes it.
+      config: of the run; for a probe, as the intervention changes it.
       rows: of metrics.jsonl, in order; a probe has none.
       evaluation: evaluation.json; None until the run is finished.
     """
@@ -41,13 +41,13 @@ class Measure:
 
     Attributes:
       title: for running text.
-      read: the number; None where it does not exist or is not there yet.
-      unit: of it, if it has one.
-      columns: the table in which it is a column -> the heading there.
+      read: returns the number; None where it does not exist or is not known yet.
+      unit: of the number; "" where it has none.
+      columns: table that has it as a column -> its heading there.
       digits: decimals; None is three digits and a unit, such as 5.66M.
       lower_is_better: None where neither is better.
       spread: whether tables show the standard deviation over seeds.
-      from_config: follows from the config alone, so it is known before training.
+      from_config: whether it follows from the config alone and is known before training.
       note: a sentence below the results table.
     """
 
@@ -68,14 +68,14 @@ class Measure:
 
     @property
     def better(self) -> str:
-        """Which way is better, in words; "" where neither is."""
+        """The better direction, in words; "" where neither is."""
         words = {True: "lower is better", False: "higher is better", None: ""}
         return words[self.lower_is_better]
 
 
 @functools.cache
 def sizes(config: Config) -> dict[str, Any]:
-    """Parameters and FLOPs of a config, see `model/size.py`; worked out once for all seeds."""
+    """Parameters and FLOPs of a config, see `model/size.py`; computed once for all seeds."""
     train = dataclasses.replace(config.train, seed=0)
     return _account(dataclasses.replace(config, train=train))
 
@@ -97,7 +97,7 @@ def _size(key: str, title: str, heading: str = "", note: str = "") -> Measure:
 
 
 def _held_out(key: str, over_layers: Callable[[Any], Any] | None = None):
-    """A number of evaluation.json, or of the numbers that it has for the layers."""
+    """Reads a number of evaluation.json; `over_layers` reduces a number for each layer to one."""
 
     def read(outcome: Outcome) -> float | None:
         value = (outcome.evaluation or {}).get(key)
@@ -115,18 +115,19 @@ def _tokens(outcome: Outcome) -> int | None:
 
 def _seconds(outcome: Outcome) -> float | None:
     """Time in training steps, from the logged speeds."""
-    found, before = 0.0, 0
+    seconds = 0.0
+    before = 0
     for row in outcome.rows:
         if "tokens_per_second" in row:
-            found += (row["tokens"] - before) / row["tokens_per_second"]
+            seconds += (row["tokens"] - before) / row["tokens_per_second"]
             before = row["tokens"]
-    return found or None
+    return seconds or None
 
 
 def _logged(
     key: str, over_layers: Callable[..., Any], over_steps: Callable[[np.ndarray], Any]
 ) -> Callable[[Outcome], float | None]:
-    """A number from what was logged of each layer, first over the layers, then over the steps."""
+    """Reads a logged number of each layer, reduced over the layers, then over the steps."""
 
     def read(outcome: Outcome) -> float | None:
         logged = [over_layers(row[key]) for row in outcome.rows if key in row]
@@ -237,13 +238,13 @@ MEASURES: dict[str, Measure] = {
         digits=0,
         lower_is_better=True,
     ),
-    # Without compiling, validating and waiting.
+    # Without compilation, validation and waiting.
     "seconds": Measure("seconds in training steps", _seconds, lower_is_better=True),
 }
 
 
 def check_names(owner: str, names: tuple[str, ...]) -> None:
-    """Refuses the name of no measure.
+    """Refuses names that are not measures.
 
     Raises:
       ValueError: naming the owner and the measure.

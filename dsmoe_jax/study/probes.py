@@ -15,11 +15,11 @@ from dsmoe_jax.runs.loading import Run
 
 
 def held_out(run: Run, intervention: Intervention) -> dict[str, Any]:
-    """Loss and load on the held-out text that the run itself was judged on.
+    """Loss and load on the held-out text on which the run itself was evaluated.
 
     Args:
-      run: finished.
-      intervention: in force.
+      run: a finished run.
+      intervention: in the model during the evaluation.
 
     Returns:
       See `HeldOut.measure`.

@@ -1,7 +1,7 @@
-"""What came out: rows of `results.jsonl`, read from the workdirs.
+"""Results of an experiment: rows of `results.jsonl`, read from the workdirs.
 
-Nothing is kept twice: rows are rebuilt from what training wrote, so they cannot disagree with it.
-A number that is not there is None, never 0.
+Rows are rebuilt each time from the files of training, so they cannot disagree with them.  A missing
+number is None, never 0.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Row:
     """One line of `results.jsonl`, where the measures stand beside the other keys.
 
     Attributes:
-      arm, seed, config: which run; `config` is the config's name.
-      config_sha256: of the whole config, so that a row tells if it is of the config one means.
-      measures: by name, see `measures.MEASURES`; a row of long ago lacks those that are newer.
+      arm, seed: of the run.
+      config: its name.
+      config_sha256: of the whole config, which its name alone does not identify.
+      measures: by name, see `measures.MEASURES`; an old row lacks newer measures.
       domains: bits per byte on the held-out text of each domain.
       data_fingerprint: of the corpus.
       machine: on which it was trained.
@@ -50,22 +51,22 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has been trained to its end and judged."""
+        """Whether the run has been trained to its end and evaluated."""
         return self["tokens"] is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All that tables and pictures are made of.
+    """Everything that tables and pictures show.
 
     Attributes:
-      experiment, scale: what was compared.
+      experiment, scale: of the comparison.
       arms: those that were chosen, in order.
       rows: of `results.jsonl`, also of runs that are not finished.
       histories: by label and seed, for runs that have begun.
       command: that makes this report again.
       overrides: config keys that were changed in every arm.
-      failed: runs that broke off, and why.
+      failed: runs that diverged, each with its error.
     """
 
     experiment: Experiment
@@ -96,7 +97,7 @@ class Comparison:
 
 
 def read_outcome(cell: Cell) -> Outcome:
-    """What a run has left behind so far."""
+    """Files of a run, as far as they are written."""
     evaluation = read_evaluation(cell.workdir)
     if evaluation is not None and evaluation["step"] != cell.config.train.steps:
         evaluation = None
@@ -104,8 +105,9 @@ def read_outcome(cell: Cell) -> Outcome:
 
 
 def read_row(cell: Cell) -> Row:
-    """The row of a run, as far as it has come."""
-    outcome, record = read_outcome(cell), read_record(cell)
+    """The row of a run, finished or not."""
+    outcome = read_outcome(cell)
+    record = read_record(cell)
     domains = (outcome.evaluation or {}).get("domains", {})
     return Row(
         cell.arm.label,
@@ -120,7 +122,7 @@ def read_row(cell: Cell) -> Row:
 
 
 def read_record(cell: Cell) -> dict[str, Any]:
-    """What stands beside the workdir; nothing before the run has begun."""
+    """The record beside the workdir; empty before the run begins."""
     path = cell.record
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -146,7 +148,7 @@ def _line(row: Row) -> str:
 
 
 def load_rows(path: pathlib.Path) -> list[Row]:
-    """Reads `results.jsonl`; what is no other key of a row is a measure."""
+    """Reads `results.jsonl`; every key that is not a field of `Row` is a measure."""
     keys = {field.name for field in dataclasses.fields(Row)}
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():

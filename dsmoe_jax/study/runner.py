@@ -1,12 +1,12 @@
 """Runs an experiment: every arm with every seed.
 
-Each run has a workdir of its own, RESULTS/NAME-SCALE/ARM/seedN, and goes through
-`dsmoe_jax.training.loop.train` in this process: what is finished is skipped, what was interrupted
-continues.  Beside it, `seedN.json` says on which data and machine.  All arms run with the first
-seed before any runs with the second, so that an early look compares like with like.
+Each run has a workdir of its own, RESULTS/NAME-SCALE/ARM/seedN, and is trained in this process by
+`dsmoe_jax.training.loop.train`: finished runs are skipped, interrupted ones continue.  `seedN.json`
+beside the workdir records data and machine.  All arms run with the first seed before any runs with
+the second, so that early results compare the same seeds.
 
-The workdir of a probe holds evaluation.json alone: what was measured of the model that another
-experiment trained, which must be there.
+The workdir of a probe holds evaluation.json alone: measures of a model that another experiment has
+trained.  The probe is refused if that model is not finished.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def run(
       The results; `failed` names the runs that diverged.
 
     Raises:
-      ValueError: before training, if the comparison is not fair, the results are of other configs
-        or data, or the models to probe are not there.
+      ValueError: before training, if the comparison is not fair, existing results are of other
+        configs or data, or a model to probe is not finished.
     """
     cells = make_cells(experiment, options)
     fairness.check_configs(experiment, [cell for cell in cells if cell.seed == 0])
@@ -84,7 +84,7 @@ def run(
 
 
 def _check_workdir(cell: Cell, directory: pathlib.Path) -> None:
-    """Finds out before hours of training that a later run would be refused."""
+    """Refuses a workdir of another config before any arm is trained, instead of hours later."""
     if not (directory / workdir.CONFIG).exists():
         return
     for key, (there, here) in differences(workdir.read_config(directory), cell.config).items():
@@ -105,7 +105,7 @@ def _check_data(cell: Cell, now: str) -> None:
 
 
 def _check_trained(cells: list[Cell], options: Options) -> None:
-    """Refuses to probe models that are not there."""
+    """Refuses probes of models that are not finished."""
     for cell in cells:
         if isinstance(cell.arm, ProbeArm) and _trained_loss(cell) is None:
             command = shell_command(cell.arm.experiment, dataclasses.replace(options, arms=()))
@@ -116,8 +116,9 @@ def _check_trained(cells: list[Cell], options: Options) -> None:
 
 
 def _check_probe(cell: Cell) -> None:
-    """Refuses a measurement of a model or under an intervention that has been changed since."""
-    then, now = results.read_record(cell).get("probed"), _probed(cell)
+    """Refuses an existing measurement whose model or intervention has changed since."""
+    then = results.read_record(cell).get("probed")
+    now = _probed(cell)
     if then is not None and now is not None and then != now:
         raise ValueError(
             f"{cell.workdir}: measured {then}, here it is {now}; remove it, or choose another"
@@ -126,7 +127,7 @@ def _check_probe(cell: Cell) -> None:
 
 
 def _probed(cell: Cell) -> dict[str, Any] | None:
-    """What a probe measures, to know it again; None for an arm that is trained."""
+    """Intervention and model of a probe, for comparison later; None for an arm that is trained."""
     if not isinstance(cell.arm, ProbeArm) or _trained_loss(cell) is None:
         return None
     return {**dataclasses.asdict(cell.arm.intervention), "loss": _trained_loss(cell)}
@@ -143,8 +144,9 @@ def _trained_loss(cell: Cell) -> float | None:
 def _make_all(
     cells: list[Cell], todo: list[Cell], fingerprint: str, train: Callable[..., Any]
 ) -> list[str]:
-    """Trains or probes the runs in `todo`; returns what went wrong with those that diverged."""
-    failed, took = [], {}
+    """Trains or probes the runs in `todo`; returns the errors of those that diverged."""
+    failed = []
+    took = {}
     for done, cell in enumerate(todo):
         place = len(cells) - len(todo) + done + 1
         left = _time_left(todo[done:], took)
@@ -152,7 +154,7 @@ def _make_all(
         start = time.monotonic()
         try:
             _make(cell, fingerprint, train)
-        except loop.NonFinite as error:  # a result too: the others go on, this one stays missing
+        except loop.NonFinite as error:  # also a result: the others go on, this one stays missing
             print(f"error: {cell}: {error}", file=sys.stderr, flush=True)
             failed.append(f"{cell}: {error}")
         took.setdefault(cell.arm.label, []).append(time.monotonic() - start)
@@ -182,9 +184,9 @@ def _probe(cell: Cell, arm: ProbeArm) -> None:
 
 @contextlib.contextmanager
 def _compiling_once() -> Iterator[None]:
-    """Lets the seeds of an arm share their compiled steps, on disk while this process lives.
+    """Shares compiled steps between the seeds of an arm, on disk until this process ends.
 
-    Not for longer: code compiled for one processor must not be found by another one.
+    Not longer: a later process on another processor must not load this code.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
         yield  # the user has a cache already
@@ -200,7 +202,7 @@ def _compiling_once() -> Iterator[None]:
 
 
 def _time_left(todo: list[Cell], took: Mapping[str, list[float]]) -> str:
-    """From how long the same arm took, or the mean of all; "" before the first is done."""
+    """Time left, from that of the same arm's runs or the mean of all; "" before the first ends."""
     known = {label: sum(times) / len(times) for label, times in took.items()}
     if not known:
         return ""
@@ -227,7 +229,7 @@ def read(
 
 
 def machine() -> str:
-    """What the runs are made on."""
+    """Devices, system and versions of this machine, in words."""
     device = jax.devices()[0]
     kind = f"{jax.device_count()} x {device.device_kind}"
     if device.platform == "cpu":

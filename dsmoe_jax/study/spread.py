@@ -1,9 +1,9 @@
-"""How well a few seeds let one know a mean or a difference.
+"""Confidence intervals of means and differences over a few seeds.
 
 Runs of one seed see the same data in the same order, so part of the spread is common to all arms.
 The model is value = arm + seed + noise: the noise is what is left after every arm's and every
-seed's mean, with (A - 1)(S - 1) degrees of freedom for A arms and S seeds.  A difference of two
-arms is known to +- t * noise * sqrt(2 / S) (95 %, Student's t, each pair by itself).
+seed's mean, with (A - 1)(S - 1) degrees of freedom for A arms and S seeds.  The interval of a
+difference of two arms is +- t * noise * sqrt(2 / S) (95 %, Student's t, each pair by itself).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BySeed = Mapping[str, Mapping[int, float]]  # label -> seed -> value of a measur
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values for it."""
+    """Mean and sample standard deviation; None where there are too few values."""
     if not values:
         return None, None
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -32,7 +32,7 @@ def common_seeds(values: BySeed) -> list[int]:
 
 
 def difference_half_width(values: BySeed) -> float | None:
-    """Half the 95 % interval of a difference of two arms; None if it cannot be known."""
+    """Half the 95 % interval of a difference of two arms; None with one arm or one seed."""
     seeds = common_seeds(values)
     if len(values) < 2 or len(seeds) < 2:
         return None

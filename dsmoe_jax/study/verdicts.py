@@ -1,4 +1,4 @@
-"""Which claims hold here, as far as the spread over seeds lets one say."""
+"""Verdicts on claims, as far as the spread over seeds allows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ HOLDS, REVERSED, UNDECIDED, MISSING = "holds", "reversed", "not decided", "missi
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim and what was found.
+    """A claim with its values in the paper and here, and the verdict.
 
     Attributes:
-      claim: what was said.
+      claim: whose left side is `constant + sum(weight * mean of the measure)`.
       paper: its left side from the source's own numbers; None where it prints none.
       ours: its left side here, mean over the seeds that all finished arms share; None if there
         are none.
       half_width: of the 95 % interval of `ours`; None with a single seed or a single pair of runs.
       verdict: HOLDS, REVERSED, UNDECIDED (the interval contains 0, or the value is 0) or MISSING.
-        Without an interval it is only the sign that is judged.
+        Without an interval only the sign decides.
     """
 
     claim: Claim
@@ -44,7 +44,8 @@ def judge(comparison: Comparison) -> list[Finding]:
 
 def _judge(comparison: Comparison, claim: Claim) -> Finding:
     values = comparison.by_seed(claim.measure)
-    seeds, paper = spread.common_seeds(values), _paper_value(comparison, claim)
+    seeds = spread.common_seeds(values)
+    paper = _paper_value(comparison, claim)
     if not seeds or not claim.weights.keys() <= values.keys():
         return Finding(claim, paper, None, None, MISSING)
     by_seed = [_left_side(claim, {label: values[label][s] for label in values}) for s in seeds]
@@ -52,7 +53,7 @@ def _judge(comparison: Comparison, claim: Claim) -> Finding:
     if claim.is_ordering and not _is_about_probes(comparison, claim):
         half_width = spread.difference_half_width(values)
     else:
-        # Seed by seed: the seed's own part may not cancel, and probes of one model share its noise.
+        # Seed by seed: the seed's effect may not cancel, and probes of one model share its noise.
         half_width = spread.mean_half_width(by_seed)
     return Finding(claim, paper, ours, half_width, _verdict(ours, half_width or 0.0))
 
@@ -66,7 +67,7 @@ def _is_about_probes(comparison: Comparison, claim: Claim) -> bool:
 
 
 def _paper_value(comparison: Comparison, claim: Claim) -> float | None:
-    """What the claim says it is, or what follows from the losses that the paper prints."""
+    """The left side as the claim states it, or from the losses that the paper prints."""
     losses = {arm.label: arm.paper_loss for arm in comparison.arms}
     known = {label: loss for label, loss in losses.items() if loss is not None}
     if claim.paper is not None or claim.measure != LOSS or not claim.weights.keys() <= known.keys():

@@ -1,1 +1,1 @@
-"""What keeps the load of the experts even."""
+"""Ways to balance the load of the experts."""

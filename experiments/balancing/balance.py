@@ -1,10 +1,10 @@
-"""A router that is left alone collapses; what pulls at its scores brings it back.
+"""Balance losses and the loss-free bias, beside a router without balancing, which collapses.
 
     python -m experiments.balancing.balance --scale=demo
 
-DeepSeekMoE seven times; only what balances the router differs.  One run has its balance term turned
-on when half of the steps are done, so that the recovery can be watched.  Routers that balance by
-how they choose are in balanced_routers.py.  What came out is in docs/routers_and_losses.md.
+Seven DeepSeekMoE models differ only in the balancing of the router.  In one of them the balance
+term starts after half of the steps, to show the recovery.  Routers that balance by the way they
+choose experts are in balanced_routers.py.  The results are in docs/routers_and_losses.md.
 """
 
 from dsmoe_jax.commands import experiment
@@ -13,7 +13,8 @@ from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_tot
 
 NONE = {"model.moe.balance.expert": None}
 GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
-LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))  # multiples of the weight: a jump
+# (share of the steps, multiple of the factor): a jump at half of the steps
+LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))
 DEVICES = {"model.moe.expert_groups": 9, "model.moe.balance.device.factor": 0.05}  # 7 experts each
 ARMS = (
     Arm("nothing", "dsmoe_2b", overrides=NONE),

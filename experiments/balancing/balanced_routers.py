@@ -1,11 +1,11 @@
-"""Routers that even the load out by how they choose, beside one that is left alone.
+"""Routers that balance the load by the way they choose experts, beside one without balancing.
 
     python -m experiments.balancing.balanced_routers --scale=demo
 
-The recipes of V2 (groups of experts by device, three losses) and V3 (sigmoid scores, bias, groups,
-a little sequence loss) as wholes, and the rivals: Sinkhorn, REINFORCE, expert choice (which leaks
-the future, so its loss does not compare) and BASE (one expert of sixteen).  Losses and the bias by
-themselves are in balance.py.  What came out is in docs/routers_and_losses.md.
+The full recipes of V2 (groups of experts by device, three losses) and V3 (sigmoid affinities, bias,
+groups, a small sequence loss), and their rivals: Sinkhorn, REINFORCE, expert choice (which leaks
+future tokens, so that its loss does not compare) and BASE (one expert of sixteen).  Single losses
+and the bias alone are in balance.py.  The results are in docs/routers_and_losses.md.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_tot
 
 
 def moe(settings: Mapping[str, object]) -> dict[str, object]:
-    """Overrides of the layer, without the expert loss unless they set it."""
+    """Overrides of the MoE layer; the expert loss is off unless they set it."""
     own = "balance.expert.factor" in settings
     settings = settings if own else {"balance.expert": None, **settings}
     return {f"model.moe.{key}": value for key, value in settings.items()}

@@ -3,8 +3,8 @@
     python -m experiments.v1.table2 --scale=demo    # trains the models
     python -m experiments.v1.fig4 --scale=demo      # measures them
 
-DeepSeekMoE and a GShard of the same loss lose the same share of their experts; the one whose
-experts replace each other less well is hurt more.
+The same share of experts is masked in DeepSeekMoE and in a GShard of the same loss.  The loss rises
+more where experts are less redundant.
 """
 
 from dsmoe_jax.commands import experiment
@@ -18,14 +18,14 @@ N_EXPERTS = {"GShard x1.5": 16, "DeepSeekMoE": 64}  # with the shared one, as th
 
 
 def masked(trained: str, sixteenths: int) -> ProbeArm:
-    """A model without so many sixteenths of its experts, the best of each token."""
+    """Probe of a model with `sixteenths` / 16 of its experts masked, the best of each token."""
     mask = Intervention(mask_best=sixteenths * N_EXPERTS[trained] // 16)
     label = f"{trained}, {sixteenths}/16"
     return ProbeArm(label, table2.EXPERIMENT, trained, mask, x=sixteenths / 16)
 
 
 def hurt_more(sixteenths: int) -> Claim:
-    """That the mask raises DeepSeekMoE's loss by more than GShard's."""
+    """Claim that the mask raises DeepSeekMoE's loss by more than GShard's."""
     text = f"without {sixteenths}/16 DeepSeekMoE loses more than GShard x1.5"
     ours = ("DeepSeekMoE, 0/16", f"DeepSeekMoE, {sixteenths}/16")
     theirs = ("GShard x1.5, 0/16", f"GShard x1.5, {sixteenths}/16")

@@ -12,7 +12,7 @@ from experiments.v1 import table1
 
 
 def activated(k: int) -> ProbeArm:
-    """DeepSeekMoE with so many of its 7 activated routed experts."""
+    """Probe of DeepSeekMoE with `k` routed experts activated instead of 7."""
     few = Intervention(num_experts_per_tok=k)
     return ProbeArm(f"{k} of 7", table1.EXPERIMENT, "DeepSeekMoE", few, x=k)
 

@@ -1,4 +1,4 @@
-"""How many of 64 experts to share: 1, 2 or 4 (V1 section 4.4).
+"""1, 2 or 4 shared experts of 64 (V1 section 4.4).
 
 python -m experiments.v1.shared_ratio --scale=demo
 """

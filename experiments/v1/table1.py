@@ -10,7 +10,8 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 
-TOP_1, TOP_2 = ("Hash Layer", "Switch"), ("GShard", "DeepSeekMoE")
+TOP_1 = ("Hash Layer", "Switch")  # one FFN of standard width activated
+TOP_2 = ("GShard", "DeepSeekMoE")  # two
 
 EXPERIMENT = Experiment(
     module="experiments.v1.table1",

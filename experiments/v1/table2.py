@@ -1,9 +1,9 @@
-"""How much larger a GShard must be, and how near the dense bound DeepSeekMoE comes (V1 table 2).
+"""DeepSeekMoE against a GShard of 1.5 times the expert parameters and a dense bound (V1 table 2).
 
     python -m experiments.v1.table2 --scale=demo
 
-The arms are not equal, on purpose: GShard's experts are 1.5 times as large, and the dense model
-activates all parameters of a mixture.
+The arms differ in size on purpose: GShard's experts are 1.5 times as large, and the dense model
+activates as many expert parameters as DeepSeekMoE has in total.
 """
 
 from dsmoe_jax.commands import experiment

@@ -82,6 +82,14 @@ def test_renamed_keys():
     assert found == Difference(1, "balance_router_z[0]", 0.5, 0.25)
 
 
+def test_flags_may_be_repeated():
+    flags = same_numbers.parse_flags(
+        [".", ".", "--workdir=x", "--renamed", "a=b", "c=d", "--renamed=e=f", "--added=g"]
+    )
+    assert dict(flags.renamed) == {"a": "b", "c": "d", "e": "f"}
+    assert flags.added == ["g"]
+
+
 def test_selection():
     runs = [Run("smoke", "a"), Run("smoke", "b"), Run("demo", "a")]
     assert selected(runs, None) == runs

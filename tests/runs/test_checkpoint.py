@@ -1,17 +1,24 @@
-"""What a checkpoint costs in memory."""
+"""Items of a checkpoint: loaded one by one, checked one by one, and never held twice."""
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.runs.checkpoint import Checkpoints, target
 
 MEGABYTE = 1_000_000
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def resident(key):
@@ -26,16 +33,51 @@ def test_restoring_holds_nothing_twice(tmp_path):
     size = sum(x.nbytes for x in state.values())
     assert size == 200 * MEGABYTE
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state, {})
+    checkpoints.save(1, {"state": state}, {})
     checkpoints.close()
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for k, x in state.items()
-    }
+    wanted = target(shapes_of(state))
     del state
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = resident("VmRSS")
-    restored = Checkpoints(tmp_path, keep=None).restore(abstract, 1).state
+    restored = Checkpoints(tmp_path, keep=None).restore(1, {"state": wanted}).items["state"]
     assert resident("VmHWM") - before < 1.6 * size
     for name, array in arrays.items():
         np.testing.assert_array_equal(restored[name], array)
+
+
+@pytest.fixture
+def two_items(tmp_path):
+    """A checkpoint of two trees, and targets to load them into."""
+    items = {"small": {"a_D": jnp.arange(4.0)}, "large": [jnp.arange(6).reshape(2, 3)] * 2}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(7, items, {"text": "kept"})
+    checkpoints.close()
+    targets = {name: target(shapes_of(items[name])) for name in items}
+    return tmp_path, items, targets
+
+
+def test_items_are_loaded_by_name(two_items):
+    directory, items, targets = two_items
+    checkpoints = Checkpoints(directory, keep=None)
+    whole = checkpoints.restore(7, targets)
+    chex.assert_trees_all_equal(whole.items, items)
+    assert whole.extra == {"text": "kept", "step": 7}
+    shutil.rmtree(directory / "7" / "large")
+    part = checkpoints.restore(7, {"small": targets["small"]})
+    chex.assert_trees_all_equal(part.items, {"small": items["small"]})
+    with pytest.raises(ValueError, match=r"checkpoint cannot be read \(large/.* has 0 bytes"):
+        checkpoints.restore(7, targets)
+
+
+def test_an_array_that_was_not_saved_is_noticed(two_items):
+    """Each item has digests of its own."""
+    directory, _, targets = two_items
+    path = next((directory / "7" / "meta").rglob("metadata"))
+    meta = json.loads(path.read_text())
+    meta["digests"]["large"][1] += 1
+    path.write_text(json.dumps(meta))
+    (directory / "7" / "files.json").unlink()
+    checkpoints = Checkpoints(directory, keep=None)
+    checkpoints.restore(7, {"small": targets["small"]})
+    with pytest.raises(ValueError, match="an array is not what was saved"):
+        checkpoints.restore(7, targets)

@@ -1,5 +1,6 @@
 """What a user can get wrong: one clear line, and nothing overwritten or lost."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -82,6 +83,23 @@ class TestWorkdir:
         other = tiny_config(**competing, **{"train.accumulation_steps": 2})
         refused(r"\(train.accumulation_steps: 1 there, 2 here\)", train, other, tmp_path / "run")
 
+    def test_columns_of_stages_may_change_as_their_keys(self, tmp_path, tiny_config):
+        def staged(**columns):
+            columns = {f"train.stages.{key}": column for key, column in columns.items()}
+            return tiny_config(**{"train.stages.share": (0.5, 0.5), **columns})
+
+        micro, chunks = "train.accumulation_steps", "model.moe.dispatch.chunks"
+        drops = {"model.moe.drop.capacity_factor": (1.0, 2.0)}
+        with claim(tmp_path / "run", staged(**{micro: (1, 1), chunks: (1, 1)})):
+            (tmp_path / "run" / "metrics.jsonl").write_text("")
+        with claim(tmp_path / "run", staged(**{micro: (2, 1), chunks: (1, 2)})):
+            pass
+        with claim(tmp_path / "dropping", staged(**drops, **{micro: (1, 1)})):
+            (tmp_path / "dropping" / "metrics.jsonl").write_text("")
+        other = staged(**drops, **{micro: (2, 1)})
+        message = r"\(train.stages.train.accumulation_steps: \(1, 1\) there, \(2, 1\) here\)"
+        refused(message, train, other, tmp_path / "dropping")
+
     def test_of_somebody_else(self, tmp_path, tiny_config, no_training):
         (tmp_path / "thesis.tex").write_text("all of it")
         before = snapshot(tmp_path)
@@ -119,25 +137,48 @@ class TestWorkdir:
         refused(r"config.json: not the config of a run", train, tiny_config(), run)
         assert snapshot(run) == before
 
+    def test_with_a_config_of_the_old_form(self, run, tiny_config, no_training):
+        """From before `model.moe` had sections."""
+        tree = json.loads((run / "config.json").read_text())
+        tree["model"]["moe"]["router"] = "topk"
+        (run / "config.json").write_text(json.dumps(tree))
+        before = snapshot(run)
+        message = r"config.json: .*model\.moe\.router='topk': a config of an older form"
+        refused(message, train, tiny_config(), run)
+        refused(message, load_run, run)
+        assert snapshot(run) == before
+
 
 class TestCheckpoint:
     def largest(self, directory):
         return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
     def test_truncated(self, run, tiny_config):
-        path = self.largest(run / "checkpoints/10")
+        path = self.largest(run / "checkpoints/10/model")
         path.write_bytes(path.read_bytes()[:-100])
         before = snapshot(run / "checkpoints")
         message = (
-            r"checkpoints/10: the checkpoint cannot be read \(state/.* has \d+ bytes, \d+ were"
+            r"checkpoints/10: the checkpoint cannot be read \(model/.* has \d+ bytes, \d+ were"
             r" written\); delete that directory to go on from step 9"
         )
         refused(message, train, tiny_config(), run, progress=False)
         refused(message, load_run, run)
         assert snapshot(run / "checkpoints") == before
 
+    def test_a_model_is_a_third_of_it_and_loaded_alone(self, run, finished_run, tiny_config):
+        sizes = {}
+        for item in ("model", "training"):
+            files = (run / "checkpoints/10" / item).rglob("*")
+            sizes[item] = sum(p.stat().st_size for p in files if p.is_file())
+        assert 1.8 < sizes["training"] / sizes["model"] < 2.2
+        path = self.largest(run / "checkpoints/10/training")
+        path.write_bytes(path.read_bytes()[:-100])
+        assert load_run(run).step == 10
+        message = r"the checkpoint cannot be read \(training/.* has \d+ bytes"
+        refused(message, train, tiny_config(), run, progress=False)
+
     def test_with_a_flipped_bit(self, run):
-        path = self.largest(run / "checkpoints/10")
+        path = self.largest(run / "checkpoints/10/model")
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 0x10
         path.write_bytes(bytes(content))
@@ -198,7 +239,9 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path):
 
 class TestCorpus:
     def test_none(self, tiny_config):
-        refused(r"data.corpus='': must be", open_corpus, tiny_config(**{"data.corpus": ""}).data)
+        refused(
+            r"data.corpus=None: must be", open_corpus, tiny_config(**{"data.corpus": None}).data
+        )
 
     def test_missing(self, tiny_config):
         config = tiny_config(**{"data.corpus": "/no/such/text"})

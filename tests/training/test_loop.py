@@ -91,12 +91,12 @@ class TestWhatARunLeaves:
         row = json.loads((finished_run[0] / "metrics.jsonl").read_text().splitlines()[0])
         assert float(np.float32(row["loss"])) == row["loss"]
 
-    def test_the_evaluate_command_finds_the_same(self, finished_run, compile_cache):
+    def test_the_evaluate_command_finds_the_same(self, finished_run):
         workdir, result = finished_run
         command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={workdir}"]
         done = subprocess.run(
             [*command, "--batch_size=4", "--max_batches=2"],  # as the run does
-            env={**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()},
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ class TestInterruptions:
         assert (workdir / "metrics.jsonl").read_bytes() == before
         assert read_evaluation(workdir) == read_evaluation(finished_run[0])
 
-    def test_killed_at_random_moments(self, finished_run, tiny_config, compile_cache, tmp_path):
+    def test_killed_at_random_moments(self, finished_run, tiny_config, tmp_path):
         """`kill -9` and SIGTERM from outside; then the same command, until it is done."""
         seed = int.from_bytes(os.urandom(2), "big")
         moment, workdir = random.Random(seed), tmp_path / "run"
@@ -172,7 +172,7 @@ class TestInterruptions:
         script.write_text(CONFIG_FILE.format(config=tiny_config()))
         command = [sys.executable, "-m", "dsmoe_jax", "train"]
         command += [f"--config={script}", f"--workdir={workdir}"]
-        environment = {**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()}
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
         start = lambda: subprocess.Popen(  # noqa: E731
             command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from test_loop import assert_same_run
 
 from dsmoe_jax.config import (
     Config,
@@ -27,6 +26,8 @@ from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.stages import StageRun
+from dsmoe_jax.training.step import make_train_step
+from tests.training.test_loop import assert_same_run
 
 S = 64
 KILLED = """
@@ -45,11 +46,11 @@ loop.train({config!r}, sys.argv[1], progress=False)
 """
 STAGES = {  # steps 1-3, 4-7, 8-10
     "train.stages.share": (0.3, 0.4, 0.3),
-    "train.stages.global_batch_size": (4, 2, 4),
-    "train.stages.accumulation_steps": (1, 1, 2),
-    "train.stages.peak_learning_rate": (0.01, 0.003, 0.001),
-    "train.stages.num_experts_per_tok": (1, 2, 3),
-    "train.stages.router_z_factor": (0.0, 0.001, 0.01),
+    "train.stages.train.global_batch_size": (4, 2, 4),
+    "train.stages.train.accumulation_steps": (1, 1, 2),
+    "train.stages.optimizer.peak_learning_rate": (0.01, 0.003, 0.001),
+    "train.stages.model.moe.num_experts_per_tok": (1, 2, 3),
+    "train.stages.model.moe.balance.router_z.factor": (0.0, 0.001, 0.01),
 }
 
 
@@ -79,28 +80,76 @@ def test_a_stage_is_the_config_with_its_values():
     assert [tokens_after(config, step) for step in range(11)] == [n * 2048 for n in in_sequences]
 
 
+TOP_K = "model.moe.num_experts_per_tok"
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ({"share": (0.5, 0.4)}, r"train.stages.share=\(0.5, 0.4\): must be shares > 0 that sum"),
-        ({"share": (1.5, -0.5)}, r"train.stages.share=.*: must be shares > 0 that sum to 1"),
-        ({"share": (0.5, 0.5), "global_batch_size": (4,)}, r"global_batch_size=.* 2 entries"),
-        ({"num_experts_per_tok": (2,)}, r"num_experts_per_tok=\(2,\): must have 0 entries"),
+        ({"share": (0.5, 0.4)}, r"train.stages.share=\(0.5, 0.4\): must be shares > 0 .* sum to 1"),
+        ({"share": (1.5, -0.5)}, r"train.stages.share=.*: must be shares > 0 .* that sum to 1"),
+        ({"share": (0.5, 0.5), "train.global_batch_size": (4,)}, r"_size=.* have 2 entries"),
+        ({TOP_K: (2,)}, r"train.stages.share=\(\): must be shares > 0"),
         ({"share": (0.99, 0.01)}, r"share=\(0.99, 0.01\): leaves stage 1 without a step"),
         (
-            {"share": (0.5, 0.5), "num_experts_per_tok": (7, 64)},
+            {"share": (0.5, 0.5), TOP_K: (7, 64)},
             r"train.stages: stage 1: model.moe.num_experts_per_tok=64: .* n_routed_experts=63",
         ),
         (
-            {"share": (0.5, 0.5), "accumulation_steps": (1, 3)},
+            {"share": (0.5, 0.5), "train.accumulation_steps": (1, 3)},
             r"stage 1: train.accumulation_steps=3: must divide global_batch_size=2048",
         ),
+        ({"share": (0.5, 0.5), "data.sequence_length": (8, 9)}, "length cannot change during"),
+        ({"share": (0.5, 0.5), "train.log_every": (8, 9)}, "log_every cannot change during a run"),
     ],
 )
 def test_impossible_stages_are_refused(overrides, says):
     keys = {f"train.stages.{key}": value for key, value in overrides.items()}
     with pytest.raises(ValueError, match=says):
         replace(Config(), **{"train.steps": 10, **keys})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"model.hidden_size": (32, 64)},
+         r"stages\.model\.hidden_size=\(32, 64\): changes the shape of parameters/embedding"),
+        ({"model.moe.router.bias_update_speed": (None, 0.1), TOP_K: (2, 1)},
+         r"bias_update_speed=\(None, 0.1\): changes the shape of router variables/.*/bias_E"),
+        ({"model.moe.n_routed_experts": (4, 8), TOP_K: (2, 5)},
+         r"model\.moe\.n_routed_experts=\(4, 8\): changes .* cannot change during a run$"),
+        ({"model.moe.router.name": ("topk", "hashed")}, r"router\.name='hashed': must be one of"),
+    ],
+)  # fmt: skip
+def test_stages_of_another_shape_are_refused(tiny_config, tmp_path, overrides, says):
+    """Before anything is written; the key that is to blame is named."""
+    keys = {f"train.stages.{key}": value for key, value in overrides.items()}
+    config = tiny_config(**keys, **{"train.stages.share": (0.5, 0.5)})
+    with pytest.raises(ValueError, match=says) as caught:
+        train(config, tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_stage_compiles_once(staged, monkeypatch):
+    """One trace a stage: another one would be a compilation in the middle of it."""
+    config, _ = staged
+    traced = []
+    original = make_train_step
+
+    def counting(config, bytes_V):
+        train_step = original(config, bytes_V)
+
+        def counted(state, batch):
+            traced.append(config.model.moe.num_experts_per_tok)
+            return train_step(state, batch)
+
+        return counted
+
+    monkeypatch.setattr("dsmoe_jax.training.step.make_train_step", counting)
+    workdir = staged[1].parent / "counted"
+    train(replace(config, **{"train.eval_every": None}), workdir, progress=False)
+    assert traced == [1, 2, 3]
 
 
 def test_all_stages_read_one_stream(tiny_corpus):
@@ -155,7 +204,7 @@ def test_rows_show_the_stages(staged):
         rate = stage.optimizer.peak_learning_rate * warmup * drops
         np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-6)
         weighted = 0.01 * sum(row["expert_balance"])
-        weighted += stage.model.moe.balance.router_z.factor * sum(row["router_z"])
+        weighted += stage.model.moe.balance["router_z"].factor * sum(row["router_z"])
         np.testing.assert_allclose(row["total_loss"], row["loss"] + weighted, rtol=1e-5)
     assert load_run(workdir).model.config.moe.num_experts_per_tok == 3
 
@@ -181,13 +230,13 @@ def test_stopping_at_and_around_a_border(staged, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_killed_behind_a_border(staged, compile_cache, tmp_path):
+def test_killed_behind_a_border(staged, tmp_path):
     """`kill -9` in the first step after each border; the last checkpoint lies before the border."""
     config, undisturbed = staged
     config = replace(config, **{"train.checkpoint_every": 2})
     script, workdir = tmp_path / "killed.py", tmp_path / "run"
     script.write_text(KILLED.format(config=config))
-    environment = {**os.environ, **compile_cache, "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     for rows, step in ((4, 4), (6, 8)):  # written by this process, and of the run: 2 + 6
         command = [sys.executable, str(script), str(workdir), str(rows)]
         child = subprocess.run(

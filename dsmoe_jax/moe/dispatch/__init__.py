@@ -27,7 +27,9 @@ __all__ = [
     "volume",
 ]
 
-ON_ONE_DEVICE, ON_A_MESH = "local", "all_to_all"  # what "auto" is
+# The dispatchers that "auto" chooses.
+ON_ONE_DEVICE = "local"
+ON_A_MESH = "all_to_all"
 
 DISPATCHERS: dict[str, Dispatcher] = {
     "local": Dispatcher(
@@ -65,7 +67,8 @@ def check_dispatcher(moe: MoEConfig) -> None:
     Raises:
       ValueError: naming the key, with what would be right.
     """
-    name, key = moe.dispatch.name, "model.moe.dispatch.name"
+    name = moe.dispatch.name
+    key = "model.moe.dispatch.name"
     names = ["auto", *sorted(DISPATCHERS)]
     require(name in names, key, name, f"must be one of {names}")
     by_shard = name in DISPATCHERS and DISPATCHERS[name].drops_by_shard
@@ -85,6 +88,9 @@ def check_mesh(name: str, n_devices: int, *, has_mesh: bool) -> None:
       name: of `model.moe.dispatch.name`.
       n_devices: over which the mesh splits the experts.
       has_mesh: whether there is one.
+
+    Raises:
+      ValueError: naming the key, with what would be right.
     """
     if name == "auto":
         return

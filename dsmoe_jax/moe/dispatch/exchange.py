@@ -1,7 +1,7 @@
 """The ragged exchange between the devices of a mesh axis, and its gradient.
 
-Every device holds rows grouped by destination and sends each group to its device.  Who sends how
-much to whom is known to all: a matrix that each device gathered beforehand.
+Every device holds rows grouped by destination and sends each group to its device.  All devices
+know how many rows each pair exchanges: they have gathered that matrix before.
 
 Shapes: P devices of the axis, N rows here before, R rows here after, `...` any other axes.
 """
@@ -23,11 +23,11 @@ def exchange(rows: jax.Array, sent_PP: jax.Array, n_received: int, axis_name: st
     Args:
       rows: (N, ...), grouped by destination, the groups in order and without gaps from row 0 on.
       sent_PP: int32, rows that the source (first axis) sends to the destination (second).
-      n_received: R, the rows to make room for; the caller answers for it that no more come.
+      n_received: R, rows of the result; the caller guarantees that no more are sent here.
       axis_name: the mesh axis.
 
     Returns:
-      (R, ...): what came, grouped by source, from row 0 on; the rest is 0.
+      (R, ...): the rows received, grouped by source, from row 0 on; the rest is 0.
     """
     me = jax.lax.axis_index(axis_name)
     received = jnp.zeros((n_received, *rows.shape[1:]), rows.dtype)
@@ -46,7 +46,7 @@ def _exchange_fwd(rows, sent_PP, n_received, axis_name):
 
 
 def _exchange_bwd(n_received, axis_name, saved, d_received):
-    """What one device sent to another comes back to where it was."""
+    """The exchange in the other direction, with the transposed matrix."""
     del n_received
     sent_PP, n_rows = saved
     return exchange(d_received, sent_PP.T, n_rows, axis_name), None
@@ -60,7 +60,7 @@ def gathered_all_to_all(
 ):
     """`jax.lax.ragged_all_to_all` for the CPU, where XLA has none: every device gets everything.
 
-    A row comes if source and destination both say so: that they agree is for the caller to see to.
+    A row is received if source and destination both count it; the caller ensures that they agree.
     """
     me = jax.lax.axis_index(axis_name)
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)

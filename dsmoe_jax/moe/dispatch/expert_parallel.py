@@ -1,10 +1,10 @@
 """Dispatch between the devices of the mesh axis `expert`, each of which holds some experts.
 
 These functions run on every shard, inside of `shard_map`; `local` does the last step of each.  A
-token goes to a device at most once, whatever number of its experts there it chose: the row travels
-with its choices there and their gates, and what comes back is their weighted sum.  So a router that
-is limited to M devices (V2 section 2.1.2) sends M rows a token.  It also bounds what a device can
-get: each token once.
+token's row travels to a device at most once, however many of its experts are there: it carries the
+choices there and their gates, and their weighted sum comes back.  A router limited to M devices
+(V2 section 2.1.2) therefore sends at most M rows a token, and a device receives each token at most
+once.
 
 Shapes: t tokens of this shard, D hidden, E experts of which e on each device, K activated per
 token, P devices, R rows received, W = min(K, e) choices of a token on one device, C slots for what
@@ -28,11 +28,11 @@ AXIS = "expert"
 
 
 class Trip(NamedTuple):
-    """How rows went to other devices, to bring their results home.
+    """Record of the rows sent to other devices, to return their results.
 
     Attributes:
-      arrived: how the rows that came here were sorted by expert.
-      travels_tK: float32, 1 for the assignments whose row travels for the token.
+      arrived: the received rows as sorted by expert.
+      travels_tK: float32, 1 for the assignments whose row is sent.
       rank_tK: int32, assignment -> row sent.
       order_N: int32, row sent -> assignment.
       sent_PP: int32, rows from source (first axis) to destination; None for slots of fixed size.
@@ -55,13 +55,13 @@ class Parcels(NamedTuple):
 def all_to_all(
     x_tD: jax.Array, routing: Routing, n_experts: int, max_rows: int, kernels: RowKernels
 ) -> Dispatched:
-    """Ragged exchange: what is sent is what is needed, nothing is padded.
+    """Ragged exchange: only the rows needed are sent, without padding.
 
     Args:
       x_tD: tokens of this shard.
       routing: of those tokens, over all E experts.
       n_experts: E.
-      max_rows: the most assignments that one device gets from all P; its buffers have that size.
+      max_rows: the most assignments that a device receives from all P; its buffers have that size.
       kernels: row kernels in use.
     """
     n_devices = jax.lax.axis_size(AXIS)
@@ -73,14 +73,14 @@ def all_to_all(
     n_received = min(n_devices * t, max_rows)
     parcels = _pack(x_tD, routing, n_experts, device_tK, order_N, rank_tK, kernels)
     arrived = jax.tree.map(lambda a: exchange(a, sent_PP, n_received, AXIS), parcels)
-    there = _sort_arrived(arrived, n_experts // n_devices, max_rows, kernels)
+    dispatched = _sort_arrived(arrived, n_experts // n_devices, max_rows, kernels)
     travels_tK = _travels(device_tK, rank_tK, order_N.size)
-    trip = Trip(there.state, travels_tK, rank_tK, order_N, sent_PP)
-    return there._replace(state=trip)
+    trip = Trip(dispatched.state, travels_tK, rank_tK, order_N, sent_PP)
+    return dispatched._replace(state=trip)
 
 
 def combine_all_to_all(out_ND: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
-    """Weighs the results where they were made, sends them home and adds up each token's: y_tD."""
+    """Weighs the results at their experts, returns them and sums those of each token: y_tD."""
     assert trip.sent_PP is not None
     out_RD = local.combine(out_ND, trip.arrived, kernels)
     home_ND = exchange(out_RD, trip.sent_PP.T, trip.order_N.size, AXIS)
@@ -92,8 +92,7 @@ def fixed_slots(
 ) -> Dispatched:
     """Exchange of fixed size: each device has `max_rows / P` slots for each other one.
 
-    It is for routings out of which moe/dropping.py has dropped what would not fit.  The arguments
-    are those of `all_to_all`.
+    moe/dropping.py has dropped what would not fit.  The arguments are those of `all_to_all`.
     """
     n_devices = jax.lax.axis_size(AXIS)
     t, k = routing.ids_TK.shape
@@ -111,13 +110,13 @@ def fixed_slots(
     order_N = order_PC.reshape(-1)
     parcels = _pack(x_tD, routing, n_experts, device_tK, order_N, slot_tK, kernels)
     arrived = jax.tree.map(_swap, parcels)
-    there = _sort_arrived(arrived, n_experts // n_devices, max_rows, kernels)
+    dispatched = _sort_arrived(arrived, n_experts // n_devices, max_rows, kernels)
     travels_tK = _travels(device_tK, slot_tK, order_N.size)
-    return there._replace(state=Trip(there.state, travels_tK, slot_tK, order_N, None))
+    return dispatched._replace(state=Trip(dispatched.state, travels_tK, slot_tK, order_N, None))
 
 
 def combine_fixed_slots(out_ND: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
-    """As `combine_all_to_all`, slot for slot."""
+    """Same as `combine_all_to_all`, slot for slot."""
     home_ND = _swap(local.combine(out_ND, trip.arrived, kernels))
     return kernels.combine_rows(home_ND, trip.travels_tK, trip.rank_tK, trip.order_N)
 
@@ -139,13 +138,13 @@ def all_gather(
 
 
 def combine_all_gather(out_ND: jax.Array, state: local.Sorted, kernels: RowKernels) -> jax.Array:
-    """Adds the devices' results up, to each its own tokens: y_tD."""
+    """Sums the results of all devices; each device keeps its own tokens: y_tD."""
     y_TD = local.combine(out_ND, state, kernels)
     return jax.lax.psum_scatter(y_TD, AXIS, tiled=True)
 
 
 def _swap(rows: jax.Array) -> jax.Array:
-    """Slot p here becomes slot of this device on device p."""
+    """Exchanges equal blocks of slots: block p goes to device p."""
     return jax.lax.all_to_all(rows, AXIS, 0, 0, tiled=True)
 
 
@@ -158,11 +157,7 @@ def _pack(
     rank_tK: jax.Array,
     kernels: RowKernels,
 ) -> Parcels:
-    """Rows in the order in which they are sent, with their choices there and the gates of these.
-
-    `device_tK`, `order_N` (row -> assignment) and `rank_tK` (assignment -> row) say which
-    assignments travel.
-    """
+    """Rows in the order of sending, labelled with their choices on the receiver and the gates."""
     e = n_experts // jax.lax.axis_size(AXIS)
     rows_ND = kernels.gather_tokens(x_tD, order_N, rank_tK)
     gates_NK = kernels.gather_tokens(routing.gates_TK, order_N, rank_tK)
@@ -170,13 +165,13 @@ def _pack(
     ids_NK = routing.ids_TK.at[token_N].get(mode="fill", fill_value=n_experts)
     device_N = device_tK.reshape(-1).at[order_N].get(mode="fill", fill_value=-1)
     choices_NW, gates_NW = choices_on(device_N, ids_NK, gates_NK, e)
-    # One exchange for both: a float32 holds any number of an expert exactly.
+    # One exchange for both: a float32 holds the index of any expert exactly.
     labels_NW2 = jnp.concatenate([gates_NW, choices_NW.astype(jnp.float32)], axis=1)
     return Parcels(rows_ND, labels_NW2)
 
 
 def _sort_arrived(arrived: Parcels, e: int, max_rows: int, kernels: RowKernels) -> Dispatched:
-    """Sorts what came here by the experts of this device."""
+    """Sorts the received rows by the experts of this device."""
     rows_RD, labels_RW2 = arrived
     w = labels_RW2.shape[1] // 2
     gates_RW = labels_RW2[:, :w]
@@ -190,7 +185,7 @@ def _routing_here(choices_RW: jax.Array, gates_RW: jax.Array, e: int) -> Routing
 
 
 def _travels(device_tK: jax.Array, rank_tK: jax.Array, n_sent: int) -> jax.Array:
-    """1 for the assignments whose row is sent, float32: the gates are applied where it goes."""
+    """1 for the assignments whose row is sent, float32: the receiver applies the gates."""
     sent_tK = (rank_tK < n_sent) & (device_tK < jax.lax.axis_size(AXIS))
     return sent_tK.astype(jnp.float32)
 
@@ -206,8 +201,8 @@ def choices_on(
       e: experts of one device.
 
     Returns:
-      choices_NW: int32, 1 + the number of the expert on that device; 0 is no choice, so that rows
-        of zeros want nothing.
+      choices_NW: int32, 1 + the index of the expert on that device; 0 is no choice, so that a row
+        of zeros has none.
       gates_NW: float32, 0 for no choice.
     """
     here_NK = ids_NK // e == device_N[:, None]
@@ -220,7 +215,7 @@ def choices_on(
 
 
 def distinct(device_tK: jax.Array, unassigned: int) -> jax.Array:
-    """Each token's devices, every one once: repetitions become `unassigned`."""
+    """Devices of each token, each once: repetitions become `unassigned`."""
     k = device_tK.shape[1]
     earlier_KK = jnp.tril(jnp.ones((k, k), bool), -1)
     repeated_tK = ((device_tK[:, :, None] == device_tK[:, None, :]) & earlier_KK).any(axis=2)

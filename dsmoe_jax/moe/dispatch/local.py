@@ -1,7 +1,7 @@
-"""Dispatch on one shard, where all experts are: sort by expert; weigh and add up.
+"""Dispatch on one shard that holds all experts: sorts rows by expert, sums weighted results.
 
-Shapes: T tokens, D hidden, E experts, K activated per token, N = T*K assignments (or the most of
-them that can be real).
+Shapes: T tokens, D hidden, E experts, K activated per token, N = T*K assignments (or
+`max_rows` of them).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dsmoe_jax.moe.types import Routing
 
 
 class Sorted(NamedTuple):
-    """How assignments were sorted.
+    """Assignments sorted by expert.
 
     Attributes:
       gates_TK: weight of each assignment.
@@ -40,7 +40,7 @@ def dispatch(
       x_TD: tokens.
       routing: of those tokens.
       n_experts: E.
-      max_rows: at most this many assignments are not unassigned; None: all may be.
+      max_rows: the most assignments that are not unassigned; None: all T*K.
       kernels: row kernels in use.
     """
     order_N, rank_TK, group_sizes_E = kernels.group(routing.ids_TK, n_experts)
@@ -50,5 +50,5 @@ def dispatch(
 
 
 def combine(out_ND: jax.Array, state: Sorted, kernels: RowKernels) -> jax.Array:
-    """Adds up each token's results, weighted by its gates: y_TD."""
+    """Sums the results of each token, weighted by its gates: y_TD."""
     return kernels.combine_rows(out_ND, *state)

@@ -1,11 +1,11 @@
-"""What a dispatcher is: two functions with the experts between them, and what others ask of it.
+"""Interface of a dispatcher: two functions with the experts between them, and its costs.
 
     dispatch(x_tD, routing, n_experts, max_rows, kernels) -> Dispatched
     combine(out_ND, state, kernels) -> y_tD
 
-`dispatch` moves each token's row to its experts, `combine` brings the results home and adds up each
-token's, weighted by its gates (V1 eq. 9).  A dispatcher owns no parameters, and knows neither how
-experts are chosen nor how they compute.  Both functions run on one shard of the mesh, inside of
+`dispatch` moves each token's row to its experts; `combine` returns the results and sums those of
+each token, weighted by its gates (V1 eq. 9).  A dispatcher owns no parameters, and knows neither
+how experts are chosen nor how they compute.  Both functions run on one shard of the mesh, inside of
 `shard_map` if there is one.
 
 Shapes: t tokens of one shard, D hidden, K activated per token, e experts of this device, N rows.
@@ -29,7 +29,7 @@ class Dispatched(NamedTuple):
     Attributes:
       rows_ND: grouped by expert; rows past the last group are padding.
       group_sizes_e: int32, rows of each of this device's experts.
-      state: what `combine` needs to bring the results home.
+      state: for `combine`, to return the results.
     """
 
     rows_ND: jax.Array
@@ -37,20 +37,20 @@ class Dispatched(NamedTuple):
     state: Any
 
     def computed(self) -> jax.Array:
-        """Rows that each expert can compute, int32 (e,): no row is past the last one."""
+        """Rows that each expert computes, int32 (e,): those that are in `rows_ND`."""
         end_e = jnp.minimum(jnp.cumsum(self.group_sizes_e), self.rows_ND.shape[0])
         return jnp.diff(end_e, prepend=0)
 
 
 class DispatchReport(NamedTuple):
-    """What the dispatch of one batch did, float32, summed over the mesh.
+    """Counts of the dispatch of one batch, float32, summed over the mesh.
 
     Attributes:
       computed_E: rows that reached each expert, counted where it computes them.
-      exchanged_rows: distinct (token, device) pairs other than the token's own device: what has to
-        travel, in each direction, if a row goes to a device once.  None without a mesh.
-      retries: dispatches (0 or 1 a layer and micro-batch) for which a buffer was too small and that
-        were done in smaller chunks instead.  None without a mesh.
+      exchanged_rows: distinct pairs of a token and a device other than its own: the rows that have
+        to travel, in each direction, each once to a device.  None without a mesh.
+      retries: dispatches (0 or 1 a layer and micro-batch) that used smaller chunks because a buffer
+        was too small.  None without a mesh.
     """
 
     computed_E: jax.Array
@@ -59,17 +59,17 @@ class DispatchReport(NamedTuple):
 
 
 class Dispatcher(NamedTuple):
-    """A registry line: the two functions, and all that others must know of them.
+    """A dispatcher in the registry: its functions, and all that others must know of them.
 
     Attributes:
-      dispatch: see the head of this file; `max_rows` is the most assignments that this device gets,
-        None: all may be.
-      combine: brings home what the experts made.
+      dispatch: see the head of this file; `max_rows` is the most assignments that this device
+        receives, None: unbounded.
+      combine: returns the results of the experts to their tokens.
       volume: `(moe, t, p) -> Volume`, what t tokens a chip cost on p chips.
       needs_mesh: works between the devices of a mesh.
       splits_experts: the experts may lie on several devices.
-      drops_by_shard: has room for a fixed number of rows from each shard, so each shard drops for
-        itself; `buffer_factor` says nothing to it.
+      drops_by_shard: accepts a fixed number of rows from each shard, so each shard drops for
+        itself; `buffer_factor` does not apply.
     """
 
     dispatch: Callable[..., Dispatched]

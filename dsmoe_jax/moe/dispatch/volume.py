@@ -1,4 +1,4 @@
-"""How many rows the dispatch of one MoE layer moves and makes room for: arithmetic, no devices.
+"""Rows that the dispatch of one MoE layer moves and buffers: arithmetic, no devices.
 
 Shapes: t tokens of one chip, E routed experts, K activated per token, P chips of the axis `expert`,
 e = E/P experts of each.
@@ -18,10 +18,10 @@ class Volume(NamedTuple):
     """Rows of one chip, layer and micro-batch.
 
     Attributes:
-      received: that come from other chips, on the way out and again on the way back; expected if
-        all choices are equally likely.
-      label_bytes: what travels beside each of them on the way out: gates and choices.
-      buffered: rows that the buffer of what is received has.
+      received: from other chips, on the way out and again on the way back; the expectation if all
+        choices are equally likely.
+      label_bytes: of the gates and choices that travel with each of them on the way out.
+      buffered: in the buffer of received rows.
       computed: in the arrays that the experts compute, padding included.
     """
 
@@ -32,7 +32,7 @@ class Volume(NamedTuple):
 
 
 def on_one_chip(moe: MoEConfig, t: int, p: int) -> Volume:
-    """All experts are here: nothing travels."""
+    """One chip holds all experts: nothing travels."""
     del p
     return Volume(0.0, 0, 0.0, float(t * moe.num_experts_per_tok))
 
@@ -53,7 +53,7 @@ def of_all_gather(moe: MoEConfig, t: int, p: int) -> Volume:
 
 
 def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
-    """Each chip has the same number of slots for each other one, filled or not."""
+    """Each chip has the same number of slots for each other chip, filled or not."""
     slots = t
     if moe.drop is not None:
         slots = min(t, math.ceil(moe.drop.capacity_factor * t * moe.num_experts_per_tok / p))
@@ -62,12 +62,12 @@ def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
 
 
 def _max_rows(moe: MoEConfig, t: int, p: int) -> float:
-    """The most assignments that a chip has room for, in one chunk."""
+    """Assignments that the buffers of a chip hold, in one chunk."""
     chunk = t / moe.dispatch.chunks
-    worst = p * chunk * _choices(moe, p)
+    any_load = p * chunk * _choices(moe, p)
     if moe.dispatch.buffer_factor is None:
-        return worst
-    return min(worst, math.ceil(moe.dispatch.buffer_factor * chunk * moe.num_experts_per_tok))
+        return any_load
+    return min(any_load, math.ceil(moe.dispatch.buffer_factor * chunk * moe.num_experts_per_tok))
 
 
 def _choices(moe: MoEConfig, p: int) -> int:
@@ -83,17 +83,19 @@ def _label_bytes(moe: MoEConfig, p: int) -> int:
 def chips_of_a_token(moe: MoEConfig, p: int) -> float:
     """Distinct chips that hold experts of one token, expected if all choices are equally likely.
 
-    With a device limit (`topk_group` of `n_group` groups, V2 section 2.1.2) as many as there are
-    in those groups at most.  Chips and groups nest: one's number divides the other's.
+    With a device limit (`topk_group` of `n_group` groups, V2 section 2.1.2) they are at most the
+    chips of those groups.  Chips and groups nest: one of the two numbers divides the other.
     """
-    e, k = moe.n_routed_experts, moe.num_experts_per_tok
-    groups, m = moe.router.n_group, moe.router.topk_group
+    e = moe.n_routed_experts
+    k = moe.num_experts_per_tok
+    groups = moe.router.n_group
+    m = moe.router.topk_group
     of_chip = e // p
     of_group = e // groups
     open_ = m * of_group  # experts in the groups that a token may use
 
     def miss(n: int) -> float:
-        """The chance that none of n of the open experts is chosen."""
+        """Probability that none of n of the open experts is chosen."""
         return math.comb(open_ - n, k) / math.comb(open_, k)
 
     if of_chip <= of_group:

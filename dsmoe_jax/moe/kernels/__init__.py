@@ -4,8 +4,8 @@
     blocked   experts in JAX, fast on CPU
     native/   both compiled from C++, for CPU in float32
 
-A layer asks once in each call, when it is traced: `choose_rows` for what surrounds the experts,
-`experts.choose` for the experts.  Both ask `native_serves`.
+A layer chooses once in each call, when it is traced: `choose_rows` for the work around the experts,
+`experts.choose_backend` for the experts.  Both ask `native_serves`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dsmoe_jax.moe.types import count_load
 
 
 class RowKernels(NamedTuple):
-    """What surrounds the experts; each has one signature, whoever implements it.
+    """The work around the experts: functions that have the same signatures in every implementation.
 
     Attributes:
       top_k: `(x_TE, k) -> values_TK, places_TK`, ties to the lower place.
@@ -53,20 +53,20 @@ ROW_KERNELS: dict[str, RowKernels] = {
 
 
 def native_serves(dtype: jnp.dtype) -> bool:
-    """Whether the compiled kernels can do the work at hand: on a CPU, in float32, if there."""
+    """Whether the compiled kernels can be used: on a CPU, in float32, if they can be compiled."""
     return platform() == "cpu" and dtype == jnp.float32 and native.is_there()
 
 
 def choose_rows(name: str, dtype: jnp.dtype) -> RowKernels:
     """The row kernels of `model.moe.row_kernels`, for activations of a dtype.
 
-    "auto" is the compiled ones where they serve and the work is on one device: XLA cannot split a
-    kernel's work over a mesh by itself.
+    "auto" takes the compiled ones where they can be used, on one device.
 
     Raises:
-      ValueError: for an unknown name, or compiled ones that cannot be had or do not serve.
+      ValueError: for an unknown name, or compiled kernels that cannot be used.
     """
     check_rows(name)
+    # XLA cannot split the work of a compiled kernel over a mesh.
     one_device = math.prod(jax.sharding.get_abstract_mesh().axis_sizes) == 1
     if name == "auto":
         name = "native" if one_device and native_serves(dtype) else "jax"

@@ -2,7 +2,7 @@
 
 XLA needs static shapes, routing gives dynamic loads. So there is a short ladder of window heights;
 each expert is computed in the lowest window that covers its rows, and all experts of one height
-run in one loop with a dynamic trip count. What this buys on CPU (measured, benchmarks/README.md):
+run in one loop with a dynamic trip count. Gains on CPU (measured, benchmarks/README.md):
 a few per cent of padding instead of 70, each weight picked once (a dynamic slice is a copy), each
 weight gradient written once. An expert above the highest window takes several of them, so any
 imbalance is computed exactly and memory does not depend on the imbalance.
@@ -24,7 +24,7 @@ def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
 
 
 def _forward(rows_ND, group_sizes_E, weights, save=True):
-    """The output and what the backward pass needs; `save` keeps the two projections."""
+    """The output and the values saved for the gradient; `save` adds the two projections."""
 
     def visit(expert, windows, carry):
         w = _pick(weights, expert)
@@ -40,7 +40,9 @@ def _forward(rows_ND, group_sizes_E, weights, save=True):
 
         return windows.each(one_window, carry)
 
-    n, f, dtype = rows_ND.shape[0], weights.gate_EFD.shape[1], rows_ND.dtype
+    n = rows_ND.shape[0]
+    f = weights.gate_EFD.shape[1]
+    dtype = rows_ND.dtype
     # Different fill values for equal shapes: XLA would make one constant and then copy it.
     init = (jnp.zeros_like(rows_ND), jnp.zeros((n, f), dtype), jnp.ones((n, f), dtype))
     out_ND, *projections = _for_each_expert(group_sizes_E, n, visit, init[: 3 if save else 1])
@@ -106,14 +108,14 @@ class _Windows:
         return at, ((row_C >= start) & (row_C < self.end))[:, None]
 
     def each(self, one_window: Callable, carry):
-        """Fold `one_window(i, carry) -> carry` over the windows."""
+        """Folds `one_window(i, carry) -> carry` over the windows."""
         if not self.several:
             return one_window(0, carry)
         n_windows = (self.end - self.start + self.height - 1) // self.height
         return jax.lax.fori_loop(0, n_windows, one_window, carry)
 
     def each_with_sum(self, one_window: Callable, carry):
-        """As `each` for `one_window(i, carry) -> carry, term`; also the sum of the terms."""
+        """Folds `one_window(i, carry) -> carry, term`; returns the sum of the terms too."""
         if not self.several:
             return one_window(0, carry)
         _, term = jax.eval_shape(one_window, 0, carry)
@@ -127,7 +129,7 @@ class _Windows:
 
 
 def _for_each_expert(group_sizes_E, n_rows: int, visit: Callable, carry):
-    """Fold `visit(expert, windows, carry) -> carry` over all experts, one loop a window height."""
+    """Folds `visit(expert, windows, carry) -> carry` over all experts, one loop a window height."""
     ends_E = jnp.cumsum(group_sizes_E)
     starts_E = ends_E - group_sizes_E
     heights = window_heights(n_rows, group_sizes_E.shape[0])
@@ -136,7 +138,8 @@ def _for_each_expert(group_sizes_E, n_rows: int, visit: Callable, carry):
     order_E = jnp.argsort(rung_E, stable=True)
     n_below = (rung_E[:, None] < jnp.arange(len(heights) + 2)).sum(axis=0)
     for rung in range(len(heights) + (heights[-1] < n_rows)):
-        height, several = heights[min(rung, len(heights) - 1)], rung == len(heights)
+        height = heights[min(rung, len(heights) - 1)]
+        several = rung == len(heights)
 
         def body(i, carry, height=height, several=several):
             expert = order_E[i]
@@ -162,8 +165,9 @@ def window_heights(n_rows: int, n_experts: int) -> list[int]:
 
 
 def _activate(gate_CF, up_CF):
-    gate_CF, up_CF, dtype = gate_CF.astype(jnp.float32), up_CF.astype(jnp.float32), gate_CF.dtype
-    return (jax.nn.silu(gate_CF) * up_CF).astype(dtype)
+    wide_gate_CF = gate_CF.astype(jnp.float32)
+    wide_up_CF = up_CF.astype(jnp.float32)
+    return (jax.nn.silu(wide_gate_CF) * wide_up_CF).astype(gate_CF.dtype)
 
 
 _matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)

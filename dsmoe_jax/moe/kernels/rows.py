@@ -1,4 +1,4 @@
-"""What surrounds the experts, in plain JAX: top-k, sorting assignments, gathering and summing rows.
+"""The work around the experts in plain JAX: top-k, sorting, gathering and summing rows.
 
 `native/rows.py` has the same functions compiled for CPU.
 
@@ -15,12 +15,10 @@ from dsmoe_jax.moe.types import count_load
 
 
 def top_k(x_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The K largest of each row and their places: `jax.lax.top_k` behind barriers.
-
-    Without them XLA on CPU sorts whole rows wherever only some columns of the result are used.  One
-    barrier for both would crash its compiler on a mesh that splits no tokens (only `tensor`).
-    """
+    """The K largest of each row and their places, as `jax.lax.top_k`."""
     values_TK, places_TK = jax.lax.top_k(x_TE, k)
+    # Without barriers XLA on CPU sorts whole rows wherever only some columns of the result are
+    # used.  One barrier for both crashes its compiler on a mesh that splits no tokens (`tensor`).
     return jax.lax.optimization_barrier(values_TK), jax.lax.optimization_barrier(places_TK)
 
 
@@ -49,9 +47,8 @@ def group(ids_TK: jax.Array, n_groups: int) -> tuple[jax.Array, jax.Array, jax.A
 def gather_tokens(x_TD: jax.Array, order_N: jax.Array, rank_TK: jax.Array) -> jax.Array:
     """The row of each sorted assignment's token; 0 where there is no such token.
 
-    Its transpose would be a scatter-add, slow on every platform and in no fixed order.  Since we
-    know where each token's K copies went (`rank_TK`; past the last row: nowhere), the gradient is
-    a gather and a sum over K.
+    `rank_TK` says where the K copies of a token are, past the last row for none; the gradient is
+    their sum.
     """
     return _take(x_TD, order_N // rank_TK.shape[1])
 
@@ -61,6 +58,7 @@ def _gather_tokens_fwd(x_TD, order_N, rank_TK):
 
 
 def _gather_tokens_bwd(rank_TK, dy_ND):
+    # Not the transpose, a scatter-add: slow on every platform, and in no fixed order.
     return _sum_rows(dy_ND, rank_TK).astype(dy_ND.dtype), None, None
 
 
@@ -97,8 +95,9 @@ combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
 
 
 def _sum_rows(rows_ND: jax.Array, rank_TK: jax.Array, gates_TK=None) -> jax.Array:
-    """`sum_k gate_tk rows[rank_tk]` in float32, one k at a time: never K rows of every token."""
+    """`sum_k gate_tk rows[rank_tk]` in float32."""
     total_TD = jnp.zeros((rank_TK.shape[0], rows_ND.shape[1]), jnp.float32)
+    # One k at a time, so that there is never an array of K rows for every token.
     for k in range(rank_TK.shape[1]):
         row_TD = _take(rows_ND, rank_TK[:, k]).astype(jnp.float32)
         total_TD += row_TD if gates_TK is None else gates_TK[:, k, None] * row_TD

@@ -32,16 +32,16 @@ _SCORED = _GATES | _CHOICE | {"scoring_func"}
 
 
 class RouterState(NamedTuple):
-    """A router's variables that are no parameters: no gradient and no weight decay moves them.
+    """Variables of a router that are not parameters: no gradient and no weight decay changes them.
 
     Attributes:
       first: `settings -> {name: array}`, the values before the first step; names end in logical
         axes, as those of parameters do.  Empty for settings that need no variable.
       from_token_counts: `(counts_V, settings) -> {name: array}`, first values that depend on how
-        often each token is in the training text; None: no such.
+        often each token is in the training text; None: there are none.
       after_step: `(state, load_LE, settings) -> {name: array}`, the values after an optimizer step
         in which the experts got `load_LE` of the global batch; arrays have a leading layer axis.
-        None: they stay.
+        None: they do not change.
     """
 
     first: Callable[[RouterSettings], dict[str, jax.Array]]
@@ -56,19 +56,19 @@ _TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_count
 
 
 class Router(NamedTuple):
-    """A registry line: the function, and all that others must know of it.
+    """A router in the registry: its function, and all that others must know of it.
 
     Attributes:
       route: `(logits, inputs, settings) -> Routing`.
-      reads: the fields of `RouterConfig` that this router heeds; the others must be left at their
+      reads: the fields of `RouterConfig` that this router uses; the others must have their
         defaults.
       options: settings that this router alone has, with their defaults.
       logits_per_expert: rows that the layer's router matrix has for each expert, so that `logits`
         are (T, rows x E); 0: nothing is learned, `logits` are None.
       alters_logits: the routing's logits are not those that the layer computed.
       top: the K that the router is defined for; None: any.
-      competes: the tokens that it sees at once, a micro-batch, compete for experts.
-      balanced: even by construction, or fixed: there is nothing for a balance term to move.
+      competes: the tokens of a micro-batch compete for experts.
+      balanced: the load is even by construction, or fixed; balance terms have no effect.
       all_columns: a routing has a column for each of the E experts, not K of them.
       masks_best: in evaluation its choice is by score, so that a token's best experts can be left
         out (`RouterSettings.mask_best`).
@@ -94,11 +94,11 @@ class Router(NamedTuple):
 
     @property
     def learned(self) -> bool:
-        """Whether the layer has a router matrix, and the router affinities."""
+        """Whether the layer has a router matrix, and so the router has affinities."""
         return self.logits_per_expert > 0
 
     def columns(self, n_experts: int, k: int) -> int:
-        """Columns of its routings, unassigned ones among them."""
+        """Columns of its routings, unassigned ones included."""
         return n_experts if self.all_columns else k
 
 

@@ -1,4 +1,4 @@
-"""BASE: every expert gets the same number of tokens, at the largest total affinity there is.
+"""BASE: the assignment of equally many tokens to each expert with the largest total affinity.
 
 Shapes: T tokens, E routed experts, N = T + E tokens and dummies.
 """
@@ -14,7 +14,7 @@ from dsmoe_jax.moe.routers import scored
 from dsmoe_jax.moe.routers.settings import RouterSettings
 from dsmoe_jax.moe.types import RouterInputs, Routing, count_load
 
-# Of the first prices: how often the temperature is halved, and iterations at each.
+# For the first prices: how often the temperature is halved, and iterations at each.
 COOLINGS = 10
 ITERATIONS = 4
 
@@ -22,9 +22,9 @@ ITERATIONS = 4
 def base(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Balanced assignment in training, the best expert in evaluation (2103.16716 section 3).
 
-    The gate is sigmoid(u . e), the affinity that is maximised u . e itself.  The tokens that are
-    assigned together are all that the layer sees at once.  In evaluation each token goes to its
-    best expert, since an assignment would let tokens see later ones.
+    The gate is sigmoid(u . e); the assignment maximises the sum of u . e over the tokens of a
+    micro-batch.  In evaluation each token goes to its best expert, since an assignment would let
+    tokens see later ones.
     """
     choice_TE = jax.lax.stop_gradient(logits_TE)
     ids_T = jnp.argmax(choice_TE, axis=1)
@@ -40,13 +40,13 @@ def base(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -
 
 
 class _Assignment(NamedTuple):
-    """An assignment, and prices at which no token would rather be at another expert.
+    """An assignment, and prices at which no token would gain by going to another expert.
 
     Attributes:
-      expert_N: int32; E for rows that are not assigned.
-      price_E: what a place costs.
-      gain_EE: [i, j], what the token of expert i that loses least (or gains most) by going to
-        expert j would gain, prices aside; -inf if i has no token.
+      expert_N: int32; E for unassigned rows.
+      price_E: price of a place.
+      gain_EE: [i, j], the largest gain, before prices, of a token of expert i by going to expert j
+        (negative: the smallest loss); -inf if i has no token.
       load_E: int32, tokens of each expert.
     """
 
@@ -60,15 +60,15 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
     """The balanced assignment with the largest total (2103.16716 eqs. 2-3), by cheapest chains.
 
     Every expert has a price, and every token is at the expert that is worth most to it after the
-    price: of all assignments with just these loads it is the best.  As long as an expert has more
-    tokens than places, one token leaves it; the cheapest chain of moves says for whom another has
-    to go, up to an expert with room.  Then prices fall so that again no token would rather be
-    elsewhere.  So the last assignment is the best one, up to rounding, whatever the first prices
-    were; good ones leave few chains, and there are never more than tokens.  (Successive shortest
-    paths; the paper uses an auction.)
+    price.  Of all assignments with the same loads this is the best one.  While an expert has more
+    tokens than places, the cheapest chain of moves takes a token away from it: each move displaces
+    a token of the next expert, up to an expert with a free place.  Then prices fall so that again
+    no token would gain by moving.  The last assignment is therefore the best one, up to rounding,
+    whatever the first prices were.  Good first prices leave few chains; there are never more chains
+    than tokens.  (Successive shortest paths; the paper uses an auction.)
 
     Args:
-      affinity_TE: what an expert is worth to a token; not a number counts as 0.
+      affinity_TE: worth of an expert to a token; NaN counts as 0.
       valid_T: bool; the tokens to assign (None: all).  The others go to their best experts.
 
     Returns:
@@ -80,7 +80,7 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
     valid_T = jnp.ones(t, bool) if valid_T is None else valid_T
     n = valid_T.sum()
     places = jnp.maximum(-(-n // e), 1)
-    # Dummies that do not care fill the last places, so that every expert ends up full.
+    # Dummies, to which all experts are worth the same, fill the last places of every expert.
     worth_NE = jnp.concatenate([affinity_TE, jnp.zeros((e, e))])
     real_N = jnp.concatenate([valid_T, jnp.arange(e) < places * e - n])
     price_E = _first_prices(jnp.where(real_N[:, None], worth_NE, -jnp.inf), places)
@@ -96,15 +96,14 @@ def assign(affinity_TE: jax.Array, valid_T: jax.Array | None = None) -> jax.Arra
 
 
 def _first_prices(worth_NE: jax.Array, places: jax.Array) -> jax.Array:
-    """Prices at which the loads are nearly even: those of Sinkhorn's balancing, ever colder.
-
-    At a temperature every token is spread over the experts by softmax((worth - price) /
-    temperature); each iteration sets the prices to which the loads of the last one would be even.
-    """
-    worth_NE, real_N1 = jnp.maximum(worth_NE, -1e38), worth_NE[:, :1] > -jnp.inf
+    """Prices at which the loads are nearly even: Sinkhorn's balancing at falling temperatures."""
+    real_N1 = worth_NE[:, :1] > -jnp.inf
+    worth_NE = jnp.maximum(worth_NE, -1e38)
     spread = jnp.maximum(jnp.where(real_N1, -worth_NE, 0.0).max(), 1e-6)
 
     def iteration(i, price_E):
+        # Every token is spread over the experts by softmax((worth - price) / temperature); the new
+        # prices are those at which these loads would be even.
         temperature = spread / 4 * 0.5 ** (i // ITERATIONS)
         share_NE = jax.nn.log_softmax((worth_NE - price_E) / temperature, axis=1)
         load_E = jax.nn.logsumexp(jnp.where(real_N1, share_NE, -jnp.inf), axis=0)
@@ -141,7 +140,7 @@ def _cheapest_chains(a: _Assignment, places: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _move_chain(a: _Assignment, worth_NE: jax.Array, places: jax.Array) -> _Assignment:
-    """Makes the cheapest chain of moves to an expert with room, from its end to its beginning."""
+    """Makes the cheapest chain of moves to a free place, from its end to its start."""
     total_E, before_E = _cheapest_chains(a, places)
     end = jnp.argmax(jnp.where(a.load_E < places, total_E, -jnp.inf))
     price_E = a.price_E + jnp.maximum(total_E, total_E[end])

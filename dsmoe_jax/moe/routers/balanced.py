@@ -14,12 +14,12 @@ from dsmoe_jax.moe.types import RouterInputs, Routing
 
 
 def sinkhorn(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
-    """In training the K best experts after Sinkhorn's balancing (2202.01169 section 3; cf. BASE).
+    """The K best experts, in training after Sinkhorn's balancing (2202.01169 section 3; cf. BASE).
 
-    The T x E matrix exp(logits) is scaled until every token and every expert has its fair share;
-    the scaled matrix chooses, the plain scores weigh, and no gradient goes through the scaling.
-    The share of an expert is soft: rounding to K experts a token leaves some unevenness.  In
-    evaluation the plain scores choose, since the balance would let tokens see later ones.
+    The T x E matrix exp(logits) is scaled until every token and every expert has its fair share.
+    The scaled matrix decides the choice, the plain scores the gates; no gradient flows through the
+    scaling.  Rounding to K experts a token leaves some imbalance.  In evaluation the plain scores
+    decide both, since balancing would let tokens see later ones.
     """
     if inputs.rng is None:
         return scored.topk(logits_TE, inputs, settings)
@@ -59,10 +59,10 @@ def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSe
 
     In a causal language model this LEAKS THE FUTURE: whether an expert takes a token depends on
     the later tokens that compete for its places.  Losses of such a model are not comparable with
-    those of the others, and it generates worse than they promise.
+    those of the others, and it generates worse text than its loss suggests.
 
-    The tokens that compete are all that the layer sees at once.  A routing has fixed columns: here
-    E of them, most of which are unassigned, so that memory for rows is E / K times the usual.
+    The tokens of a micro-batch compete.  A routing has E columns here instead of K, most of them
+    unassigned, so that memory for rows is E / K times the usual.
     """
     config = settings.config
     t, e = logits_TE.shape

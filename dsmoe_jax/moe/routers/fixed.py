@@ -33,7 +33,7 @@ def hash_tokens(logits: None, inputs: RouterInputs, settings: RouterSettings) ->
 
 
 def first_table(settings: RouterSettings) -> dict[str, jax.Array]:
-    """An empty table, in which every token is unassigned, where the layer has one."""
+    """A table in which every token is unassigned; nothing for the option table="random"."""
     table = settings.option("table")
     require(table in TABLES, "model.moe.router.options.table", table, f"must be one of {TABLES}")
     if table == "random":
@@ -42,7 +42,7 @@ def first_table(settings: RouterSettings) -> dict[str, jax.Array]:
 
 
 def table_from_counts(counts_V: np.ndarray, settings: RouterSettings) -> dict[str, np.ndarray]:
-    """The table that is even on the training text, where the layer has one.
+    """The table that balances the training text; nothing for the option table="random".
 
     Args:
       counts_V: how often each token is an input of the training text.
@@ -56,8 +56,8 @@ def table_from_counts(counts_V: np.ndarray, settings: RouterSettings) -> dict[st
 def balanced_table(counts_V: np.ndarray, n_experts: int) -> np.ndarray:
     """Balanced assignment of token ids by frequency (2106.04426 section 3.1).
 
-    Greedily: the most frequent token that is left goes to the expert with the least so far.  A
-    token that was never seen counts as one, so that those too are spread; ties go to lower numbers.
+    Greedy: the most frequent remaining token goes to the expert with the smallest load so far.  An
+    unseen token counts as seen once, so that unseen ones are spread too; ties go to lower numbers.
 
     Args:
       counts_V: how often each token is an input of the training text.
@@ -88,12 +88,13 @@ def hash_expert(token_ids: jax.Array, n_experts: int, seed: int) -> jax.Array:
 def uniform(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """Assignment n goes to expert n mod E, with gate 1/K: forced balance, for tests and benchmarks.
 
-    The assignments are counted through the global batch, in any number of micro-batches.
-    Published speeds of MoE layers are mostly measured like this; it routes by position alone.
+    n counts the assignments of the global batch, whatever the number of micro-batches.  Published
+    speeds of MoE layers are mostly measured like this.
     """
     del logits
     t = len(inputs.token_ids_T)
-    k, e = settings.k, settings.n_experts
+    k = settings.k
+    e = settings.n_experts
     sequence_ids_B = inputs.sequences()
     per_sequence = t * k // len(sequence_ids_B)
     n = sequence_ids_B[:, None] * (per_sequence % e) + jnp.arange(per_sequence)

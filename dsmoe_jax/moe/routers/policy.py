@@ -42,7 +42,7 @@ class PolicySample(NamedTuple):
 
 
 def sample_of(routing: Routing) -> PolicySample:
-    """What the policy loss needs to know of a routing that `reinforce` has drawn."""
+    """Log-probability and entropy of a routing drawn by `reinforce`, for the policy loss."""
     assert routing.logits_TE is not None, "a policy has logits"
     log_prob_T = log_probability(routing.logits_TE, routing.ids_TK)
     return PolicySample(log_prob_T, softmax_entropy(routing.logits_TE))
@@ -50,7 +50,8 @@ def sample_of(routing: Routing) -> PolicySample:
 
 def log_probability(logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
     """Log of the probability that the policy draws these experts in this order; (T,)."""
-    left_TE, total_T = logits_TE, jnp.zeros(len(logits_TE))
+    left_TE = logits_TE
+    total_T = jnp.zeros(len(logits_TE))
     for k in range(ids_TK.shape[1]):
         drawn_TE = ids_TK[:, k : k + 1] == jnp.arange(logits_TE.shape[1])
         drawn_T = jnp.where(drawn_TE, logits_TE, 0.0).sum(axis=1)
@@ -76,7 +77,7 @@ def policy_loss(
     expectation for what a choice does to its own token.  What it does to later tokens, through
     attention in the layers above, is left out: their losses would add more noise than signal.
 
-    The entropy of the policy is rewarded too, that it does not settle before it has tried.
+    An entropy bonus keeps the policy from becoming deterministic too early.
 
     Args:
       sample_LBS: log-probabilities of the experts drawn and entropies, in L layers.
@@ -92,4 +93,4 @@ def policy_loss(
     advantage_BS = jax.lax.stop_gradient(-nll_BS - baseline_BS) * mask_BS
     loss = -(advantage_BS * sample_LBS.log_prob).sum()
     bonus = entropy_factor * (sample_LBS.entropy * mask_BS).sum()
-    return loss - jax.lax.stop_gradient(loss) - bonus  # the value of `loss` means nothing
+    return loss - jax.lax.stop_gradient(loss) - bonus  # the value of `loss` has no meaning

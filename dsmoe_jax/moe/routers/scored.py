@@ -1,9 +1,9 @@
-"""Routers by which each token chooses the experts with the best scores.
+"""Routers in which each token chooses the experts with the largest scores.
 
     logits --> scores s (softmax or sigmoid) --> [+ bias] --> [best groups only] --> top K --> ids
                         s of the chosen ones --> gates
 
-The bias and the group restriction change who is chosen, never by how much an output counts.
+The bias and the group limit change which experts are chosen, never the gate of a chosen one.
 
 Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a token may use.
 """
@@ -86,10 +86,9 @@ def dynamic_specialised(
 
 
 def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
-    """In training the recorded experts, with the gates that the router's own scores give them.
+    """The recorded experts in training, with gates from the router's own scores.
 
-    So the router still learns how much an expert's output counts, but not which one is chosen.  In
-    evaluation it chooses by itself, as `topk` does.
+    The router still learns the gates, but not the choice.  In evaluation it chooses as `topk` does.
     """
     if inputs.rng is None:
         return topk(logits_TE, inputs, settings)
@@ -169,7 +168,7 @@ def limit_to_groups(choice_TE: jax.Array, config: RouterConfig) -> jax.Array:
 
 
 def mask_best(choice_TE: jax.Array, n: int) -> jax.Array:
-    """Takes each token's n best experts out of its choice (V1 figure 4)."""
+    """Masks each token's n best experts with -inf (V1 figure 4)."""
     _, best_Tn = rows.top_k(choice_TE, n)
     masked_TE = (best_Tn[:, :, None] == jnp.arange(choice_TE.shape[1])).any(axis=1)
     return jnp.where(masked_TE, -jnp.inf, choice_TE)
@@ -187,6 +186,6 @@ def _from_scores(s_TE, logits, inputs: RouterInputs, settings: RouterSettings) -
     if settings.mask_best:
         choice_TE = mask_best(choice_TE, settings.mask_best)
     s_TK, ids_TK = settings.top_k(choice_TE, settings.k)
-    if biased or limited:  # what chose does not weigh
+    if biased or limited:  # the gates are of the plain scores
         s_TK = jnp.take_along_axis(s_TE, ids_TK, axis=1)
     return Routing(ids_TK, gates(s_TK, config), affinities(s_TE, config), logits)

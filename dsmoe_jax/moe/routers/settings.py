@@ -1,4 +1,4 @@
-"""What a router is built from: its section of the config, and the sizes of its layer."""
+"""Settings of a router: its section of the config, and the sizes of its layer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dsmoe_jax.moe.kernels import rows
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-    """Everything that a router knows besides its inputs; all of it is static.
+    """Static arguments of a router, besides its inputs.
 
     Attributes:
-      config: the section `model.moe.router`, its options filled up with their defaults.
+      config: the section `model.moe.router`, with the defaults of missing options filled in.
       n_experts: E, the routed experts.
       k: K, the experts that a token activates.
       vocab_size: V, of the layer's token ids.
-      mask_best: so many of each token's best experts may not be chosen (an intervention).
+      mask_best: number of each token's best experts to mask (an intervention).
       top_k: `(x_TE, k) -> values_TK, places_TK`, the kernel in use.
     """
 
@@ -33,5 +33,5 @@ class RouterSettings:
     top_k: Callable[..., tuple[jax.Array, jax.Array]] = rows.top_k
 
     def option(self, name: str) -> Any:
-        """A setting that this router alone has."""
+        """Value of an option, a setting that this router alone has."""
         return self.config.options[name]

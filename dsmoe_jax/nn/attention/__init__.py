@@ -1,7 +1,7 @@
-"""Attention: how a token looks at earlier ones.
+"""The registry of attentions.
 
 A new attention is a file beside `grouped` and an entry in `ATTENTION`: the model, generation, the
-counts of parameters and FLOPs and the planner ask the entry and know no names.  The parameters'
+counts of parameters and FLOPs and the planner read the entry and know no names.  The parameters'
 names end in their logical axes (parallel/sharding.py).
 """
 

@@ -49,7 +49,8 @@ class GroupedAttention(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        d, h = hidden_size, config.head_dim
+        d = hidden_size
+        h = config.head_dim
         n, m = _heads(config)
         self.theta = config.rope_theta
         self.query_NHD = init_matrix(rngs, (n, h, d), initializer_range)
@@ -97,7 +98,7 @@ def _heads(config: AttentionConfig) -> tuple[int, int]:
 
 
 def empty_cache(config: AttentionConfig, batch: int, max_length: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of one layer that no position has filled yet."""
+    """A cache of one layer with no position filled."""
     _, m = _heads(config)
     shape_BLMH = (batch, max_length, m, config.head_dim)
     return KVCache(jnp.zeros(shape_BLMH, dtype), jnp.zeros(shape_BLMH, dtype))

@@ -1,4 +1,4 @@
-"""The form of an entry of the registry of attentions: all that other code must know of one.
+"""Interface of an attention: its module, its cache and its costs.
 
 Shapes: B sequences, S query positions, L key positions (S, or the cache's length), D hidden.
 """
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 
 class Activations(NamedTuple):
-    """Numbers that one layer holds for each token while it works, to estimate its memory.
+    """Numbers that one layer holds for each token during a pass, to estimate its memory.
 
     Attributes:
-      projected: what the projections make: queries, keys, values.
+      projected: results of the projections: queries, keys, values.
       scores: one for each head and key.
     """
 
@@ -22,7 +22,7 @@ class Activations(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """One kind of attention: its module, its cache and its costs.
+    """An attention in the registry: all that other code must know of it.
 
     Attributes:
       module: `(hidden_size, initializer_range, config, *, rngs) -> nnx.Module`, a layer.  It is

@@ -1,7 +1,7 @@
-"""Kernels for CPU in float32: the experts (`experts.py`) and what lies around them (`rows.py`).
+"""Kernels for CPU in float32: the experts (`experts.py`) and the work around them (`rows.py`).
 
-They need a C++ compiler on the machine, see `build`.  Others compute the same: `kernels/rows.py`
-and the backends of `moe/experts.py`.
+They need a C++ compiler on the machine, see `build`.  `kernels/rows.py` and the backends of
+`moe/experts.py` compute the same without one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_there() -> bool:
     try:
         library()
     except NotBuilt as error:
-        # The results are the same, but a user should not wonder for an afternoon why it is slow.
+        # The results are the same: without a warning a user would only find that it is slow.
         logging.getLogger(__name__).warning("model.moe.expert_backend: 'blocked' (%s)", error)
         return False
     return True

@@ -1,5 +1,6 @@
-"""Compiles the CPU kernels of this directory, once a machine, with the system's C++ compiler, and
-makes them known to XLA.
+"""Compiles the CPU kernels of this directory with the system's C++ compiler, once on a machine.
+
+`kernel` makes a function of the library a call in JAX.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def library() -> Path:
     if not target.exists():
         directory.mkdir(parents=True, exist_ok=True)
         logging.getLogger(__name__).info("compiling the CPU kernels, once on this machine")
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:  # nobody sees half a library
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:  # never half a library
             fresh = Path(scratch) / target.name
             include = f"-I{jax.ffi.include_dir()}"
             sources = map(str, sorted(_SOURCES.glob("*.cc")))
@@ -62,8 +63,8 @@ def kernel(name: str, results, **attributes):
 
     Args:
       name: as exported by a `.cc` file here.
-      results: shapes and dtypes of what it returns.
-      **attributes: integers that it wants.
+      results: shapes and dtypes of its results.
+      **attributes: its integer attributes.
     """
     call = jax.ffi.ffi_call(_register(name), results, vmap_method="sequential")
     return lambda *arrays: call(*arrays, **{k: np.int64(v) for k, v in attributes.items()})
@@ -78,7 +79,7 @@ def _register(name: str) -> str:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that decides the machine code: sources, flags, headers, compiler and processor."""
+    """Hash of all that decides the machine code: sources, flags, headers, compiler, processor."""
     processor = _run(compiler, _FLAGS[-1], "-dM", "-E", "-x", "c++", os.devnull)
     sources = b"".join(p.read_bytes() for p in sorted(_SOURCES.glob("*.[ch]*")))
     key = sources + repr((_FLAGS, jaxlib_version, processor)).encode()

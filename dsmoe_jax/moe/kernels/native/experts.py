@@ -19,7 +19,7 @@ def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
     """The backend of this file, see `moe/experts.py`; everything is float32.
 
     Raises:
-      ValueError: for another dtype; NotBuilt (one too) if the kernels cannot be compiled.
+      ValueError: for another dtype; `NotBuilt`, a ValueError, if the kernels cannot be compiled.
     """
     return _forward(rows_ND, group_sizes_E, weights)[0]
 

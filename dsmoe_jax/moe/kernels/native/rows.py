@@ -17,7 +17,7 @@ from dsmoe_jax.moe.kernels.native.build import kernel
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_k(x_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """As `jax.lax.top_k`, bit for bit, ties and NaN included."""
+    """Same as `jax.lax.top_k`, bit for bit, ties and NaN included."""
     shape = (x_TE.shape[0], k)
     values_TK, places_TK = kernel("TopK", (_floats(shape), _ints(shape)))(x_TE)
     return values_TK, places_TK
@@ -31,20 +31,20 @@ def _top_k_jvp(k, primals, tangents):
 
 
 def group(ids_TK: jax.Array, n_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `kernels.rows.group`."""
+    """Same as `kernels.rows.group`."""
     results = _ints((ids_TK.size,)), _ints(ids_TK.shape), _ints((n_groups,))
     order_N, rank_TK, sizes = kernel("Group", results)(ids_TK)
     return order_N, rank_TK, sizes
 
 
 def count(ids_TK: jax.Array, n_groups: int) -> jax.Array:
-    """As `types.count_load`, by the kernel that groups rows."""
+    """Same as `types.count_load`, by the kernel that groups rows."""
     return group(ids_TK, n_groups)[2].astype(jnp.float32)
 
 
 @jax.custom_vjp
 def gather_tokens(x_TD: jax.Array, order_N: jax.Array, rank_TK: jax.Array) -> jax.Array:
-    """As `kernels.rows.gather_tokens`."""
+    """Same as `kernels.rows.gather_tokens`."""
     shape = (order_N.size, x_TD.shape[1])
     return kernel("Gather", _floats(shape), k=rank_TK.shape[1])(x_TD, order_N)
 
@@ -64,7 +64,7 @@ gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
 def combine_rows(
     out_ND: jax.Array, gates_TK: jax.Array, rank_TK: jax.Array, order_N: jax.Array
 ) -> jax.Array:
-    """As `kernels.rows.combine_rows`."""
+    """Same as `kernels.rows.combine_rows`."""
     del order_N
     return _sum(out_ND, gates_TK, rank_TK)
 

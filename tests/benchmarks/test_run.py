@@ -1,0 +1,90 @@
+"""Every benchmark runs at its smallest and has a row for each case.  Its times mean nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import moe_layer, parallel, router_metrics, routers
+from dsmoe_jax.moe.kernels import native
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """`written(benchmark, *flags)`: the report of one round, from its file."""
+    # Freed memory that a process keeps would stay with all other tests.
+    for benchmark in (moe_layer, parallel, router_metrics, routers):
+        monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: False)
+
+    def run(benchmark, *flags):
+        path = tmp_path / "report.json"
+        benchmark.main([*flags, "--repeats=1", f"--json={path}"])
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_moe_layer(written):
+    backends = ["loop", "native"] if native.is_there() else ["loop"]
+    flags = ("--size=demo", "--tokens=32", "--shared=1", f"--backends={','.join(backends)}")
+    report = written(moe_layer, *flags)["sizes"]["demo"]
+    assert (report["tokens"], report["n_shared_experts"]) == (32, 1)
+    assert {(row["backend"], row["routing"], row["pass"]) for row in report["rows"]} == {
+        (*case, kind)
+        for case in [("dense", "-"), *((b, r) for b in backends for r in moe_layer.ROUTINGS)]
+        for kind in ("forward", "forward+gradients")
+    }
+
+
+def test_moe_layer_beside_hugging_face():
+    """Both compute the same layer: the same output, and the same gradient of the tokens."""
+    size = moe_layer.Size(8, 16, 4, 2, 8)
+    cases = moe_layer.build_cases(size, ["loop"], True, "float32", None)
+    found = {
+        case.name: case.run()
+        for case in cases
+        if case.routing == "balanced" and case.with_gradients
+    }
+    ours_TD, (ours_dx_TD, *_) = found["loop"]
+    theirs_BSD, (theirs_dx_BSD, *_) = found["hf"]
+    np.testing.assert_allclose(ours_TD, theirs_BSD[0], atol=1e-5)
+    np.testing.assert_allclose(ours_dx_TD, theirs_dx_BSD[0], atol=1e-5)
+
+
+@pytest.mark.eight_devices
+def test_parallel(monkeypatch):
+    for name, size in (("T", 64), ("D", 8), ("F", 8)):
+        monkeypatch.setattr(parallel, name, size)
+    rows = parallel.measure(1, "float32")
+    assert {(row["dispatch"], row["routing"]) for row in rows} == {
+        (case, routing)
+        for case in (parallel.ONE_DEVICE, *parallel.CASES)
+        for routing in ("even", "skewed", "at most 3 devices")
+    }
+    for row in rows:
+        if row["dispatch"] == parallel.ONE_DEVICE:
+            assert row["sent_mb"] is None
+        else:
+            assert row["least_mb"] < row["sent_mb"]
+
+
+def test_routers(written, monkeypatch):
+    monkeypatch.setattr(routers, "B", 2)
+    monkeypatch.setattr(routers, "S", 8)
+    names = ["reinforce", "replay_ids", "hash_table=frequency, K = 1", "drop by device"]
+    for settings in routers.CASES.values():
+        nnx.eval_shape(lambda settings=settings: routers.make_layer(settings))  # is legal
+    few = {name: routers.CASES[name] for name in (routers.BASE, *names)}
+    monkeypatch.setattr(routers, "CASES", few)
+    rows = written(routers)["rows"]
+    assert [row["case"] for row in rows] == [routers.WHOLE, routers.BASE, *names]
+
+
+def test_router_metrics(written):
+    report = written(router_metrics, "--scale=smoke", "--layers=1", "--sequences=1")
+    assert [row["program"] for row in report["rows"]] == [
+        f"{program}, {metrics_are}"
+        for program in ("step", "layers")
+        for metrics_are in ("with", "without", "control")
+    ]

@@ -1,0 +1,74 @@
+"""The log of a run: rows that survive kills, and the same numbers for TensorBoard."""
+
+import json
+import struct
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from dsmoe_jax.runs.metrics_log import MetricsLog, read_rows
+
+
+class TestLog:
+    def write(self, workdir, *steps, start=0):
+        log = MetricsLog(workdir, start)
+        for step in steps:
+            log.write({"step": step, "loss": 1 / step})
+        log.close()
+
+    def test_rows_past_the_checkpoint_are_cut(self, tmp_path):
+        self.write(tmp_path, 1, 2, 3, 4)
+        self.write(tmp_path, 3, 4, 5, start=2)
+        assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4, 5]
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+    def test_a_half_written_last_line_is_no_row(self, tmp_path):
+        self.write(tmp_path, 1, 2)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 3, "lo')
+        assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+        self.write(tmp_path, 3, start=2)
+        assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+
+    def test_a_broken_line_elsewhere_is_an_error(self, tmp_path):
+        self.write(tmp_path, 1, 2)
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1\n' + path.read_text())
+        before = path.read_text()
+        with pytest.raises(ValueError, match=r"metrics.jsonl: line 1 is not a row"):
+            MetricsLog(tmp_path, 2)
+        assert path.read_text() == before
+
+    def test_validation_joins_its_step(self, tmp_path):
+        self.write(tmp_path, 1)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 1, "validation_loss": 3.0}) + "\n")
+        assert read_rows(tmp_path) == [{"step": 1, "loss": 1.0, "validation_loss": 3.0}]
+
+
+def events(directory):
+    """What TensorBoard finds: (step, tag) -> number or histogram.
+
+    A record is its length (8 bytes), a checksum (4), the data, a checksum (4).
+    """
+    (path,) = directory.glob("events.*")
+    data, found = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            histogram = value.WhichOneof("value") == "histo"
+            found[event.step, value.tag] = value.histo if histogram else value.simple_value
+        data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_the_numbers_of_a_row(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 3, "loss": 2.5, "maxvio": [0.5, 0.0], "load": [[1, 3], [2, 2]]})
+    log.close()
+    found = events(tmp_path / "tensorboard")
+    histograms = [found.pop((3, f"load/layer_{i}")) for i in range(2)]
+    assert found == {(3, "loss"): 2.5, (3, "maxvio/layer_0"): 0.5, (3, "maxvio/layer_1"): 0.0}
+    assert [(h.min, h.max, h.num) for h in histograms] == [(0.5, 1.5, 2), (1.0, 1.0, 2)]
+    assert all(sum(h.bucket) == 2 for h in histograms)

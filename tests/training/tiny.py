@@ -1,3 +1,0 @@
-"""To go when all import tests.tools.tiny."""
-
-from tests.tools.tiny import TINY  # noqa: F401
