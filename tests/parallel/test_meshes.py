@@ -80,7 +80,7 @@ class OnMesh:
                 losses.append(float(metrics.loss))
         arrays = by_path({"state": self.state, "metrics": metrics})
         # But for what is meant to depend on the mesh: rows between devices.
-        return {path: x for path, x in arrays.items() if ".exchange." not in path}, losses
+        return {path: x for path, x in arrays.items() if ".dispatch." not in path}, losses
 
     def save(self, directory: Path) -> None:
         """Writes a checkpoint."""
