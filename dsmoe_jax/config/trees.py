@@ -209,8 +209,12 @@ def _refuse_unknown(cls: type, tree: Tree, key: str, value: Any) -> typing.NoRet
         or _close_by_leaf(leaf, neighbours, cutoff=0.6)
         or _close_by_leaf(leaf, known, cutoff=0.75)
     )
-    hint = f"did you mean {close[0]}?" if close else f"the keys there are {', '.join(neighbours)}"
-    if not close and not neighbours:
+    there = dict.fromkeys(k.removeprefix(f"{section}.").partition(".")[0] for k in neighbours)
+    if close:
+        hint = f"did you mean {close[0]}?"
+    elif there:
+        hint = f"{section} has {', '.join(there)}"
+    else:
         hint = f"there is no section {section!r}"
     raise ValueError(f"{key}={value!r}: no such key; {hint}")
 

@@ -7,7 +7,7 @@ Shapes: B sequences, S positions, V vocabulary, G domains, L MoE layers, E route
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from dsmoe_jax.evaluation.cross_entropy import token_sums
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
+from dsmoe_jax.moe.dropping import Ledger
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
@@ -50,8 +51,11 @@ class HeldOut:
         recording: Recording | None = None,
         intervention: Intervention = interventions.NONE,
     ):
-        self._recorder, self._recording = recorder, recording
-        self._corpus, self._batch_size, self._max_batches = corpus, batch_size, max_batches
+        self._corpus = corpus
+        self._batch_size = batch_size
+        self._max_batches = max_batches
+        self._recorder = recorder
+        self._recording = recording
         n_domains = len(corpus.domains)
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
@@ -74,7 +78,7 @@ class HeldOut:
 
     @property
     def n_batches(self) -> int:
-        """How many batches `measure` goes through."""
+        """Number of batches that `measure` goes through."""
         whole = -(-self._corpus.num_records("validation") // self._batch_size)
         return min(self._max_batches, whole) if self._max_batches else whole
 
@@ -89,7 +93,7 @@ class HeldOut:
 
         Args:
           params, other: the model's state.
-          on_batch: called with the number of batches done; what it raises ends the measurement.
+          on_batch: called with the number of batches done; an exception ends the measurement.
           name: of this pass, in a recording of its routing.
 
         Returns:
@@ -102,29 +106,44 @@ class HeldOut:
         """
         if self._recording is not None:  # the last batch first: too few are not worth a start
             self._recording.read(name, self.n_batches, self._batch_size)
-        total_3G, total = np.zeros((3, len(self._corpus.domains))), None
-        batches = validation_batches(
-            self._corpus.directory, self._batch_size, self._max_batches or None, self._rows
-        )
-        for done, batch in enumerate(batches, start=1):
-            if self._recording is not None:
-                batch |= self._recording.read(name, done, self._batch_size, self._rows)
-            batch = sharding.global_batch(batch, self._rows, self._batch_size)
-            sums, ledger, choice = jax.device_get(self._step(params, other, batch))
+        sums_3G = np.zeros((3, len(self._corpus.domains)))
+        total = None
+        for done, batch in enumerate(self._batches(name), start=1):
+            sums, ledger, recorded = jax.device_get(self._step(params, other, batch))
             if self._recorder is not None:
-                self._recorder.write(name, done, choice)
-            total_3G += sums  # float64 on the host: the sum over batches loses nothing
+                self._recorder.write(name, done, recorded)
+            sums_3G += sums  # float64 on the host: the sum over batches loses nothing
             if ledger is not None:
                 ledger = jax.tree.map(np.float64, ledger)
                 total = ledger if total is None else jax.tree.map(np.add, total, ledger)
             on_batch(done)
-        result: dict[str, Any] = _summary(*total_3G.sum(axis=1))
-        if total is not None:
-            result |= load_summary(total.sent_E) | drop_summary(total, detailed=False)
+        return self._result(sums_3G, total)
+
+    def _batches(self, name: str) -> Iterator[Any]:
+        """The batches of a pass on the mesh, with recorded routing if it is replayed."""
+        batches = validation_batches(
+            self._corpus.directory, self._batch_size, self._max_batches or None, self._rows
+        )
+        for number, batch in enumerate(batches, start=1):
+            if self._recording is not None:
+                batch |= self._recording.read(name, number, self._batch_size, self._rows)
+            yield sharding.global_batch(batch, self._rows, self._batch_size)
+
+    def _result(self, sums_3G: np.ndarray, ledger: Ledger | None) -> dict[str, Any]:
+        """The return value of `measure`, from sums over the whole text.
+
+        Args:
+          sums_3G: nats, tokens and bytes by domain.
+          ledger: of the MoE layers; None without routed experts.
+        """
+        result: dict[str, Any] = _summary(*sums_3G.sum(axis=1))
+        if ledger is not None:
+            load_LE = np.asarray(ledger.sent_E)
+            result |= load_summary(load_LE) | drop_summary(ledger, detailed=False)
         result["domains"] = {
-            name: _summary(*total_3G[:, g])
+            name: _summary(*sums_3G[:, g])
             for g, name in enumerate(self._corpus.domains)
-            if total_3G[1, g]  # a short look may miss a small domain: then it has no numbers
+            if sums_3G[1, g]  # a short look may miss a small domain: then it has no numbers
         }
         return result
 

@@ -192,7 +192,8 @@ def _digest(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     # The position in row-major order, by axis: flattening would gather a sharded array.
-    position, stride = jnp.uint32(0), 1
+    position = jnp.uint32(0)
+    stride = 1
     for axis in reversed(range(bits.ndim)):
         step = jnp.uint32(stride % 2**32)
         position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step

@@ -1,4 +1,4 @@
-"""How much of the time the device had something to do."""
+"""The share of the time in which the device is idle."""
 
 from __future__ import annotations
 
@@ -39,13 +39,16 @@ class DeviceClock:
         """Seconds since the last lap, and how many of them the device had nothing to do."""
         assert self._lap_started is not None, "no step was dispatched"
         now = time.perf_counter()
-        seconds, idle = now - self._lap_started, self._idle + self._gap(self._lap_started, now)
-        self._lap_started, self._idle = now, 0.0
+        seconds = now - self._lap_started
+        idle = self._idle + self._gap(self._lap_started, now)
+        self._lap_started = now
+        self._idle = 0.0
         return seconds, idle
 
     def restart(self) -> None:
-        """The next lap begins with the next step: what the device did meanwhile was no training."""
-        self._lap_started, self._idle = None, 0.0
+        """Begins the next lap with the next step: after an evaluation, which is no training."""
+        self._lap_started = None
+        self._idle = 0.0
 
     def close(self) -> None:
         """Ends the thread."""
@@ -53,7 +56,7 @@ class DeviceClock:
         self._thread.join()
 
     def _gap(self, since: float, now: float) -> float:
-        """How long, up to now, all that was handed to the device has been finished."""
+        """Seconds for which, by now, the device has been without a step."""
         return now - max(since, self._last_finished) if self._finished == self._given else 0.0
 
     def _watch(self) -> None:

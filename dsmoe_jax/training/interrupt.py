@@ -43,7 +43,7 @@ class Interrupts:
             signal.signal(signum, handler)
 
     def hear(self, signum: int) -> None:
-        """What all processes have agreed on: see `hosts.Vote`."""
+        """Notes the signal that all processes have agreed on: see `hosts.Vote`."""
         self.signum = self.signum or signum or None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -70,56 +70,45 @@ class Gradients(NamedTuple):
     recorded: RecordedRouting | None
 
 
-def make_gradients(config: Config, bytes_V: Any) -> Callable[..., Gradients]:
-    """Builds `(params, other, batch, rng, weights) -> Gradients` of a global batch.
+class BatchGradient:
+    """The gradient of a global batch: `(params, other, batch, rng, weights) -> Gradients`.
 
     Args:
       config: of the run.
       bytes_V: UTF-8 bytes of each token.
     """
-    graph = abstract_model(config.model)
-    counted = losses.counted_over_batch(config.model.moe.balance)
-    n_micro = config.train.accumulation_steps
 
-    def forward(params, other, micro: MicroBatch, rng) -> Output:
-        model = nnx.merge(graph, params, other)
-        return model.forward(ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng))
+    def __init__(self, config: Config, bytes_V: Any):
+        self._config = config
+        self._bytes_V = bytes_V
+        self._graph = abstract_model(config.model)
+        self._n_micro = config.train.accumulation_steps
+        self._counted = losses.counted_over_batch(config.model.moe.balance)
 
-    def loss_fn(params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
-        output = forward(params, other, micro, rng)
-        nll_BS, sums = token_sums(output.logits_BSV, micro.batch, bytes_V)
-        terms = balance_terms(output, whole)
-        context = LossContext(config, micro.batch, output, nll_BS, sums, terms, weights, all_tokens)
-        loss, parts = training_loss(context)
-        report = output.report
-        logged = None if report is None else report.logged
-        recorded = report.recorded if report is not None and config.train.record_routing else None
-        return loss, (Totals(loss, parts, sums, terms, logged), recorded)
+    def __call__(
+        self,
+        params: nnx.State,
+        other: nnx.State,
+        batch: Batch,
+        rng: jax.Array,
+        weights: dict[str, jax.Array],
+    ) -> Gradients:
+        """Computes the gradient; call it under `jax.jit`.
 
-    def load_of_batch(params, other, micros: MicroBatch, rng) -> dict[str, jax.Array] | None:
-        """What all micro-batches together send to each group, by term.
-
-        Terms of scope `global_batch` need it before the gradient of the first micro-batch: it is
-        counted in a forward pass of its own, which costs what a forward pass costs, and only then.
+        Args:
+          params: to differentiate with respect to.
+          other: variables of the model without a gradient.
+          batch: the global batch.
+          rng: random key of the step.
+          weights: of the balance terms.
         """
-        if n_micro == 1 or not counted:
-            return None
-
-        def sent(micro: MicroBatch):
-            report = forward(params, other, micro, rng).report
-            assert report is not None
-            return {name: report.loss_inputs.terms[name].sent_G for name in counted}, None
-
-        return add_up(sent, micros)[0]
-
-    def gradients(params, other, batch: Batch, rng, weights) -> Gradients:
-        micros = split(batch, n_micro)
-        sent_LG = load_of_batch(params, other, micros, rng)
+        micros = split(batch, self._n_micro)
+        sent_LG = self._load_of_batch(params, other, micros, rng)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
         whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
 
         def part_of(micro: MicroBatch):
-            grad_fn = jax.grad(loss_fn, has_aux=True)
+            grad_fn = jax.grad(self._loss, has_aux=True)
             grads, (totals, recorded) = grad_fn(
                 params, other, micro, rng, weights, all_tokens, whole
             )
@@ -128,7 +117,39 @@ def make_gradients(config: Config, bytes_V: Any) -> Callable[..., Gradients]:
         (totals, grads), recorded = add_up(part_of, micros)
         return Gradients(totals, grads, None if recorded is None else join(recorded))
 
-    return gradients
+    def _forward(self, params, other, micro: MicroBatch, rng) -> Output:
+        model = nnx.merge(self._graph, params, other)
+        return model.forward(ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng))
+
+    def _loss(self, params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
+        """Share of a micro-batch in the training loss; its `Totals` and recorded routing."""
+        output = self._forward(params, other, micro, rng)
+        nll_BS, sums = token_sums(output.logits_BSV, micro.batch, self._bytes_V)
+        terms = balance_terms(output, whole)
+        loss, parts = training_loss(
+            LossContext(self._config, micro.batch, output, nll_BS, sums, terms, weights, all_tokens)
+        )
+        report = output.report
+        if report is None:
+            return loss, (Totals(loss, parts, sums, terms, None), None)
+        recorded = report.recorded if self._config.train.record_routing else None
+        return loss, (Totals(loss, parts, sums, terms, report.logged), recorded)
+
+    def _load_of_batch(self, params, other, micros: MicroBatch, rng) -> dict[str, jax.Array] | None:
+        """The load of all micro-batches together on each group, by balance term.
+
+        Terms of scope `global_batch` need it before the gradient of the first micro-batch: it is
+        counted in a forward pass of its own, which costs what a forward pass costs, and only then.
+        """
+        if self._n_micro == 1 or not self._counted:
+            return None
+
+        def sent(micro: MicroBatch):
+            report = self._forward(params, other, micro, rng).report
+            assert report is not None
+            return {name: report.loss_inputs.terms[name].sent_G for name in self._counted}, None
+
+        return add_up(sent, micros)[0]
 
 
 def split(batch: Batch, n_micro: int) -> MicroBatch:

@@ -31,7 +31,7 @@ from dsmoe_jax.moe.routers.policy import policy_loss
 
 
 class LossContext(NamedTuple):
-    """What a part of the loss may look at.
+    """Values that a part of the loss may look at.
 
     Attributes:
       config: of the run.

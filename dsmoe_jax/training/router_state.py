@@ -81,7 +81,7 @@ def after_step(other: nnx.State, load_LE: jax.Array, model: ModelConfig) -> nnx.
 
 
 def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:
-    """What the model's router has of variables, and its settings; None for one without."""
+    """Variables of the model's router, and its settings; None for a router without variables."""
     if not model.moe.n_routed_experts:
         return None
     router, settings = get_router(model.moe)

@@ -112,5 +112,5 @@ class StageRun:
         return sharding.global_batch(batch, self._rows, batch_size)
 
     def position(self) -> dict[str, Any]:
-        """How many batches of the run were taken; the same in every stage."""
+        """Position in the data: batches taken since the beginning of the run."""
         return self._batches.get_state()

@@ -49,7 +49,7 @@ class TrainState(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a call of `train` begins.
+    """Beginning of a call of `train`.
 
     Attributes:
       state: before the next step.
@@ -138,13 +138,14 @@ def check_start_from(config: Config) -> None:
     """
     if config.train.start_from is None:
         return
-    workdir, key = Path(config.train.start_from), _key(config)
+    workdir = Path(config.train.start_from)
+    key = _key(config)
     there = shapes_by_path(model_shapes(workdirs.read_config(workdir, key).model))
     here = shapes_by_path(model_shapes(config.model))
     for path in {**here, **there}:
-        was, is_ = there.get(path, "missing"), here.get(path, "missing")
-        if was != is_:
-            raise ValueError(f"{key}: {path} is {was} there, {is_} here; must be the same")
+        if there.get(path) != here.get(path):
+            shapes = f"{there.get(path, 'missing')} there, {here.get(path, 'missing')} here"
+            raise ValueError(f"{key}: {path} is {shapes}; must be the same")
     with loading.saved_checkpoints(workdir, key):
         pass
 
@@ -210,5 +211,6 @@ def to_items(state: TrainState) -> dict[str, Any]:
 
 def from_items(items: dict[str, Any]) -> TrainState:
     """The state that `to_items` took apart."""
-    model, training = items[MODEL], items[TRAINING]
+    model = items[MODEL]
+    training = items[TRAINING]
     return TrainState(training["step"], model.params, training["opt_state"], model.other)

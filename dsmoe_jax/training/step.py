@@ -24,7 +24,7 @@ from dsmoe_jax.moe.report import LoggedSums
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
-from dsmoe_jax.training.micro_batches import make_gradients
+from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dsmoe_jax.training.start import TrainState, state_shapes
 
@@ -70,7 +70,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
       config: of the run.
       bytes_V: UTF-8 bytes of each token, for bits per byte.
     """
-    gradients = make_gradients(config, bytes_V)
+    gradient = BatchGradient(config, bytes_V)
     steps = config.train.steps
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
@@ -79,10 +79,10 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         assert_shapes(batch)
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         weights = losses.weights_at(config.model.moe.balance, state.step / steps)
-        totals, grads, recorded = gradients(state.params, state.other, batch, rng, weights)
+        totals, grads, recorded = gradient(state.params, state.other, batch, rng, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
-        sums, other = totals.sums, state.other
+        sums = totals.sums
         metrics = StepMetrics(
             loss=sums.nll / sums.tokens,
             total_loss=totals.total_loss,
@@ -95,6 +95,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             router=totals.router,
             recorded=recorded,
         )
+        other = state.other
         if totals.router is not None:
             other = router_state.after_step(other, totals.router.load_E, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics

@@ -91,7 +91,11 @@ def test_a_token_cannot_use_more_groups_than_there_are():
     ("key", "value", "says"),
     [
         ("model.hiden_size", 4, "did you mean model.hidden_size?"),
-        ("model.moe.xyz", 4, "the keys there are model.moe.balance.expert.factor, "),
+        (
+            "model.moe.xyz",
+            4,
+            "model.moe has balance, dispatch, drop, evaluation_drop, expert_backend, ",
+        ),
         ("modle.hidden_size", 4, "did you mean model.hidden_size?"),
         ("norm_topk_prob", True, "did you mean model.moe.router.norm_topk_prob?"),
         ("model.moe.capacity_factor", 1.0, "did you mean model.moe.drop.capacity_factor?"),

@@ -13,7 +13,7 @@ import pytest
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.moe import losses
-from dsmoe_jax.training.micro_batches import make_gradients
+from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.start import init_state
 from tests.tools.trees import assert_all_below, by_path, relative_errors
 
@@ -77,8 +77,8 @@ def initial_state():
 
 @functools.cache
 def compiled(scope, micro_batches):
-    run = make_gradients(config_of(scope, micro_batches), jnp.ones(V))
-    return jax.jit(run, compiler_options=FAST)
+    gradient = BatchGradient(config_of(scope, micro_batches), jnp.ones(V))
+    return jax.jit(gradient, compiler_options=FAST)
 
 
 def gradients(scope, term, micro_batches):
