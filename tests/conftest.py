@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsmoe_jax.training.loop import Result
 
 pytest_plugins = ["tests.tools.eight_devices"]
+pytest.register_assert_rewrite("tests.tools.trees")  # so that its failures show values
 compiling.set_flag()
 
 

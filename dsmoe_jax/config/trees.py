@@ -199,22 +199,30 @@ def _defaults(hint: Any) -> Tree:
 
 
 def _refuse_unknown(cls: type, tree: Tree, key: str, value: Any) -> typing.NoReturn:
+    """Says which key was probably meant: a neighbour, or one of that name elsewhere."""
     known = sorted({*known_keys(cls), *dict(flatten(tree))})
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.rpartition(".")
+    neighbours = [k for k in known if k.startswith(f"{section}.")]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     close = (
         difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)
-        or difflib.get_close_matches(key, known, n=1)
-        or _close_by_leaf(leaf, known)
+        or _close_by_leaf(leaf, neighbours, cutoff=0.6)
+        or _close_by_leaf(leaf, known, cutoff=0.75)
     )
-    hint = f"did you mean {close[0]}?" if close else f"the keys are in {cls.__module__}"
+    there = dict.fromkeys(k.removeprefix(f"{section}.").partition(".")[0] for k in neighbours)
+    if close:
+        hint = f"did you mean {close[0]}?"
+    elif there:
+        hint = f"{section} has {', '.join(there)}"
+    else:
+        hint = f"there is no section {section!r}"
     raise ValueError(f"{key}={value!r}: no such key; {hint}")
 
 
-def _close_by_leaf(leaf: str, known: list[str]) -> list[str]:
-    """Keys elsewhere in the tree whose last part is spelled alike."""
-    leaves = {k.rpartition(".")[2]: k for k in known}
-    return [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+def _close_by_leaf(leaf: str, keys: list[str], cutoff: float) -> list[str]:
+    """Keys whose last part is spelled alike."""
+    by_leaf = {k.rpartition(".")[2]: k for k in keys}
+    return [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, cutoff)]
 
 
 def known_keys(hint: Any, prefix: str = "") -> Iterator[str]:

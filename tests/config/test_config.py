@@ -5,8 +5,11 @@ import json
 import pytest
 
 from dsmoe_jax.config import (
+    BalanceTerm,
     Config,
+    DropConfig,
     MoEConfig,
+    RouterConfig,
     differences,
     from_config_dict,
     replace,
@@ -19,11 +22,17 @@ from dsmoe_jax.config import (
     [
         ("model.moe.num_experts_per_tok", 64, "n_routed_experts=63"),
         ("model.moe.num_experts_per_tok", 0, "n_routed_experts=0"),
-        ("model.moe.balance.device.scope", "device", "global_batch"),
+        ("model.moe.balance.expert.scope", "device", "global_batch"),
         ("model.moe.balance.expert.schedule", ((0.5, 1.0), (0.2, 0.0)), "growing shares"),
         ("model.moe.balance.expert.schedule", ((0.5, 1.0, 2.0),), "must be pairs"),
         ("model.moe.balance.expert.schedule", ((0.5, -1.0),), "multiple >= 0"),
-        ("model.moe.balance.router_z.schedule", ((1.5, 1.0),), "in 0..1"),
+        ("model.moe.balance.expert.schedule", ((1.5, 1.0),), "in 0..1"),
+        ("model.moe.balance.expert.factor", -0.1, ">= 0"),
+        ("model.moe.drop.capacity_factor", 0.0, "> 0"),
+        ("model.moe.drop.protected_share", 1.5, "at most 1"),
+        ("model.moe.dispatch.buffer_factor", 0.5, "or None for the worst case"),
+        ("model.moe.router.jitter", 1.0, "below 1"),
+        ("model.moe.router.scoring_func", "tanh", "sigmoid"),
         ("model.moe.moe_intermediate_size", 0, "> 0"),
         ("model.moe.n_shared_experts", -1, ">= 0"),
         ("model.attention.num_key_value_heads", 3, "divide num_attention_heads=10"),
@@ -49,26 +58,20 @@ def test_impossible_values_are_refused(key, value, says):
 @pytest.mark.parametrize(
     ("moe", "says"),
     [
-        ({"n_group": 4}, "n_group=4: must divide n_routed_experts=63"),
+        ({"router.n_group": 4}, "router.n_group=4: must divide n_routed_experts=63"),
         ({"expert_groups": 4}, "expert_groups=4: must divide n_routed_experts=63"),
-        ({"n_group": 7, "topk_group": 8}, "topk_group=8: cannot exceed n_group=7"),
         (
-            {"n_group": 21, "topk_group": 2},
-            "topk_group=2: groups of 3 experts are 6 experts, fewer than num_experts_per_tok=7",
+            {"router.n_group": 21, "router.topk_group": 2},
+            "router.topk_group=2: groups of 3 experts are 6 experts, fewer than"
+            " num_experts_per_tok=7",
         ),
-        (
-            {"n_group": 63, "topk_group": 7, "group_score": "top2_sum"},
-            "group_score='top2_sum': needs 2 experts a group, n_group=63 leaves 1",
-        ),
-        ({"device_balance_factor": 0.1}, "device_balance_factor=0.1: there is nothing to balance"),
         (
             {
-                "n_group": 7,
-                "topk_group": 3,
-                "expert_groups": 9,
-                "communication_balance_factor": 0.1,
+                "router.n_group": 63,
+                "router.topk_group": 7,
+                "router.group_score": "top2_sum",
             },
-            "communication_balance_factor=0.1: counts the devices",
+            "router.group_score='top2_sum': needs 2 experts a group, n_group=63 leaves 1",
         ),
     ],
 )
@@ -79,16 +82,31 @@ def test_impossible_groups_are_refused_with_the_numbers(moe, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_token_cannot_use_more_groups_than_there_are():
+    with pytest.raises(ValueError, match=r"topk_group=8: cannot exceed n_group=7"):
+        RouterConfig(n_group=7, topk_group=8)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
         ("model.hiden_size", 4, "did you mean model.hidden_size?"),
-        ("model.moe.xyz", 4, "known: n_routed_experts"),
-        ("modle.hidden_size", 4, "no section"),
-        ("model.hidden_size", 4.0, "type int"),
-        ("model.hidden_size", True, "type int"),
-        ("model.moe.router.norm_topk_prob", 1, "type bool"),
-        ("data.domains", "en", "must be a list"),
+        (
+            "model.moe.xyz",
+            4,
+            "model.moe has balance, dispatch, drop, evaluation_drop, expert_backend, ",
+        ),
+        ("modle.hidden_size", 4, "did you mean model.hidden_size?"),
+        ("norm_topk_prob", True, "did you mean model.moe.router.norm_topk_prob?"),
+        ("model.moe.capacity_factor", 1.0, "did you mean model.moe.drop.capacity_factor?"),
+        ("model.moe.drop.polciy", "device", "did you mean model.moe.drop.policy?"),
+        ("model.moe.drop.policy.x", 1, "model.moe.drop.policy is 'position', not a section"),
+        ("zyx.zyx", 1, "there is no section 'zyx'"),
+        ("model.hidden_size", 4.0, "a whole number (int)"),
+        ("model.hidden_size", True, "a whole number (int)"),
+        ("model.hidden_size", None, "a whole number (int)"),
+        ("model.moe.router.norm_topk_prob", 1, "True or False (bool)"),
+        ("data.domains", "en", "must be a tuple"),
         ("model.moe", 3, "must be a section"),
     ],
 )
@@ -96,6 +114,11 @@ def test_wrong_keys_and_types_are_refused(key, value, says):
     with pytest.raises(ValueError, match=key.rpartition(".")[2]) as error:
         replace(Config(), **{key: value})
     assert says in str(error.value)
+
+
+def test_a_balance_term_needs_a_factor():
+    with pytest.raises(ValueError, match=r"model\.moe\.balance\.device\.factor=None: missing"):
+        replace(Config(), **{"model.moe.balance.device.scope": "sequence"})
 
 
 def test_a_missing_key_is_refused():
@@ -127,3 +150,40 @@ def test_differences_name_the_changed_keys():
 def test_a_layer_without_any_expert_is_refused():
     with pytest.raises(ValueError, match="needs an expert"):
         MoEConfig(n_routed_experts=0, n_shared_experts=0, num_experts_per_tok=0)
+
+
+def test_none_takes_a_section_out_and_a_key_in_it_brings_it_back():
+    dropless = Config()
+    assert dropless.model.moe.drop is None
+    drops = replace(dropless, **{"model.moe.drop.policy": "probability"})
+    assert drops.model.moe.drop == DropConfig(policy="probability")
+    assert replace(drops, **{"model.moe.drop": None}) == dropless
+
+
+def test_balance_terms_are_set_by_name():
+    config = replace(
+        Config(),
+        **{
+            "model.moe.balance.expert": None,
+            "model.moe.balance.device.factor": 0.05,
+            "model.moe.balance.device.schedule": ((0, 0), (0.5, 1)),
+        },
+    )
+    schedule = ((0.0, 0.0), (0.5, 1.0))
+    assert config.model.moe.balance == {"device": BalanceTerm(0.05, schedule=schedule)}
+    assert from_config_dict(to_config_dict(config)) == config
+    with pytest.raises(TypeError, match="cannot change"):
+        config.model.moe.balance["expert"] = BalanceTerm(0.1)
+
+
+def test_a_config_can_be_hashed():
+    """JAX keeps one program for each config that a module holds."""
+    config = replace(Config(), **{"train.stages.share": (0.5, 0.5)})
+    assert hash(config) == hash(replace(config, **{"train.seed": 0}))
+
+
+def test_a_config_of_the_old_form_is_refused_in_one_line():
+    tree = to_config_dict(Config()).to_dict()
+    tree["model"]["moe"] = {"router": "topk_softmax", "expert_balance_factor": 0.01}
+    with pytest.raises(ValueError, match=r"router='topk_softmax': a config of an older form"):
+        from_config_dict(tree)

@@ -58,12 +58,13 @@ def others_end(run, victim):
             assert code not in (0, None), (victim, said)
 
 
-def test_two_processes_stopped_and_killed_at_random_do_what_one_does(
+def test_two_processes_stopped_and_frozen_at_random_do_what_one_does(
     launcher, tmp_path, moment, undisturbed
 ):
-    """SIGTERM to one stops both after the same step; SIGKILL of one ends the other in time.
+    """SIGTERM to one stops both after the same step; SIGSTOP of one ends the other in time.
 
-    Then the same commands go on, and the losses are bit for bit those of one process.
+    The frozen one ends when it wakes up.  Then the same commands go on, and the losses are bit for
+    bit those of one process.
     """
     run = Run(launcher, tmp_path / "run", 2)
     run.wait_for_row(moment.randint(1, 4))
@@ -76,8 +77,11 @@ def test_two_processes_stopped_and_killed_at_random_do_what_one_does(
 
     run, victim = Run(launcher, run.workdir, 2), moment.randint(0, 1)
     run.wait_for_row(stopped + moment.randint(1, 4))
-    run.trainers[victim].send(signal.SIGKILL)
+    run.trainers[victim].send(signal.SIGSTOP)
     others_end(run, victim)
+    run.trainers[victim].send(signal.SIGCONT)
+    code, said = run.trainers[victim].end(A_MINUTE)
+    assert code not in (0, None), (victim, said)
 
     run = Run(launcher, run.workdir, 2)
     codes, said = run.end()
@@ -87,26 +91,18 @@ def test_two_processes_stopped_and_killed_at_random_do_what_one_does(
     assert_written_by_the_right_ones(run.workdir)
 
 
-def test_four_processes_killed_and_frozen_at_random_where_two_go_on(
+def test_four_processes_of_which_one_is_killed_where_two_go_on(
     launcher, tmp_path, moment, undisturbed
 ):
-    """SIGKILL of one ends all others in time; so does SIGSTOP, and itself when it wakes up.
+    """SIGKILL of one ends all others in time.
 
     Two processes go on where four were: on half of the devices, without expert parallelism, in
     twice as many micro-batches, with the same losses to float32 rounding.
     """
     run, victim = Run(launcher, tmp_path / "run", 4), moment.randint(0, 3)
-    run.wait_for_row(moment.randint(1, 5))
+    run.wait_for_row(moment.randint(3, 9))
     run.trainers[victim].send(signal.SIGKILL)
     others_end(run, victim)
-
-    run, victim = Run(launcher, run.workdir, 4), moment.randint(0, 3)
-    run.wait_for_row(moment.randint(6, 9))
-    run.trainers[victim].send(signal.SIGSTOP)
-    others_end(run, victim)
-    run.trainers[victim].send(signal.SIGCONT)
-    code, said = run.trainers[victim].end(A_MINUTE)
-    assert code not in (0, None), (victim, said)
 
     run = Run(launcher, run.workdir, 2, "train.accumulation_steps=2")
     codes, said = run.end()
@@ -151,7 +147,7 @@ def test_two_processes_replay_what_one_recorded(launcher, tmp_path, undisturbed)
 
 def assert_written_by_the_right_ones(workdir):
     """Arrays by both processes, everything else by the first: one TensorBoard a start."""
-    shards = {p.name for p in (workdir / "checkpoints/16/state").glob("ocdbt.process_*")}
+    shards = {p.name for p in (workdir / "checkpoints/16").glob("*/ocdbt.process_*")}
     assert shards == {"ocdbt.process_0", "ocdbt.process_1"}
     assert len([*(workdir / "tensorboard").iterdir()]) == 3
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

@@ -146,11 +146,13 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
 
     from dsmoe_jax.commands import command_line
     from dsmoe_jax.commands import train as command
+    from dsmoe_jax.parallel import hosts
 
     with open(says, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["XLA_FLAGS"] = flags
+    hosts.HEARTBEAT_SECONDS = 12  # how long the test of a frozen process waits
     # On CPU each process hashes the devices in another order, and finds nothing of what the first
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None
