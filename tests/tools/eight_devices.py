@@ -54,6 +54,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for report in stash[_PROCESS].run(item, nextitem):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What an earlier test of this process has left set up because this one shares its module.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

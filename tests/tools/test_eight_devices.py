@@ -45,15 +45,23 @@ class TestMarked:
 """
 
 
+# A module of its own, after one that ended with marked tests: what that had set up must be gone.
+MORE_TESTS = """
+def test_in_the_next_module():
+    pass
+"""
+
+
 def test_each_test_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     (tmp_path / "pytest.ini").touch()
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["tests.tools.eight_devices"]')
     (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_some_more.py").write_text(MORE_TESTS)
     command = [sys.executable, "-m", "pytest", "-v", "-n", "1", "-k", "not not_chosen"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    assert "2 failed, 4 passed, 1 skipped" in found, found
+    assert "2 failed, 5 passed, 1 skipped" in found, found
     assert "another number of devices" in found
     assert "assert 8 == 7" in found
     assert "ended, exit code 3" in found
