@@ -180,36 +180,34 @@ def _in_buffers(
         per_shard = t // n_chunks * choices
         return n_devices * (per_shard if max_kept is None else min(per_shard, max_kept))
 
-    def run(n_chunks: int, max_rows: int, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        one = functools.partial(dispatch_compute_combine, parts, weights, max_rows)
-        return _in_chunks(n_chunks, one, tokens)
-
-    def exact(n_chunks: int, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        return run(n_chunks, exact_max_rows(n_chunks), tokens)
-
+    in_chunks = functools.partial(_in_chunks, parts, weights)
     n_chunks = config.chunks
     max_rows = exact_max_rows(n_chunks)
     if config.buffer_factor is not None:
         max_rows = math.ceil(config.buffer_factor * (t // n_chunks) * k)
     if max_rows >= exact_max_rows(n_chunks):
-        return *exact(n_chunks, tokens), jnp.float32(0)
+        return *in_chunks(n_chunks, exact_max_rows(n_chunks), tokens), jnp.float32(0)
     # Assignments that each device receives from all shards of its group, by chunk.
     device_QTK = tokens.ids_TK.reshape(n_chunks, -1, k) // (n_experts // n_devices)
     load_QP = jax.vmap(lambda device_TK: count_load(device_TK, n_devices))(device_QTK)
     load_QP = jax.lax.psum(load_QP, "expert")
     retry = jax.lax.pmax((load_QP > max_rows).any().astype(jnp.float32), BATCH_AXES)
-    fitting = [n for n in range(n_chunks, t + 1) if t % n == 0 and exact_max_rows(n) <= max_rows]
+    divisors = (n for n in range(n_chunks, t + 1) if t % n == 0)
+    smaller = next((n for n in divisors if exact_max_rows(n) <= max_rows), t)
     y_tD, computed_e = jax.lax.cond(
         retry > 0,
-        functools.partial(exact, fitting[0] if fitting else t),
-        functools.partial(run, n_chunks, max_rows),
+        functools.partial(in_chunks, smaller, exact_max_rows(smaller)),
+        functools.partial(in_chunks, n_chunks, max_rows),
         tokens,
     )
     return y_tD, computed_e, retry
 
 
-def _in_chunks(n_chunks: int, one: Any, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+def _in_chunks(
+    parts: Parts, weights: ExpertWeights, n_chunks: int, max_rows: int, tokens: Tokens
+) -> tuple[jax.Array, jax.Array]:
     """Runs one chunk of the tokens after the other; the backward pass recomputes each."""
+    one = functools.partial(dispatch_compute_combine, parts, weights, max_rows)
     if n_chunks == 1:
         return one(tokens)
     chunks = jax.tree.map(lambda a: a.reshape(n_chunks, -1, *a.shape[1:]), tokens)
