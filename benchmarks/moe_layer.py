@@ -146,7 +146,7 @@ def jax_case(name: str, routing: str, with_gradients: bool, layer: Callable, dy_
 
 
 class Arrays(NamedTuple):
-    """What a layer and its rival compute with; `shared` has width 0 without shared experts."""
+    """Weights of a layer and of its rival; `shared` has width 0 without shared experts."""
 
     x_TD: Any
     dy_TD: Any

@@ -1,4 +1,4 @@
-"""What routing costs: routers, balance terms and drop policies at the demo scale's layer.
+"""Cost of routing: routers, balance terms and drop policies at the demo scale's layer.
 
     python -m benchmarks.routers --json=benchmarks/results/NAME.json
 

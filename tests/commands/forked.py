@@ -54,7 +54,7 @@ print(json.dumps(results))
 
 
 class Result(NamedTuple):
-    """What a process leaves."""
+    """Exit code and output of a process."""
 
     code: int
     out: str
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def run_all(cases: Sequence[Sequence[str]], *, only_parse: bool = False) -> list[Result]:
-    """What each command line prints.
+    """Exit code and output of each command line.
 
     Args:
       cases: the arguments after `python -m dsmoe_jax`.

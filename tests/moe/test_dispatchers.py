@@ -1,4 +1,4 @@
-"""What single dispatchers promise, on eight devices.
+"""Promises of single dispatchers, on eight devices.
 
 That they all compute the same is in test_dispatch_product.py.
 

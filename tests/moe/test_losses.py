@@ -117,7 +117,7 @@ def test_terms_against_numpy(name, skew):
 
 
 def test_sequence_balance_is_the_expert_term_of_each_sequence():
-    """Of no other scope, whatever that of the expert term is."""
+    """The sequence term has no other scope, whatever that of the expert term is."""
     logits, valid = random_case(3)
     want = term_value("expert", route(logits), valid, "sequence")
     assert term_value("sequence", route(logits), valid, "sequence") == want

@@ -99,7 +99,7 @@ def test_the_sample_is_read_off_the_routing():
 
 
 def test_a_layer_hands_its_sample_to_the_loss_by_sequence():
-    """Of a router that samples; the others hand over none."""
+    """A router that samples reports its sample; the others report none."""
     logits = np.random.default_rng(3).normal(size=(6, E)).astype(np.float32)
     inputs, valid_BS = RouterInputs(jnp.zeros(6, jnp.int32)), jnp.ones((2, 3), bool)
     policy, plain = moe_config("reinforce", e=E, k=K), moe_config("topk", e=E, k=K)

@@ -1,4 +1,4 @@
-"""What the README promises of adding something: one entry in one registry, and nothing else.
+"""Adding something is one entry in one registry and nothing else, as the README promises.
 
 A toy router with a setting and a variable of its own, a toy balance term and a toy dispatcher are
 registered, named in a config, trained, checkpointed and evaluated.  (Attention: tests/model; loss

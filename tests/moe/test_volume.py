@@ -67,7 +67,7 @@ def test_what_a_chip_receives_and_makes_room_for():
 
 
 def test_bytes_saved_are_those_of_the_formula():
-    """Of the routings that benchmarks/parallel.py measures, 8 groups of which a token may use 3.
+    """Routings of benchmarks/parallel.py: 8 groups, of which a token may use 3.
 
     The formula takes all groups for equal; a router takes those with the best experts, so that a
     token is more often in each of its three.

@@ -100,7 +100,7 @@ class OnMesh:
 
 
 class FirstStep(NamedTuple):
-    """What a mesh makes of the first step."""
+    """State and metrics of the first step on a mesh."""
 
     run: OnMesh
     arrays: dict[str, np.ndarray]

@@ -98,7 +98,7 @@ def test_a_mesh_that_does_not_divide_the_model(sizes, message):
 
 
 def test_a_mesh_that_does_not_divide_the_batch(monkeypatch):
-    """Of the micro-batches: they are what is split."""
+    """The mesh must divide the micro-batches: they are split."""
     config = tiny(**SMALL, **{"train.global_batch_size": 6})
     mesh = jax.sharding.AbstractMesh((4, 1, 1, 1), ("data", "fsdp", "expert", "tensor"))
     monkeypatch.setattr("dsmoe_jax.training.devices.make_mesh", lambda *_: mesh)

@@ -131,7 +131,7 @@ class Launcher:
 
 
 def devices(n: int) -> int:
-    """Of a run of n processes: two, or one for each."""
+    """CPU devices of a run of n processes: two, or one for each."""
     return max(2, n)
 
 
@@ -141,7 +141,7 @@ def xla_flags(n: int) -> str:
 
 
 def _train(arguments: list[str], flags: str, says: Path) -> None:
-    """What a forked process does."""
+    """Trains, in a forked process."""
     from jax._src import cache_key
 
     from dsmoe_jax.commands import command_line

@@ -103,7 +103,7 @@ def test_a_loop_must_say_how_often_it_runs():
 
 
 def test_of_a_conditional_the_branch_that_moves_less():
-    """What is done if a buffer is too small is the exception."""
+    """The branch for a buffer that is too small is not counted."""
     before = PROGRAM.split("ENTRY")[0]
     program = f"""{before}
 %retry (q: f32[10]) -> f32[10] {{

@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> pathlib.Path:
-    """Of a report with two seeds."""
+    """Blocks of a report with two seeds."""
     results = tmp_path_factory.mktemp("runs")
     run_made_up(results, seeds=2, report=True)
     return results / "table1-smoke"

@@ -47,7 +47,7 @@ class TestLog:
 
 
 def events(directory):
-    """What TensorBoard finds: (step, tag) -> number or histogram.
+    """Events that TensorBoard finds: (step, tag) -> number or histogram.
 
     A record is its length (8 bytes), a checksum (4), the data, a checksum (4).
     """

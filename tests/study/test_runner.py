@@ -1,4 +1,4 @@
-"""What the runner does with cells: order, skipping, continuing, refusing."""
+"""Cells in the runner: order, skipping, continuing, refusing."""
 
 import dataclasses
 import importlib

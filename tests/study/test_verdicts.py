@@ -1,4 +1,4 @@
-"""What the runs say to claims, on numbers chosen by hand."""
+"""Verdicts on claims, for numbers chosen by hand."""
 
 import dataclasses
 

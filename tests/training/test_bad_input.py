@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear line, and nothing overwritten or lost."""
+"""Mistakes of users: one clear line, and nothing overwritten or lost."""
 
 import json
 import os
@@ -53,7 +53,7 @@ class TestWorkdir:
         assert snapshot(run) == before
 
     def test_whose_run_never_began(self, tmp_path, tiny_config):
-        """What was refused is mended in the same directory."""
+        """After a refusal the right call works in the same directory."""
         missing = tiny_config(**{"data.corpus": str(tmp_path / "missing")})
         refused("missing", train, missing, tmp_path / "run", progress=False)
         with claim(tmp_path / "run", tiny_config()):

@@ -45,7 +45,7 @@ def test_a_run_has_the_table_keeps_it_and_routes_by_it(tiny_config, tiny_corpus,
 
 
 def test_a_tokenizer_may_leave_rows_of_the_embedding_unused(tiny_config):
-    """What was counted is of the first token ids; the rest, never seen, is spread."""
+    """Counts are of the first token ids; the other ids, never seen, are spread."""
     counts_V = np.arange(500, 0, -1)
     table_V = router_state.first_values(tiny_config(**HASH).model, lambda: counts_V)["table_V"]
     padded_V = np.concatenate([counts_V, np.zeros(12, int)])

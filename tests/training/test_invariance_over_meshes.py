@@ -111,7 +111,7 @@ def gradients(sizes: dict[str, int]) -> dict[tuple[str, str], list[np.ndarray]]:
 
 @functools.cache
 def on_one_device() -> dict[tuple[str, str], list[np.ndarray]]:
-    """What is right."""
+    """Gradients on one device."""
     return gradients(dict.fromkeys(AXES, 1))
 
 

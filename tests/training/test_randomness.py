@@ -52,7 +52,7 @@ def test_micro_batches_do_not_change_the_noise(name):
 
 
 def test_sequences_draw_different_noise():
-    """Of B equal sequences not all go the same way."""
+    """Equal sequences of a batch do not all take the same experts."""
     batch = jax.tree.map(lambda x: np.tile(x[:1], (B, 1)), synthetic_batch())
     load, _ = first_step("noisy", batch=batch)
     assert (load % B).any(), "loads of equal sequences would be multiples of B"

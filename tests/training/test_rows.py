@@ -15,7 +15,7 @@ from dsmoe_jax.training.step import StepMetrics
 
 
 def step_metrics(**changes):
-    """Of a step with 10 tokens that stand for 25 bytes, without routed experts."""
+    """Metrics of a step with 10 tokens that stand for 25 bytes, without routed experts."""
     numbers = dict(
         loss=2.0, total_loss=2.0, tokens=10.0, bytes=25.0, grad_norm=0.5, learning_rate=1e-3
     )

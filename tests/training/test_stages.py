@@ -170,7 +170,7 @@ def test_all_stages_read_one_stream(tiny_corpus):
 
 
 def test_a_run_goes_on_in_the_stream_at_every_border(tiny_config, tiny_corpus):
-    """What its stages feed to their steps: the records of batches of 1, none twice, none lost."""
+    """The stages read the records of batches of 1 in order, none twice, none lost."""
     found, position = [], None
     config = tiny_config(**STAGES)
     for stage in stages_of(config):

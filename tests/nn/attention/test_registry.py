@@ -1,4 +1,4 @@
-"""What an entry of the registry says is what its module does."""
+"""An entry of the registry describes what its module does."""
 
 import math
 
