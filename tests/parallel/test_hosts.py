@@ -114,7 +114,7 @@ def test_four_processes_of_which_one_is_killed_where_two_go_on(
 
 
 def assert_retries_are_reported(run):
-    """Buffers for the mean load overflow with four processes, not with two that hold all experts."""
+    """Buffers for the mean load overflow with four processes, not with two that hold all of it."""
     rows = read_rows(run.workdir)
     assert {retries for row in rows[:3] for retries in row["exchange_retries"]} <= {0, 1}
     assert sum(sum(row["exchange_retries"]) for row in rows[:3]) > 0
