@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from dsmoe_jax.config import Config
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.tools.eight_devices"]
 pytest.register_assert_rewrite("tests.tools.trees")  # so that its failures show values
 compiling.set_flag()
+# Time is no property of what is tested: a machine that is three times slower must pass too.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tests.tools.patience import PATIENCE
+
 # Reads [cases, only_parse]; a case is the arguments after `python -m dsmoe_jax`.
 _DRIVER = """
 import json, os, sys, tempfile
@@ -71,7 +73,7 @@ def run_all(cases: Sequence[Sequence[str]], *, only_parse: bool = False) -> list
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _DRIVER],
         input=json.dumps([list(map(list, cases)), only_parse]),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [Result(*result) for result in json.loads(done.stdout)]

@@ -12,6 +12,7 @@ import pytest
 from forked import run_all
 
 from dsmoe_jax import commands
+from tests.tools.patience import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 # What is no command: what they share, and the one that `python -m experiments.NAME` gives its name.
@@ -48,7 +49,9 @@ def test_every_command_is_listed():
 
 
 def test_listing_imports_nothing_slow():
-    done = subprocess.run([sys.executable, "-c", LIST], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", LIST], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     for name, purpose in commands.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(purpose)}$", done.stdout, re.MULTILINE)
@@ -103,6 +106,6 @@ def test_the_console_script_is_the_same():
 
 def test_as_users_call_it():
     command = [sys.executable, "-m", "dsmoe_jax", "count", "--config=configs/dsmoe_2b.py:smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert "dsmoe_2b:smoke" in done.stdout

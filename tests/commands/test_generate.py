@@ -11,6 +11,7 @@ import configs
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.training.loop import train
+from tests.tools.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def driven(workdir, tiny_corpus):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", DRIVER],
         input=json.dumps([lines, [str(tiny_corpus), *rows]]),
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results, cuts = json.loads(done.stdout)
@@ -175,14 +176,14 @@ def test_text_is_cut_at_the_first_end_of_text(driven):
 def test_the_command_as_users_call_it(workdir, results):
     command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate"]
     arguments = [f"--workdir={workdir}", *GOOD["greedy"]]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == tuple(results["greedy"])
 
 
 def test_help_explains():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate", "--help"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0
     for text in (

@@ -11,6 +11,7 @@ import configs
 from dsmoe_jax.commands import count
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.model import size
+from tests.tools.patience import PATIENCE
 
 
 def load(name, arg="paper"):
@@ -68,7 +69,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_the_largest_model_counts_in_little_memory():
     done = subprocess.run(
-        [sys.executable, "-c", COUNT_AND_WEIGH], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", COUNT_AND_WEIGH], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     output, _, kilobytes = done.stdout.rstrip().rpartition("\n")

@@ -200,7 +200,7 @@ def test_any_routing(name):
     room = "worst case" if dispatch.DISPATCHERS[name].drops_by_shard else "buffers"
     run = dispatched(name, "ragged_dot", room)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(any_routing())
     def check(ids):
         compare(ids, run(ids), mesh, room)

@@ -120,7 +120,7 @@ def value_and_pullback(apply, x, gates, ids, n_experts):
     return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.sampled_from([(1, 1, 1), (7, 4, 2), (5, 3, 3)]), data=st.data())
 def test_local_dispatch_for_any_routing(sizes, data):
     """Any ids at all, empty experts and one expert taking all among them; with gradients."""

@@ -45,7 +45,7 @@ def test_gradient_of_top_k():
     np.testing.assert_array_equal(gradient(rows.top_k), gradient(jax.lax.top_k))
 
 
-@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(1, 600), st.integers(1, 70))
 def test_group_is_that_of_jax(seed, t, n_groups):
     k = min(3, n_groups)

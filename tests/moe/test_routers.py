@@ -25,7 +25,7 @@ def numpy_softmax(x):
 NO_TOKENS = RouterInputs(jnp.zeros(0, jnp.int32))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 4), st.booleans())
 def test_topk_is_the_papers_formula(seed, k, renormalise):
     logits = np.random.default_rng(seed).normal(size=(5, 8), scale=3).astype(np.float32)
@@ -107,7 +107,7 @@ def test_the_table_by_frequency_is_even_on_the_text_it_was_made_for():
     assert len(set(table[counts == 0])) > 8, "tokens never seen are spread"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 8))
 def test_load_counts_every_valid_assignment_once(seed, e):
     rng = np.random.default_rng(seed)

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.tools.patience import PATIENCE
+
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.py"))
 
 # A kernel that starts may warn about itself; what the package or a cell does must not.
@@ -21,7 +23,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     """Runs all cells as Jupyter would, started beside the notebooks."""
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
     where = {"metadata": {"path": str(NOTEBOOKS[0].parent)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=600, resources=where).execute()
+    NotebookClient(notebook, kernel_name="python3", timeout=PATIENCE, resources=where).execute()
 
 
 # What Jupyter's client warns about in this process is no concern of ours.

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from dsmoe_jax.runs.metrics_log import read_rows
+from tests.tools.patience import PATIENCE
 from tests.tools.tiny import tiny
 
 CONFIG = {
@@ -64,13 +65,13 @@ class Run:
 
     def wait_for_row(self, n: int) -> None:
         """Until n steps are logged."""
-        end = time.monotonic() + 150
+        end = time.monotonic() + PATIENCE
         while not (self.workdir / "metrics.jsonl").exists() or len(read_rows(self.workdir)) < n:
             assert time.monotonic() < end
             assert all(t.process.is_alive() for t in self.trainers), self.end()
             time.sleep(0.01)
 
-    def end(self, timeout: float = 150) -> tuple[list[int | None], list[str]]:
+    def end(self, timeout: float = PATIENCE) -> tuple[list[int | None], list[str]]:
         """Waits for all; exit codes and what they said."""
         end = time.monotonic() + timeout
         codes, said = zip(

@@ -21,6 +21,7 @@ from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts
 from dsmoe_jax.planning import ahead_of_time
 from dsmoe_jax.training.start import state_shapes
+from tests.tools.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_a_small_step_compiles_for_a_slice():
     ]  # fmt: skip
     path = os.pathsep.join([str(LIBTPU), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["mesh"] == sizes

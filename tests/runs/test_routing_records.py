@@ -20,6 +20,7 @@ from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.routing_records import MANIFEST, belongs_to, of_held_out
 from dsmoe_jax.training.loop import train
+from tests.tools.patience import PATIENCE
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
 FIXED = {
@@ -180,7 +181,7 @@ def test_an_evaluation_by_itself_is_recorded(learned, tmp_path):
     command += ["--batch_size=4", "--max_batches=2", f"--record_routing={tmp_path / 'routing'}"]
     run = functools.partial(
         subprocess.run, command, env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     done = run()
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from tests.tools.patience import PATIENCE
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -21,7 +23,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
 
 

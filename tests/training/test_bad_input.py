@@ -13,6 +13,7 @@ from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.workdir import claim, read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import train
+from tests.tools.patience import PATIENCE
 
 
 def refused(message, call, *args, **kwargs):
@@ -229,7 +230,7 @@ def test_a_disk_that_fills_up(tiny_config, tmp_path):
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert child.returncode == 2, child.stderr
     (ours,) = [line for line in child.stderr.splitlines() if line.startswith("error: ")]

@@ -24,6 +24,7 @@ from dsmoe_jax.runs.workdir import read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
+from tests.tools.patience import PATIENCE
 
 # Rows of the same step of two runs differ in how fast they were, and in nothing else.
 SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}
@@ -97,7 +98,7 @@ class TestWhatARunLeaves:
         done = subprocess.run(
             [*command, "--batch_size=4", "--max_batches=2"],  # as the run does
             env={**os.environ, "PYTHONPATH": os.getcwd()},
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         _, *lines = done.stdout.splitlines()
@@ -186,10 +187,10 @@ class TestInterruptions:
             before, child = rows(), start()
             when(child, before)
             child.send_signal(kind)
-            _, error = child.communicate(timeout=120)
+            _, error = child.communicate(timeout=PATIENCE)
             assert child.returncode in (-9, 143, 0), (seed, error)
         child = start()
-        _, error = child.communicate(timeout=120)
+        _, error = child.communicate(timeout=PATIENCE)
         assert child.returncode == 0, (seed, error)
         assert "Traceback" not in error
         assert_same_run(workdir, finished_run[0])
@@ -218,7 +219,7 @@ def get_config():
 
 def wait(child, condition):
     """Until the condition holds or the child has ended."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not condition() and child.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -27,6 +27,7 @@ from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.stages import StageRun
 from dsmoe_jax.training.step import make_train_step
+from tests.tools.patience import PATIENCE
 from tests.training.test_loop import assert_same_run
 
 S = 64
@@ -240,7 +241,7 @@ def test_killed_behind_a_border(staged, tmp_path):
     for rows, step in ((4, 4), (6, 8)):  # written by this process, and of the run: 2 + 6
         command = [sys.executable, str(script), str(workdir), str(rows)]
         child = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert child.returncode == -signal.SIGKILL, child.stderr
         assert read_rows(workdir)[-1]["step"] == step - 1
