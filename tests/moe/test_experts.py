@@ -86,7 +86,7 @@ def test_loop_is_the_formula(loads):
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_backend_equals_the_loop(backend, loads):
     args = make(*LOADS[loads])
-    assert_close(value_and_gradients(*args, backend), value_and_gradients(*args, "loop"), 2e-5)
+    assert_close(value_and_gradients(*args, backend), value_and_gradients(*args, "loop"), 5e-5)
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

@@ -17,11 +17,10 @@ from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.start import abstract_state, from_items, init_state, to_items
 from dsmoe_jax.training.step import jit_train_step
 from tests.tools.tiny import FOR_EIGHT_DEVICES, batch, tiny
-from tests.tools.trees import assert_all_below, by_path, relative_errors
+from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
 pytestmark = pytest.mark.eight_devices
 
-FLOAT32 = 2e-6  # reductions in another order
 # Twenty AdamW steps amplify them: where a gradient is almost 0 its sign decides the update.
 AFTER_TWENTY_STEPS = 1e-3
 MESHES: dict[str, dict[str, int]] = {
@@ -139,7 +138,7 @@ def test_loss_gradients_and_update_are_those_of_one_device(mesh, first_step):
     errors = relative_errors(first_step(mesh).arrays, first_step("one device").arrays)
     assert sum("mu" in path for path in errors) > 15
     assert any("metrics" in path and "load_E" in path for path in errors)
-    assert_all_below(errors, FLOAT32)
+    assert_all_below(errors, REORDERED)
 
 
 # Whole: layers 1, E 8, F 16, D 32; N 4, H 8; V 512.

@@ -12,7 +12,7 @@ from flax import nnx
 from dsmoe_jax.training.start import init_state
 from dsmoe_jax.training.step import jit_train_step, make_train_step
 from tests.tools.tiny import tiny
-from tests.tools.trees import assert_all_below, by_path, relative_errors
+from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
 B, S, V = 4, 64, 512
 GOLDEN = {"loss": 6.248553, "total_loss": 6.272792, "grad_norm": 0.681197}
@@ -129,12 +129,13 @@ def test_accumulation_changes_no_gradient(padding, micro_batches):
     reference = leaves(adam(whole).mu)
     assert np.abs(reference[router]).max() > 0
     for _, _, state, other in results:
-        assert_all_below(relative_errors(leaves(adam(state).mu), reference), 1e-6)
-        np.testing.assert_allclose(other.total_loss, metrics.total_loss, rtol=1e-6)
+        assert_all_below(relative_errors(leaves(adam(state).mu), reference), REORDERED)
+        np.testing.assert_allclose(other.total_loss, metrics.total_loss, rtol=REORDERED)
         np.testing.assert_array_equal(other.router.load_E, metrics.router.load_E)
-        chex.assert_trees_all_close(other.parts, metrics.parts, rtol=1e-6)
-        chex.assert_trees_all_close(other.terms, metrics.terms, rtol=1e-6)
-        chex.assert_trees_all_close(other.router.token_sums, metrics.router.token_sums, rtol=1e-6)
+        chex.assert_trees_all_close(other.parts, metrics.parts, rtol=REORDERED)
+        chex.assert_trees_all_close(other.terms, metrics.terms, rtol=REORDERED)
+        token_sums = other.router.token_sums, metrics.router.token_sums
+        chex.assert_trees_all_close(*token_sums, rtol=REORDERED)
 
 
 def test_balance_terms_reach_the_router():
