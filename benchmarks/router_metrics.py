@@ -40,6 +40,7 @@ from dsmoe_jax.moe import experts, losses
 from dsmoe_jax.moe import layer as moe_layer
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.report import LoggedSums, logged_sums
+from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import MoEInputs
 from dsmoe_jax.runs.metrics_log import MetricsLog
 from dsmoe_jax.training.rows import RunningLoad, training_row
@@ -119,7 +120,7 @@ def layers_case(config: Config) -> Case:
 
         y_BSD, (terms, logged) = jax.lax.scan(layer, x_BSD, params_L)
         whole = losses.whole_batch(inputs.valid_BS)
-        weights = losses.weights_at(model.moe.balance, jnp.float32(0))
+        weights = losses.weights_at(model.moe.balance, Progress(jnp.int32(0), 1))
         balance = sum(
             weight * losses.value(name, terms[name], whole).sum()
             for name, weight in weights.items()

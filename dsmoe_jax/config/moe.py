@@ -14,7 +14,7 @@ from dsmoe_jax.config.frozen import FrozenDict
 
 Schedule = tuple[tuple[float, ...], ...]
 SCHEDULE_FORM = "must be pairs (share of the steps, multiple >= 0) with growing shares in 0..1"
-SCOPES = ("sequence", "global_batch")
+SCOPES = ("sequence", "document", "global_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class RouterConfig:
     topk_group: int = 1  # groups that a token may use (V2's M)
     group_score: str = "max"  # of a group: its best score (V2); "top2_sum": its two best (V3)
     bias_update_speed: float | None = None  # gamma of the loss-free balance bias (V3: 1e-3)
+    # Multiplies gamma, in the form of a term's schedule.  V3 stops the bias for the last 0.5 of
+    # 14.8 T tokens: ((0, 1), (0.966, 1), (0.966, 0), (1, 0)).
+    bias_update_schedule: Schedule | None = None
     jitter: float | None = None  # in training the router's input times U(1 - x, 1 + x) (Switch)
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
@@ -41,6 +44,13 @@ class RouterConfig:
         check = checker(self, at)
         not_negative(self, at, "bias_update_speed", "jitter")
         positive(self, at, "n_group", "topk_group")
+        schedule = self.bias_update_schedule
+        check("bias_update_schedule", schedule is None or is_schedule(schedule), SCHEDULE_FORM)
+        check(
+            "bias_update_schedule",
+            schedule is None or self.bias_update_speed is not None,
+            "there is no bias without a bias_update_speed; must be None",
+        )
         check("jitter", (self.jitter or 0.0) < 1, "must be below 1")
         for name, names in (
             ("scoring_func", ("softmax", "sigmoid")),
@@ -58,7 +68,8 @@ class BalanceTerm:
 
     Attributes:
       factor: its weight in the training loss.
-      scope: the tokens over which f and P are taken, "sequence" or "global_batch".
+      scope: the tokens over which f and P are taken: "sequence", a packed row by itself;
+        "document", those of one document in a row; or "global_batch".
       schedule: multiplies the factor: pairs (share of the steps, multiple) joined by straight
         lines; two pairs with the same share are a jump.  None is 1 throughout.
     """

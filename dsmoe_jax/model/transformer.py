@@ -36,6 +36,7 @@ class _EveryLayer(NamedTuple):
     positions_BS: jax.Array
     mask_BSL: jax.Array
     valid_BS: jax.Array
+    segment_ids_BS: jax.Array | None
     sequence_ids_B: jax.Array | None
     cache_length: jax.Array | int
 
@@ -91,7 +92,12 @@ class Block(nnx.Module):
             y_BSD = self.ffn(normed_BSD)
         else:
             moe_inputs = MoEInputs(
-                every.token_ids_BS, every.valid_BS, one.rng, every.sequence_ids_B, one.replayed
+                every.token_ids_BS,
+                every.valid_BS,
+                one.rng,
+                every.sequence_ids_B,
+                one.replayed,
+                every.segment_ids_BS,
             )
             y_BSD, report = self.moe(normed_BSD, moe_inputs, intervention)
         chex.assert_equal_shape([x_BSD, y_BSD])
@@ -214,7 +220,13 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
         positions_BS = jnp.broadcast_to(index_S, (b, s))
     valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
     return _EveryLayer(
-        inputs.tokens_BS, positions_BS, mask_BSL, valid_BS, inputs.sequence_ids_B, start
+        inputs.tokens_BS,
+        positions_BS,
+        mask_BSL,
+        valid_BS,
+        segment_ids_BS,
+        inputs.sequence_ids_B,
+        start,
     )
 
 

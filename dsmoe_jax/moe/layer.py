@@ -131,9 +131,10 @@ class MoELayer(nnx.Module):
             sizes,
             row_kernels.count,
         )
+        segment_ids_BS = valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
         by_place = (a.reshape(*valid_BS.shape, -1) for a in (kept.ids_TK, kept.gates_TK))
         report = LayerReport(
-            loss_inputs(routing, valid_BS, moe),
+            loss_inputs(routing, segment_ids_BS, moe),
             logged_sums(routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe),
             RecordedRouting(*by_place),
         )

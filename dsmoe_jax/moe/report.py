@@ -40,7 +40,7 @@ class LoggedSums(NamedTuple):
     Attributes:
       tokens: number of valid tokens.
       load_E: assignments that each routed expert received.
-      token_sums: of what is logged as a mean over tokens: `top_gate` (gate of the best expert),
+      token_sums: of what is logged as a mean over tokens: `top_gate` (the largest gate),
         `gate_sum` (of all K), `entropy` of the affinities in nats (ln E: uniform) and `z`, the
         squared log-sum-exp of the logits (as in `losses.router_z`).  A router without affinities
         or logits has no entry for them.
@@ -72,13 +72,19 @@ class LayerReport(NamedTuple):
     recorded: RecordedRouting
 
 
-def loss_inputs(routing: Routing, valid_BS: jax.Array, moe: MoEConfig) -> LossInputs:
-    """Inputs of the training loss from a routing before dropping."""
+def loss_inputs(routing: Routing, segment_ids_BS: jax.Array, moe: MoEConfig) -> LossInputs:
+    """Inputs of the training loss from a routing before dropping.
+
+    Args:
+      routing: of all tokens.
+      segment_ids_BS: the document of each token, 0 for padding; see `losses.sums`.
+      moe: config of the layer.
+    """
     sample = None
     if get_router(moe)[0].samples:
         by_token = policy.sample_of(routing)
-        sample = PolicySample(*(x_T.reshape(valid_BS.shape) for x_T in by_token))
-    return LossInputs(losses.layer_sums(routing, valid_BS, moe), sample)
+        sample = PolicySample(*(x_T.reshape(segment_ids_BS.shape) for x_T in by_token))
+    return LossInputs(losses.layer_sums(routing, segment_ids_BS, moe), sample)
 
 
 def logged_sums(
@@ -131,7 +137,8 @@ def token_columns(
     gates_TK = routing.gates_TK
     s_TE = routing.affinity_TE
     z_TE = routing.logits_TE
-    columns = {"top_gate": gates_TK[:, 0], "gate_sum": gates_TK.sum(axis=1)}
+    # The largest is not the first one where a bias decides who is first.
+    columns = {"top_gate": gates_TK.max(axis=1), "gate_sum": gates_TK.sum(axis=1)}
     if s_TE is not None:
         columns["entropy"] = jax.scipy.special.entr(s_TE).sum(axis=1)
     if z_TE is not None:

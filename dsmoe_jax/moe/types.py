@@ -24,12 +24,23 @@ class Routing(NamedTuple):
         their sum (V3 eq. 19).  None for a router without affinities.
       logits_TE: float32, the logits of the affinities, for the z-loss; None for a router without
         logits.
+      chosen_TK: int32, the choice before experts were left out at random, which the balance terms
+        count; None: `ids_TK`.
+      best_TK: int32, the K experts of the largest plain scores, whichever are chosen, which V3's
+        sequence-wise term counts; None: the chosen ones.
     """
 
     ids_TK: jax.Array
     gates_TK: jax.Array
     affinity_TE: jax.Array | None
     logits_TE: jax.Array | None = None
+    chosen_TK: jax.Array | None = None
+    best_TK: jax.Array | None = None
+
+    @property
+    def counted_TK(self) -> jax.Array:
+        """The experts that the balance terms count."""
+        return self.ids_TK if self.chosen_TK is None else self.chosen_TK
 
 
 class RecordedRouting(NamedTuple):
@@ -49,6 +60,8 @@ class MoEInputs(NamedTuple):
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       replayed: recorded ids_BSK and gates_BSK, for a router that replays; in evaluation they
         replace the choice of any router.
+      segment_ids_BS: int32, the document of each token, 0 for padding; the tokens of a document
+        stand together.  None: one document a sequence.
     """
 
     token_ids_BS: jax.Array
@@ -56,6 +69,7 @@ class MoEInputs(NamedTuple):
     rng: jax.Array | None = None
     sequence_ids_B: jax.Array | None = None
     replayed: RecordedRouting | None = None
+    segment_ids_BS: jax.Array | None = None
 
 
 class RouterInputs(NamedTuple):

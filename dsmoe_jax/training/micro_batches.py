@@ -105,7 +105,7 @@ class BatchGradient:
         micros = split(batch, self._n_micro)
         sent_LG = self._load_of_batch(params, other, micros, rng)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
-        whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"] > 0), sent_LG)
+        whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"]), sent_LG)
 
         def part_of(micro: MicroBatch):
             grad_fn = jax.grad(self._loss, has_aux=True)

@@ -18,6 +18,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.moe.layer import RouterVariable
 from dsmoe_jax.moe.routers import RouterSettings, RouterState, get_router
+from dsmoe_jax.moe.schedules import Progress
 
 
 def first_values(
@@ -61,12 +62,15 @@ def fill(other: nnx.State, values: Mapping[str, Any]) -> nnx.State:
     return _map_variables(filled, other)
 
 
-def after_step(other: nnx.State, load_LE: jax.Array, model: ModelConfig) -> nnx.State:
+def after_step(
+    other: nnx.State, load_LE: jax.Array, progress: Progress, model: ModelConfig
+) -> nnx.State:
     """The router variables after an optimizer step.
 
     Args:
       other: with the variables of the stacked MoE layers, each with a leading layer axis.
       load_LE: assignments of the whole global batch.
+      progress: of the run.
       model: config of the model.
     """
     found = _stateful(model)
@@ -76,7 +80,7 @@ def after_step(other: nnx.State, load_LE: jax.Array, model: ModelConfig) -> nnx.
     assert state.after_step is not None
     variables, _ = nnx.split_state(other, RouterVariable, ...)
     before = {_name(path): x for path, x in jax.tree.leaves_with_path(variables)}
-    moved = state.after_step(before, load_LE, settings)
+    moved = state.after_step(before, load_LE, progress, settings)
     return _map_variables(lambda path, old: moved.get(_name(path), old), other)
 
 

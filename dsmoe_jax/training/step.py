@@ -21,6 +21,7 @@ from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
+from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
@@ -78,7 +79,8 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         assert_shapes(batch)
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        weights = losses.weights_at(config.model.moe.balance, state.step / steps)
+        progress = Progress(state.step, steps)
+        weights = losses.weights_at(config.model.moe.balance, progress)
         totals, grads, recorded = gradient(state.params, state.other, batch, rng, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
@@ -97,7 +99,8 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         )
         other = state.other
         if totals.router is not None:
-            other = router_state.after_step(other, totals.router.load_E, config.model)
+            load_LE = totals.router.load_E
+            other = router_state.after_step(other, load_LE, progress, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step

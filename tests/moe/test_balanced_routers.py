@@ -100,6 +100,19 @@ def test_expert_choice(n_valid):
     assert (np.diff(np.asarray(routing.gates_TK), axis=1) <= 0).all(), "best first"
 
 
+def test_expert_choice_by_sigmoids_that_saturate():
+    """Each expert takes the tokens with the largest logits, not the first of those at 1."""
+    logits = 20 + 5 * skewed_logits(4)
+    routing = route(
+        logits, RouterInputs(TOKENS), moe_config("expert_choice", scoring_func="sigmoid")
+    )
+    taken = np.zeros((T, E + 1), bool)
+    np.put_along_axis(taken, np.asarray(routing.ids_TK), True, axis=1)
+    for i in range(E):
+        best = np.argsort(-logits[:, i], kind="stable")[: 2 * T // E]
+        np.testing.assert_array_equal(np.flatnonzero(taken[:, i]), np.sort(best))
+
+
 def test_expert_choice_leaks_the_future():
     """A later token changes who serves an earlier one: what its docstring warns of."""
     logits, config = skewed_logits(1), moe_config("expert_choice")

@@ -1,6 +1,7 @@
 """Balance terms against plain numpy written from the papers."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.losses import TERMS, Devices
 from dsmoe_jax.moe.routers import ROUTERS
-from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.moe.schedules import Progress, multiple
+from dsmoe_jax.moe.types import RecordedRouting, RouterInputs, Routing
+from tests.tools.routing import moe_config as router_config
+from tests.tools.routing import route as route_by
 
 B, S, E, K = 3, 8, 6, 2
 D, M = 3, 2  # devices, and how many of them a token may use
-SCOPES = ["sequence", "global_batch"]
+SCOPES = ["sequence", "document", "global_batch"]
 DEVICES = Devices(D, limit=M)
 
 
@@ -31,10 +35,10 @@ def route(logits_TE):
     return Routing(ids, gates, affinity, jnp.asarray(logits_TE))
 
 
-def term_value(name, routing, valid_BS, scope, devices=DEVICES):
+def term_value(name, routing, segment_ids_BS, scope, devices=DEVICES):
     """The value of a term over a whole batch."""
-    part = losses.sums(name, routing, valid_BS, scope, devices)
-    return losses.value(name, part, losses.whole_batch(valid_BS))
+    part = losses.sums(name, routing, segment_ids_BS, scope, devices)
+    return losses.value(name, part, losses.whole_batch(segment_ids_BS))
 
 
 def moe_config(**balance):
@@ -96,6 +100,8 @@ def numpy_switch_balance(s, ids):
     return E * np.sum(f * s.mean(axis=0))
 
 
+# The routers that balance terms act on.
+BALANCED_BY_TERMS = [name for name, r in ROUTERS.items() if r.learned and not r.balanced]
 BY_SCOPE = {
     "expert": numpy_expert_balance,
     "device": numpy_device_balance,
@@ -116,8 +122,8 @@ def test_terms_against_numpy(name, skew):
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_sequence_balance_is_the_expert_term_of_each_sequence():
-    """The sequence term has no other scope, whatever that of the expert term is."""
+def test_without_a_bias_or_groups_sequence_balance_is_the_expert_term_of_each_sequence():
+    """Whatever the scope of the expert term is."""
     logits, valid = random_case(3)
     want = term_value("expert", route(logits), valid, "sequence")
     assert term_value("sequence", route(logits), valid, "sequence") == want
@@ -183,6 +189,134 @@ def test_gradient_flows_through_the_affinities_only():
     assert np.abs(got).max() > 1e-4
 
 
+def documents():
+    """Where each document of a batch is: rows of two, one and three, with padding in two rows."""
+    segment_ids_BS = np.zeros((B, S), np.int32)
+    segment_ids_BS[0] = [1, 1, 1, 2, 2, 2, 2, 2]
+    segment_ids_BS[1, :5] = 1
+    segment_ids_BS[2, :7] = [1, 2, 2, 2, 3, 3, 3]
+    numbers_BS = np.where(segment_ids_BS > 0, 10 * np.arange(B)[:, None] + segment_ids_BS, 0)
+    return segment_ids_BS, [numbers_BS.reshape(-1) == n for n in np.unique(numbers_BS) if n]
+
+
+@pytest.mark.parametrize("name", list(BY_SCOPE))
+def test_each_document_by_itself(name):
+    """The mean over six documents of the paper's formula for the tokens of each."""
+    logits, _ = random_case(9)
+    routing = route(logits)
+    segment_ids_BS, of_documents = documents()
+    s, ids = np.asarray(routing.affinity_TE, np.float64), np.asarray(routing.ids_TK)
+    assert len(of_documents) == 6
+    want = np.mean([BY_SCOPE[name](s[tokens], ids[tokens]) for tokens in of_documents])
+    got = term_value(name, routing, jnp.asarray(segment_ids_BS), "document")
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    by_row = term_value(name, routing, jnp.asarray(segment_ids_BS), "sequence")
+    assert abs(by_row - want) > 1e-2
+
+
+@pytest.mark.parametrize("name", list(TERMS))
+def test_two_documents_in_a_row_are_those_of_two_rows(name):
+    """Value and gradient: no other document of a row matters."""
+    logits = np.random.default_rng(10).normal(size=(S, E), scale=2).astype(np.float32)
+    together = jnp.asarray([[1] * 3 + [2] * (S - 3)])
+    apart = jnp.asarray([[1] * 3 + [0] * (S - 3), [0] * 3 + [1] * (S - 3)])
+
+    @jax.jit
+    @jax.value_and_grad
+    def term(logits, segment_ids_BS):
+        return term_value(name, route(logits), segment_ids_BS, "document")
+
+    got, got_grad = term(logits, together)
+    want, grads = term(np.tile(logits, (2, 1)), apart)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    np.testing.assert_allclose(got_grad, grads[:S] + grads[S:], rtol=1e-5, atol=1e-7)
+    assert np.abs(got_grad).max() > 1e-2
+
+
+def test_a_document_is_counted_exactly_behind_a_long_one():
+    """The last of 5000 tokens, two documents of one: f from running sums of thousands."""
+    s = 5000
+    ids = np.zeros((s, K), np.int32) + np.arange(K)
+    ids[-2:] += 2
+    routing = Routing(jnp.asarray(ids), jnp.ones((s, K)), jnp.full((s, E), 1 / E))
+    segment_ids_BS = np.ones((1, s), np.int32)
+    segment_ids_BS[0, -2:] = 2, 3
+    # Even affinities: f of every document has the mean 1, and nothing else does.
+    got = term_value("expert", routing, jnp.asarray(segment_ids_BS), "document")
+    np.testing.assert_allclose(got, 1.0, rtol=1e-6)
+
+
+def numpy_sequence_balance(s, k):
+    """V3 eqs. 17-20 for the tokens of one sequence: f by the K largest plain scores."""
+    t, e = s.shape
+    best = np.argsort(-s, axis=1, kind="stable")[:, :k]
+    f = np.array([e / (k * t) * np.sum(np.any(best == i, axis=1)) for i in range(e)])
+    normalised = s / s.sum(axis=1, keepdims=True)
+    return np.sum(f * normalised.mean(axis=0)), f, normalised
+
+
+@pytest.mark.parametrize("changed", ["nothing", "bias", "groups", "bias and groups"])
+def test_sequence_balance_counts_the_best_plain_scores(changed):
+    """V3 eqs. 17-20, value and gradient, whatever a bias and groups make of the choice."""
+    logits = np.random.default_rng(11).normal(size=(B * S, E)).astype(np.float32)
+    section = {"scoring_func": "sigmoid", "norm_topk_prob": True}
+    inputs = RouterInputs(jnp.zeros(B * S, jnp.int32))
+    if "bias" in changed:
+        section["bias_update_speed"] = 1e-3
+        inputs = inputs._replace(state={"bias_E": jnp.linspace(-0.4, 0.4, E)})
+    if "groups" in changed:
+        section |= {"n_group": 3, "topk_group": 1}
+    moe = router_config(e=E, k=K, **section)
+
+    def value(logits, name):
+        found = route_by(logits, inputs, moe)
+        return term_value(name, found, jnp.ones((B, S), bool), "sequence"), found
+
+    (got, routing), grad = jax.value_and_grad(value, has_aux=True)(jnp.asarray(logits), "sequence")
+    z = logits.astype(np.float64).reshape(B, S, E)
+    each = [numpy_sequence_balance(1 / (1 + np.exp(-z_b)), K) for z_b in z]
+    np.testing.assert_allclose(got, np.mean([term for term, *_ in each]), rtol=1e-5)
+    # d/dz of sum_i f_i mean_t s'_ti, with s' = s / sum s and ds/dz = s (1 - s).
+    want = [p * (f - (f * p).sum(axis=1, keepdims=True)) for _, f, p in each]
+    want = np.array(want) / (1 + np.exp(z)) / (B * S)
+    np.testing.assert_allclose(grad, want.reshape(-1, E), rtol=1e-4, atol=1e-8)
+    chosen = np.sort(np.asarray(routing.ids_TK), axis=1)
+    best = np.sort(np.argsort(-logits, axis=1)[:, :K], axis=1)
+    expert, _ = value(jnp.asarray(logits), "expert")
+    if changed == "nothing":
+        np.testing.assert_array_equal(chosen, best)
+        assert expert == got
+    else:
+        assert (chosen != best).any(axis=1).mean() > 0.2
+        assert abs(expert - got) > 1e-3  # the choice itself is counted by the expert term
+
+
+@pytest.mark.parametrize("router", BALANCED_BY_TERMS)
+def test_an_even_sure_router_gives_one(router):
+    """In training, with all that a router leaves out at random: as many choices as f divides by."""
+    k, t = ROUTERS[router].top or K, 2 * E
+    ids = (np.arange(t)[:, None] + E // 2 * np.arange(k)) % E
+    logits = np.full((t, E), -40.0, np.float32)
+    np.put_along_axis(logits, ids, np.linspace(40, 34, k, dtype=np.float32)[None], axis=1)
+    per_expert = ROUTERS[router].logits_per_expert
+    if router == "noisy_topk":  # the noise's scale beside the logits
+        logits = np.concatenate([logits, np.full_like(logits, -40)], axis=1)
+    elif per_expert > 1:
+        logits = np.repeat(logits, per_expert, axis=1)
+    options = {o: True for o in ROUTERS[router].options if o == "random_second_expert"}
+    moe = router_config(router, e=E, k=k, options=options)
+    replayed = RecordedRouting(jnp.asarray(ids, jnp.int32), jnp.ones((t, k)))
+    inputs = RouterInputs(jnp.zeros(t, jnp.int32), rng=jax.random.key(0), replayed=replayed)
+    routing = route_by(jnp.asarray(logits), inputs, moe)
+    if options:
+        assert (routing.ids_TK[:, 1] == E).sum() > t / 2, "most second ones are left out"
+    terms = {name: term for name, term in TERMS.items() if term.balances}
+    for name, term in terms.items():
+        for scope in term.scopes:
+            value = term_value(name, routing, jnp.ones((1, t), bool), scope)
+            np.testing.assert_allclose(value, 1.0, rtol=1e-5, err_msg=f"{name} in scope {scope}")
+
+
 @pytest.mark.parametrize("name", list(TERMS))
 @pytest.mark.parametrize("tokens", SCOPES)
 def test_padding_counts_nowhere(name, tokens):
@@ -212,15 +346,15 @@ def test_values_of_parts_add_up(name, tokens):
     """A batch in three parts of a sequence each, one of them padded, one nothing but padding."""
     logits, _ = random_case(5)
     routing = route(logits)
-    valid = jnp.ones((B, S), bool).at[1, 4:].set(False).at[2].set(False)
+    segment_ids = jnp.ones((B, S), int).at[0, 3:].set(2).at[1, 4:].set(0).at[2].set(0)
     parts = []
     for b in range(B):
         own = jax.tree.map(lambda x, b=b: x[b * S : b * S + S], routing)
-        parts.append(losses.sums(name, own, valid[b : b + 1], tokens, DEVICES))
+        parts.append(losses.sums(name, own, segment_ids[b : b + 1], tokens, DEVICES))
     sent = None if parts[0].sent_G is None else {name: sum(part.sent_G for part in parts)}
-    whole = losses.whole_batch(valid, sent)
+    whole = losses.whole_batch(segment_ids, sent)
     got = sum(losses.value(name, part, whole) for part in parts)
-    np.testing.assert_allclose(got, term_value(name, routing, valid, tokens), rtol=1e-6)
+    np.testing.assert_allclose(got, term_value(name, routing, segment_ids, tokens), rtol=1e-6)
 
 
 def test_each_term_has_its_own_scope():
@@ -251,7 +385,8 @@ def test_weights_follow_their_schedules():
         "switch": BalanceTerm(0.3),
     }
     for share in (0.0, 0.1, 0.2, 0.4999, 0.5, 0.9, 1.0):
-        got = losses.weights_at(balance, jnp.float32(share))
+        step = round(share * 10_000)
+        got = losses.weights_at(balance, Progress(jnp.int32(step), 10_000))
         want = 0.01 * np.interp(share, [0.1, 0.5], [0.0, 2.0])
         np.testing.assert_allclose(got["expert"], want, rtol=1e-5, atol=1e-9)
         np.testing.assert_allclose(got["router_z"], 0.5 if share < 0.5 else 0.125, rtol=1e-6)
@@ -259,12 +394,30 @@ def test_weights_follow_their_schedules():
         assert set(got) == {"expert", "router_z", "switch"}
 
 
+@pytest.mark.parametrize("steps", [49, 100, 7000])
+def test_a_jump_is_at_the_step_at_its_share(steps):
+    """Not one later where the share is rounded up, or step / steps down."""
+    shares = (0.07, 0.09, 0.15, 0.29, 0.33, 0.6, 0.72, 0.85, 0.97)
+    firsts = [math.ceil(round(100 * share) * steps / 100) for share in shares]
+
+    @jax.jit
+    def multiples(step_n):
+        jumps = [((0, 1), (share, 1), (share, 0), (1, 0)) for share in shares]
+        return [
+            multiple(jump, Progress(step, steps)) for jump, step in zip(jumps, step_n, strict=True)
+        ]
+
+    first_n = jnp.array(firsts)
+    assert multiples(first_n - 1) == [1] * len(shares)
+    assert multiples(first_n) == [0] * len(shares)
+
+
 def test_the_terms_are_those_of_the_config():
     """The default is the expert term; None takes one out, a factor of 0 keeps it at no weight."""
 
     def weights(**changes):
         balance = replace(Config(), **changes).model.moe.balance
-        return losses.weights_at(balance, jnp.float32(0.5))
+        return losses.weights_at(balance, Progress(jnp.int32(5), 10))
 
     assert weights() == {"expert": np.float32(0.01)}
     assert weights(**{"model.moe.balance.expert": None}) == {}
@@ -285,7 +438,7 @@ def test_the_order_of_terms_is_not_that_of_the_config():
     for names in itertools.permutations(terms):
         moe = moe_config(**{name: BalanceTerm(terms[name], "global_batch") for name in names})
         assert list(losses.in_order(moe.balance)) == wanted
-        assert list(losses.weights_at(moe.balance, jnp.float32(0))) == wanted
+        assert list(losses.weights_at(moe.balance, Progress(jnp.int32(0), 10))) == wanted
         assert losses.counted_over_batch(moe.balance) == wanted[:3]
     assert list(losses.layer_sums(route(logits), valid, moe)) == wanted
 
@@ -296,7 +449,8 @@ def test_the_order_of_terms_is_not_that_of_the_config():
         (
             "topk",
             {"balance.sequence.factor": 1e-4, "balance.sequence.scope": "global_batch"},
-            r"model\.moe\.balance\.sequence\.scope='global_batch': must be one of \('sequence',\)",
+            r"model\.moe\.balance\.sequence\.scope='global_batch': must be one of"
+            r" \('sequence', 'document'\)",
         ),
         ("topk", {"balance.expert.scope": "batch"}, r"expert\.scope='batch': must be one of"),
         (

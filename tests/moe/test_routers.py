@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dsmoe_jax.config import Config, RouterConfig, replace
 from dsmoe_jax.config.trees import known_keys
-from dsmoe_jax.moe.routers import ROUTERS, RouterSettings, get_router
+from dsmoe_jax.moe.routers import ROUTERS, RouterSettings, get_router, scored
 from dsmoe_jax.moe.routers.fixed import balanced_table, hash_expert
+from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import RouterInputs, count_load
 from tests.tools.routing import moe_config, route
 
@@ -22,6 +23,7 @@ def numpy_softmax(x):
     return p / p.sum(axis=-1, keepdims=True)
 
 
+NOW = Progress(jnp.int32(0), 10)
 NO_TOKENS = RouterInputs(jnp.zeros(0, jnp.int32))
 
 
@@ -217,11 +219,29 @@ def test_the_bias_moves_by_its_speed_towards_an_even_load():
     router, found = get_router(moe_config(e=4, bias_update_speed=0.5))
     before_LE = jnp.array([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.0, 2.0]])
     load_LE = jnp.array([[9.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 8.0]])
-    after = router.state.after_step({"bias_E": before_LE}, load_LE, found)
+    after = router.state.after_step({"bias_E": before_LE}, load_LE, NOW, found)
     want_LE = [[-0.5, 0.5, 0.0, 0.0], [1.5, -0.5, 0.5, 1.5]]
     np.testing.assert_array_equal(after["bias_E"], want_LE)
+    at_mean = router.state.after_step(
+        {"bias_E": jnp.zeros((1, 4))}, jnp.array([[3.0, 2.0, 2.0, 1.0]]), NOW, found
+    )
+    np.testing.assert_array_equal(at_mean["bias_E"], [[-0.5, 0.0, 0.0, 0.5]])
     _, still = get_router(moe_config(e=4))
-    assert router.state.after_step({}, load_LE, still) == {}
+    assert router.state.after_step({}, load_LE, NOW, still) == {}
+
+
+@pytest.mark.parametrize(("e", "mean"), [(63, 100), (7, 3), (200, 2**23 - 99), (256, 1)])
+def test_an_expert_at_the_mean_does_not_move(e, mean):
+    """Against Python's integers: the mean is seldom a float32, and E * load may pass 2^31."""
+    load_LE = np.full((20, e), mean)
+    moved = np.random.default_rng(e).integers(1, min(mean, 50) + 1, (20, e // 4))
+    load_LE[:, : e // 4] += moved
+    load_LE[:, -(e // 4) :] -= moved  # the others are at the mean,
+    load_LE[10:, 0] += 1  # or in half of the layers a part of an assignment below it
+    want = np.array([[np.sign(sum(load_E) - e * n) for n in load_E] for load_E in load_LE.tolist()])
+    assert (want[:10] == 0).sum() >= 10 * (e // 2)
+    got = jax.jit(scored.below_mean)(jnp.asarray(load_LE, jnp.float32))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_the_table_is_made_from_the_counts_of_the_training_text():

@@ -1,11 +1,16 @@
 """Scores, groups, bias and noise against plain numpy written from the papers."""
 
+import dataclasses
+import decimal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.moe.routers import scored
+from dsmoe_jax.moe import report
+from dsmoe_jax.moe.kernels import native, rows
+from dsmoe_jax.moe.routers import get_router, scored
 from dsmoe_jax.moe.types import RecordedRouting, RouterInputs
 from tests.tools.routing import moe_config, route
 
@@ -125,19 +130,129 @@ def test_the_bias_chooses_but_neither_weighs_nor_learns():
     np.testing.assert_array_equal(grads[1], 0.0)
 
 
-@pytest.mark.parametrize("logit", [-30.0, -45.0, -60.0, -200.0])
-def test_scores_that_vanish_are_no_error(logit):
-    """No score of a token is much above 0: its gates and affinities and their gradients are."""
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
+
+
+@pytest.mark.parametrize("level", [-200.0, -60.0, -45.0, -30.0, 0.0, 30.0])
+def test_sigmoid_gates_and_affinities_at_any_level_of_the_logits(level):
+    """Rows sum to 1, values and gradients are the formula's in float64: s / sum s, ds = s (1 - s).
+
+    No router earns a smaller balance term by sinking: s of float32 is 0 below -104, and s / (sum s
+    + 1e-18) below -40 is not a share.
+    """
     config = moe_config("topk", k=K, scoring_func="sigmoid", norm_topk_prob=True)
+    logits = level + jnp.asarray(random_logits(6, scale=1.0))
+    rng = np.random.default_rng(7)
+    by_gate_TK, by_affinity_TE = rng.normal(size=(T, K)), rng.normal(size=(T, E))
 
     def outputs(logits):
         routing = route(logits, RouterInputs(TOKENS), config)
-        return (routing.gates_TK[:, 0] + routing.affinity_TE[:, 1]).sum(), routing
+        weighted = (routing.gates_TK * by_gate_TK).sum()
+        return weighted + (routing.affinity_TE * by_affinity_TE).sum(), routing
 
-    logits = logit + jnp.asarray(random_logits(6, scale=0.1))
-    (_, routing), grads = jax.value_and_grad(outputs, has_aux=True)(logits)
-    for x in (routing.gates_TK, routing.affinity_TE, grads):
-        assert jnp.isfinite(x).all()
+    (_, routing), grad = jax.value_and_grad(outputs, has_aux=True)(logits)
+    z = np.asarray(logits, np.float64)
+    ids = np.argsort(-z, axis=1, kind="stable")[:, :K]
+    p_TE, g_TK = softmax(log_sigmoid(z)), softmax(np.take_along_axis(log_sigmoid(z), ids, axis=1))
+    np.testing.assert_array_equal(routing.ids_TK, ids)
+    np.testing.assert_allclose(routing.affinity_TE, p_TE, rtol=1e-5)
+    np.testing.assert_allclose(routing.gates_TK, g_TK, rtol=1e-5)
+    for shares in (routing.affinity_TE, routing.gates_TK):
+        np.testing.assert_allclose(shares.sum(axis=1), 1.0, rtol=1e-6)
+    want = p_TE * (by_affinity_TE - (p_TE * by_affinity_TE).sum(axis=1, keepdims=True))
+    through_gates = g_TK * (by_gate_TK - (g_TK * by_gate_TK).sum(axis=1, keepdims=True))
+    np.put_along_axis(want, ids, np.take_along_axis(want, ids, axis=1) + through_gates, axis=1)
+    want /= 1 + np.exp(z)  # d log s / dz = 1 - s
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-6 * np.abs(want).max())
+
+
+def chosen_by_bias(name, **section):
+    """Gates of experts 5, 6 and 7, and their gradient, far below those that the scores prefer."""
+    config = moe_config(name, k=3, norm_topk_prob=True, bias_update_speed=1e-3, **section)
+    bias_E = jnp.zeros(E).at[5:].set(jnp.array([9.0, 8.0, 7.0]))
+    logits = np.tile(np.array([0, 0, 0, 0, 0, -150, -151, -149], np.float32), (4, 1))
+    if name == "dynamic_specialised":
+        logits = np.repeat(logits, scored.SUB_EXPERTS, axis=1)
+    inputs = RouterInputs(TOKENS[:4], state={"bias_E": bias_E})
+
+    def gates(logits):
+        routing = route(logits, inputs, config)
+        return routing.gates_TK[:, 0].sum(), routing
+
+    (_, routing), grad = jax.value_and_grad(gates, has_aux=True)(jnp.asarray(logits))
+    np.testing.assert_array_equal(routing.ids_TK, np.tile([5, 6, 7], (4, 1)))
+    return routing.gates_TK, grad.reshape(4, E, -1).sum(axis=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("topk", {}), ("topk", {"scoring_func": "sigmoid"}), ("dynamic_specialised", {})],
+)
+def test_gates_of_scores_that_vanish_sum_to_one(name, section):
+    """A bias, a probe or a balanced choice may take experts whose scores are 0 in float32."""
+    gates_TK, grad_TE = chosen_by_bias(name, **section)
+    want = softmax(np.array([-150.0, -151.0, -149.0]))
+    np.testing.assert_allclose(gates_TK, np.tile(want, (4, 1)), rtol=1e-5)
+    slope = want[0] * (np.array([1.0, 0, 0]) - want)
+    np.testing.assert_allclose(grad_TE[:, 5:], np.tile(slope, (4, 1)), rtol=1e-4)
+    np.testing.assert_array_equal(grad_TE[:, :5], 0.0)
+
+
+def test_sinkhorn_gates_of_scores_that_vanish_sum_to_one():
+    """Every token prefers expert 0 by 150; the balancing gives most of them others."""
+    config = moe_config("sinkhorn", k=2, norm_topk_prob=True, options={"iterations": 30})
+    logits = random_logits(8, scale=0.5)
+    logits[:, 0] += 150
+    inputs = RouterInputs(TOKENS, rng=jax.random.key(0))
+    routing = route(logits, inputs, config)
+    chosen = np.take_along_axis(logits.astype(np.float64), np.asarray(routing.ids_TK), axis=1)
+    assert (chosen.max(axis=1) < 100).mean() > 0.5
+    np.testing.assert_allclose(routing.gates_TK, softmax(chosen), rtol=1e-5, atol=1e-30)
+    grad = jax.grad(lambda z: route(z, inputs, config).gates_TK[:, 0].sum())(jnp.asarray(logits))
+    assert jnp.isfinite(grad).all()
+
+
+def exact_groups(logits, kept):
+    """The best groups of two by the sum of their sigmoids, in decimals of 200 places."""
+    with decimal.localcontext(prec=200):
+        s = [1 / (1 + (-decimal.Decimal(float(z))).exp()) for z in logits]
+        pairs = [s[i] + s[i + 1] for i in range(0, len(s), 2)]
+    return sorted(range(len(pairs)), key=lambda g: -pairs[g])[:kept]
+
+
+@pytest.mark.parametrize("scale", [2.0, 20.0, 60.0])
+@pytest.mark.parametrize("score", ["no groups", "max", "top2_sum"])
+def test_saturated_sigmoids_do_not_tie(scale, score):
+    """Without a bias the choice is that of exact numbers; N(0, 20^2) is 0 or 1 in float32."""
+    logits = random_logits(9, scale=scale)
+    section = {} if score == "no groups" else {"n_group": 4, "topk_group": 2, "group_score": score}
+    config = moe_config(k=K, scoring_func="sigmoid", **section)
+    allowed = np.ones((T, E), bool)
+    if score == "max":
+        group = logits.reshape(T, 4, 2).max(axis=2)
+        allowed = np.repeat(group >= np.sort(group, axis=1)[:, 2:3], 2, axis=1)
+    elif score == "top2_sum":
+        best = np.array([exact_groups(u, 2) for u in logits])
+        allowed = (np.arange(E) // 2 == best[:, :, None]).any(axis=1)
+    want = np.argsort(-np.where(allowed, logits, -np.inf), axis=1, kind="stable")[:, :K]
+    for top_k in (rows.top_k, native.rows.top_k):
+        router, found = get_router(config)
+        found = dataclasses.replace(found, top_k=top_k)
+        routing = router.route(jnp.asarray(logits), RouterInputs(TOKENS), found)
+        np.testing.assert_array_equal(routing.ids_TK, want)
+        s = sigmoid(np.take_along_axis(logits.astype(np.float64), want, axis=1))
+        np.testing.assert_allclose(routing.gates_TK, s, rtol=1e-5, atol=1e-37)
+
+
+def test_the_top_gate_is_the_largest():
+    """Whoever a bias puts first."""
+    config = moe_config(k=K, bias_update_speed=1e-3)
+    bias_E = jnp.zeros(E).at[3].set(5.0)
+    routing = route(random_logits(10), RouterInputs(TOKENS, state={"bias_E": bias_E}), config)
+    assert (routing.gates_TK.argmax(axis=1) > 0).mean() > 0.5
+    columns = report.token_columns(routing, None, softmax=True)
+    np.testing.assert_array_equal(columns["top_gate"], np.max(routing.gates_TK, axis=1))
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
@@ -158,6 +273,18 @@ def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate(renormalise):
     np.testing.assert_allclose(routings.gates_TK[..., 0], both * (1 - share), rtol=1e-5)
     evaluated = route(logits, RouterInputs(TOKENS), config)
     np.testing.assert_array_equal(evaluated.ids_TK, np.tile([0, 1], (T, 1)))
+
+
+@pytest.mark.parametrize("section", [{"scoring_func": "sigmoid"}, {"routed_scaling_factor": 0.0}])
+def test_gshard_keeps_the_second_expert_in_proportion_to_its_score_at_any_level(section):
+    """Where both gates are 0 in float32 too."""
+    config = moe_config("gshard", k=2, options={"random_second_expert": True}, **section)
+    logits = np.tile([2.0, 1.0, 0, 0, 0, 0, 0, 0], (T, 1)).astype(np.float32) - 200
+    kept = jax.vmap(lambda rng: route(logits, RouterInputs(TOKENS, rng=rng), config).ids_TK)(
+        jax.random.split(jax.random.key(0), 50)
+    )
+    share = np.mean(np.asarray(kept[..., 1]) < E)
+    assert abs(share - 2 / (1 + np.e)) < 4 * np.sqrt(0.25 / (50 * T))
 
 
 def test_replayed_experts_get_the_gates_of_live_scores():

@@ -35,7 +35,7 @@ def by_sentence(logits_TE, inputs, settings):
 
 SEEN = RouterState(
     first=lambda settings: {"seen_E": jnp.zeros(settings.n_experts)},
-    after_step=lambda state, load_LE, settings: {"seen_E": state["seen_E"] + load_LE},
+    after_step=lambda state, load_LE, progress, settings: {"seen_E": state["seen_E"] + load_LE},
 )
 
 

@@ -24,10 +24,12 @@ from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.moe.routers import assignment, balanced, fixed, policy, scored
 from dsmoe_jax.moe.routers.settings import RouterSettings
+from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import RouterInputs, Routing
 
 _GATES = frozenset({"norm_topk_prob", "routed_scaling_factor"})
-_CHOICE = frozenset({"n_group", "topk_group", "group_score", "bias_update_speed", "jitter"})
+_BIAS_KEYS = frozenset({"bias_update_speed", "bias_update_schedule"})
+_CHOICE = frozenset({"n_group", "topk_group", "group_score", "jitter"}) | _BIAS_KEYS
 _SCORED = _GATES | _CHOICE | {"scoring_func"}
 
 
@@ -39,15 +41,18 @@ class RouterState(NamedTuple):
         axes, as those of parameters do.  Empty for settings that need no variable.
       from_token_counts: `(counts_V, settings) -> {name: array}`, first values that depend on how
         often each token is in the training text; None: there are none.
-      after_step: `(state, load_LE, settings) -> {name: array}`, the values after an optimizer step
-        in which the experts got `load_LE` of the global batch; arrays have a leading layer axis.
-        None: they do not change.
+      after_step: `(state, load_LE, progress, settings) -> {name: array}`, the values after an
+        optimizer step in which the experts got `load_LE` of the global batch; arrays have a leading
+        layer axis.  None: they do not change.
     """
 
     first: Callable[[RouterSettings], dict[str, jax.Array]]
     from_token_counts: Callable[[np.ndarray, RouterSettings], dict[str, np.ndarray]] | None = None
     after_step: (
-        Callable[[Mapping[str, jax.Array], jax.Array, RouterSettings], dict[str, jax.Array]] | None
+        Callable[
+            [Mapping[str, jax.Array], jax.Array, Progress, RouterSettings], dict[str, jax.Array]
+        ]
+        | None
     ) = None
 
 

@@ -34,7 +34,7 @@ def base(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -
     return Routing(
         ids_T[:, None].astype(jnp.int32),
         gates_TK * settings.config.routed_scaling_factor,
-        scored.scores(logits_TE, settings.config),
+        scored.scores(logits_TE, settings.config).affinity_TE,
         logits_TE,
     )
 

@@ -24,12 +24,13 @@ def sinkhorn(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSetting
     if inputs.rng is None:
         return scored.topk(logits_TE, inputs, settings)
     config = settings.config
-    s_TE = scored.scores(logits_TE, config)
+    found = scored.scores(logits_TE, config)
     iterations = settings.option("iterations")
     choice_TE = balance(jax.lax.stop_gradient(logits_TE), inputs.valid_T, iterations)
     _, ids_TK = settings.top_k(choice_TE, settings.k)
-    gates_TK = scored.gates(jnp.take_along_axis(s_TE, ids_TK, axis=1), config)
-    return Routing(ids_TK, gates_TK, scored.affinities(s_TE, config), logits_TE)
+    gates_TK = scored.gates(found, ids_TK, config)
+    best_TK = scored.best(found, settings)
+    return Routing(ids_TK, gates_TK, found.affinity_TE, logits_TE, best_TK=best_TK)
 
 
 def balance(logits_TE: jax.Array, valid_T: jax.Array | None, iterations: int) -> jax.Array:
@@ -66,10 +67,11 @@ def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSe
     """
     config = settings.config
     t, e = logits_TE.shape
-    s_TE = scored.scores(logits_TE, config)
-    rank_TE = s_TE
+    found = scored.scores(logits_TE, config)
+    s_TE = found.s_TE
+    rank_TE = found.order_TE
     if inputs.valid_T is not None:
-        rank_TE = jnp.where(inputs.valid_T[:, None], s_TE, -jnp.inf)
+        rank_TE = jnp.where(inputs.valid_T[:, None], rank_TE, -jnp.inf)
     _, token_EC = jax.lax.top_k(rank_TE.T, min(t, -(-t * settings.k // e)))
     taken_TE = jnp.zeros((t, e), bool).at[token_EC, jnp.arange(e)[:, None]].set(True)
     taken_TE &= rank_TE > -jnp.inf
@@ -77,4 +79,4 @@ def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSe
     taken_TE = best_first >= 0
     gates_TE = jnp.where(taken_TE, best_first, 0.0) * config.routed_scaling_factor
     ids_TE = jnp.where(taken_TE, ids_TE, e)
-    return Routing(ids_TE, gates_TE, scored.affinities(s_TE, config), logits_TE)
+    return Routing(ids_TE, gates_TE, found.affinity_TE, logits_TE)

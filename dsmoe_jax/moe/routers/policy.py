@@ -28,7 +28,9 @@ def reinforce(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettin
     _, ids_TK = settings.top_k(choice_TE, settings.k)
     gate = settings.config.routed_scaling_factor / settings.k
     gates_TK = jnp.full(ids_TK.shape, gate, jnp.float32)
-    return Routing(ids_TK, gates_TK, scored.scores(logits_TE, settings.config), logits_TE)
+    found = scored.scores(logits_TE, settings.config)
+    best_TK = scored.best(found, settings)
+    return Routing(ids_TK, gates_TK, found.affinity_TE, logits_TE, best_TK=best_TK)
 
 
 class PolicySample(NamedTuple):

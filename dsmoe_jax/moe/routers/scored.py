@@ -4,6 +4,9 @@
                         s of the chosen ones --> gates
 
 The bias and the group limit change which experts are chosen, never the gate of a chosen one.
+Sigmoids saturate: in float32 they are all 1 above a logit of 17, and their sums vanish below -40.
+So gates and affinities are normalised from logarithms, and experts are ranked by logits where
+nothing is added to the scores.
 
 Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a token may use.
 """
@@ -11,6 +14,7 @@ Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +22,31 @@ import jax.numpy as jnp
 from dsmoe_jax.config import RouterConfig
 from dsmoe_jax.moe.kernels import rows
 from dsmoe_jax.moe.routers.settings import RouterSettings
+from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RouterInputs, Routing, unassign
 
 SUB_EXPERTS = 4  # logits that the dynamic specialised router has for each expert
+
+
+class Scores(NamedTuple):
+    """The scores of the experts, and forms of them that are exact where the scores saturate.
+
+    Attributes:
+      s_TE: s, by `scoring_func`.
+      affinity_TE: s divided by its sum, a distribution over the experts (s' of V3 eq. 19).
+      log_TE: log s, up to a summand of each token.
+      logits_TE: numbers in the order of s that do not saturate; None: s is the finest there is.
+    """
+
+    s_TE: jax.Array
+    affinity_TE: jax.Array
+    log_TE: jax.Array
+    logits_TE: jax.Array | None = None
+
+    @property
+    def order_TE(self) -> jax.Array:
+        """What the experts are ranked by."""
+        return self.s_TE if self.logits_TE is None else self.logits_TE
 
 
 def topk(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
@@ -42,10 +68,13 @@ def gshard(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings)
     routing = topk(logits_TE, inputs, settings)
     if not settings.option("random_second_expert") or inputs.rng is None:
         return routing
-    share_T = routing.gates_TK[:, 1] / routing.gates_TK.sum(axis=1)
+    share_T = _shares(scores(logits_TE, settings.config), routing.ids_TK)[:, 1]
     kept_T = 2.0 * share_T > inputs.draw(jax.random.uniform)
     kept_TK = jnp.stack([jnp.ones_like(kept_T), kept_T], axis=1)
-    return unassign(routing, kept_TK, settings.n_experts)
+    # The balance terms count both choices: which of the second ones are left out is chance, and
+    # f is even at 1 only if every token makes K choices.
+    left = unassign(routing, kept_TK, settings.n_experts)
+    return left._replace(chosen_TK=routing.ids_TK)
 
 
 def noisy_topk(logits: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
@@ -80,9 +109,10 @@ def dynamic_specialised(
       logits: (T, 4E), the 4 of an expert side by side.
       inputs, settings: as for `topk`.
     """
-    shares = jax.nn.softmax(logits, axis=-1)
-    s_TE = shares.reshape(-1, settings.n_experts, SUB_EXPERTS).sum(axis=-1)
-    return _from_scores(s_TE, logits, inputs, settings)
+    by_expert = -1, settings.n_experts, SUB_EXPERTS
+    s_TE = jax.nn.softmax(logits, axis=-1).reshape(by_expert).sum(axis=-1)
+    log_TE = jax.nn.logsumexp(logits.reshape(by_expert), axis=-1)
+    return _from_scores(Scores(s_TE, s_TE, log_TE), logits, inputs, settings)
 
 
 def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
@@ -93,13 +123,10 @@ def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSetti
     if inputs.rng is None:
         return topk(logits_TE, inputs, settings)
     assert inputs.replayed is not None, "nothing to replay"
-    s_TE = scores(logits_TE, settings.config)
+    found = scores(logits_TE, settings.config)
     ids_TK = inputs.replayed.ids
-    # Unassigned ones, past the last expert, have gate 0.
-    s_TK = jnp.take_along_axis(s_TE, ids_TK, axis=1, mode="fill", fill_value=0.0)
-    return Routing(
-        ids_TK, gates(s_TK, settings.config), affinities(s_TE, settings.config), logits_TE
-    )
+    gates_TK = gates(found, ids_TK, settings.config)
+    return Routing(ids_TK, gates_TK, found.affinity_TE, logits_TE, best_TK=best(found, settings))
 
 
 def first_bias(settings: RouterSettings) -> dict[str, jax.Array]:
@@ -110,61 +137,100 @@ def first_bias(settings: RouterSettings) -> dict[str, jax.Array]:
 
 
 def move_bias(
-    state: Mapping[str, jax.Array], load_LE: jax.Array, settings: RouterSettings
+    state: Mapping[str, jax.Array],
+    load_LE: jax.Array,
+    progress: Progress,
+    settings: RouterSettings,
 ) -> dict[str, jax.Array]:
     """Loss-free balancing: `b_i += gamma * sign(mean load - load_i)` (2408.15664 algorithm 1).
 
     Args:
       state: `bias_E` with a leading layer axis L; nothing without a speed.
-      load_LE: assignments of the whole global batch.
+      load_LE: assignments of the whole global batch, fewer than 2^31 of them.
+      progress: of the run, for the schedule of gamma.
       settings: with gamma, `bias_update_speed`.
     """
-    speed = settings.config.bias_update_speed
-    if speed is None:
+    config = settings.config
+    if config.bias_update_speed is None:
         return {}
-    below_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
-    return {"bias_E": state["bias_E"] + speed * below_LE}
+    speed = config.bias_update_speed * multiple(config.bias_update_schedule, progress)
+    return {"bias_E": state["bias_E"] + speed * below_mean(load_LE)}
 
 
-def scores(logits_TE: jax.Array, config: RouterConfig) -> jax.Array:
-    """Scores s_TE of the experts by `scoring_func`."""
+def below_mean(load_LE: jax.Array) -> jax.Array:
+    """Sign of mean load - load, float32: 0 exactly at the mean."""
+    # In integers, since the mean is rarely a float32.  sum - E load has the same sign, but E load
+    # may be above 2^31: so the mean's whole part is compared, and then its rest.
+    load_LE = load_LE.astype(jnp.int32)
+    mean_L1, rest_L1 = jnp.divmod(load_LE.sum(axis=-1, keepdims=True), load_LE.shape[-1])
+    below_LE = jnp.sign(mean_L1 - load_LE)
+    return jnp.where(below_LE == 0, jnp.sign(rest_L1), below_LE).astype(jnp.float32)
+
+
+def scores(logits_TE: jax.Array, config: RouterConfig) -> Scores:
+    """Scores of the experts by `scoring_func`."""
     if config.scoring_func == "softmax":
-        return jax.nn.softmax(logits_TE, axis=-1)
-    return jax.nn.sigmoid(logits_TE)
+        s_TE = jax.nn.softmax(logits_TE, axis=-1)
+        return Scores(s_TE, s_TE, logits_TE)
+    log_TE = jax.nn.log_sigmoid(logits_TE)
+    affinity_TE = jax.nn.softmax(log_TE, axis=-1)
+    return Scores(jax.nn.sigmoid(logits_TE), affinity_TE, log_TE, logits_TE)
 
 
-def affinities(s_TE: jax.Array, config: RouterConfig) -> jax.Array:
-    """The scores as a distribution over the experts: s' of V3 eq. 19."""
-    return s_TE if config.scoring_func == "softmax" else _normalised(s_TE)
-
-
-def gates(s_TK: jax.Array, config: RouterConfig) -> jax.Array:
-    """Gates of the chosen experts from their scores: V1 eq. 10, V3 eqs. 13 and 14."""
+def gates(found: Scores, ids_TK: jax.Array, config: RouterConfig) -> jax.Array:
+    """Gates of chosen experts: V1 eq. 10, V3 eqs. 13 and 14; 0 for unassigned ones."""
     if config.norm_topk_prob:
-        s_TK = _normalised(s_TK)
+        return _shares(found, ids_TK) * config.routed_scaling_factor
+    s_TK = jnp.take_along_axis(found.s_TE, ids_TK, axis=1, mode="fill", fill_value=0.0)
     return s_TK * config.routed_scaling_factor
 
 
-def _normalised(s_TX: jax.Array) -> jax.Array:
-    """Scores divided by their sum."""
-    # Sigmoids may all underflow to 0, hence the tiny summand; the gradient divides by its square.
-    return s_TX / (s_TX.sum(axis=-1, keepdims=True) + 1e-18)
+def _shares(found: Scores, ids_TK: jax.Array) -> jax.Array:
+    """Scores of chosen experts divided by their sum; 0 for unassigned ones."""
+    # From logarithms, which are exact where all K scores vanish; so is the gradient, which would
+    # otherwise divide by the square of their sum.
+    none = jnp.finfo(jnp.float32).min
+    log_TK = jnp.take_along_axis(found.log_TE, ids_TK, axis=1, mode="fill", fill_value=none)
+    share_TK = jax.nn.softmax(log_TK, axis=1)
+    return jnp.where(ids_TK < found.log_TE.shape[1], share_TK, 0.0)
 
 
-def limit_to_groups(choice_TE: jax.Array, config: RouterConfig) -> jax.Array:
+def best(found: Scores, settings: RouterSettings) -> jax.Array:
+    """The K experts of the largest scores, whichever are chosen (V3 eq. 18)."""
+    return settings.top_k(jax.lax.stop_gradient(found.order_TE), settings.k)[1]
+
+
+def limit_to_groups(
+    choice_TE: jax.Array, config: RouterConfig, *, of_logits: bool = False
+) -> jax.Array:
     """Leaves each token the experts of its M best groups; the others become -inf.
 
     V2 (device-limited) scores a group by its best expert, V3 (node-limited) by the sum of its two
     best.
+
+    Args:
+      choice_TE: scores, with a bias or without.
+      config: of the router.
+      of_logits: whether they are logits, in the order of their sigmoids.
     """
     t, e = choice_TE.shape
     by_group = choice_TE.reshape(t, config.n_group, e // config.n_group)
-    best = 1 if config.group_score == "max" else 2
-    score_TG = jax.lax.top_k(by_group, best)[0].sum(axis=-1)
+    if config.group_score == "max":
+        score_TG = by_group.max(axis=-1)
+    else:
+        best_TG2 = jax.lax.top_k(by_group, 2)[0]
+        score_TG = _logit_of_mean(best_TG2) if of_logits else best_TG2.sum(axis=-1)
     _, group_TM = jax.lax.top_k(score_TG, config.topk_group)
     kept_TG = (group_TM[:, :, None] == jnp.arange(config.n_group)).any(axis=1)
     # -inf and not 0: a biased score may be negative, and 0 would beat it.
     return jnp.where(kept_TG[:, :, None], by_group, -jnp.inf).reshape(t, e)
+
+
+def _logit_of_mean(logits_TG2: jax.Array) -> jax.Array:
+    """The logit of the mean sigmoid: in the order of the sum of sigmoids, without its ties."""
+    above_TG = jax.nn.logsumexp(jax.nn.log_sigmoid(logits_TG2), axis=-1)
+    below_TG = jax.nn.logsumexp(jax.nn.log_sigmoid(-logits_TG2), axis=-1)
+    return above_TG - below_TG
 
 
 def mask_best(choice_TE: jax.Array, n: int) -> jax.Array:
@@ -174,18 +240,25 @@ def mask_best(choice_TE: jax.Array, n: int) -> jax.Array:
     return jnp.where(masked_TE, -jnp.inf, choice_TE)
 
 
-def _from_scores(s_TE, logits, inputs: RouterInputs, settings: RouterSettings) -> Routing:
+def _from_scores(
+    found: Scores, logits: jax.Array, inputs: RouterInputs, settings: RouterSettings
+) -> Routing:
+    """Chooses by score, bias and groups; the gates are of the plain scores."""
     config = settings.config
     biased = "bias_E" in inputs.state
     limited = config.topk_group < config.n_group
-    choice_TE = s_TE
+    choice_TE = found.order_TE
     if biased:
-        choice_TE = choice_TE + jax.lax.stop_gradient(inputs.state["bias_E"])
+        choice_TE = found.s_TE + jax.lax.stop_gradient(inputs.state["bias_E"])
     if limited:
-        choice_TE = limit_to_groups(choice_TE, config)
+        of_logits = found.logits_TE is not None and not biased
+        choice_TE = limit_to_groups(choice_TE, config, of_logits=of_logits)
     if settings.mask_best:
         choice_TE = mask_best(choice_TE, settings.mask_best)
-    s_TK, ids_TK = settings.top_k(choice_TE, settings.k)
-    if biased or limited:  # the gates are of the plain scores
-        s_TK = jnp.take_along_axis(s_TE, ids_TK, axis=1)
-    return Routing(ids_TK, gates(s_TK, config), affinities(s_TE, config), logits)
+    value_TK, ids_TK = settings.top_k(choice_TE, settings.k)
+    if biased or limited or config.norm_topk_prob or found.logits_TE is not None:
+        gates_TK = gates(found, ids_TK, config)
+    else:
+        gates_TK = value_TK * config.routed_scaling_factor  # they are the scores: none is gathered
+    best_TK = best(found, settings) if biased or limited else None
+    return Routing(ids_TK, gates_TK, found.affinity_TE, logits, best_TK=best_TK)
