@@ -8,12 +8,16 @@ router or term changes nothing here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from dsmoe_jax.config.checks import checker, not_negative, positive
 from dsmoe_jax.config.frozen import FrozenDict
 
+MAX_FLOAT32 = 3e38  # what is larger is infinite in a step
 Schedule = tuple[tuple[float, ...], ...]
-SCHEDULE_FORM = "must be pairs (share of the steps, multiple >= 0) with growing shares in 0..1"
+SCHEDULE_FORM = (
+    "must be pairs (share of the steps, finite multiple >= 0) with growing shares in 0..1"
+)
 SCOPES = ("sequence", "document", "global_batch")
 
 
@@ -44,13 +48,17 @@ class RouterConfig:
         check = checker(self, at)
         not_negative(self, at, "bias_update_speed", "jitter")
         positive(self, at, "n_group", "topk_group")
+        speed = self.bias_update_speed
         schedule = self.bias_update_schedule
         check("bias_update_schedule", schedule is None or is_schedule(schedule), SCHEDULE_FORM)
         check(
             "bias_update_schedule",
-            schedule is None or self.bias_update_speed is not None,
+            schedule is None or speed is not None,
             "there is no bias without a bias_update_speed; must be None",
         )
+        check("bias_update_speed", speed is None or speed < MAX_FLOAT32, "must be finite")
+        scale = self.routed_scaling_factor
+        check("routed_scaling_factor", 0 <= scale < MAX_FLOAT32, "must be finite and >= 0")
         check("jitter", (self.jitter or 0.0) < 1, "must be below 1")
         for name, names in (
             ("scoring_func", ("softmax", "sigmoid")),
@@ -190,7 +198,10 @@ def _check_drop(drop: DropConfig, at: str) -> None:
 
 
 def is_schedule(pairs: Schedule) -> bool:
-    """Whether these are pairs of growing shares in 0..1 and multiples >= 0."""
-    shares = [pair[0] for pair in pairs if len(pair) == 2 and pair[1] >= 0]
-    in_order = [0, *shares, 1] == sorted([0, *shares, 1])
-    return bool(pairs) and len(shares) == len(pairs) and in_order
+    """Whether these are pairs of growing shares in 0..1 and finite multiples >= 0."""
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        return False
+    shares = [0.0, *(pair[0] for pair in pairs), 1.0]
+    # Comparisons and not a sort, which takes a NaN for in order wherever it stands.
+    grow = all(before <= after for before, after in itertools.pairwise(shares))
+    return grow and all(0 <= pair[1] < MAX_FLOAT32 for pair in pairs)

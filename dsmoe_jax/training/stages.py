@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsmoe_jax.config import Config, Stage, replace, stages_of
+from dsmoe_jax.config import Config, Stage, replace, stages_of, trees
 from dsmoe_jax.config.stages import without_stages
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, train_batches
@@ -37,9 +37,10 @@ def check_stages(config: Config) -> None:
         keys = [key for key in columns if key.startswith("model.")]
         guilty = [key for key in keys if _changes(whole, key, columns[key][number], wanted)]
         key = (guilty or keys)[0]
+        outside = dict(trees.flatten(trees.to_tree(whole))).get(key)
         raise ValueError(
-            f"train.stages.{key}={columns[key]}: changes the shape of {path}, cannot change"
-            " during a run"
+            f"train.stages.{key}={columns[key]}: changes the shape of {path} from that of"
+            f" {key}={outside!r} outside the stages, cannot change during a run"
         )
 
 

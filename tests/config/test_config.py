@@ -1,6 +1,7 @@
 """The dataclasses refuse what cannot be, in one line that names the key and the value."""
 
 import json
+import math
 
 import pytest
 
@@ -27,6 +28,12 @@ from dsmoe_jax.config import (
         ("model.moe.balance.expert.schedule", ((0.5, 1.0, 2.0),), "must be pairs"),
         ("model.moe.balance.expert.schedule", ((0.5, -1.0),), "multiple >= 0"),
         ("model.moe.balance.expert.schedule", ((1.5, 1.0),), "in 0..1"),
+        ("model.moe.balance.expert.schedule", ((math.nan, 1.0),), "growing shares"),
+        ("model.moe.balance.expert.schedule", ((0.0, math.inf),), "finite multiple"),
+        ("model.moe.router.bias_update_schedule", ((0.5, 1.0),), "without a bias_update_speed"),
+        ("model.moe.router.bias_update_schedule", ((0.5, 1.0), (0.2, 0.0)), "growing shares"),
+        ("model.moe.router.bias_update_speed", math.inf, "must be finite"),
+        ("model.moe.router.routed_scaling_factor", math.nan, "must be finite and >= 0"),
         ("model.moe.balance.expert.factor", -0.1, ">= 0"),
         ("model.moe.drop.capacity_factor", 0.0, "> 0"),
         ("model.moe.drop.protected_share", 1.5, "at most 1"),

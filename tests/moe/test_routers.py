@@ -159,6 +159,13 @@ def test_refusals_name_key_value_and_what_would_be_right(name, settings, message
         ("sinkhorn", 2, {"iterations": 2.5}, r"options\.iterations=2\.5: must be of type int"),
         ("sinkhorn", 2, {"iterations": True}, r"options\.iterations=True: must be of type int"),
         ("gshard", 2, {"random_second_expert": 1}, r"second_expert=1: must be of type bool"),
+        ("sinkhorn", 2, {"iterations": -1}, r"options\.iterations=-1: must be finite and >= 0"),
+        (
+            "reinforce",
+            2,
+            {"entropy_factor": np.nan},
+            r"entropy_factor=nan: must be finite and >= 0",
+        ),
         ("hash", 1, {"table": 3}, r"model\.moe\.router\.options\.table=3: must be of type str"),
         ("hash", 1, {"table": "even"}, r"options\.table='even': .*\('random', 'frequency'\)"),
     ],

@@ -81,6 +81,31 @@ def test_moves_once_a_step_by_the_load_of_the_global_batch(micro_batches):
     assert np.abs(bias_LE).max() > GAMMA, "it moves"
 
 
+# As V3's: whole, then halved, then none for the rest.
+SCHEDULE = ((0, 1), (0.3, 1), (0.3, 0.5), (0.6, 0.5), (0.6, 0), (1, 0))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_its_speed_follows_a_schedule(micro_batches):
+    state, step = compiled(
+        **{
+            "model.moe.router.bias_update_schedule": SCHEDULE,
+            "train.accumulation_steps": micro_batches,
+            "train.steps": 10,
+            "optimizer.warmup_steps": 0,
+        }
+    )
+    seen = []
+    for multiple in (1, 1, 1, 0.5, 0.5, 0.5, 0, 0, 0, 0):  # of the steps 1 to 10
+        before_LE = bias_of(state)
+        state, metrics = step(state, batch(0))
+        whole_LE = expected(0, np.asarray(metrics.router.load_E))
+        np.testing.assert_allclose(bias_of(state) - before_LE, multiple * whole_LE, atol=1e-8)
+        seen.append(bias_of(state))
+    assert (seen[6] == seen[9]).all()
+    assert (seen[5] != seen[4]).any(), "it moves up to the last part"
+
+
 def test_accumulation_changes_nothing():
     after = []
     for micro_batches in (1, 2):

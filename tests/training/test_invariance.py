@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import Config, replace
+from dsmoe_jax.config.moe import SCOPES
 from dsmoe_jax.moe import losses
 from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.start import init_state
@@ -19,7 +20,6 @@ from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_err
 
 FAST = {"xla_cpu_use_fusion_emitters": False}  # compiles in a third of the time
 B, S, V, E = 8, 16, 64, 8
-SCOPES = ("sequence", "global_batch")
 ALL_TERMS = {
     "model.vocab_size": V,
     "model.hidden_size": 16,
@@ -32,6 +32,7 @@ ALL_TERMS = {
     "model.moe.num_experts_per_tok": 2,
     "model.moe.router.n_group": 4,
     "model.moe.router.topk_group": 2,
+    "model.moe.router.group_score": "top2_sum",  # so that the best scores are not all chosen
     "model.moe.expert_groups": 4,
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
@@ -106,14 +107,15 @@ def test_over_micro_batches(scope, micro_batches):
 
 
 def test_the_terms_move_the_router_and_differ():
-    """No term's gradient is nothing, and none is another's; nor are the two scopes the same."""
+    """No term's gradient is nothing, and none is another's; nor are two scopes the same."""
     router = "['layers']['moe']['router_ED'].value"
     found = {
         (scope, term): gradients(scope, term, 1)[0][router]
         for scope in SCOPES
         for term in losses.TERMS
     }
-    same = {(scope, "sequence") for scope in SCOPES} | {("sequence", "expert")}  # as defined
+    # That term has no scope `global_batch`, and keeps its own.
+    same = {("global_batch", "sequence"), ("sequence", "sequence")}
     for a in found:
         assert np.linalg.norm(found[a]) > 0.1, a
         for b in found:

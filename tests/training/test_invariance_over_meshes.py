@@ -1,7 +1,7 @@
 """The gradient of every balance term at a fixed scope is the same on all meshes of eight devices.
 
 Two MoE layers, one after the other, so that the terms of the second reach back through the experts
-and the dispatch of the first.  One compiled function a mesh has every term in both scopes; their
+and the dispatch of the first.  One compiled function a mesh has every term in all scopes; their
 weights are arguments, so that each term's gradient is seen by itself.
 
 Shapes: B sequences, S positions, D hidden.
@@ -33,6 +33,7 @@ LAYERS = {
     "model.moe.num_experts_per_tok": 2,
     "model.moe.router.n_group": 4,
     "model.moe.router.topk_group": 2,
+    "model.moe.router.group_score": "top2_sum",  # so that the best scores are not all chosen
     "model.moe.expert_groups": 4,
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
@@ -51,23 +52,25 @@ def mesh_name(sizes: dict[str, int]) -> str:
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens with much in common; two sequences have padding.
+    """Tokens with much in common, and their documents; two sequences have padding.
 
     So the load is uneven: with f near 1 little of a gradient is left but rounding.
     """
     rng = np.random.default_rng(0)
     x_BSD = rng.standard_normal((B, S, D)) + 2 * rng.standard_normal(D)
-    valid_BS = np.ones((B, S), bool)
-    valid_BS[1, 5:] = valid_BS[6] = False
-    return x_BSD.astype(np.float32), valid_BS
+    segment_ids_BS = np.ones((B, S), np.int32)
+    segment_ids_BS[::2, 3:] = 2
+    segment_ids_BS[1, 5:] = segment_ids_BS[6] = 0
+    return x_BSD.astype(np.float32), segment_ids_BS
 
 
 def make_loss(graph: nnx.GraphDef):
-    """`(params, x_BSD, valid_BS, weights) -> weighted sum of the terms of both layers`."""
+    """`(params, x_BSD, segment_ids_BS, weights) -> weighted sum of the terms of both layers`."""
     devices = losses.Devices(n=4, limit=2)
 
-    def loss(params, x_BSD, valid_BS, weights):
-        whole, total = losses.whole_batch(valid_BS), 0.0
+    def loss(params, x_BSD, segment_ids_BS, weights):
+        whole, total = losses.whole_batch(segment_ids_BS), 0.0
+        valid_BS = segment_ids_BS > 0
         for state in params:
             x_BSD = sharding.constrain(x_BSD, "BSD")
             layer: MoELayer = nnx.merge(graph, state)
@@ -75,7 +78,7 @@ def make_loss(graph: nnx.GraphDef):
             by_token = RouterInputs(inputs.token_ids_BS.reshape(-1), valid_BS.reshape(-1))
             routing, _ = layer.route(x_BSD.reshape(-1, D), by_token)
             for weight, (scope, term) in zip(weights, TERMS, strict=True):
-                part = losses.sums(term, routing, valid_BS, scope, devices)
+                part = losses.sums(term, routing, segment_ids_BS, scope, devices)
                 total += weight * losses.value(term, part, whole)
             x_BSD += layer(x_BSD, inputs)[0]
         return total
@@ -99,12 +102,12 @@ def gradients(sizes: dict[str, int]) -> dict[tuple[str, str], list[np.ndarray]]:
     with jax.set_mesh(make_mesh(MeshConfig(**sizes), devices)):
         params = jax.tree.map(jax.device_put, params, sharding.shardings(params))
         rows = sharding.local_rows(B)
-        x_BSD, valid_BS = batch()
-        arrays = sharding.global_batch({"x": x_BSD, "valid": valid_BS}, rows, B)
+        x_BSD, segment_ids_BS = batch()
+        arrays = sharding.global_batch({"x": x_BSD, "segments": segment_ids_BS}, rows, B)
         grad = jax.jit(jax.grad(make_loss(graph), argnums=(0, 1)))
         found = {}
         for name, weights in zip(TERMS, np.eye(len(TERMS), dtype=np.float32), strict=True):
-            leaves = jax.tree.leaves(grad(params, arrays["x"], arrays["valid"], weights))
+            leaves = jax.tree.leaves(grad(params, arrays["x"], arrays["segments"], weights))
             found[name] = [np.asarray(x, np.float64) for x in leaves]
     return found
 
@@ -131,5 +134,5 @@ def test_gradients_on_a_mesh(sizes):
         assert len(moved) >= 7, (term, len(moved))  # router twice, experts once, tokens, ...
         assert all(not x.any() for x, y in pairs if not y.any())
         errors[term] = max(np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in moved)
-    assert len(errors) == 2 * len(losses.TERMS) - 1
+    assert len(errors) == 3 * len(losses.TERMS) - 1
     assert_all_below(errors, REORDERED)

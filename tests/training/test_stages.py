@@ -52,6 +52,9 @@ STAGES = {  # steps 1-3, 4-7, 8-10
     "train.stages.optimizer.peak_learning_rate": (0.01, 0.003, 0.001),
     "train.stages.model.moe.num_experts_per_tok": (1, 2, 3),
     "train.stages.model.moe.balance.router_z.factor": (0.0, 0.001, 0.01),
+    "model.moe.router.bias_update_speed": 0.02,
+    "model.moe.router.bias_update_schedule": ((0.1, 1.0), (0.1, 0.5)),
+    "train.stages.model.moe.router.bias_update_speed": (0.02, 0.01, 0.0),
 }
 
 
@@ -66,6 +69,8 @@ def test_a_stage_is_the_config_with_its_values():
             "train.steps": 10, "train.global_batch_size": 2, "train.accumulation_steps": 1,
             "optimizer.peak_learning_rate": 0.003, "model.moe.num_experts_per_tok": 2,
             "model.moe.balance.router_z.factor": 0.001,
+            "model.moe.router.bias_update_speed": 0.01,
+            "model.moe.router.bias_update_schedule": ((0.1, 1.0), (0.1, 0.5)),
         },
     )  # fmt: skip
     assert [stage_of(config, step).first for step in (0, 1, 3, 4, 7, 8, 10)] == [
@@ -116,7 +121,8 @@ def test_impossible_stages_are_refused(overrides, says):
         ({"model.hidden_size": (32, 64)},
          r"stages\.model\.hidden_size=\(32, 64\): changes the shape of parameters/embedding"),
         ({"model.moe.router.bias_update_speed": (None, 0.1), TOP_K: (2, 1)},
-         r"bias_update_speed=\(None, 0.1\): changes the shape of router variables/.*/bias_E"),
+         r"bias_update_speed=\(None, 0.1\): changes the shape of router variables/.*/bias_E from"
+         r" that of model\.moe\.router\.bias_update_speed=None outside the stages"),
         ({"model.moe.n_routed_experts": (4, 8), TOP_K: (2, 5)},
          r"model\.moe\.n_routed_experts=\(4, 8\): changes .* cannot change during a run$"),
         ({"model.moe.router.name": ("topk", "hashed")}, r"router\.name='hashed': must be one of"),
@@ -208,6 +214,27 @@ def test_rows_show_the_stages(staged):
         weighted += stage.model.moe.balance["router_z"].factor * sum(row["router_z"])
         np.testing.assert_allclose(row["total_loss"], row["loss"] + weighted, rtol=1e-5)
     assert load_run(workdir).model.config.moe.num_experts_per_tok == 3
+
+
+def test_the_bias_moves_at_the_speed_of_each_stage(staged):
+    """By schedule and by stage: 0.02 in the first step, then a half of it, and nothing at last.
+
+    The interrupted runs below are this one bit for bit, so the bias goes on where it was.
+    """
+    config, workdir = staged
+    rows = [row for row in read_rows(workdir) if "load" in row]
+    moved = np.zeros(np.shape(rows[0]["load"]))
+    for row in rows:
+        load_LE = np.array(row["load"])
+        speed = stage_of(config, row["step"]).config.model.moe.router.bias_update_speed
+        speed *= 1.0 if row["step"] == 1 else 0.5
+        moved += speed * np.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+    biases = [
+        load_run(workdir, step).model.layers.moe.bias_E[...] for step in (9, 10)
+    ]  # both of the last stage
+    np.testing.assert_allclose(biases[0], moved, atol=1e-7)
+    np.testing.assert_array_equal(biases[0], biases[1])
+    assert np.abs(moved).max() > 0.02
 
 
 def test_stopping_at_and_around_a_border(staged, tmp_path, monkeypatch):

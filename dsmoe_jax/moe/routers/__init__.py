@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -228,6 +229,8 @@ def _refuse_unread(config: RouterConfig, router: Router) -> None:
         kind = type(router.options[name])
         number = kind is float and type(value) is int
         require(type(value) is kind or number, key, value, f"must be of type {kind.__name__}")
+        in_range = kind not in (int, float) or 0 <= value < math.inf
+        require(in_range, key, value, "must be finite and >= 0")
 
 
 __all__ = [
