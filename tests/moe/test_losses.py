@@ -234,16 +234,16 @@ def test_two_documents_in_a_row_are_those_of_two_rows(name):
 
 
 def test_a_document_is_counted_exactly_behind_a_long_one():
-    """The last of 5000 tokens, two documents of one: f from running sums of thousands."""
-    s = 5000
-    ids = np.zeros((s, K), np.int32) + np.arange(K)
-    ids[-2:] += 2
-    routing = Routing(jnp.asarray(ids), jnp.ones((s, K)), jnp.full((s, E), 1 / E))
+    """The last two of 5000 tokens, each a document: f is a difference of sums of thousands."""
+    s, e, k = 5000, 7, 3  # 7/3 is no float32, nor are its multiples
+    ids_TK = (np.arange(s)[:, None] + np.arange(k)) % e
+    affinity_TE = np.full((s, e), 1 / e, np.float32)
+    affinity_TE[-2:] = np.eye(e)[ids_TK[-2:, 0]]
+    routing = Routing(jnp.asarray(ids_TK), jnp.ones((s, k)), jnp.asarray(affinity_TE))
     segment_ids_BS = np.ones((1, s), np.int32)
     segment_ids_BS[0, -2:] = 2, 3
-    # Even affinities: f of every document has the mean 1, and nothing else does.
     got = term_value("expert", routing, jnp.asarray(segment_ids_BS), "document")
-    np.testing.assert_allclose(got, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(got, (1 + 7 / 3 + 7 / 3) / 3, rtol=2e-6)
 
 
 def numpy_sequence_balance(s, k):

@@ -82,9 +82,9 @@ def compiled(scope, micro_batches):
     return jax.jit(gradient, compiler_options=FAST)
 
 
-def gradients(scope, term, micro_batches):
+def gradients(scope, term, micro_batches, inputs=None):
     """The gradient with a weight on one term, far above the language model's, and the totals."""
-    state, inputs = initial_state(), batch()
+    state, inputs = initial_state(), inputs or batch()
     weights = {name: jnp.float32(1e3 * (name == term)) for name in losses.TERMS}
     run = compiled(scope, micro_batches)
     found = run(state.params, state.other, inputs, jax.random.key(0), weights)
@@ -104,6 +104,34 @@ def test_over_micro_batches(scope, micro_batches):
         chex.assert_trees_all_close(totals.total_loss, whole.total_loss, rtol=REORDERED)
         token_sums = totals.router.token_sums, whole.router.token_sums
         chex.assert_trees_all_close(*token_sums, rtol=REORDERED)
+
+
+def packed_and_apart():
+    """The same eight documents: two a row in four rows, and in rows of their own, with padding."""
+    packed = {name: x_BS.copy() for name, x_BS in batch().items()}
+    for name in ("loss_mask_BS", "segment_ids_BS"):
+        packed[name][:] = 0  # so also are the other four rows
+    packed["segment_ids_BS"][:4] = np.where(np.arange(S) < 9, 1, 2)
+    packed["loss_mask_BS"][:4] = 1
+    apart = {name: np.zeros_like(x_BS) for name, x_BS in packed.items()}
+    for name, x_BS in packed.items():
+        apart[name][:4, :9] = x_BS[:4, :9]
+        apart[name][4:, : S - 9] = x_BS[:4, 9:]
+    apart["segment_ids_BS"] = np.minimum(apart["segment_ids_BS"], 1)
+    return packed, apart
+
+
+def test_documents_of_one_row_are_those_of_rows_of_their_own():
+    """In scope `document`; in scope `sequence` they are one."""
+    packed, apart = packed_and_apart()
+    for term in losses.TERMS:
+        want, whole = gradients("document", term, 1, apart)
+        for micro_batches in (1, 2):
+            got, totals = gradients("document", term, micro_batches, packed)
+            assert_all_below(relative_errors(got, want), 5e-6)
+            chex.assert_trees_all_close(totals.terms, whole.terms, rtol=5e-6)
+    in_rows = gradients("sequence", "expert", 1, packed)[1].terms["expert"]
+    assert np.abs(in_rows - whole.terms["expert"]).min() > 1e-3
 
 
 def test_the_terms_move_the_router_and_differ():
