@@ -245,6 +245,7 @@ def test_an_expert_at_the_mean_does_not_move(e, mean):
     load_LE[:, : e // 4] += moved
     load_LE[:, -(e // 4) :] -= moved  # the others are at the mean,
     load_LE[10:, 0] += 1  # or in half of the layers a part of an assignment below it
+    load_LE[-1] = 2**24 * (np.arange(e) == 1)  # all go to one expert
     want = np.array([[np.sign(sum(load_E) - e * n) for n in load_E] for load_E in load_LE.tolist()])
     assert (want[:10] == 0).sum() >= 10 * (e // 2)
     got = jax.jit(scored.below_mean)(jnp.asarray(load_LE, jnp.float32))
