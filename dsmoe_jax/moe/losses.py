@@ -272,7 +272,7 @@ def sums(
         return TermSums(
             of_documents=_document_products(sent_BSG, affinity_BSG, segment_ids_BS, scale)
         )
-    sent_BG = None if sent_BSG is None else sent_BSG.sum(axis=1) * scale
+    sent_BG = None if sent_BSG is None else (sent_BSG * scale).sum(axis=1)
     affinity_BG = affinity_BSG.sum(axis=1)
     if scope == "global_batch":
         sent_G = None if sent_BG is None else sent_BG.sum(axis=0)

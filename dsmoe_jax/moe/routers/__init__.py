@@ -229,7 +229,7 @@ def _refuse_unread(config: RouterConfig, router: Router) -> None:
         kind = type(router.options[name])
         number = kind is float and type(value) is int
         require(type(value) is kind or number, key, value, f"must be of type {kind.__name__}")
-        in_range = kind not in (int, float) or 0 <= value < math.inf
+        in_range = not isinstance(value, (int, float)) or 0 <= value < math.inf
         require(in_range, key, value, "must be finite and >= 0")
 
 
