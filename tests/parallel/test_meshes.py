@@ -41,6 +41,9 @@ CONFIG = {
     "model.intermediate_size": 32,
     "model.initializer_range": 0.1,
     "model.moe.router.bias_update_speed": 0.001,
+    "model.moe.router.bias_update_schedule": ((0.5, 1), (0.5, 0.5)),  # a jump after five steps
+    "model.moe.balance.sequence.factor": 0.1,
+    "model.moe.balance.sequence.scope": "document",
     "model.moe.balance.expert.factor": 0.1,
     "model.moe.balance.expert.scope": "global_batch",
     "model.moe.balance.router_z.factor": 0.01,
