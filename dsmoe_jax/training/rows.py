@@ -55,7 +55,8 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row = {
         "loss": loss,
         "total_loss": float(metrics.total_loss),
-        "bits_per_byte": bits_per_byte(loss * tokens, n_bytes),
+        # A batch of nothing but ends of documents has no bytes.
+        **({"bits_per_byte": bits_per_byte(loss * tokens, n_bytes)} if n_bytes else {}),
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": float(metrics.learning_rate),
         **_logged_parts(metrics),

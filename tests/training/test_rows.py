@@ -47,6 +47,7 @@ def test_bits_per_byte():
 
 
 def test_what_is_missing_has_no_key():
+    assert "bits_per_byte" not in training_row(step_metrics(bytes=np.float32(0)))
     dense = training_row(step_metrics())
     assert not {"load", "maxvio", "router_entropy", "dead_experts"} & dense.keys()
     hashed = training_row(step_metrics(router=logged_sums(token_sums={})))
