@@ -16,16 +16,35 @@ from absl import flags
 
 from dsmoe_jax.data import sources
 from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.prepare import DEFAULT_MAX_BYTES, prepare
+from dsmoe_jax.data.prepare import prepare
+from dsmoe_jax.data.request import DEFAULT_MAX_BYTES
+from dsmoe_jax.data.user_files import shown
 
 _CORPUS = flags.DEFINE_string(
     "corpus",
     None,
     "demo (downloads 70 MB), stdlib (no download), or a path: .txt, .jsonl (text, optional"
-    " domain), .parquet, a directory of them, a saved Hugging Face dataset.",
+    " domain), .parquet, each also as .gz or .zst, a directory of them, a saved Hugging Face"
+    " dataset.  Of files and folders named train, validation (valid, val, dev) and test the first"
+    " are trained on, the second held out, the last left out.",
 )
 _OUT = flags.DEFINE_string("out", None, "Directory to make; never overwritten.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens, special ones included.")
+_VALIDATION = flags.DEFINE_string(
+    "validation", None, "Text to hold out, a path like --corpus; by default 5 % of every domain."
+)
+_TEXT_COLUMN = flags.DEFINE_string("text_column", "text", "The field of a row that has its text.")
+_KEEP_REPEATS = flags.DEFINE_bool(
+    "keep_repeats", False, "Keep exact copies of a document: it weighs as much as it has copies."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "A byte-level tokenizer to use instead of training one: a JSON file of the tokenizers library,"
+    " or a directory with a tokenizer.json (a prepared corpus, a Hugging Face model).",
+)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", None, "Tokens, special ones included; not needed with --tokenizer."
+)
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", None, "Inputs of a sequence.")
 _DOMAINS = flags.DEFINE_list(
     "domains",
@@ -47,10 +66,14 @@ def main() -> None:
     corpus = prepare(
         _given(_CORPUS, "demo"),
         _given(_OUT, "DIR"),
-        _given(_VOCAB_SIZE, 4096),
+        _VOCAB_SIZE.value if _TOKENIZER.value else _given(_VOCAB_SIZE, 4096),
         _given(_SEQUENCE_LENGTH, 256),
         _DOMAINS.value or None,
         _MAX_BYTES.value,
+        validation=_VALIDATION.value,
+        tokenizer=_TOKENIZER.value,
+        text_column=_TEXT_COLUMN.value,
+        keep_repeats=_KEEP_REPEATS.value,
     )
     _print_table(corpus)
 
@@ -66,7 +89,7 @@ def _print_table(corpus: Corpus) -> None:
     print(f"{'domain':<16}{'documents':>11}{'train MB':>10}{'train tokens':>14}{'held out':>11}")
     for domain in corpus.manifest["domains"]:
         print(
-            f"{domain['name']:<16}{sum(domain['documents'].values()):>11}"
+            f"{shown(domain['name']):<16}{sum(domain['documents'].values()):>11}"
             f"{domain['bytes']['train'] / 1e6:>10.2f}{domain['tokens']['train']:>14}"
             f"{domain['tokens']['validation']:>11}"
         )

@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = 1
 SPLITS = ("train", "validation")
+_KEYS = {"fingerprint", "vocab_size", "sequence_length", "request", "splits", "domains"}
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also not UTF-8, also nested too deep
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: not a dsmoe_jax corpus of format {FORMAT}; prepare it again")
+    if missing := _KEYS - manifest.keys():
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; prepare it again")
     return manifest
 
 

@@ -5,7 +5,7 @@ every machine, which of them are kept (a cap per domain) and which are held out 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 VALIDATION_FRACTION = 0.05
@@ -18,18 +18,27 @@ class Document:
 
     Documents with the same `group` are near-duplicates or parts of one work: they land on the
     same side of the train / validation split. Without a group a document stands for itself.
+    `place` is the file that it was read from, for errors.
     """
 
     text: str
     group: str | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
 class Split:
-    """The texts of one domain, in the order in which they are packed."""
+    """The texts of one domain, in the order in which they are packed, and what was left out.
+
+    `repeats` are exact copies of other documents of the domain, `blank` documents have no text,
+    `held_out_too` would be trained on but are in the validation text that the user gave.
+    """
 
     train: list[str]
     validation: list[str]
+    repeats: int = 0
+    blank: int = 0
+    held_out_too: int = 0
 
 
 def num_bytes(text: str) -> int:
@@ -61,6 +70,7 @@ def choose(
     domain: str,
     max_bytes: int | None = None,
     validation_fraction: float = VALIDATION_FRACTION,
+    keep_repeats: bool = False,
 ) -> Split:
     """Drops empty texts and exact repeats, caps the domain and holds out whole groups.
 
@@ -69,47 +79,119 @@ def choose(
     `validation_fraction` of the bytes (the smallest group if none fits); training takes the
     others until `max_bytes` are reached in all.
 
+    Args:
+      documents: of the domain.
+      domain: its name, for errors.
+      max_bytes: cap in UTF-8 bytes; None is no cap.
+      validation_fraction: of the bytes.
+      keep_repeats: whether copies of a document are kept, on the side of the first one.
+
     Raises:
       ValueError: if the domain has fewer than two groups: one side would be empty.
     """
-    groups = _group(documents)
-    if len(groups) < 2:
-        found = "no text" if not groups else "one document only"
-        raise ValueError(
-            f"domain {domain!r} is too small: {found}; it takes at least two documents, "
-            "one to train on and one to hold out"
-        )
-    ordered = [groups[key] for key in sorted(groups)]
+    kept = _Kept(documents, keep_repeats)
+    ordered = kept.groups()
+    if len(ordered) < 2:
+        raise ValueError(f"domain {domain!r} is too small: {kept.too_few()}")
     sizes = [sum(map(num_bytes, texts)) for texts in ordered]
     total = min(sum(sizes), max_bytes) if max_bytes else sum(sizes)
     held_out = _first_fit(sizes, total * validation_fraction)
-    validation: list[str] = []
-    train: list[str] = []
-    used = sum(sizes[i] for i in held_out)
-    for i, texts in enumerate(ordered):
-        if i in held_out:
-            validation += texts
-        elif not train or used < total:
-            train += texts
-            used += sizes[i]
-    return Split(train, validation)
+    validation = [text for i in sorted(held_out) for text in ordered[i]]
+    rest = [texts for i, texts in enumerate(ordered) if i not in held_out]
+    train = _up_to(rest, total - sum(map(num_bytes, validation)))
+    return Split(train, validation, kept.repeats, kept.blank)
 
 
-def _group(documents: Iterable[Document]) -> dict[str, list[str]]:
-    """Texts by group, keyed by the sha256 of the group's texts; repeats and blanks dropped."""
-    seen: set[bytes] = set()
-    by_group: dict[str | bytes, list[str]] = {}
-    for document in documents:
-        digest = hashlib.sha256(document.text.encode("utf-8")).digest()
-        if digest in seen or not document.text.strip():
-            continue
-        seen.add(digest)
-        key = digest if document.group is None else document.group
-        by_group.setdefault(key, []).append(document.text)
-    return {
-        hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest(): texts
-        for texts in by_group.values()
-    }
+def choose_with_validation(
+    train: Iterable[Document],
+    validation: Iterable[Document],
+    held_out: Collection[bytes],
+    max_bytes: int | None = None,
+    keep_repeats: bool = False,
+) -> Split:
+    """Like `choose`, where the user says which documents are held out.
+
+    Args:
+      train: documents of the domain to train on; those in `held_out` are left out.
+      validation: its documents to hold out, all of them.
+      held_out: the `digest` of every document that is held out, in whichever domain.
+      max_bytes: cap on the text to train on, in UTF-8 bytes; None is no cap.
+      keep_repeats: whether copies of a document are kept.
+    """
+    kept = _Kept(train, keep_repeats, held_out)
+    kept_validation = _Kept(validation, keep_repeats)
+    return Split(
+        _up_to(kept.groups(), max_bytes),
+        _up_to(kept_validation.groups()),
+        kept.repeats + kept_validation.repeats,
+        kept.blank + kept_validation.blank,
+        kept.held_out_too,
+    )
+
+
+def digest(text: str) -> bytes:
+    """sha256 of a text: the same for exact repeats only."""
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+class _Kept:
+    """The documents that are kept, by group, and how many were left out."""
+
+    def __init__(
+        self, documents: Iterable[Document], keep_repeats: bool, held_out: Collection[bytes] = ()
+    ):
+        self.repeats = 0
+        self.blank = 0
+        self.held_out_too = 0
+        self._by_group: dict[str | bytes, list[str]] = {}
+        self._places: dict[str, None] = {}  # an ordered set
+        group_of: dict[bytes, str | bytes] = {}
+        for document in documents:
+            key = digest(document.text)
+            if document.place is not None:
+                self._places[document.place] = None
+            if not document.text.strip():
+                self.blank += 1
+            elif key in held_out:
+                self.held_out_too += 1
+            elif key in group_of and not keep_repeats:
+                self.repeats += 1
+            else:
+                # A copy goes into the group of the first one: to the same side of the split.
+                own = key if document.group is None else document.group
+                group = group_of.setdefault(key, own)
+                self._by_group.setdefault(group, []).append(document.text)
+
+    def groups(self) -> list[list[str]]:
+        """Texts by group, ordered by the sha256 of the group's texts."""
+
+        def key(texts: list[str]) -> bytes:
+            return digest("\0".join(dict.fromkeys(texts)))  # the same however many copies there are
+
+        return sorted(self._by_group.values(), key=key)
+
+    def too_few(self) -> str:
+        """What is wrong with fewer than two groups, and what would be right."""
+        found = "one document only" if self._by_group else "no text"
+        if self._places:
+            found += f", in {', '.join([*self._places][:3])}"
+        if self.repeats:
+            found += f", and {self.repeats} exact copies of it"
+        return (
+            f"{found}; it takes at least two different documents, one to train on and one to hold"
+            " out, or a validation text of its own (validation=PATH)"
+        )
+
+
+def _up_to(groups: Iterable[list[str]], max_bytes: int | None = None) -> list[str]:
+    """The texts of groups until `max_bytes` are reached, of the first one at least."""
+    texts: list[str] = []
+    used = 0
+    for group in groups:
+        if max_bytes is None or not texts or used < max_bytes:
+            texts += group
+            used += sum(map(num_bytes, group))
+    return texts
 
 
 def _first_fit(sizes: list[int], max_bytes: float) -> set[int]:

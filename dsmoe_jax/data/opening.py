@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from pathlib import Path
 
 from dsmoe_jax.config import DataConfig
-from dsmoe_jax.data import user_files
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
-from dsmoe_jax.data.prepare import RECIPE, prepare
+from dsmoe_jax.data.prepare import fulfil
+from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
 from dsmoe_jax.hardware.caches import cache_directory
 
 BUILT_IN = ("demo", "stdlib")
+_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats")  # keys of `data`
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -29,21 +29,21 @@ def open_corpus(config: DataConfig) -> Corpus:
             "data.corpus=None: must be 'demo', 'stdlib', a file or directory of text, or a corpus"
             " prepared from it"
         )
-    path = Path(name).expanduser()
+    path = absolute(name, "data.corpus")
     if name not in BUILT_IN and not path.exists():
         raise ValueError(f"data.corpus={name!r}: no such file or directory, nor one of {BUILT_IN}")
     if name not in BUILT_IN and (path / MANIFEST).is_file():
         corpus = load_corpus(path)
         _check_prepared(config, corpus)
         return corpus
-    source = name if name in BUILT_IN else os.path.abspath(path)
-    return prepare(
-        source,
-        _prepared_directory(config, source),
+    request = make_request(
+        name,
         config.tokenizer_vocab_size,
         config.sequence_length,
         config.domains or None,
+        **{key: getattr(config, key) for key in _OPTIONS},
     )
+    return fulfil(request, _prepared_directory(config, request))
 
 
 def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
@@ -58,6 +58,13 @@ def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
             f"data.tokenizer_vocab_size={config.tokenizer_vocab_size}: the corpus"
             f" {corpus.directory} has {corpus.vocab_size} tokens"
         )
+    for key in _OPTIONS:
+        value = getattr(config, key)
+        if value != getattr(DataConfig(), key):
+            raise ValueError(
+                f"data.{key}={value!r}: the corpus {corpus.directory} is prepared already; give"
+                f" --{key} to prepare_data"
+            )
     if config.domains and set(config.domains) != set(corpus.domains):
         raise ValueError(
             f"data.domains={config.domains}: the corpus {corpus.directory} has {corpus.domains};"
@@ -65,18 +72,17 @@ def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
         )
 
 
-def _prepared_directory(config: DataConfig, source: str) -> Path:
+def _prepared_directory(config: DataConfig, request: Request) -> Path:
     """Directory in the cache: a readable name, and a hash of all that decides the content."""
-    content = (
-        platform.python_version() if source in BUILT_IN else user_files.fingerprint(Path(source))
-    )
+    source = request["corpus"]
     key = [
-        RECIPE,
+        request["recipe"],
         source,
-        content,
+        request.get("sha256", platform.python_version()),
         config.tokenizer_vocab_size,
         config.sequence_length,
         config.domains or (),
+        *[[name, request[name]] for name in OPTIONS if name in request],
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     return cache_directory() / "corpora" / f"{Path(source).stem}-{digest}"

@@ -6,28 +6,24 @@ The text is held in memory while it is prepared: right for corpora up to a few G
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-import platform
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsmoe_jax.data import corpus as corpus_format
-from dsmoe_jax.data import packing, sources, user_files
+from dsmoe_jax.data import packing
 from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest
-from dsmoe_jax.data.documents import Document, Split, choose, num_bytes
-from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from dsmoe_jax.data.documents import Split, num_bytes
+from dsmoe_jax.data.request import Request, absolute, make_request
+from dsmoe_jax.data.selection import read_text, say
+from dsmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dsmoe_jax.progress import ProgressLine
-
-# Raised whenever the same request would give other records: a reader, the split, the packing.
-RECIPE = 1
-DEFAULT_MAX_BYTES = {"demo": 2_000_000, "stdlib": 1_000_000}
-"""Bytes of text kept per domain of a built-in corpus; the user's own text has no cap."""
 
 _ENCODE_BATCH = 256
 
@@ -35,37 +31,41 @@ _ENCODE_BATCH = 256
 def prepare(
     corpus: str,
     out: str | Path,
-    vocab_size: int,
+    vocab_size: int | None,
     sequence_length: int,
     domains: Sequence[str] | None = None,
     max_bytes_per_domain: int | None = None,
+    **options: Any,
 ) -> Corpus:
     """Prepares `corpus` in the directory `out`, which appears only when it is whole.
 
     The same request again does nothing.
 
     Args:
-      corpus: 'demo', 'stdlib' or a path to text.
       out: a directory; one that holds something else is never written over.
-      vocab_size: tokens of the tokenizer.
-      sequence_length: inputs per record.
-      domains: those to take; None takes all (of 'demo': all but the large extra archives).
-      max_bytes_per_domain: cap in UTF-8 bytes; None takes DEFAULT_MAX_BYTES.
+      corpus, vocab_size, sequence_length, domains, max_bytes_per_domain: see `make_request`.
+      **options: further keywords of `make_request`.
 
     Raises:
       ValueError: for any bad input, in one line: what is wrong and what would be right.
     """
-    out = Path(os.path.abspath(out))
-    request = _request(corpus, vocab_size, sequence_length, domains, max_bytes_per_domain)
+    request = make_request(
+        corpus, vocab_size, sequence_length, domains, max_bytes_per_domain, **options
+    )
+    return fulfil(request, absolute(out, "out"))
+
+
+def fulfil(request: Request, out: Path) -> Corpus:
+    """Prepares what is requested in the directory `out`; see `prepare`."""
     if _already_prepared(out, request):
         return load_corpus(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(out.parent, parents=True, exist_ok=True)
     with _locked(out.parent):
         # Another process may have prepared it while this one waited for the lock.
         if not _already_prepared(out, request):
             building = out.with_name(f".{out.name}.building")
             shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
-            building.mkdir()
+            _make_directory(building)
             try:
                 _build(request, building)
                 building.replace(out)
@@ -74,52 +74,14 @@ def prepare(
     return load_corpus(out)
 
 
-def _request(
-    corpus: str,
-    vocab_size: int,
-    sequence_length: int,
-    domains: Sequence[str] | None,
-    max_bytes: int | None,
-) -> dict[str, Any]:
-    """Everything that decides the content, checked; kept in the manifest."""
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size={vocab_size}: byte-level BPE needs >= {MIN_VOCAB_SIZE}")
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length={sequence_length}: must be at least 1")
-    if max_bytes is not None and max_bytes < 1:
-        raise ValueError(f"max_bytes_per_domain={max_bytes}: must be at least 1")
-    request: dict[str, Any] = {
-        "recipe": RECIPE,
-        "corpus": corpus,
-        "vocab_size": vocab_size,
-        "sequence_length": sequence_length,
-        "max_bytes_per_domain": max_bytes or DEFAULT_MAX_BYTES.get(corpus),
-    }
-    if corpus == "demo":
-        known = {**sources.DEMO, **sources.EXTRA}
-        request["domains"] = _check_domains(domains, known) or list(sources.DEMO)
-        parts = [part for name in request["domains"] for part in known[name]]
-        request["packages"] = sorted({sources.PACKAGES[part.package].pin for part in parts})
-    elif corpus == "stdlib":
-        request["domains"] = _check_domains(domains, sources.STDLIB) or list(sources.STDLIB)
-        request["python"] = platform.python_version()
-    else:
-        path = Path(os.path.abspath(corpus))
-        request["corpus"] = str(path)
-        request["domains"] = list(domains) if domains else None
-        request["sha256"] = user_files.fingerprint(path)
-    return request
+def _make_directory(path: Path, **options: bool) -> None:
+    try:
+        path.mkdir(**options)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be made: {error.strerror}") from error
 
 
-def _check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) -> list[str]:
-    """`domains` as a list without repeats; refuses unknown ones."""
-    for domain in domains or ():
-        if domain not in known:
-            raise ValueError(f"unknown domain {domain!r}; there are {', '.join(known)}")
-    return list(dict.fromkeys(domains or ()))
-
-
-def _already_prepared(out: Path, request: dict[str, Any]) -> bool:
+def _already_prepared(out: Path, request: Request) -> bool:
     """Whether `out` holds this request; refuses a directory that holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -146,17 +108,16 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _build(request: dict[str, Any], directory: Path) -> None:
+def _build(request: Request, directory: Path) -> None:
     """Writes all files of the corpus into `directory`, the manifest last."""
-    splits, origins = _read(request)
-    train_texts = [text for split in splits.values() for text in split.train]
-    _say(f"training a tokenizer of {request['vocab_size']} tokens")
-    tokenizer = train_tokenizer(train_texts, request["vocab_size"])
+    text = read_text(request)
+    splits = text.splits
+    tokenizer = _tokenizer(request, [text for split in splits.values() for text in split.train])
     (directory / corpus_format.TOKENIZER).write_text(tokenizer.to_json(), "utf-8")
 
     fingerprint = hashlib.sha256(tokenizer.to_json().encode("utf-8"))
     fingerprint.update(str(request["sequence_length"]).encode())
-    statistics = {name: _domain_entry(name, splits[name], origins[name]) for name in splits}
+    statistics = {name: _domain_entry(name, splits[name], text.origins[name]) for name in splits}
     total = sum(sum(entry["bytes"].values()) for entry in statistics.values()) / 1e6
     files: dict[str, Any] = {}
     with contextlib.closing(ProgressLine("encoding, MB", round(total))) as line:
@@ -176,36 +137,20 @@ def _build(request: dict[str, Any], directory: Path) -> None:
         "vocab_size": tokenizer.vocab_size,
         "sequence_length": request["sequence_length"],
         "request": request,
+        "notes": text.notes,
         "splits": files,
         "domains": list(statistics.values()),
     }
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    (directory / corpus_format.MANIFEST).write_text(text, "utf-8")
+    content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (directory / corpus_format.MANIFEST).write_text(content, "utf-8")
 
 
-def _read(request: dict[str, Any]) -> tuple[dict[str, Split], dict[str, list[dict[str, str]]]]:
-    """The chosen texts and their origins, by domain."""
-    splits: dict[str, Split] = {}
-    origins: dict[str, list[dict[str, str]]] = {}
-    max_bytes = request["max_bytes_per_domain"]
-    if request["corpus"] in DEFAULT_MAX_BYTES:
-        demo = {**sources.DEMO, **sources.EXTRA}
-        table = demo if request["corpus"] == "demo" else sources.STDLIB
-        for name in request["domains"]:
-            _say(f"reading {name}")
-            documents = (d for part in table[name] for d in part.documents())
-            splits[name] = choose(documents, name, max_bytes)
-            origins[name] = [part.describe() for part in table[name]]
-        return splits, origins
-    path = Path(request["corpus"])
-    _say(f"reading {path}")
-    found = user_files.read_user_corpus(path)
-    if not any(document.text.strip() for documents in found.values() for document in documents):
-        raise ValueError(f"corpus {path}: empty, its files hold no text")
-    for name in _check_domains(request["domains"], found) or sorted(found):
-        splits[name] = choose(found[name], name, max_bytes)
-        origins[name] = [{"source": str(path), "sha256": request["sha256"], "licence": "yours"}]
-    return splits, origins
+def _tokenizer(request: Request, texts: list[str]) -> Tokenizer:
+    """The tokenizer that was given, or one trained on the texts."""
+    if "tokenizer" in request:
+        return Tokenizer.adopt(request["tokenizer"])
+    say(f"training a tokenizer of {request['vocab_size']} tokens")
+    return train_tokenizer(texts, request["vocab_size"])
 
 
 def _domain_entry(name: str, split: Split, origin: list[dict[str, str]]) -> dict[str, Any]:
@@ -220,6 +165,7 @@ def _domain_entry(name: str, split: Split, origin: list[dict[str, str]]) -> dict
         "sha256": digest.hexdigest(),
         "documents": {part: len(texts[part]) for part in texts},
         "bytes": {part: sum(map(num_bytes, texts[part])) for part in texts},
+        "repeats": split.repeats,
         "tokens": {},
         "records": {},
     }
@@ -229,7 +175,7 @@ def _encode(
     texts: list[str],
     domain: int,
     tokenizer: Tokenizer,
-    request: dict[str, Any],
+    request: Request,
     entry: dict[str, Any],
     part: str,
     line: ProgressLine,
@@ -241,7 +187,10 @@ def _encode(
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), _ENCODE_BATCH):
         batch = texts[start : start + _ENCODE_BATCH]
-        ids += [np.array(document, np.int32) for document in tokenizer.encode_batch(batch)]
+        encoded = tokenizer.encode_batch(batch)
+        if "tokenizer" in request:
+            _check_round_trip(tokenizer, batch, encoded, request["tokenizer"])
+        ids += [np.array(document, np.int32) for document in encoded]
         line.add(sum(map(num_bytes, batch)) / 1e6)
     packed = packing.pack(ids, request["sequence_length"], tokenizer.eos_id)
     entry["tokens"][part] = sum(map(len, ids)) + len(ids)
@@ -249,8 +198,17 @@ def _encode(
     return [packing.encode_record(domain, tokens) for tokens in packed]
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-__all__ = ["DEFAULT_MAX_BYTES", "Document", "prepare"]
+def _check_round_trip(
+    tokenizer: Tokenizer, texts: list[str], ids: list[list[int]], path: str
+) -> None:
+    """Refuses a tokenizer that does not give the text back: its bits per byte would be wrong."""
+    bytes_V = tokenizer.bytes_per_token_V
+    for text, back, document in zip(texts, tokenizer.decode_batch(ids), ids, strict=True):
+        if back != text or bytes_V[document].sum() != num_bytes(text):
+            pairs = itertools.zip_longest(text, back)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+            raise ValueError(
+                f"tokenizer={path}: changes the text, {text[at : at + 20]!r} comes back as"
+                f" {back[at : at + 20]!r}; must be a tokenizer that leaves it as it is, without a"
+                " normalizer or a prefix space"
+            )

@@ -3,10 +3,13 @@
 Shapes: V vocabulary.
 """
 
+import functools
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
@@ -29,7 +32,8 @@ class Tokenizer:
     def __init__(self, bpe: _Tokenizer):
         bpe.encode_special_tokens = True
         self._bpe = bpe
-        self.vocab_size: int = bpe.get_vocab_size()
+        # Ids may have holes, in a tokenizer that others made.
+        self.vocab_size: int = max(bpe.get_vocab().values(), default=-1) + 1
         self.eos_id, self.pad_id = (self._special_id(token) for token in SPECIAL_TOKENS)
 
     def _special_id(self, token: str) -> int:
@@ -40,18 +44,36 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a `tokenizer.json`.
+        """Reads the `tokenizer.json` of a corpus.
 
         Raises:
           ValueError: if it is missing, or not a tokenizer of this kind.
         """
+        return cls(_read(Path(path)))
+
+    @classmethod
+    def adopt(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Reads a byte-level tokenizer that others made; the special tokens it lacks are added.
+
+        Args:
+          path: of a JSON file of the `tokenizers` library, or of a folder with a `tokenizer.json`:
+            a prepared corpus, a model of Hugging Face.
+
+        Raises:
+          ValueError: if there is none, or its tokens do not stand for bytes.
+        """
         path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"tokenizer {path}: no such file")
-        try:
-            bpe = _Tokenizer.from_str(path.read_text("utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"tokenizer {path}: not a tokenizers file ({error})") from error
+        path = path / "tokenizer.json" if path.is_dir() else path
+        bpe = _read(path)
+        if not _is_byte_level(json.loads(bpe.to_str())["decoder"]):
+            raise ValueError(
+                f"tokenizer {path}: must be byte-level (with the decoder ByteLevel), so that any"
+                " text comes back and loss can be measured in bits per byte"
+            )
+        # Many files say that a text is to be cut at the model's length.
+        bpe.no_truncation()
+        bpe.no_padding()
+        bpe.add_special_tokens(list(SPECIAL_TOKENS))
         return cls(bpe)
 
     def to_json(self) -> str:
@@ -70,11 +92,15 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self._bpe.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of many texts at once, on all cores; special tokens are shown by name."""
+        return self._bpe.decode_batch([list(i) for i in ids], skip_special_tokens=False)
+
     def token(self, token_id: int) -> str:
         """Text of one id, for tables; the name of a special token."""
         return self.decode([token_id], skip_special_tokens=False)
 
-    @property
+    @functools.cached_property
     def bytes_per_token_V(self) -> np.ndarray:
         """Number of UTF-8 bytes that each token stands for, int32 [V]; 0 if special.
 
@@ -83,9 +109,25 @@ class Tokenizer:
         """
         bytes_V = np.zeros(self.vocab_size, np.int32)
         for token, token_id in self._bpe.get_vocab().items():
-            if token not in SPECIAL_TOKENS:
-                bytes_V[token_id] = len(token)  # byte-level: one character stands for one byte
+            bytes_V[token_id] = len(token)  # byte-level: one character stands for one byte
+        for token_id, token in self._bpe.get_added_tokens_decoder().items():
+            bytes_V[token_id] = 0 if token.special else len(token.content.encode("utf-8"))
         return bytes_V
+
+
+def _read(path: Path) -> _Tokenizer:
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path}: no such file")
+    try:
+        return _Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer {path}: not a tokenizers file ({error})") from error
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    """Whether a decoder, as JSON, makes bytes of the characters of tokens."""
+    steps = (decoder or {}).get("decoders", [decoder or {}])
+    return any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmoe_jax.data.documents import Document, choose, cut, num_bytes
+from dsmoe_jax.data.documents import (
+    Document,
+    choose,
+    choose_with_validation,
+    cut,
+    digest,
+    num_bytes,
+)
 
 
 @given(st.text(alphabet=st.sampled_from("ab 中\n\r\u2028"), max_size=400), st.integers(1, 50))
@@ -51,6 +58,36 @@ def test_repeats_and_blanks_are_dropped():
     documents = [*_documents(50), *_documents(50), Document(""), Document(" \n")]
     split = choose(documents, "d")
     assert len(split.train + split.validation) == 50
+    assert (split.repeats, split.blank) == (50, 2)
+
+
+def test_repeats_are_kept_on_one_side():
+    """Of 50 documents each twice and ten more times; also those that are copies across groups."""
+    documents = [*_documents(50), *_documents(50, lambda i: "one group"), *_documents(10)]
+    split = choose(documents, "d", keep_repeats=True)
+    assert (split.repeats, len(split.train + split.validation)) == (0, 110)
+    assert set(split.train).isdisjoint(split.validation)
+    assert {split.train.count(t) + split.validation.count(t) for t in split.train} <= {2, 3}
+    assert choose(_documents(50), "d", keep_repeats=True) == choose(_documents(50), "d")
+
+
+def test_the_split_that_the_user_gives():
+    held_out = [Document(f"held {i}") for i in range(5)]
+    shared = _documents(100)[7:9]
+    digests = {digest(document.text) for document in held_out + shared}
+    split = choose_with_validation(
+        [*_documents(100), *_documents(3), Document(" ")], [*held_out, *shared, *held_out], digests
+    )
+    assert sorted(split.validation) == sorted(d.text for d in held_out + shared)
+    assert sorted(split.train) == sorted(
+        {d.text for d in _documents(100)} - {d.text for d in shared}
+    )
+    assert (split.repeats, split.blank, split.held_out_too) == (3 + 5, 1, 2)
+    kept = choose_with_validation(_documents(3) * 2, held_out * 2, digests, keep_repeats=True)
+    assert (len(kept.train), len(kept.validation), kept.repeats) == (6, 10, 0)
+    capped = choose_with_validation(_documents(100), held_out, digests, max_bytes=500)
+    assert 500 <= sum(map(num_bytes, capped.train)) < 600
+    assert len(capped.validation) == 5  # the cap is on the text to train on
 
 
 def test_a_group_too_large_for_validation_leaves_the_smallest():
@@ -65,3 +102,9 @@ def test_a_group_too_large_for_validation_leaves_the_smallest():
 def test_too_few_documents(documents: list[Document], message: str):
     with pytest.raises(ValueError, match=message):
         choose(documents, "d")
+
+
+def test_too_few_documents_name_their_file():
+    copies = [Document("only", place="law/a.txt")] * 3
+    with pytest.raises(ValueError, match=r"one document only, in law/a\.txt, and 2 exact copies"):
+        choose(copies, "law")

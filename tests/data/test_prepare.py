@@ -6,18 +6,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers.implementations import ByteLevelBPETokenizer
 
-from dsmoe_jax.data import packing, readers, sources
+from dsmoe_jax.data import packing, readers, sources, user_files
 from dsmoe_jax.data import prepare as prepare_module
-from dsmoe_jax.data.corpus import load_corpus
+from dsmoe_jax.data.corpus import Corpus, load_corpus
 from dsmoe_jax.data.fetch import Package
+from dsmoe_jax.data.pipeline import validation_batches
 from dsmoe_jax.data.prepare import prepare
 
 SIZES = {"vocab_size": 300, "sequence_length": 32}
+SMALL = {**SIZES, "vocab_size": 270}
 
 
 def _write_corpus(directory: Path) -> Path:
@@ -189,6 +194,11 @@ def test_nothing_is_overwritten(text: Path, tmp_path: Path):
         ({"sequence_length": 0}, "sequence_length=0"),
         ({"max_bytes_per_domain": 0}, "max_bytes_per_domain=0"),
         ({"domains": ["prosa"]}, "unknown domain 'prosa'; there are code, prose"),
+        ({"corpus": "stdlib", "text_column": "x"}, "text_column=x: is for text of one's own, not"),
+        ({"corpus": "demo", "validation": "x"}, "validation=x: is for text of one's own, not"),
+        ({"validation": "no/such"}, "no/such: no such file or directory"),
+        ({"tokenizer": "no/such"}, "no/such: no such file"),
+        ({"vocab_size": None}, "vocab_size=None: byte-level BPE needs >= 258"),
         ({"corpus": "stdlib", "domains": ["x"]}, "unknown domain 'x'; there are code_python, en_r"),
         (
             {"corpus": "demo", "domains": ["zh"]},
@@ -230,6 +240,179 @@ def test_demo_domains_come_from_archives(
     assert not (tmp_path / "other").exists()
 
 
+def _write(path: Path, name: str, count: int) -> None:
+    """Rows `NAME 0`, `NAME 1`, ... in a .jsonl file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = (f"{name} {i} of this text. " * 4 for i in range(count))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+
+def _documents(corpus: Corpus, part: str) -> list[str]:
+    """The documents of a split, in order of their records."""
+    streams: dict[int, list[int]] = {}
+    for record in _records(corpus, part):
+        domain, tokens = packing.decode_record(record)
+        streams.setdefault(domain, []).extend(tokens[1:].tolist())
+    decoded = (corpus.tokenizer.decode(s, skip_special_tokens=False) for s in streams.values())
+    return [text for stream in decoded for text in stream.split("<|endoftext|>")[:-1]]
+
+
+def _names(corpus: Corpus, part: str) -> Counter[str]:
+    """How many documents of a split come of each name given to `_write`."""
+    return Counter(text.split()[0] for text in _documents(corpus, part))
+
+
+class TestSplitOfOnesOwn:
+    def test_by_name(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+        """Test text is not trained on, validation text is held out, and both are said."""
+        for name, count in (("train", 200), ("validation", 40), ("test", 40)):
+            _write(tmp_path / "text" / f"{name}.jsonl", name, count)
+        corpus = prepare(str(tmp_path / "text"), tmp_path / "out", **SIZES)
+        assert _names(corpus, "train") == {"train": 200}
+        assert _names(corpus, "validation") == {"validation": 40}
+        notes = [
+            "trained on: 1 (train.jsonl); held out: 1 (validation.jsonl)",
+            "left out: test text by name 1 (test.jsonl)",
+        ]
+        assert corpus.manifest["notes"] == notes
+        assert all(note in capfd.readouterr().err.splitlines() for note in [notes[0]])
+
+    def test_given(self, tmp_path: Path):
+        """Nothing else is held out, and what is held out is not trained on, in any domain."""
+        _write(tmp_path / "text" / "a" / "a.jsonl", "a", 20)
+        _write(tmp_path / "text" / "b" / "b.jsonl", "b", 1)
+        _write(tmp_path / "held" / "c" / "c.jsonl", "c", 9)
+        _write(tmp_path / "held" / "a.jsonl", "a", 5)
+        held = tmp_path / "held"
+        corpus = prepare(str(tmp_path / "text"), tmp_path / "out", validation=held, **SMALL)
+        assert _names(corpus, "train") == {"a": 15, "b": 1}
+        assert _names(corpus, "validation") == {"a": 5, "c": 9}
+        assert corpus.domains == ["a", "b", "c", "text"]
+        assert "left out of 35 documents: 5 held out too" in corpus.manifest["notes"][-1]
+        batches = list(validation_batches(corpus.directory, 4))
+        tokens = sum(domain["tokens"]["validation"] for domain in corpus.manifest["domains"])
+        assert sum(batch["loss_mask_BS"].sum() for batch in batches) == tokens
+
+    def test_without_text(self, tmp_path: Path):
+        _write(tmp_path / "text.jsonl", "a", 3)
+        (tmp_path / "held.txt").write_text("\n", "utf-8")
+        request = {"corpus": str(tmp_path / "text.jsonl"), "out": tmp_path / "out", **SIZES}
+        with pytest.raises(ValueError, match=r"text\.jsonl: holds no text to hold out"):
+            prepare(**request, validation=tmp_path / "held.txt")
+        _write(tmp_path / "held.jsonl", "a", 3)
+        with pytest.raises(ValueError, match=r"holds no text to train on that is not held out"):
+            prepare(**request, validation=tmp_path / "held.jsonl")
+
+
+def test_repeats_are_counted_and_can_be_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    path = tmp_path / "text.jsonl"
+    _write(path, "a", 40)
+    path.write_text(path.read_text("utf-8") * 2, "utf-8")
+    once = prepare(str(path), tmp_path / "once", **SIZES)
+    note = "left out of 80 documents: 40 exact copies of others (keep_repeats keeps them)"
+    assert once.manifest["notes"] == [note]
+    assert note in capfd.readouterr().err.splitlines()
+    twice = prepare(str(path), tmp_path / "twice", keep_repeats=True, **SIZES)
+    assert twice.manifest["notes"] == []
+    for part in ("train", "validation"):
+        counts = Counter(_documents(twice, part))
+        assert counts == {text: 2 for text in _documents(once, part)}
+
+
+def test_another_text_column(tmp_path: Path):
+    path = tmp_path / "text.jsonl"
+    _write(path, "a", 40)
+    usual = prepare(str(path), tmp_path / "usual", **SIZES)
+    path.write_text(path.read_text("utf-8").replace('"text"', '"body"'), "utf-8")
+    with pytest.raises(ValueError, match=r"text\.jsonl:1: needs a field 'text' .* \(it has body\)"):
+        prepare(str(path), tmp_path / "none", **SIZES)
+    other = prepare(str(path), tmp_path / "other", text_column="body", **SIZES)
+    assert other.fingerprint == usual.fingerprint
+
+
+class TestTokenizerOfOthers:
+    def test_is_used(self, text: Path, tmp_path: Path):
+        """That of another corpus: the ids are those that Hugging Face's library gives."""
+        first = prepare(str(text), tmp_path / "first", **SIZES)
+        _write(tmp_path / "more.jsonl", "more", 30)
+        second = prepare(
+            str(tmp_path / "more.jsonl"), tmp_path / "second", None, 32, tokenizer=first.directory
+        )
+        assert second.vocab_size == 300
+        assert second.tokenizer.to_json() == first.tokenizer.to_json()
+        theirs = HuggingFaceTokenizer.from_file(str(first.directory / "tokenizer.json"))
+        ids = theirs.encode("more 3 of this text. " * 4, add_special_tokens=False).ids
+        streams = [packing.decode_record(r)[1].tolist() for r in _records(second, "train")]
+        stream = [token for tokens in streams for token in tokens[1:]]
+        assert any(stream[i : i + len(ids)] == ids for i in range(len(stream)))
+
+    def test_larger_than_asked(self, text: Path, tmp_path: Path):
+        first = prepare(str(text), tmp_path / "first", **SIZES)
+        with pytest.raises(
+            ValueError, match=r"vocab_size=299: must be at least 300, the tokens of"
+        ):
+            prepare(str(text), tmp_path / "second", 299, 32, tokenizer=first.directory)
+
+    @pytest.mark.parametrize("options", [{"lowercase": True}, {"add_prefix_space": True}])
+    def test_that_changes_the_text(self, text: Path, tmp_path: Path, options: dict):
+        theirs = ByteLevelBPETokenizer(**options)
+        theirs.train_from_iterator(["some text"], 300, show_progress=False)
+        theirs.save(str(tmp_path / "theirs.json"))
+        (text / "a.jsonl").write_text('{"text": "Größe 7"}\n{"text": "Weg"}\n', "utf-8")
+        with pytest.raises(ValueError, match=r"theirs\.json: changes the text, '.+' comes back as"):
+            prepare(str(text), tmp_path / "out", None, 32, tokenizer=tmp_path / "theirs.json")
+        assert not (tmp_path / "out").exists()
+
+
+def test_text_that_changes_meanwhile(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read = user_files.read_documents
+
+    def slowly(*args):
+        found = read(*args)
+        (text / "code.jsonl").write_text('{"text": "new"}\n', "utf-8")
+        return found
+
+    monkeypatch.setattr(user_files, "read_documents", slowly)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        prepare(str(text), tmp_path / "out", **SIZES)
+
+
+def test_a_tilde_is_the_home_directory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(text)
+    corpus = prepare("~/text", "~/out", **SIZES)
+    assert corpus.directory == tmp_path / "out"
+    assert sorted(path.name for path in text.iterdir()) == ["code.jsonl", "prose.jsonl"]
+    with pytest.raises(ValueError, match=r"out=~nobody-of-this-name/out: there is no such user"):
+        prepare("~/text", "~nobody-of-this-name/out", **SIZES)
+    for corpus, out in (("", "out"), ("~/text", "")):
+        with pytest.raises(ValueError, match=r"is empty; must be a path"):
+            prepare(corpus, out, **SIZES)
+
+
+def test_a_directory_that_cannot_be_made(text: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"code\.jsonl: cannot be made: "):
+        prepare(str(text), text / "code.jsonl" / "out", **SIZES)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"\xff" + content,
+        lambda content: content[:100],
+        lambda content: b"[" * 200_000,
+        lambda content: b'{"format": 1}',
+        lambda content: b'{"format": 99}',
+    ],
+)
+def test_a_damaged_manifest_is_named(tiny_corpus: Path, tmp_path: Path, damage: Callable):
+    shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    path = tmp_path / "corpus" / "manifest.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"manifest\.json: (not|lacks) "):
+        load_corpus(tmp_path / "corpus")
+
+
 def test_sources_are_complete():
     for table in (sources.DEMO, sources.EXTRA):
         for parts in table.values():
@@ -247,10 +430,27 @@ def test_the_command_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {text / 'latin.txt'}: not UTF-8 at byte 2 (0xf6)")
+    assert last.startswith(f"error: {text / 'latin.txt'}:1: not UTF-8 at byte 2 (0xf6)")
     assert "Traceback" not in result.stderr
     result = subprocess.run(command[:-1], capture_output=True, text=True, check=False)
     message = "error: --sequence_length: missing; for example --sequence_length=256\n"
     assert (result.returncode, result.stderr) == (2, message)
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert "--max_bytes_per_domain" in shown.stdout
+
+
+def test_the_command_hands_on_its_flags(text: Path, tmp_path: Path):
+    first = prepare(str(text), tmp_path / "first", **SIZES)
+    rows = [json.dumps({"body": f"row {i // 2}"}) for i in range(60)]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows), "utf-8")
+    (tmp_path / "held.txt").write_text("held out\n", "utf-8")
+    command = [sys.executable, "-m", "dsmoe_jax", "prepare_data", "--sequence_length=32"]
+    command += [f"--corpus={tmp_path / 'own.jsonl'}", f"--out={tmp_path / 'out'}", "--keep_repeats"]
+    command += [f"--tokenizer={first.directory}", "--text_column=body"]
+    command += [f"--validation={tmp_path / 'held.txt'}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "trained on: 1 (own.jsonl); held out: 1 (held.txt)" in result.stderr.splitlines()
+    corpus = load_corpus(tmp_path / "out")
+    (domain,) = corpus.manifest["domains"]
+    assert domain["documents"] == {"train": 60, "validation": 1}
+    assert corpus.tokenizer.to_json() == first.tokenizer.to_json()

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import implementations
 
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD, Tokenizer, train_tokenizer
@@ -69,3 +71,57 @@ def test_load_names_what_is_wrong(tmp_path: Path):
     (tmp_path / "foreign.json").write_text(foreign, "utf-8")
     with pytest.raises(ValueError, match="lacks the special token"):
         Tokenizer.load(tmp_path / "foreign.json")
+
+
+def _others_byte_level(**options: object) -> HuggingFaceTokenizer:
+    """As others train theirs: with special tokens of their own, spaces as tokens, a cut at 4."""
+    theirs = implementations.ByteLevelBPETokenizer(**options)
+    theirs.train_from_iterator(_TEXTS, 300, special_tokens=["<s>", "</s>"], show_progress=False)
+    theirs.add_tokens(["    ", "専"])
+    theirs.enable_truncation(4)
+    theirs.enable_padding(length=9)
+    return theirs._tokenizer
+
+
+class TestOthers:
+    def test_byte_level_is_adopted(self, tmp_path: Path):
+        theirs = _others_byte_level()
+        size = theirs.get_vocab_size()
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            ours = Tokenizer.adopt(path)
+            assert (ours.eos_id, ours.pad_id, ours.vocab_size) == (size, size + 1, size + 2)
+        theirs.no_truncation()
+        theirs.no_padding()
+        text = "def f(x):\n    深 専 lazy dogs"
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode_batch([ids]) == [text]
+        assert ours.bytes_per_token_V[ids].sum() == len(text.encode())
+        assert ours.bytes_per_token_V[[theirs.token_to_id("<s>"), size, size + 1]].sum() == 0
+        special = f"{END_OF_TEXT}</s>"
+        assert {ours.eos_id, theirs.token_to_id("</s>")}.isdisjoint(ours.encode(special))
+        (tmp_path / "tokenizer.json").write_text(ours.to_json(), "utf-8")
+        assert Tokenizer.adopt(tmp_path).to_json() == ours.to_json()
+
+    def test_ours_is_adopted_as_it_is(self, tmp_path: Path):
+        (tmp_path / "tokenizer.json").write_text(_TOKENIZER.to_json(), "utf-8")
+        assert Tokenizer.adopt(tmp_path).to_json() == _TOKENIZER.to_json()
+
+    @pytest.mark.parametrize(
+        "implementation",
+        [implementations.SentencePieceBPETokenizer, implementations.BertWordPieceTokenizer],
+    )
+    def test_others_are_refused(self, tmp_path: Path, implementation: type):
+        theirs = implementation()
+        theirs.train_from_iterator(_TEXTS, 100, show_progress=False)
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: must be byte-level"):
+            Tokenizer.adopt(tmp_path)
+
+    def test_what_is_missing_is_named(self, tmp_path: Path):
+        with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
+            Tokenizer.adopt(tmp_path)
+        (tmp_path / "a.json").write_bytes(b"\xff")
+        with pytest.raises(ValueError, match=r"a\.json: not a tokenizers file"):
+            Tokenizer.adopt(tmp_path / "a.json")

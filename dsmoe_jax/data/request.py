@@ -1,0 +1,145 @@
+"""What a corpus is made from: checked, and kept in its manifest.
+
+The same request gives the same records, on every machine.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsmoe_jax.data import sources, user_files
+from dsmoe_jax.data.text_formats import TEXT_COLUMN
+from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+
+# Raised whenever the same request would give other records: a reader, the split, the packing.
+RECIPE = 1
+DEFAULT_MAX_BYTES = {"demo": 2_000_000, "stdlib": 1_000_000}
+"""Bytes of text kept per domain of a built-in corpus; the user's own text has no cap."""
+
+Request = dict[str, Any]
+"""Keys `recipe`, `corpus`, `vocab_size`, `sequence_length`, `max_bytes_per_domain`, `domains`; what
+pins the text (`sha256`, `packages`, `python`); and those of OPTIONS that are not at their default.
+"""
+
+OPTIONS = ("validation", "tokenizer", "tokenizer_sha256", "text_column", "keep_repeats")
+
+
+def make_request(
+    corpus: str,
+    vocab_size: int | None,
+    sequence_length: int,
+    domains: Sequence[str] | None = None,
+    max_bytes_per_domain: int | None = None,
+    *,
+    validation: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    text_column: str = TEXT_COLUMN,
+    keep_repeats: bool = False,
+) -> Request:
+    """A request for the corpus that `prepare` makes; the arguments are explained there.
+
+    Raises:
+      ValueError: naming the argument that is wrong.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length={sequence_length}: must be at least 1")
+    if max_bytes_per_domain is not None and max_bytes_per_domain < 1:
+        raise ValueError(f"max_bytes_per_domain={max_bytes_per_domain}: must be at least 1")
+    request: Request = {
+        "recipe": RECIPE,
+        "corpus": corpus,
+        "vocab_size": vocab_size,
+        "sequence_length": sequence_length,
+        "max_bytes_per_domain": max_bytes_per_domain or DEFAULT_MAX_BYTES.get(corpus),
+    }
+    request |= _tokenizer(tokenizer, vocab_size)
+    if corpus in DEFAULT_MAX_BYTES:
+        own = {"validation": validation, "text_column": text_column}
+        for key, default in (("validation", None), ("text_column", TEXT_COLUMN)):
+            if own[key] != default:
+                raise ValueError(
+                    f"{key}={own[key]}: is for text of one's own, not for the corpus {corpus!r}"
+                )
+        request |= _built_in(corpus, domains)
+    else:
+        request |= _own_text(corpus, domains, validation)
+        request |= {} if text_column == TEXT_COLUMN else {"text_column": text_column}
+    return request | ({"keep_repeats": True} if keep_repeats else {})
+
+
+def _tokenizer(path: str | os.PathLike | None, vocab_size: int | None) -> Request:
+    """The size of a given tokenizer, and which one it is."""
+    if path is None:
+        if vocab_size is None or vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(f"vocab_size={vocab_size}: byte-level BPE needs >= {MIN_VOCAB_SIZE}")
+        return {}
+    file = absolute(path, "tokenizer")
+    tokenizer = Tokenizer.adopt(file)
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: must be at least {tokenizer.vocab_size}, the tokens of the"
+            f" tokenizer {file}"
+        )
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": str(file),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+    }
+
+
+def _built_in(corpus: str, domains: Sequence[str] | None) -> Request:
+    """The domains of a built-in corpus, and what pins their text."""
+    if corpus == "stdlib":
+        names = check_domains(domains, sources.STDLIB) or list(sources.STDLIB)
+        return {"domains": names, "python": platform.python_version()}
+    known = {**sources.DEMO, **sources.EXTRA}
+    names = check_domains(domains, known) or list(sources.DEMO)
+    parts = [part for name in names for part in known[name]]
+    pins = sorted({sources.PACKAGES[part.package].pin for part in parts})
+    return {"domains": names, "packages": pins}
+
+
+def _own_text(
+    corpus: str, domains: Sequence[str] | None, validation: str | os.PathLike | None
+) -> Request:
+    """Where the user's text is, and its sha256."""
+    path = absolute(corpus, "corpus")
+    held_out = None if validation is None else absolute(validation, "validation")
+    found = user_files.find_text(path, held_out)
+    request: Request = {
+        "corpus": str(path),
+        "domains": list(domains) if domains else None,
+        "sha256": user_files.fingerprint(found),
+    }
+    return request | ({} if held_out is None else {"validation": str(held_out)})
+
+
+def check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) -> list[str]:
+    """`domains` as a list without repeats; refuses unknown ones."""
+    for domain in domains or ():
+        if domain not in known:
+            raise ValueError(f"unknown domain {domain!r}; there are {', '.join(known)}")
+    return list(dict.fromkeys(domains or ()))
+
+
+def absolute(path: str | os.PathLike, key: str) -> Path:
+    """A path of the user's made absolute, `~` being the home directory.
+
+    Args:
+      path: of the user's.
+      key: what the user calls it, for errors.
+
+    Raises:
+      ValueError: if it is empty, not UTF-8 or in the home of an unknown user.
+    """
+    if not os.fspath(path):
+        raise ValueError(f"{key}: is empty; must be a path")
+    expanded = os.path.expanduser(path)
+    if os.fspath(expanded).startswith("~"):
+        raise ValueError(f"{key}={path}: there is no such user; a name of a file begins with ./~")
+    found = Path(os.path.abspath(expanded))
+    user_files.require_unicode(found)
+    return found

@@ -1,0 +1,117 @@
+"""The text of a request: read, without copies, split into what is trained on and held out."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmoe_jax.data import sources, user_files
+from dsmoe_jax.data.documents import Document, Split, choose, choose_with_validation, digest
+from dsmoe_jax.data.request import DEFAULT_MAX_BYTES, Request, check_domains
+from dsmoe_jax.data.text_formats import TEXT_COLUMN
+
+
+@dataclass
+class Text:
+    """The chosen texts and their origins, by domain; and what the user should know of them."""
+
+    splits: dict[str, Split]
+    origins: dict[str, list[dict[str, str]]]
+    notes: list[str]
+
+
+def read_text(request: Request) -> Text:
+    """The texts of a request, split into those to train on and those to hold out.
+
+    Says on stderr what is read and what is left out.
+
+    Raises:
+      ValueError: if the text cannot be read, is too little or not what the request was made for.
+    """
+    built_in = request["corpus"] in DEFAULT_MAX_BYTES
+    text = _read_built_in(request) if built_in else _read_own_text(request)
+    text.notes += _left_out(list(text.splits.values()))
+    for note in text.notes:
+        say(note)
+    return text
+
+
+def _left_out(splits: list[Split]) -> list[str]:
+    """A line on the documents that were left out; none, if none was."""
+    counts = {
+        "exact copies of others (keep_repeats keeps them)": sum(s.repeats for s in splits),
+        "without text": sum(s.blank for s in splits),
+        "held out too (of those to train on)": sum(s.held_out_too for s in splits),
+    }
+    parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+    kept = sum(len(split.train) + len(split.validation) for split in splits)
+    read = kept + sum(counts.values())
+    return [f"left out of {read:,} documents: {', '.join(parts)}"] if parts else []
+
+
+def _read_built_in(request: Request) -> Text:
+    text = Text({}, {}, [])
+    demo = {**sources.DEMO, **sources.EXTRA}
+    table = demo if request["corpus"] == "demo" else sources.STDLIB
+    for name in request["domains"]:
+        say(f"reading {name}")
+        documents = (d for part in table[name] for d in part.documents())
+        text.splits[name] = choose(documents, name, **_limits(request))
+        text.origins[name] = [part.describe() for part in table[name]]
+    return text
+
+
+def _read_own_text(request: Request) -> Text:
+    path = Path(request["corpus"])
+    say(f"reading {user_files.shown(path)}")
+    found = user_files.find_text(path, *map(Path, filter(None, [request.get("validation")])))
+    column = request.get("text_column", TEXT_COLUMN)
+    train = user_files.read_documents(found.of("train"), column)
+    validation = user_files.read_documents(found.of("validation"), column)
+    if user_files.fingerprint(found) != request["sha256"]:
+        raise ValueError(f"corpus {path}: has changed while it was read; do it again")
+    names = check_domains(request["domains"], train | validation) or sorted(train | validation)
+    if not any(d.text.strip() for documents in train.values() for d in documents):
+        raise ValueError(f"corpus {path}: empty, its files hold no text")
+    if found.of("validation"):
+        splits = _choose_with_validation(names, train, validation, request)
+    else:
+        splits = {name: choose(train[name], name, **_limits(request)) for name in names}
+    origin = {"source": str(path), "sha256": request["sha256"], "licence": "yours"}
+    return Text(splits, {name: [origin] for name in names}, found.notes())
+
+
+def _choose_with_validation(
+    names: list[str],
+    train: dict[str, list[Document]],
+    validation: dict[str, list[Document]],
+    request: Request,
+) -> dict[str, Split]:
+    """The split that the user gave, by domain; a domain may be on one side only."""
+    held_out = {digest(d.text) for documents in validation.values() for d in documents}
+    splits = {
+        name: choose_with_validation(
+            train.get(name, []), validation.get(name, []), held_out, **_limits(request)
+        )
+        for name in names
+    }
+    for part, purpose in (
+        ("train", "to train on that is not held out"),
+        ("validation", "to hold out"),
+    ):
+        if not any(getattr(split, part) for split in splits.values()):
+            raise ValueError(f"corpus {request['corpus']}: holds no text {purpose}")
+    return splits
+
+
+def _limits(request: Request) -> dict[str, Any]:
+    """The keywords of `choose` and `choose_with_validation` that are the user's."""
+    return {
+        "max_bytes": request["max_bytes_per_domain"],
+        "keep_repeats": request.get("keep_repeats", False),
+    }
+
+
+def say(message: str) -> None:
+    """Prints a line on stderr."""
+    print(message, file=sys.stderr, flush=True)
