@@ -22,6 +22,7 @@ from dsmoe_jax.data.split_names import splits_by_name
         {"corpus.txt": None, "validation.txt": "validation", "eval_2.txt": "test"},
         {"how-to-test.txt": None, "web-dev.txt": None, "train-journey.txt": None},
         {"testament.txt": None, "devices.txt": None, "value.txt": None, "trains.txt": None},
+        {"latest.train.txt": None, "latest.test.txt": "test"},
         {"attest.txt": None, "42.txt": None, "of.txt": None, "": None},
     ],
 )

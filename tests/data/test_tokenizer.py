@@ -97,6 +97,7 @@ class TestOthers:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode_batch([ids]) == [text]
+        assert len(ours.encode("d")) == 1  # neither cut nor padded
         assert ours.bytes_per_token_V[ids].sum() == len(text.encode())
         assert ours.bytes_per_token_V[[theirs.token_to_id("<s>"), size, size + 1]].sum() == 0
         special = f"{END_OF_TEXT}</s>"

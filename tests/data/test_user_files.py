@@ -395,6 +395,25 @@ class TestFingerprint:
         lines = [f"root/{n}\0{content}\n" for n in ("law/deep/train.txt", "news.jsonl", "z.txt")]
         assert _fingerprint(root) == hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    def test_of_a_saved_dataset_is_over_all_its_files(self, tmp_path: Path):
+        """Too: as it always was."""
+        root = tmp_path / "root"
+        _write_saved_dataset(root / "train", [{"text": "x"}])
+        _write(root / "dataset_dict.json", "{}")
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        assert len(files) == 4
+        lines = [
+            f"{file.relative_to(tmp_path)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+            for file in files
+        ]
+        assert _fingerprint(root) == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def test_follows_what_is_held_out(self, tmp_path: Path):
+        for name in ("a.txt", "b.txt"):
+            _write(tmp_path / name, name)
+        asked = [None, tmp_path / "a.txt", tmp_path / "b.txt"]
+        assert len({user_files.fingerprint(find_text(tmp_path, path)) for path in asked}) == 3
+
     def test_follows_what_is_read(self, tmp_path: Path):
         path = _write(tmp_path / "a.txt", "one")
         seen = [_fingerprint(tmp_path)]
