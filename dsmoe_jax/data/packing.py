@@ -100,8 +100,21 @@ def count_records(path: Path) -> int:
 
 
 def read_records(paths: Iterable[Path]) -> Iterator[bytes]:
-    """All records of the shards, in order."""
+    """All records of the shards, in order.
+
+    Raises:
+      ValueError: naming the shard, if one is damaged.
+    """
     for path in paths:
-        reader = ArrayRecordReader(os.fspath(path))
-        yield from reader.read_all()
-        reader.close()
+        try:
+            reader = ArrayRecordReader(os.fspath(path))
+            records = reader.read_all()
+            reader.close()
+        except RuntimeError as error:
+            raise damaged(path, error) from error
+        yield from records
+
+
+def damaged(path: Path, error: RuntimeError) -> ValueError:
+    """For what the library raises if bytes are not those that were written: it keeps hashes."""
+    return ValueError(f"{path}: damaged ({error}); prepare the corpus again")

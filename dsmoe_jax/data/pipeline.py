@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from dsmoe_jax.data.corpus import Corpus, load_corpus
-from dsmoe_jax.data.packing import decode_record, encode_record, read_records
+from dsmoe_jax.data.packing import damaged, decode_record, encode_record, read_records
 
 PREFETCH_BATCHES = 8
 READ_THREADS = 2
@@ -112,7 +112,10 @@ def train_batches(
 
     def batch_of_step(step: int) -> Batch:
         first = start[1] + (step - start[0]) * global_batch_size
-        records = source.__getitems__([order[first + row] for row in rows])
+        try:
+            records = source.__getitems__([order[first + row] for row in rows])
+        except RuntimeError as error:
+            raise damaged(corpus.directory, error) from error
         batch = make_batch(records, sequence_length, eos_id, pad_id)
         del batch["domain_BS"]  # the training step has no use for it
         return batch

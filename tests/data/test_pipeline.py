@@ -188,3 +188,16 @@ def test_a_damaged_corpus_is_refused(tiny_corpus: Path, tmp_path: Path):
         load_corpus(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         load_corpus(tmp_path)
+
+
+def test_damaged_records_are_named(tiny_corpus: Path, tmp_path: Path):
+    shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    (path,) = load_corpus(tmp_path / "corpus").shards("train")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 5] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.array_record: damaged \("):
+        list(read_records([path]))
+    steps = load_corpus(tmp_path / "corpus").num_records("train") // 8 + 1
+    with pytest.raises(ValueError, match=r"corpus: damaged \(.*; prepare the corpus again"):
+        _take(_train(tmp_path / "corpus"), steps)
