@@ -3,6 +3,10 @@
 python -m dsmoe_jax prepare_data --corpus=demo --out=DIR --vocab_size=4096 --sequence_length=256
 python -m dsmoe_jax prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 \\
     --sequence_length=2048
+python -m dsmoe_jax prepare_data --corpus=more_texts/ --validation=held_out.jsonl --out=OTHER \\
+    --tokenizer=DIR --sequence_length=2048
+
+What a path may hold, and what of it is held out, is written down in docs/data.md.
 
 Training prepares a missing corpus by itself; one that is prepared here can be shared and inspected.
 `--config.data.corpus=DIR` trains on it.

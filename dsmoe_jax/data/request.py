@@ -133,10 +133,10 @@ def absolute(path: str | os.PathLike, key: str) -> Path:
       key: what the user calls it, for errors.
 
     Raises:
-      ValueError: if it is empty, not UTF-8 or in the home of an unknown user.
+      ValueError: if it is empty, no UTF-8 or in the home of an unknown user.
     """
-    if not os.fspath(path):
-        raise ValueError(f"{key}: is empty; must be a path")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise ValueError(f"{key}={os.fspath(path)!r}: must be a path")
     expanded = os.path.expanduser(path)
     if os.fspath(expanded).startswith("~"):
         raise ValueError(f"{key}={path}: there is no such user; a name of a file begins with ./~")

@@ -74,6 +74,9 @@ class Tokenizer:
         bpe.no_truncation()
         bpe.no_padding()
         bpe.add_special_tokens(list(SPECIAL_TOKENS))
+        ids = list(bpe.get_vocab().values())
+        if len(set(ids)) < len(ids):  # the library numbers what it adds by the number of tokens
+            raise ValueError(f"tokenizer {path}: its ids have holes; must be numbered from 0 on")
         return cls(bpe)
 
     def to_json(self) -> str:

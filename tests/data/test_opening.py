@@ -105,5 +105,5 @@ def test_a_tilde_is_the_home_directory(text: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_empty_path_is_not_the_working_directory():
-    with pytest.raises(ValueError, match=r"data\.corpus: is empty; must be a path"):
+    with pytest.raises(ValueError, match=r"data\.corpus='': must be a path"):
         open_corpus(_data(corpus=""))

@@ -385,8 +385,8 @@ def test_a_tilde_is_the_home_directory(text: Path, tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in text.iterdir()) == ["code.jsonl", "prose.jsonl"]
     with pytest.raises(ValueError, match=r"out=~nobody-of-this-name/out: there is no such user"):
         prepare("~/text", "~nobody-of-this-name/out", **SIZES)
-    for corpus, out in (("", "out"), ("~/text", "")):
-        with pytest.raises(ValueError, match=r"is empty; must be a path"):
+    for corpus, out in (("", "out"), ("~/text", ""), ("~/text", "a\0b")):
+        with pytest.raises(ValueError, match=r"(corpus|out)='.*': must be a path"):
             prepare(corpus, out, **SIZES)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers import implementations
+from tokenizers import decoders, implementations, models, pre_tokenizers
 
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD, Tokenizer, train_tokenizer
@@ -119,6 +119,21 @@ class TestOthers:
         theirs.save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ValueError, match=r"tokenizer\.json: must be byte-level"):
             Tokenizer.adopt(tmp_path)
+
+    @pytest.mark.parametrize("hole", [1, 500])
+    def test_ids_with_holes(self, tmp_path: Path, hole: int):
+        """The special tokens that are added may have the ids of others, or fit into the hole."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        ids = {byte: i + hole * (i >= 200) for i, byte in enumerate(alphabet)}
+        theirs = HuggingFaceTokenizer(models.BPE(vocab=ids, merges=[]))
+        theirs.decoder = decoders.ByteLevel()
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        if hole == 1:
+            with pytest.raises(ValueError, match="its ids have holes"):
+                Tokenizer.adopt(tmp_path)
+        else:
+            ours = Tokenizer.adopt(tmp_path)
+            assert ours.vocab_size == len(ours.bytes_per_token_V) == 756
 
     def test_what_is_missing_is_named(self, tmp_path: Path):
         with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
