@@ -120,13 +120,13 @@ def fingerprint(found: UserText) -> str:
       ValueError: if one cannot be read.
     """
     hashed = set()
+    domain = _domain_of(found.root)
     for file in found.files:
         below = Path(os.path.relpath(file.path, found.root)).parts
-        usual = below[0] if len(below) > 1 else _domain_of(found.root)
+        usual = (TRAIN, below[0] if len(below) > 1 else domain)
         # Of the usual split and domain only the name and content count, as they always have.
-        said = (
-            "" if (file.split, file.domain) == (TRAIN, usual) else f"{file.split} {file.domain}\0"
-        )
+        is_usual = (file.split, file.domain) == usual
+        said = "" if is_usual else f"{file.split} {file.domain}\0"
         hashed |= {(path, said) for path in _contents(file.path)}
     total = hashlib.sha256()
     for path, said in sorted(hashed):
