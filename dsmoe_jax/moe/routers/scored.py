@@ -4,9 +4,9 @@
                         s of the chosen ones --> gates
 
 The bias and the group limit change which experts are chosen, never the gate of a chosen one.
-Sigmoids saturate: in float32 they are all 1 above a logit of 17, and their sums vanish below -40.
-So gates and affinities are normalised from logarithms, and experts are ranked by logits where
-nothing is added to the scores.
+Sigmoids saturate: in float32 they are all 1 above a logit of 17, and all 0 below about -90.  So
+gates and affinities are normalised from logarithms, and experts are ranked by logits where nothing
+is added to the scores.
 
 Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a token may use.
 """
