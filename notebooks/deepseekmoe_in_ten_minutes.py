@@ -121,7 +121,8 @@ u_TD = jax.random.normal(jax.random.key(6), (T, D))
 routing = reference.route(u_TD, router_ED, K)
 h_TD = reference.moe_layer(u_TD, routing, weights, shared)
 for name, value in routing._asdict().items():
-    print(f"{name}: {value.dtype} {value.shape}")
+    if value is not None:  # what only other routers have
+        print(f"{name}: {value.dtype} {value.shape}")
 
 s_TE = np.asarray(routing.affinity_TE)
 ids_TK = np.asarray(routing.ids_TK)
