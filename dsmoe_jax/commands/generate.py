@@ -10,6 +10,9 @@ starts a new document.  A text ends where the model writes end-of-text, or after
 The default, --temperature=0, is greedy: the most likely token each time, and the same text on every
 call.  Above 0 the same --seed gives the same texts.
 
+No text depends on the others that are sampled with it: nothing is dropped, and each token goes to
+experts of its own, also where the router lets the tokens of a batch compete.
+
 Shapes: B samples, P tokens of the prompt, G generated tokens.
 """
 
@@ -25,8 +28,10 @@ import numpy as np
 from absl import flags
 
 from dsmoe_jax.commands import command_line
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.sampling import generate
+from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.runs.loading import Run, load_run
 
 command_line.define_mesh()
@@ -68,6 +73,8 @@ def _generate(workdir: str, prompt: str) -> None:
     run = load_run(workdir, _STEP.value)
     prompt_P = [run.corpus.tokenizer.eos_id, *run.corpus.tokenizer.encode(prompt)]
     _note_length(run, len(prompt_P))
+    for note in routing_notes(run.model.config.moe):
+        print(note, file=sys.stderr)
     tokens_BG = generate(
         run.model,
         jnp.tile(jnp.array(prompt_P, jnp.int32), (_NUM_SAMPLES.value, 1)),
@@ -75,6 +82,7 @@ def _generate(workdir: str, prompt: str) -> None:
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,
+        allowed_V=run.corpus.tokenizer.may_be_written(run.config.model.vocab_size),
     )
     samples = [cut(tokens_G, run.corpus.tokenizer) for tokens_G in np.asarray(tokens_BG)]
     print(json.dumps(_result(run, prompt, samples)) if _JSON.value else _texts(prompt, samples))
@@ -120,6 +128,25 @@ def _note_length(run: Run, prompt_tokens: int) -> None:
             " the model was trained on; expect worse text there",
             file=sys.stderr,
         )
+
+
+def routing_notes(moe: MoEConfig) -> list[str]:
+    """Sentences on what is routed otherwise than in training and evaluation."""
+    if not moe.n_routed_experts:
+        return []
+    router, settings = get_router(moe)
+    notes = []
+    if router.competes or router.alone is not None:
+        experts = "one expert" if settings.k == 1 else f"{settings.k} experts"
+        notes.append(
+            f"note: in training the {moe.router.name} router routes the tokens of a batch together;"
+            f" here each token goes to {experts} of its own"
+        )
+    if moe.evaluation_drop is not None:
+        notes.append(
+            "note: nothing is dropped here, whatever model.moe.evaluation_drop does in evaluation"
+        )
+    return notes
 
 
 def _result(run: Run, prompt: str, samples: list[Sample]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class MoEConfig:
     # By name of the term: model.moe.balance.expert.factor=0.01; None takes a term out.
     balance: FrozenDict[str, BalanceTerm] = FrozenDict(expert=BalanceTerm(0.01))
     drop: DropConfig | None = None  # in training; None drops nothing
-    evaluation_drop: DropConfig | None = None  # in evaluation
+    evaluation_drop: DropConfig | None = None  # in evaluation; generation drops nothing
     dispatch: DispatchConfig = DispatchConfig()
     expert_backend: str = "auto"  # a name in dsmoe_jax/moe/experts.py, or the best for the device
     row_kernels: str = "auto"  # "native", "jax": top-k, sorting and summing rows; moe/kernels

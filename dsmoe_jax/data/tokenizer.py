@@ -103,6 +103,19 @@ class Tokenizer:
         """Text of one id, for tables; the name of a special token."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def may_be_written(self, n_rows: int) -> np.ndarray:
+        """Mask of the ids that a model may write: all tokens, end-of-text included, but padding.
+
+        Args:
+          n_rows: V, the ids that the model has; those past the last token are no text.
+
+        Returns:
+          bool (V,).
+        """
+        mask_V = np.isin(np.arange(n_rows), list(self._bpe.get_vocab().values()))
+        mask_V[self.pad_id] = False
+        return mask_V
+
     @functools.cached_property
     def bytes_per_token_V(self) -> np.ndarray:
         """Number of UTF-8 bytes that each token stands for, int32 [V]; 0 if special.

@@ -9,18 +9,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
+from dsmoe_jax.moe import interventions
+
+# The smallest normal float32.  XLA multiplies by the reciprocal, which must be one too: smaller
+# numbers are taken for 0.
+_COLDEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
     """The next token of each sequence, int32 of shape (B,).
 
     Args:
-      logits_BV: float32.
+      logits_BV: float32; -inf is never drawn.
       key: random key, unused at temperature 0.
       temperature: 0 takes the most likely token (greedy).
       top_p: samples from the smallest set of tokens whose probabilities reach this sum (nucleus
@@ -28,12 +34,18 @@ def sample(logits_BV: jax.Array, key: jax.Array, temperature: float, top_p: floa
     """
     if temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / temperature
+    # There the limits are reached: the best tokens alone, or all with equal chances.
+    temperature = min(max(temperature, _COLDEST), 1 / _COLDEST)
+    # Relative to the best logit a quotient may overflow to -inf, a probability of 0, but not to
+    # inf, of which any difference is NaN.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
     if top_p < 1.0:
         order_BV = jnp.argsort(-logits_BV, axis=-1)
         p_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
-        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # the first token is always kept
-        dropped_BV = jnp.take_along_axis(before_BV >= top_p, jnp.argsort(order_BV, axis=-1), -1)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+        # The first token, before which there is nothing, stays even if top_p rounds to 0.
+        sorted_BV = (before_BV >= top_p) & (before_BV > 0)
+        dropped_BV = jnp.take_along_axis(sorted_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
         logits_BV = jnp.where(dropped_BV, -jnp.inf, logits_BV)
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
@@ -46,8 +58,9 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    allowed_V: np.ndarray | None = None,
 ) -> jax.Array:
-    """Continues prompts of equal length.
+    """Continues prompts of equal length, each as if it were alone: see `interventions.GENERATION`.
 
     Args:
       model: trained.
@@ -55,33 +68,69 @@ def generate(
       max_new_tokens: G.
       temperature, top_p: see `sample`.
       seed: of the sampling.
+      allowed_V: bool, the tokens that may be generated; None: all of the model's.
 
     Returns:
       tokens_BG, int32 (not cut after an end-of-text token).
 
     Raises:
-      ValueError: naming the argument that is out of range.
+      ValueError: naming the argument that is out of range, or the token whose logits are not
+        finite.
     """
-    require(prompt_BP.shape[1] > 0, "prompt", prompt_BP.shape, "needs at least one token")
+    v = model.config.vocab_size
+    allowed_V = np.ones(v, bool) if allowed_V is None else np.asarray(allowed_V)
     require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be > 0")
     require(temperature >= 0, "temperature", temperature, "must be >= 0")
     require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
+    _check_tokens(prompt_BP, allowed_V, v)
     graph, state = nnx.split(model)
-    return _run(graph, state, prompt_BP, jax.random.key(seed), max_new_tokens, temperature, top_p)
+    key = jax.random.key(seed)
+    tokens_BG, finite_G = _run(
+        graph, state, prompt_BP, jnp.asarray(allowed_V), key, max_new_tokens, temperature, top_p
+    )
+    if not (finite_G := np.asarray(finite_G)).all():
+        raise ValueError(
+            f"logits of generated token {1 + int(finite_G.argmin())}: not finite; the model's"
+            " training diverged or its parameters are damaged; an earlier checkpoint may be sound"
+        )
+    return tokens_BG
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _run(graph, state, prompt_BP, key, max_new_tokens: int, temperature: float, top_p: float):
+def _check_tokens(prompt_BP: jax.Array, allowed_V: np.ndarray, v: int) -> None:
+    """Refuses ids that the model does not have, and a choice of none."""
+    require(prompt_BP.shape[1] > 0, "prompt", prompt_BP.shape, "needs at least one token")
+    first, last = int(prompt_BP.min()), int(prompt_BP.max())
+    known = first >= 0 and last < v
+    require(known, "prompt", (first, last), f"smallest and largest id; must be 0 to {v - 1}")
+    require(allowed_V.shape == (v,), "allowed", allowed_V.shape, f"must be of shape {(v,)}")
+    require(allowed_V.any(), "allowed", "none", "must allow a token")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _run(
+    graph,
+    state,
+    prompt_BP,
+    allowed_V,
+    key,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens (B, G), and whether the logits of each of the G were finite."""
     model: Transformer = nnx.merge(graph, state)
+    forward = functools.partial(model.forward, intervention=interventions.GENERATION)
     b, p = prompt_BP.shape
-    output = model.forward(ModelInputs(prompt_BP), model.empty_cache(b, p + max_new_tokens))
+    output = forward(ModelInputs(prompt_BP), model.empty_cache(b, p + max_new_tokens))
 
     def step(carry, key):
         logits_BV, cache = carry
-        token_B = sample(logits_BV, key, temperature, top_p)
-        output = model.forward(ModelInputs(token_B[:, None]), cache)
-        return (output.logits_BSV[:, -1], output.cache), token_B
+        finite = (jnp.isfinite(logits_BV) | ~allowed_V).all()
+        token_B = sample(jnp.where(allowed_V, logits_BV, -jnp.inf), key, temperature, top_p)
+        output = forward(ModelInputs(token_B[:, None]), cache)
+        return (output.logits_BSV[:, -1], output.cache), (token_B, finite)
 
     keys = jax.random.split(key, max_new_tokens)
-    _, tokens_GB = jax.lax.scan(step, (output.logits_BSV[:, -1], output.cache), keys)
-    return tokens_GB.T
+    first = output.logits_BSV[:, -1], output.cache
+    _, (tokens_GB, finite_G) = jax.lax.scan(step, first, keys)
+    return tokens_GB.T, finite_G

@@ -1,6 +1,7 @@
 """Changes to how a trained layer is used; nothing is trained anew.
 
-They are for probes: which experts carry the loss (V1 figures 4 and 5, section 4.5).
+Most are for probes: which experts carry the loss (V1 figures 4 and 5, section 4.5).  `GENERATION`
+is how a model that writes text uses its layers.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ class Intervention:
         (V1 figure 4).  Only for routers that choose by score.
       num_experts_per_tok: another K; None: the config's (V1 figure 5).
       shared_experts: False leaves the shared experts out (V1 section 4.5).
+      tokens_alone: a token's experts do not depend on other tokens: nothing is dropped, and a
+        router whose tokens compete routes each by itself (`Router.alone`).  Only in evaluation.
     """
 
     mask_best: int = 0
     num_experts_per_tok: int | None = None
     shared_experts: bool = True
+    tokens_alone: bool = False
 
     def __post_init__(self) -> None:
         require(self.mask_best >= 0, "mask_best", self.mask_best, "must be >= 0")
@@ -34,6 +38,8 @@ class Intervention:
 
 
 NONE = Intervention()
+# A text must not depend on the other texts that are written at the same time.
+GENERATION = Intervention(tokens_alone=True)
 
 
 def check(intervention: Intervention, moe: MoEConfig) -> None:

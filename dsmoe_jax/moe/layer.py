@@ -114,6 +114,9 @@ class MoELayer(nnx.Module):
             routing, mean_logit_T = self.route(x_TD, by_token, row_kernels, intervention)
         assigned = unassign(routing, valid_BS.reshape(-1, 1), moe.n_routed_experts)
         drop = moe.drop if inputs.rng is not None else moe.evaluation_drop
+        if intervention.tokens_alone:
+            assert inputs.rng is None, "in training tokens are not alone"
+            drop = None
         k = intervention.num_experts_per_tok or moe.num_experts_per_tok
         sizes = dropping.sizes_of(moe)._replace(k=k)
         kept, max_kept = self._drop(assigned, sequence_ids_B, drop, sizes)
@@ -184,7 +187,10 @@ class MoELayer(nnx.Module):
                 # The mean of the logits themselves would make XLA on CPU store the logits.
                 mean_D = self.router_ED[...].mean(axis=0)
                 mean_logit_T = product("td,d->t", x_TD, mean_D)
-        routing = router.route(logits, inputs, settings)
+        choose = router.route
+        if intervention.tokens_alone and router.alone is not None:
+            choose = router.alone
+        routing = choose(logits, inputs, settings)
         if inputs.replayed is not None and inputs.rng is None:
             ids_TK, gates_TK = inputs.replayed
             routing = routing._replace(ids_TK=ids_TK, gates_TK=gates_TK)

@@ -27,6 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax.config import Config, DataConfig, differences
 from dsmoe_jax.data.opening import open_corpus
+from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import workdir
 from dsmoe_jax.runs.loading import load_run
@@ -119,7 +120,10 @@ def _check_probe(cell: Cell) -> None:
     """Refuses an existing measurement whose model or intervention has changed since."""
     then = results.read_record(cell).get("probed")
     now = _probed(cell)
-    if then is not None and now is not None and then != now:
+    if then is None or now is None:
+        return
+    then = {**dataclasses.asdict(Intervention()), **then}  # a field of today, not known then
+    if then != now:
         raise ValueError(
             f"{cell.workdir}: measured {then}, here it is {now}; remove it, or choose another"
             " --results"

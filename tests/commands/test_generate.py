@@ -1,6 +1,7 @@
 """`python -m dsmoe_jax generate` on a run of a few steps."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import configs
-from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.commands import generate
+from dsmoe_jax.config import Config, from_config_dict, replace
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.training.loop import train
 from tests.tools.patience import PATIENCE
@@ -23,6 +25,7 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "model.hidden_size": 16, "model.num_hidden_layers": 1, "model.attention.head_dim": 8,
             "model.initializer_range": 0.3, "model.moe.n_routed_experts": 4,
             "model.moe.moe_intermediate_size": 8, "model.moe.expert_backend": "loop",
+            "model.moe.evaluation_drop.capacity_factor": 1.0,
             "data.corpus": str(tiny_corpus),
             "optimizer.peak_learning_rate": 0.3, "optimizer.warmup_steps": 0,
             "train.steps": 2, "train.checkpoint_every": 1, "train.eval_every": None,
@@ -68,6 +71,7 @@ GOOD = {
     "first checkpoint": (*SAMPLED, "--step=1"),
     "numbered": tuple(a for a in SAMPLED if a != "--json"),
     "empty prompt": ("--prompt=", "--max_new_tokens=8", "--json"),
+    "any token": ("--prompt=", "--temperature=1e30", "--max_new_tokens=60", "--json"),
     "past the end": ("--prompt=", "--max_new_tokens=64"),
 }
 BAD = {
@@ -121,7 +125,9 @@ def test_good(results, name):
     code, out, err = results[name]
     assert code == 0
     assert out
-    assert err == "" or name == "past the end"
+    *other, line = err.splitlines()
+    assert line.startswith("note: nothing is dropped here")
+    assert bool(other) == (name == "past the end")
 
 
 def test_greedy_is_the_same_on_every_call(results):
@@ -151,6 +157,37 @@ def test_several_samples_are_numbered(results):
 def test_an_empty_prompt_starts_a_new_document(results):
     (sample,) = json.loads(results["empty prompt"][1])["samples"]
     assert sample["tokens"] == 8 or sample["ended"]
+
+
+def test_every_token_is_text(results):
+    """The model has ids past the tokenizer's; a character has at most four bytes, a token one."""
+    (sample,) = json.loads(results["any token"][1])["samples"]
+    assert len(sample["text"]) >= sample["tokens"] / 4 > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, []),
+        ({"drop.capacity_factor": 1.0}, []),
+        ({"evaluation_drop.capacity_factor": 1.0}, ["nothing is dropped here"]),
+        (
+            {"router.name": "expert_choice", "num_experts_per_tok": 7},
+            ["the expert_choice router routes .* here each token goes to 7 experts of its own"],
+        ),
+        (
+            {"router.name": "base", "num_experts_per_tok": 1},
+            ["the base router .* to one expert of its own"],
+        ),
+        ({"n_routed_experts": 0, "num_experts_per_tok": 0}, []),
+    ],
+)
+def test_another_routing_than_in_training_is_said(changes, found):
+    config = replace(Config(), **{f"model.moe.{key}": value for key, value in changes.items()})
+    notes = generate.routing_notes(config.model.moe)
+    assert len(notes) == len(found)
+    for note, pattern in zip(notes, found, strict=True):
+        assert re.search(pattern, note)
 
 
 def test_past_the_trained_length_there_is_a_note(results):

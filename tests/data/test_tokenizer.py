@@ -29,6 +29,15 @@ def test_round_trip_and_byte_count(text: str):
     assert _TOKENIZER.encode_batch([text]) == [ids]
 
 
+def test_what_a_model_may_write():
+    """All that text encodes to and the end of it; no padding, no id past the last token."""
+    v = _TOKENIZER.vocab_size
+    allowed_V = _TOKENIZER.may_be_written(v + 20)
+    assert allowed_V.shape == (v + 20,)
+    assert allowed_V[_TOKENIZER.eos_id]
+    assert sorted([*range(v, v + 20), _TOKENIZER.pad_id]) == [*(~allowed_V).nonzero()[0]]
+
+
 def test_text_never_encodes_to_a_special_token(tmp_path: Path):
     text = f"a {END_OF_TEXT} b {PAD}{END_OF_TEXT}"
     path = tmp_path / "tokenizer.json"

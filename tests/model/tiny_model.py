@@ -9,6 +9,8 @@ from flax import nnx
 from dsmoe_jax.config import Config
 from dsmoe_jax.model.build import build_model
 from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.types import ModelInputs
+from dsmoe_jax.moe.interventions import GENERATION
 from tests.tools import tiny
 
 V = 64
@@ -40,7 +42,12 @@ def make(**overrides: object) -> Transformer:
 def greedy(model: Transformer, prompt_BP: jax.Array, n: int) -> jax.Array:
     """The n tokens that follow prompts, each from a pass over the whole sequence: no cache."""
     graph, state = nnx.split(model)
-    logits = jax.jit(lambda state, tokens_BS: nnx.merge(graph, state)(tokens_BS))
+
+    @jax.jit
+    def logits(state, tokens_BS):
+        model = nnx.merge(graph, state)
+        return model.forward(ModelInputs(tokens_BS), intervention=GENERATION).logits_BSV
+
     p = prompt_BP.shape[1]
     tokens_BS = jnp.pad(prompt_BP, ((0, 0), (0, n)))  # what comes later is not seen
     for i in range(p, p + n):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.moe.interventions import NONE, Intervention
+from dsmoe_jax.moe.interventions import GENERATION, NONE, Intervention
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs
@@ -153,6 +153,40 @@ def test_every_router_heeds_an_intervention_or_refuses_it(name):
     else:
         with pytest.raises(ValueError, match=rf"mask_best=1: the {name} router does not choose"):
             ids(Intervention(mask_best=1))
+
+
+@pytest.mark.parametrize("name", [n for n, r in ROUTERS.items() if r.needs_recording != "routing"])
+def test_in_generation_every_router_routes_each_token_by_itself(name):
+    """In a batch of two sequences, and as the only token there is: the same experts and gates."""
+    layer = make_layer(k=ROUTERS[name].top or K, **{"router.name": name})
+    x_TD = activations().reshape(T, D)
+
+    def route(x_TD, ids_T, sequences_B):
+        tokens = RouterInputs(ids_T, sequence_ids_B=sequences_B)
+        return layer.route(x_TD, tokens, intervention=GENERATION)[0]
+
+    together = route(x_TD, jnp.arange(T), jnp.arange(2))
+    for t in range(T):
+        alone = route(x_TD[t : t + 1], jnp.arange(t, t + 1), jnp.arange(1))
+        np.testing.assert_array_equal(together.ids_TK[t], alone.ids_TK[0])
+        np.testing.assert_allclose(together.gates_TK[t], alone.gates_TK[0], rtol=1e-5)
+
+
+def test_in_generation_expert_choice_takes_the_best_of_each_token():
+    layer = make_layer(**{"router.name": "expert_choice", "router.routed_scaling_factor": 2.0})
+    x_TD = activations().reshape(T, D)
+    routing, _ = layer.route(x_TD, RouterInputs(jnp.arange(T)), intervention=GENERATION)
+    for x, ids, gates in zip(np.asarray(x_TD), *routing[:2], strict=True):
+        chosen, s = numpy_choice(np.asarray(layer.router_ED[...]) @ x, K, 0)
+        np.testing.assert_array_equal(ids, chosen)
+        np.testing.assert_allclose(gates, 2 * s, rtol=1e-5)
+
+
+def test_nothing_is_dropped_in_generation():
+    layer = make_layer(**{"evaluation_drop.capacity_factor": 0.5})
+    ledger = evaluate(layer, GENERATION)[1].logged.ledger
+    np.testing.assert_array_equal(ledger.computed_E, ledger.sent_E)
+    assert ledger.sent_E.sum() == T * K
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,18 @@ def test_what_was_measured_is_not_measured_again(fake_run, loaded):
     assert loaded == []
 
 
+def test_a_measurement_from_before_interventions_had_a_field_stays(fake_run, loaded, tmp_path):
+    fake_run()
+    fake_run(experiment=FIG5)
+    (path,) = (tmp_path / "runs").glob("fig5-smoke/gshard/seed0.json")
+    record = json.loads(path.read_text())
+    del record["probed"]["tokens_alone"]
+    path.write_text(json.dumps(record))
+    del loaded[:]
+    fake_run(experiment=FIG5)
+    assert loaded == []
+
+
 def test_models_that_are_not_there_are_named_with_the_command_that_trains_them(fake_run, tmp_path):
     with pytest.raises(
         ValueError,

@@ -74,6 +74,8 @@ class Router(NamedTuple):
       alters_logits: the routing's logits are not those that the layer computed.
       top: the K that the router is defined for; None: any.
       competes: the tokens of a micro-batch compete for experts.
+      alone: `(logits, inputs, settings) -> Routing` of each token by itself, for generation; None:
+        `route` does so in evaluation.
       balanced: the load is even by construction, or fixed; balance terms have no effect.
       all_columns: a routing has a column for each of the E experts, not K of them.
       masks_best: in evaluation its choice is by score, so that a token's best experts can be left
@@ -91,6 +93,7 @@ class Router(NamedTuple):
     alters_logits: bool = False
     top: int | None = None
     competes: bool = False
+    alone: Callable[..., Routing] | None = None
     balanced: bool = False
     all_columns: bool = False
     masks_best: bool = False
@@ -152,6 +155,7 @@ ROUTERS: dict[str, Router] = {
         balanced.expert_choice,
         frozenset({"scoring_func", "routed_scaling_factor", "jitter"}),
         competes=True,
+        alone=scored.topk,
         balanced=True,
         all_columns=True,
     ),
@@ -173,7 +177,7 @@ ROUTERS: dict[str, Router] = {
     "replay_ids": Router(
         scored.replay_ids, _GATES | {"scoring_func"}, masks_best=True, needs_recording="ids"
     ),
-    "uniform": Router(fixed.uniform, logits_per_expert=0, balanced=True),
+    "uniform": Router(fixed.uniform, logits_per_expert=0, alone=fixed.first_experts, balanced=True),
 }
 
 

@@ -102,6 +102,13 @@ def uniform(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Rou
     return Routing(ids_TK, jnp.full((t, k), 1 / k, jnp.float32), None)
 
 
+def first_experts(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
+    """`uniform` for a token without a place in a batch: it goes to the first K experts."""
+    del logits
+    ids_TK = jnp.tile(jnp.arange(settings.k), (len(inputs.token_ids_T), 1))
+    return Routing(ids_TK, jnp.full(ids_TK.shape, 1 / settings.k, jnp.float32), None)
+
+
 def replay(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """The recorded experts with the recorded gates, in training and in evaluation.
 
