@@ -25,7 +25,7 @@ from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention
-from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear
+from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear_to_float32
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 
@@ -162,7 +162,7 @@ class Transformer(nnx.Module):
             leading.append(layer_cache)
         x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache, intervention)
         with jax.named_scope("head"):
-            logits_BSV = linear(self.final_norm(x_BSD), self.head_VD).astype(jnp.float32)
+            logits_BSV = linear_to_float32(self.final_norm(x_BSD), self.head_VD)
             logits_BSV = constrain(logits_BSV, "BSV")
         chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
         if cache is not None:

@@ -20,7 +20,36 @@ def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param
 
 def linear(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
     """`x @ weight.T` in the dtype of x, for x of (..., in) and weight of (out, in)."""
-    return jnp.einsum("...i,oi->...o", x, weight[...].astype(x.dtype))
+    return _product(x, weight[...].astype(x.dtype))
+
+
+def linear_to_float32(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+    """`linear` whose float32 sums are handed on as they are, for a float32 value such as a logit.
+
+    The inputs are in the dtype of x all the same.
+    """
+    return _product_to_float32(x, weight[...].astype(x.dtype))
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, w)
+
+
+@jax.custom_vjp
+def _product_to_float32(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
+
+
+def _product_to_float32_fwd(x, w):
+    return _product_to_float32(x, w), (x, w)
+
+
+def _product_to_float32_bwd(saved, dy):
+    # As in `linear`: a product of a float32 gradient and bfloat16 inputs would run in float32.
+    return jax.vjp(_product, *saved)[1](dy.astype(saved[0].dtype))
+
+
+_product_to_float32.defvjp(_product_to_float32_fwd, _product_to_float32_bwd)
 
 
 class RMSNorm(nnx.Module):

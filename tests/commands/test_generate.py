@@ -25,7 +25,7 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "model.hidden_size": 16, "model.num_hidden_layers": 1, "model.attention.head_dim": 8,
             "model.initializer_range": 0.3, "model.moe.n_routed_experts": 4,
             "model.moe.moe_intermediate_size": 8, "model.moe.expert_backend": "loop",
-            "model.moe.evaluation_drop.capacity_factor": 1.0,
+            "model.moe.evaluation_drop.capacity_factor": 1.0, "model.vocab_size": 16384,
             "data.corpus": str(tiny_corpus),
             "optimizer.peak_learning_rate": 0.3, "optimizer.warmup_steps": 0,
             "train.steps": 2, "train.checkpoint_every": 1, "train.eval_every": None,

@@ -181,6 +181,21 @@ def test_bfloat16_compute_keeps_float32_parameters(model):
     assert half.empty_cache(1, 1).stacked.keys_BLMH.dtype == jnp.bfloat16
 
 
+def test_bfloat16_logits_are_sums_in_float32():
+    """Rounded ones would be off by 0.06 at 22, and the best tokens of a row would tie."""
+    model = make(**{"model.compute_dtype": "bfloat16", "model.vocab_size": 512})
+    head_VD = model.head_VD[...]
+    model.head_VD[...] = jnp.eye(512, 32)
+    input_BSD = np.asarray(model(TOKENS)[:, :, :32], np.float64)
+    model.head_VD[...] = head_VD
+    w_VD = np.asarray(head_VD.astype(jnp.bfloat16), np.float64)
+    eps = 32 * np.finfo(np.float32).eps * (np.abs(input_BSD) @ np.abs(w_VD).T)
+    want = input_BSD @ w_VD.T
+    found = np.asarray(model(TOKENS), np.float64)
+    assert (np.abs(found - want) <= eps).all()
+    assert (found.astype(jnp.bfloat16) != found).mean() > 0.9
+
+
 def test_compute_dtype_follows_the_platform(monkeypatch):
     for platform, dtype in (("cpu", jnp.float32), ("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16)):
         monkeypatch.setattr(transformer, "platform", lambda name=platform: name)
