@@ -3,6 +3,9 @@ r"""Measures a trained run on held-out text: nats per token and bits per byte, b
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
 
+Where a model drops tokens in evaluation, or a batch's tokens compete for experts, the loss depends
+on --batch_size; the result names it then.
+
 The routing can be recorded, and replayed with the experts of another step or run:
 
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=400 --record_routing=routing
@@ -84,10 +87,15 @@ def _routing(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Table with one line a domain; the last line is the whole text."""
+    """Table with one line a domain, then one of the whole text; last what it depends on, if so."""
     width = max(len(name) for name in (*result["domains"], "all"))
     lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
     for name, row in [*result["domains"].items(), ("all", result)]:
         numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
         lines.append(f"{name:{width}}  {numbers}")
+    if "batch_size" in result:
+        lines.append(
+            f"in batches of {result['batch_size']} sequences: a token's experts depend on the other"
+            " tokens of its batch, so another --batch_size gives another loss"
+        )
     return "\n".join(lines)

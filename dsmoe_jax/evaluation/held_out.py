@@ -23,6 +23,7 @@ from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.dropping import Ledger
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.moe.layer import evaluated_together
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
 from dsmoe_jax.runs.summaries import bits_per_byte, drop_summary, load_summary
@@ -51,11 +52,13 @@ class HeldOut:
         recording: Recording | None = None,
         intervention: Intervention = interventions.NONE,
     ):
+        self._graph = graph
         self._corpus = corpus
         self._batch_size = batch_size
         self._max_batches = max_batches
         self._recorder = recorder
         self._recording = recording
+        self._intervention = intervention
         n_domains = len(corpus.domains)
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
@@ -99,7 +102,8 @@ class HeldOut:
         Returns:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
           `domains`; and for a model with routed experts `load`, `maxvio`, `gini`, `dead_experts`
-          and `dropped` by layer.
+          and `dropped` by layer.  Where the tokens of a batch decide about each other, the numbers
+          hold for one `batch_size`, which is given then.
 
         Raises:
           RuntimeError: if assignments are missing: neither computed nor dropped.
@@ -117,7 +121,13 @@ class HeldOut:
                 ledger = jax.tree.map(np.float64, ledger)
                 total = ledger if total is None else jax.tree.map(np.add, total, ledger)
             on_batch(done)
-        return self._result(sums_3G, total)
+        return self._result(sums_3G, total) | self._batch(params, other)
+
+    def _batch(self, params: nnx.State, other: nnx.State) -> dict[str, int]:
+        """The size of the batches, if the result depends on it."""
+        moe = nnx.merge(self._graph, params, other).config.moe
+        together = evaluated_together(moe) and not self._intervention.tokens_alone
+        return {"batch_size": self._batch_size} if together else {}
 
     def _batches(self, name: str) -> Iterator[Any]:
         """The batches of a pass on the mesh, with recorded routing if it is replayed."""

@@ -13,8 +13,10 @@ position buckets, R reasons.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,19 +152,26 @@ def check_capacity(moe: MoEConfig, tokens: int) -> None:
 
 
 def drop(
-    routing: Routing, sequence_ids_B: jax.Array, config: DropConfig, sizes: Sizes, shards: int = 1
+    routing: Routing,
+    sequence_ids_B: jax.Array,
+    config: DropConfig,
+    sizes: Sizes,
+    shards: int = 1,
+    valid_T: jax.Array | None = None,
 ) -> Routing:
     """Drops what is above `capacity_factor` times the mean load of an expert or a device.
 
-    The capacity is `ceil(capacity_factor T K / G)` assignments.
+    The capacity is `ceil(capacity_factor n K / G)` assignments for n valid tokens: a batch that was
+    filled up with padding loses what it would lose without.
 
     Args:
-      routing: of T tokens; padding is unassigned and takes no capacity.
+      routing: of T tokens; padding is unassigned.
       sequence_ids_B: int32, the place of each sequence in the global batch.
       config: factor, policy and protected share.
       sizes: of the layer.
       shards: equal parts of the batch, each with a capacity for its own tokens; 1: all tokens
         compete, so that what is dropped does not depend on the mesh.
+      valid_T: bool, False for padding; None: all are valid.
 
     Raises:
       ValueError: for a batch that does not divide into the shards.
@@ -172,13 +181,18 @@ def drop(
             f"batch of {len(sequence_ids_B)} sequences: must be a multiple of {shards}, the shards"
             " of the mesh that drop tokens each for itself"
         )
+    if valid_T is None:
+        valid_T = jnp.ones(len(routing.ids_TK), bool)
 
     def cut(a: jax.Array) -> jax.Array:
         return a.reshape(shards, -1, *a.shape[1:])
 
     keep = functools.partial(_keep, config=config, sizes=sizes)
     kept_TK = jax.vmap(keep)(
-        cut(routing.ids_TK), jax.tree.map(cut, routing.affinity_TE), cut(sequence_ids_B)
+        cut(routing.ids_TK),
+        jax.tree.map(cut, routing.affinity_TE),
+        cut(sequence_ids_B),
+        cut(valid_T),
     ).reshape(routing.ids_TK.shape)
     return unassign(routing, kept_TK, sizes.n_experts)
 
@@ -194,7 +208,7 @@ def max_kept(shape_BS: tuple[int, int], config: DropConfig, sizes: Sizes, n_shar
     policy = POLICIES[config.policy]
     b, s = shape_BS
     groups = sizes.capacities(config)
-    capacity = _capacity(b * s, config, sizes)
+    capacity = _capacity(b * s, config, sizes)  # padding makes it smaller
     size = sizes.n_experts // groups
     held = sizes.n_experts // n_shards
     if policy.protects and config.protected_share:
@@ -205,15 +219,28 @@ def max_kept(shape_BS: tuple[int, int], config: DropConfig, sizes: Sizes, n_shar
     return capacity * max((start + held - 1) // size - start // size + 1 for start in starts)
 
 
-def _capacity(tokens: int, config: DropConfig, sizes: Sizes) -> int:
-    """Assignments that one expert or device computes at most."""
-    return int(-(-config.capacity_factor * tokens * sizes.k // sizes.capacities(config)))
+def _capacity(tokens: Any, config: DropConfig, sizes: Sizes) -> Any:
+    """`ceil(capacity_factor n K / G)`: assignments that one expert or device computes at most.
+
+    Exact for an int and for a traced int32, which has no float of enough digits.
+    """
+    # The factor as the user wrote it, in decimals: 0.07 of 100 are 7, as a float a bit more.
+    share = Fraction(str(config.capacity_factor)) * sizes.k / sizes.capacities(config)
+    whole, part = divmod(min(share, Fraction(sizes.k)), 1)  # a token has no more than K
+    if not part:
+        return tokens * whole
+    # Numerator times denominator stays below 2^31, and so does every product here.
+    part = part.limit_denominator(math.isqrt(2**30 * part.denominator // part.numerator))
+    up, down = part.numerator, part.denominator
+    rest = tokens % down
+    return tokens * whole + tokens // down * up - (-rest * up // down)
 
 
 def _keep(
     ids_TK: jax.Array,
     affinity_TE: jax.Array | None,
     sequence_ids_B: jax.Array,
+    valid_T: jax.Array,
     config: DropConfig,
     sizes: Sizes,
 ) -> jax.Array:
@@ -233,7 +260,8 @@ def _keep(
         protected_T = jnp.repeat(protected_B, t // len(sequence_ids_B))
         kept_TK = jnp.broadcast_to(protected_T[:, None], (t, k))
         key_TK = jnp.where(kept_TK, -jnp.inf, key_TK)
-    return kept_TK | (rank_in_group(group_TK, key_TK, groups) < _capacity(t, config, sizes))
+    capacity = _capacity(valid_T.sum(), config, sizes)
+    return kept_TK | (rank_in_group(group_TK, key_TK, groups) < capacity)
 
 
 def protected(sequence_ids_B: jax.Array, share: float) -> jax.Array:

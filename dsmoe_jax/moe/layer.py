@@ -119,7 +119,7 @@ class MoELayer(nnx.Module):
             drop = None
         k = intervention.num_experts_per_tok or moe.num_experts_per_tok
         sizes = dropping.sizes_of(moe)._replace(k=k)
-        kept, max_kept = self._drop(assigned, sequence_ids_B, drop, sizes)
+        kept, max_kept = self._drop(assigned, valid_BS, sequence_ids_B, drop, sizes)
         with jax.named_scope("dispatch"):
             weights = experts.ExpertWeights(
                 self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
@@ -201,6 +201,7 @@ class MoELayer(nnx.Module):
     def _drop(
         self,
         routing: Routing,
+        valid_BS: jax.Array,
         sequence_ids_B: jax.Array,
         drop: DropConfig | None,
         sizes: Sizes,
@@ -208,15 +209,15 @@ class MoELayer(nnx.Module):
         """The routing after dropping, and the most assignments of a shard on a device, if known."""
         if drop is None:
             return routing, None
+        valid_T = valid_BS.reshape(-1)
         name = self.config.dispatch.name
         if not dispatch.choose_dispatcher(name, expert_devices()).drops_by_shard:
-            return dropping.drop(routing, sequence_ids_B, drop, sizes), None
+            return dropping.drop(routing, sequence_ids_B, drop, sizes, valid_T=valid_T), None
         # Buffers of fixed size need a bound for each shard, so each shard drops for itself.
         shards = token_shards()
-        b = len(sequence_ids_B)
-        t = len(routing.ids_TK)
-        kept = dropping.drop(routing, sequence_ids_B, drop, sizes, shards)
-        return kept, dropping.max_kept((b // shards, t // b), drop, sizes, expert_devices())
+        b, s = valid_BS.shape
+        kept = dropping.drop(routing, sequence_ids_B, drop, sizes, shards, valid_T)
+        return kept, dropping.max_kept((b // shards, s), drop, sizes, expert_devices())
 
 
 def check_layer(moe: MoEConfig) -> None:
@@ -233,6 +234,13 @@ def check_layer(moe: MoEConfig) -> None:
     experts.check_backend(moe.expert_backend)
     kernels.check_rows(moe.row_kernels)
     losses.check(moe, moe.router.name, learned=router.learned, balanced=router.balanced)
+
+
+def evaluated_together(moe: MoEConfig) -> bool:
+    """Whether a token's experts depend, in evaluation, on the other tokens of its batch."""
+    if not moe.n_routed_experts:
+        return False
+    return moe.evaluation_drop is not None or routers.get_router(moe)[0].alone is not None
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:

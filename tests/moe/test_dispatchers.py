@@ -140,7 +140,7 @@ def test_capacity_of_each_shard(policy):
             by_token = RouterInputs(jnp.zeros(T, jnp.int32), valid.reshape(-1), inputs.rng)
             routing, _ = layer.route(x, by_token)
             routing = unassign(routing, valid.reshape(-1, 1), E)
-            kept = dropping.drop(routing, jnp.arange(b), drop, sizes, shards=8)
+            kept = dropping.drop(routing, jnp.arange(b), drop, sizes, 8, valid.reshape(-1))
             computed_E = jnp.bincount(kept.ids_TK.reshape(-1), length=E + 1)[:E]
             ledger = dropping.ledger(
                 routing.ids_TK, kept.ids_TK, computed_E.astype(jnp.float32), b, drop, sizes

@@ -1,6 +1,8 @@
 """Drop policies against plain numpy, the ledger, and what evaluation may not see."""
 
 import functools
+import math
+from fractions import Fraction
 
 import chex
 import jax
@@ -42,10 +44,11 @@ def skewed_routing(seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def run(routing, config, first=0):
+def run(routing, config, first=0, valid_T=None):
     """The routing after dropping, and the ledger of it."""
     n_sequences = len(routing.ids_TK) // S
-    kept = dropping.drop(routing, first + jnp.arange(n_sequences), config, SIZES)
+    places_B = first + jnp.arange(n_sequences)
+    kept = dropping.drop(routing, places_B, config, SIZES, valid_T=valid_T)
     computed_E = count_load(kept.ids_TK, E)
     ledger = dropping.ledger(routing.ids_TK, kept.ids_TK, computed_E, n_sequences, config, SIZES)
     return kept, ledger
@@ -55,7 +58,7 @@ def numpy_kept(ids, affinity, valid, factor, policy):
     """Fills experts or devices one assignment at a time, in the order of the policy."""
     by_device = policy == "device"
     size = E // D if by_device else 1
-    room = np.full(E // size, int(np.ceil(factor * T * K / (E // size))))
+    room = np.full(E // size, int(np.ceil(factor * valid.sum() * K / (E // size))))
     slots = [(t, k) for k in range(K) for t in range(T) if valid[t]]
     if policy != "position":
         slots = sorted(sorted(slots), key=lambda a: -affinity[a[0], ids[a]])
@@ -76,7 +79,7 @@ def test_against_numpy(policy, factor):
     valid = np.arange(T) % S < 13
     valid[PROTECTED * S : (PROTECTED + 1) * S] = True
     routing = unassign(routing, jnp.asarray(valid)[:, None], E)
-    kept, ledger = run(routing, drop_config(policy, factor))
+    kept, ledger = run(routing, drop_config(policy, factor), 0, jnp.asarray(valid))
     ids, gates = np.asarray(routing.ids_TK), np.asarray(routing.gates_TK)
     want = numpy_kept(ids, np.asarray(routing.affinity_TE), valid, factor, policy)
     np.testing.assert_array_equal(kept.ids_TK, np.where(want, ids, E))
@@ -91,6 +94,41 @@ def test_against_numpy(policy, factor):
     by_reason = [0, lost.sum()] if policy == "device" else [lost.sum(), 0]
     np.testing.assert_array_equal(ledger.dropped_R, by_reason)
     assert ledger.dropped_E.sum() > 0
+
+
+@pytest.mark.parametrize("factor", [0.03, 0.07, 1 / 3, 1.0, 1.1, 1.25, 1.23456, 8.0, 1e6])
+def test_a_capacity_is_exact(factor):
+    """Against fractions of the decimal number, for batches up to millions of tokens."""
+    config = DropConfig(factor)
+    n = np.r_[1:60, 2 ** np.arange(6, 22), np.random.default_rng(0).integers(60, 2**22, 40)]
+    for sizes in (SIZES, Sizes(63, 7, 9), Sizes(256, 8, 8)):
+        share = Fraction(str(factor)) * sizes.k / sizes.n_experts
+        want = [min(math.ceil(share * int(i)), int(i) * sizes.k) for i in n]
+        found = jax.jit(lambda n, sizes=sizes: dropping._capacity(n, config, sizes))(n)
+        np.testing.assert_array_equal(found, want)
+        assert [dropping._capacity(int(i), config, sizes) for i in n] == want
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("policy", list(dropping.POLICIES))
+def test_padding_takes_no_capacity(policy, shards):
+    """Sequences of padding, and padding within, change nothing of what is dropped of the others."""
+    routing, config = skewed_routing(3), drop_config(policy, 0.7)
+    padded_BS = np.ones((2 * B, S + 5), bool)
+    padded_BS[:, S:] = False
+    padded_BS.reshape(shards, -1, S + 5)[:, B // shards :] = False
+    place_T = np.cumsum(padded_BS.reshape(-1)) - 1  # of a valid token among those without padding
+    valid_T = jnp.asarray(padded_BS.reshape(-1))
+    padded = unassign(jax.tree.map(lambda a: a[place_T], routing), valid_T[:, None], E)
+    # The sequences keep their places in the batch, which decide who is protected.
+    ids_B = jnp.arange(2 * B).reshape(2 * shards, -1)
+    ids_B = jnp.concatenate([ids_B[:shards], ids_B[shards:]], axis=1).reshape(-1)
+    found = dropping.drop(padded, ids_B, config, SIZES, shards, valid_T)
+    want = dropping.drop(routing, jnp.arange(B), config, SIZES, shards)
+    assert (want.ids_TK == E).any()
+    np.testing.assert_array_equal(found.ids_TK[valid_T], want.ids_TK)
+    np.testing.assert_array_equal(found.gates_TK[valid_T], want.gates_TK)
+    assert (found.ids_TK[~valid_T] == E).all()
 
 
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0])
@@ -163,6 +201,25 @@ def test_evaluation_depends_on_the_other_sequences_only_if_it_drops():
     assert ledger.dropped_E.sum() == 0 < ledger.sent_E.sum()
     assert last_sequence(training_only, jax.random.key(0)) > 1e-3
     assert last_sequence(make_layer(**{"evaluation_drop.capacity_factor": 0.5})) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation_drop.capacity_factor": 0.7},
+        {"evaluation_drop.capacity_factor": 0.7, "evaluation_drop.policy": "device"},
+        {"router.name": "expert_choice", "balance.expert": None},
+    ],
+)
+def test_a_batch_that_is_filled_up_is_evaluated_as_without(changes):
+    layer = make_layer(**changes)
+    x = jax.random.normal(jax.random.key(0), (B, S, 8))
+    valid_BS = jnp.arange(B)[:, None] < jnp.full(S, 3)
+    full, report = layer(x, layer_inputs()._replace(valid_BS=valid_BS))
+    alone, wanted = layer(x[:3], layer_inputs(b=3))
+    np.testing.assert_allclose(full[:3], alone, atol=1e-6)
+    chex.assert_trees_all_equal(report.logged.ledger, wanted.logged.ledger)
+    assert wanted.logged.ledger.sent_E.sum() > 0
 
 
 @pytest.mark.parametrize("evaluation", ["position", "probability", "device", None])

@@ -54,7 +54,9 @@ def balance(logits_TE: jax.Array, valid_T: jax.Array | None, iterations: int) ->
 
 
 def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
-    """Each expert takes the C = T K / E tokens with the largest scores (2202.09368 section 3.2).
+    """Each expert takes the C = n K / E tokens with the largest scores (2202.09368 section 3.2).
+
+    n are the valid tokens.
 
     The load is even by construction; a token may get no expert or many, K on average.
 
@@ -72,8 +74,10 @@ def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSe
     rank_TE = found.order_TE
     if inputs.valid_T is not None:
         rank_TE = jnp.where(inputs.valid_T[:, None], rank_TE, -jnp.inf)
+    n = t if inputs.valid_T is None else inputs.valid_T.sum()
     _, token_EC = jax.lax.top_k(rank_TE.T, min(t, -(-t * settings.k // e)))
-    taken_TE = jnp.zeros((t, e), bool).at[token_EC, jnp.arange(e)[:, None]].set(True)
+    taken_C = jnp.arange(token_EC.shape[1]) < -(-n * settings.k // e)
+    taken_TE = jnp.zeros((t, e), bool).at[token_EC, jnp.arange(e)[:, None]].set(taken_C)
     taken_TE &= rank_TE > -jnp.inf
     best_first, ids_TE = jax.lax.top_k(jnp.where(taken_TE, s_TE, -1.0), e)
     taken_TE = best_first >= 0
