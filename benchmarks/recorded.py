@@ -21,7 +21,7 @@ def offsets_TE(path: Path, layer: int, tokens: int, n_experts: int, k: int) -> n
     Raises:
       ValueError: with the numbers, if the recorded routing does not fit.
     """
-    ids_BLSK, _ = load(path)
+    ids_BLSK = np.asarray(load(path).ids)
     b, n_layers, s, found = ids_BLSK.shape
     if not 0 <= layer < n_layers:
         raise ValueError(f"--layer={layer}: {path} has layers 0 to {n_layers - 1}")

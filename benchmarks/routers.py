@@ -117,8 +117,8 @@ def inputs_of(layer: MoELayer) -> RouterInputs:
     token_ids_T = jnp.asarray(rng.integers(VOCAB, size=B * S), jnp.int32)
     replayed = None
     if routers.get_router(layer.config)[0].needs_recording:
-        ids_TK = np.argsort(rng.random((B * S, e)), axis=1)[:, :k].astype(np.int32)
-        replayed = RecordedRouting(jnp.asarray(ids_TK), jnp.full((B * S, k), 1 / k))
+        ids_TK = jnp.asarray(np.argsort(rng.random((B * S, e)), axis=1)[:, :k].astype(np.int32))
+        replayed = RecordedRouting(ids_TK, jnp.full((B * S, k), 1 / k), ids_TK, ids_TK)
     return RouterInputs(
         token_ids_T,
         jnp.ones(B * S, bool),

@@ -47,6 +47,10 @@ class Batch(TypedDict):
     """int32, recorded experts of every layer, if they are to be replayed."""
     replayed_gates_BLSK: NotRequired[np.ndarray]
     """float32, their gates."""
+    replayed_sent_BLSK: NotRequired[np.ndarray]
+    """int32, the experts before dropping."""
+    replayed_chosen_BLSK: NotRequired[np.ndarray]
+    """int32, those and the ones that the router itself left out."""
 
 
 def make_batch(records: Sequence[bytes], sequence_length: int, eos_id: int, pad_id: int) -> Batch:

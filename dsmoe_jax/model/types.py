@@ -29,8 +29,8 @@ class ModelInputs(NamedTuple):
       positions_BS: int32, position within the document; None: 0, 1, 2, ...
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       rng: random key for routers that act at random in training; None is evaluation.
-      replayed: recorded routing, ids and gates of shape (B, L, S, K), for routers that replay; in
-        evaluation it replaces the choice of any router.
+      replayed: recorded routing, (B, L, S, K), for routers that replay; in evaluation it replaces
+        the choice of any router.
     """
 
     tokens_BS: jax.Array
@@ -55,10 +55,8 @@ class ModelInputs(NamedTuple):
         """
         replayed = None
         if "replayed_ids_BLSK" in batch:
-            assert "replayed_gates_BLSK" in batch, "ids and gates come together"
-            ids_BLSK = jnp.asarray(batch["replayed_ids_BLSK"])
-            gates_BLSK = jnp.asarray(batch["replayed_gates_BLSK"])
-            replayed = RecordedRouting(ids_BLSK, gates_BLSK)
+            arrays = (batch[f"replayed_{name}_BLSK"] for name in RecordedRouting._fields)
+            replayed = RecordedRouting(*map(jnp.asarray, arrays))
         return cls(
             jnp.asarray(batch["tokens_BS"]),
             jnp.asarray(batch["segment_ids_BS"]),

@@ -112,7 +112,12 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             by_token = _by_token(inputs, sequence_ids_B)
             routing, mean_logit_T = self.route(x_TD, by_token, row_kernels, intervention)
-        assigned = unassign(routing, valid_BS.reshape(-1, 1), moe.n_routed_experts)
+        e = moe.n_routed_experts
+        keep_TK = valid_BS.reshape(-1, 1)
+        if by_token.replayed is not None:
+            # What the recorded run dropped is not sent; the balance terms count it all the same.
+            keep_TK &= by_token.replayed.ids < e
+        assigned = unassign(routing, keep_TK, e)
         drop = moe.drop if inputs.rng is not None else moe.evaluation_drop
         if intervention.tokens_alone:
             assert inputs.rng is None, "in training tokens are not alone"
@@ -135,11 +140,10 @@ class MoELayer(nnx.Module):
             row_kernels.count,
         )
         segment_ids_BS = valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
-        by_place = (a.reshape(*valid_BS.shape, -1) for a in (kept.ids_TK, kept.gates_TK))
         report = LayerReport(
             loss_inputs(routing, segment_ids_BS, moe),
             logged_sums(routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe),
-            RecordedRouting(*by_place),
+            _recorded(routing, kept, valid_BS, e),
         )
         return y_TD.reshape(x_BSD.shape), report
 
@@ -192,8 +196,8 @@ class MoELayer(nnx.Module):
             choose = router.alone
         routing = choose(logits, inputs, settings)
         if inputs.replayed is not None and inputs.rng is None:
-            ids_TK, gates_TK = inputs.replayed
-            routing = routing._replace(ids_TK=ids_TK, gates_TK=gates_TK)
+            replayed = inputs.replayed
+            routing = routing._replace(ids_TK=replayed.ids, gates_TK=replayed.gates)
         chex.assert_equal_shape([routing.ids_TK, routing.gates_TK])
         chex.assert_type([routing.ids_TK, routing.gates_TK], [jnp.int32, jnp.float32])
         return routing, mean_logit_T
@@ -241,6 +245,19 @@ def evaluated_together(moe: MoEConfig) -> bool:
     if not moe.n_routed_experts:
         return False
     return moe.evaluation_drop is not None or routers.get_router(moe)[0].alone is not None
+
+
+def _recorded(routing: Routing, kept: Routing, valid_BS: jax.Array, e: int) -> RecordedRouting:
+    """The routing of a batch before and after dropping, (B, S, K), padding unassigned."""
+
+    def by_place(a_TK: jax.Array) -> jax.Array:
+        return a_TK.reshape(*valid_BS.shape, -1)
+
+    sent, chosen = (
+        jnp.where(valid_BS[..., None], by_place(ids_TK), e)
+        for ids_TK in (routing.ids_TK, routing.counted_TK)
+    )
+    return RecordedRouting(by_place(kept.ids_TK), by_place(kept.gates_TK), sent, chosen)
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:

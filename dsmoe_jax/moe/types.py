@@ -24,8 +24,8 @@ class Routing(NamedTuple):
         their sum (V3 eq. 19).  None for a router without affinities.
       logits_TE: float32, the logits of the affinities, for the z-loss; None for a router without
         logits.
-      chosen_TK: int32, the choice before experts were left out at random, which the balance terms
-        count; None: `ids_TK`.
+      chosen_TK: int32, the choice before the router itself left experts out at random: the balance
+        terms count it, and its scores are in the sum by which gates are normalised.  None: `ids_TK`.
       best_TK: int32, the K experts of the largest plain scores, whichever are chosen, which V3's
         sequence-wise term counts; None: the chosen ones.
     """
@@ -44,10 +44,19 @@ class Routing(NamedTuple):
 
 
 class RecordedRouting(NamedTuple):
-    """A routing as it is recorded and replayed: `ids` and `gates`, (T, K), (B, S, K) or more."""
+    """A routing as it is recorded and replayed; all are (T, K), (B, S, K) or more.
+
+    Attributes:
+      ids: int32, the experts that computed; E is unassigned, in all three.
+      gates: float32, of those.
+      sent: int32, the experts before dropping: those that balance terms count.
+      chosen: int32, those and what the router left out: those that gates are normalised over.
+    """
 
     ids: jax.Array
     gates: jax.Array
+    sent: jax.Array
+    chosen: jax.Array
 
 
 class MoEInputs(NamedTuple):
@@ -58,8 +67,8 @@ class MoEInputs(NamedTuple):
       valid_BS: bool, False for padding.
       rng: random key in training; None is evaluation.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
-      replayed: recorded ids_BSK and gates_BSK, for a router that replays; in evaluation they
-        replace the choice of any router.
+      replayed: recorded routing, (B, S, K), for a router that replays; in evaluation its ids and
+        gates replace those of any router.
       segment_ids_BS: int32, the document of each token, 0 for padding; the tokens of a document
         stand together.  None: one document a sequence.
     """
@@ -80,7 +89,7 @@ class RouterInputs(NamedTuple):
       valid_T: bool, False for padding, for routers that compare tokens; None: all are valid.
       rng: random key in training; None is evaluation: no noise, no forced balance.
       state: the layer's variables of this router by name, see `routers.RouterState`.
-      replayed: ids_TK and gates_TK recorded in another run, for routers that replay; None: none.
+      replayed: routing recorded in another run, (T, K), for routers that replay; None: none.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: the T tokens are
         one sequence, the first.
     """

@@ -5,7 +5,9 @@
                                       (float32)
     validation-00000010/00000001.npz  the first held-out batch after step 10, the same arrays
 
-It is the routing that the experts computed: after dropping.
+It is the routing that the experts computed: after dropping.  A batch in which something was dropped
+has `sent_BLSK` too, the experts before; one in which the router itself left something out has
+`chosen_BLSK`, all that it chose.  (See `RecordedRouting`.)
 
 Shapes: B sequences of a batch, L MoE layers, S positions, E routed experts, K columns of a routing.
 """
@@ -124,17 +126,22 @@ class Recorder:
         Args:
           name: of the pass: "train", or from `validation_name`.
           number: of the step or batch, from 1.
-          routing: ids_LBSK and gates_LBSK.
+          routing: (L, B, S, K).
         """
         if not hosts.is_first():
             return
-        ids, gates = (np.swapaxes(np.asarray(x), 0, 1) for x in routing)
-        small = np.int16 if ids.max() < 2**15 else np.int32
+        ids, gates, sent, chosen = (np.swapaxes(np.asarray(x), 0, 1) for x in routing)
+        small = np.int16 if max(ids.max(), chosen.max()) < 2**15 else np.int32
+        arrays = {"ids_BLSK": ids.astype(small), "gates_BLSK": gates}
+        if (sent != ids).any():
+            arrays["sent_BLSK"] = sent.astype(small)
+        if (chosen != sent).any():
+            arrays["chosen_BLSK"] = chosen.astype(small)
         path = _path(self.directory, name, number)
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "wb") as file:
-            np.savez(file, ids_BLSK=ids.astype(small), gates_BLSK=gates)
+            np.savez(file, **arrays)
         os.replace(temporary, path)
 
 
@@ -146,13 +153,24 @@ class Recording:
       directory: of a `Recorder`.
       wanted: entries of `belongs_to` that its manifest must have.
       columns: every K that a batch may have.
+      all_choices: whether those must be known that were left out or dropped.
 
     Raises:
       ValueError: with the numbers, if it is of other sizes or data.
     """
 
-    def __init__(self, key: str, directory: Path, wanted: dict[str, Any], columns: list[int]):
-        self.directory, self._key = directory, key
+    def __init__(
+        self,
+        key: str,
+        directory: Path,
+        wanted: dict[str, Any],
+        columns: list[int],
+        *,
+        all_choices: bool = False,
+    ):
+        self.directory = directory
+        self._key = key
+        self._all_choices = all_choices
         path = directory / MANIFEST
         if not path.is_file():
             raise ValueError(f"{key}: no recorded routing there (no {MANIFEST})")
@@ -164,6 +182,7 @@ class Recording:
         if wrong:
             raise ValueError(f"{key}: recorded with {'; '.join(wrong)}")
         sizes = wanted["layers"], wanted["sequence_length"]
+        self._n_experts = wanted["experts"]
         self._shapes_LSK = [(*sizes, k) for k in dict.fromkeys(columns)]
 
     def check_run(self, config: Config) -> None:
@@ -192,7 +211,7 @@ class Recording:
     def read(
         self, name: str, number: int, batch_size: int, rows: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """Arrays that are added to a batch: `replayed_ids_BLSK` (int32), `replayed_gates_BLSK`.
+        """Arrays to add to a batch: `replayed_NAME_BLSK` for each NAME of `RecordedRouting`.
 
         Args:
           name, number: as for `Recorder.write`.
@@ -200,36 +219,56 @@ class Recording:
           rows: the ones to return; None is all.
 
         Raises:
-          ValueError: if there is no such batch, or it is of another shape.
+          ValueError: if there is no such batch, it is of another shape, or lacks choices.
         """
         path = _path(self.directory, name, number)
         if not path.is_file():
             raise ValueError(f"{self._key}: holds no batch {number} of {name}")
-        ids, gates = load(path)
-        if len(ids) != batch_size:
+        routing = load(path)
+        if len(routing.ids) != batch_size:
             raise ValueError(
-                f"{self._key}: {name} has batches of {len(ids)} sequences, not {batch_size}"
+                f"{self._key}: {name} has batches of {len(routing.ids)} sequences, not {batch_size}"
             )
         wanted = [(batch_size, *shape) for shape in self._shapes_LSK]
-        if ids.shape not in wanted or gates.shape != ids.shape:
+        shapes = dict.fromkeys(x.shape for x in routing)
+        if len(shapes) > 1 or routing.ids.shape not in wanted:
             raise ValueError(
-                f"{self._key}: {path.relative_to(self.directory)} has ids of shape {ids.shape} and"
-                f" gates of {gates.shape}, not {' or '.join(map(str, wanted))}"
+                f"{self._key}: {path.relative_to(self.directory)} has ids of shape"
+                f" {routing.ids.shape} and gates of {routing.gates.shape}, not"
+                f" {' or '.join(map(str, wanted))}"
             )
-        if rows is not None:
-            ids, gates = ids[list(rows)], gates[list(rows)]
-        return {"replayed_ids_BLSK": ids, "replayed_gates_BLSK": gates}
+        if self._all_choices and _has_holes(np.asarray(routing.chosen), self._n_experts):
+            raise ValueError(
+                f"{self._key}: {path.relative_to(self.directory)} lacks choices that were dropped"
+                " or left out, on which gates and balance terms depend; record the run anew, or"
+                " replay its gates too (the router 'replay')"
+            )
+        rows = range(batch_size) if rows is None else rows
+        return {f"replayed_{k}_BLSK": x[list(rows)] for k, x in routing._asdict().items()}
 
 
-def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A batch as it was written: ids_BLSK (int32) and gates_BLSK.
+def _has_holes(ids_BLSK: np.ndarray, n_experts: int) -> bool:
+    """Whether assignments are missing other than by padding, which ends a sequence."""
+    missing_BLSK = ids_BLSK == n_experts
+    padding_BS = missing_BLSK.all(axis=(1, 3))
+    padding_BS = np.logical_and.accumulate(padding_BS[:, ::-1], axis=1)[:, ::-1]
+    return bool((missing_BLSK & ~padding_BS[:, None, :, None]).any())
+
+
+def load(path: Path) -> RecordedRouting:
+    """A batch as it was written, (B, L, S, K): all ids int32.
+
+    `sent` is `ids` where nothing else was written, and `chosen` is `sent`.
 
     Raises:
       ValueError: naming the file, if it is none.
     """
     try:
         with open(path, "rb") as file, np.load(file) as arrays:  # numpy leaves a damaged one open
-            return arrays["ids_BLSK"].astype(np.int32), arrays["gates_BLSK"]
+            ids = arrays["ids_BLSK"].astype(np.int32)
+            sent = arrays["sent_BLSK"].astype(np.int32) if "sent_BLSK" in arrays else ids
+            chosen = arrays["chosen_BLSK"].astype(np.int32) if "chosen_BLSK" in arrays else sent
+            return RecordedRouting(ids, arrays["gates_BLSK"], sent, chosen)  # pyright: ignore
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path}: cannot be read, or is not a batch of recorded routing") from None
 
@@ -260,7 +299,13 @@ def for_run(config: Config, fingerprint: str) -> Recording:
     assert folder is not None, "see `check_keys`"
     wanted = belongs_to(config, fingerprint)
     key = f"train.replay_routing={folder!r}"
-    recording = Recording(key, Path(folder).expanduser(), wanted, wanted["experts_per_token"])
+    recording = Recording(
+        key,
+        Path(folder).expanduser(),
+        wanted,
+        wanted["experts_per_token"],
+        all_choices=any(needs(stage.config) == "ids" for stage in stages_of(config)),
+    )
     recording.check_run(config)
     return recording
 

@@ -34,9 +34,12 @@ def test_inputs_of_a_batch():
 def test_recorded_routing_of_a_batch_is_replayed():
     ids = np.arange(B * LAYERS * S * K).reshape(B, LAYERS, S, K)
     recorded = {"replayed_ids_BLSK": ids, "replayed_gates_BLSK": ids / 2}
+    recorded |= {"replayed_sent_BLSK": ids + 1, "replayed_chosen_BLSK": ids + 2}
     inputs = ModelInputs.of_batch(batch(**recorded))
     np.testing.assert_array_equal(inputs.replayed.ids, ids)
     np.testing.assert_array_equal(inputs.replayed.gates, ids / 2)
+    np.testing.assert_array_equal(inputs.replayed.sent, ids + 1)
+    np.testing.assert_array_equal(inputs.replayed.chosen, ids + 2)
     inputs.assert_shapes(LAYERS)
     with pytest.raises(AssertionError, match="shape"):
         inputs.assert_shapes(LAYERS + 1)

@@ -287,17 +287,26 @@ def test_gshard_keeps_the_second_expert_in_proportion_to_its_score_at_any_level(
     assert abs(share - 2 / (1 + np.e)) < 4 * np.sqrt(0.25 / (50 * T))
 
 
-def test_replayed_experts_get_the_gates_of_live_scores():
-    """Whatever the best ones are; an unassigned one, id E, has gate 0 and counts in no sum."""
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_replayed_experts_get_the_gates_of_live_scores(renormalise):
+    """Whatever the best ones are: normalised over all that was chosen, 0 for what was left out.
+
+    What was dropped keeps its gate here, as in the recorded router; padding, id E, has none.
+    """
     rng, logits = np.random.default_rng(4), random_logits(4)
-    ids = np.argsort(rng.random((T, E + 1)), axis=1)[:, :3].astype(np.int32)
-    config = moe_config("replay_ids", k=K, scoring_func="sigmoid", norm_topk_prob=True)
-    replayed = RecordedRouting(jnp.asarray(ids), jnp.zeros((T, 3)))
+    chosen = np.argsort(rng.random((T, E)), axis=1)[:, :3].astype(np.int32)
+    chosen[-5:] = E
+    sent = np.where(rng.random((T, 3)) < 0.7, chosen, E)
+    computed = np.where(rng.random((T, 3)) < 0.7, sent, E)
+    config = moe_config("replay_ids", k=K, scoring_func="sigmoid", norm_topk_prob=renormalise)
+    replayed = RecordedRouting(*map(jnp.asarray, (computed, np.zeros((T, 3)), sent, chosen)))
     routing = route(logits, RouterInputs(TOKENS, rng=jax.random.key(0), replayed=replayed), config)
     s = sigmoid(logits.astype(np.float64))
-    chosen = np.take_along_axis(np.pad(s, ((0, 0), (0, 1))), ids, axis=1)
-    np.testing.assert_array_equal(routing.ids_TK, ids)
-    np.testing.assert_allclose(routing.gates_TK, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+    gates = np.take_along_axis(np.pad(s, ((0, 0), (0, 1))), chosen, axis=1)
+    if renormalise:
+        gates[:-5] /= gates[:-5].sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(routing.ids_TK, sent)
+    np.testing.assert_allclose(routing.gates_TK, np.where(sent < E, gates, 0), rtol=1e-5)
     np.testing.assert_allclose(routing.affinity_TE, s / s.sum(axis=1, keepdims=True), rtol=1e-5)
 
 

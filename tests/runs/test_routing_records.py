@@ -18,7 +18,7 @@ from dsmoe_jax.data.pipeline import validation_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
-from dsmoe_jax.runs.routing_records import MANIFEST, belongs_to, of_held_out
+from dsmoe_jax.runs.routing_records import MANIFEST, _has_holes, belongs_to, of_held_out
 from dsmoe_jax.training.loop import train
 from tests.tools.patience import PATIENCE
 
@@ -90,6 +90,72 @@ def test_recorded_experts_with_live_gates_give_the_same_run(learned, tiny_config
     }
     train(tiny_config(**SHORT, **replays), tmp_path / "run", progress=False)
     assert_same_to_rounding(losses(tmp_path / "run"), losses(learned))
+
+
+GSHARD = {
+    "model.moe.router.name": "gshard",
+    "model.moe.router.options.random_second_expert": True,
+    "model.moe.router.norm_topk_prob": True,
+}
+WITH_HOLES = {
+    "dropping": {"model.moe.drop.capacity_factor": 0.7},
+    "dropping, normalised": {
+        "model.moe.drop.capacity_factor": 0.7,
+        "model.moe.router.norm_topk_prob": True,
+    },
+    "random second": GSHARD,
+    "both": {**GSHARD, "model.moe.drop.capacity_factor": 0.7},
+}
+KEYS = ("loss", "grad_norm", "expert_balance", "router_z", "router_gate_sum", "load")
+
+
+@pytest.mark.parametrize("recorded", WITH_HOLES.values(), ids=WITH_HOLES)
+def test_a_recording_with_holes_gives_the_gates_and_terms_of_its_run(
+    tiny_config, tmp_path, recorded
+):
+    """One that lacks what was dropped, as they were written before, is refused."""
+    few = {"train.steps": 2, "train.eval_every": None, "optimizer.warmup_steps": 0}
+    train(
+        tiny_config(**few, **recorded, **{"train.record_routing": True}),
+        tmp_path / "run",
+        progress=False,
+    )
+    normalised = recorded.get("model.moe.router.norm_topk_prob", False)
+    replays = {
+        "model.moe.router.name": "replay_ids",
+        "model.moe.router.norm_topk_prob": normalised,
+        "train.replay_routing": str(tmp_path / "run/routing"),
+    }
+    train(tiny_config(**few, **replays), tmp_path / "replay", progress=False)
+    rows, wanted = read_rows(tmp_path / "replay"), read_rows(tmp_path / "run")
+    for row, want in zip(rows, wanted, strict=True):
+        dropped = want.get("dropped_by_expert", 0)  # not there without a policy
+        want["load"] = np.subtract(want["load"], dropped).tolist()
+        found = {key: row[key] for key in KEYS}
+        chex.assert_trees_all_close(found, {key: want[key] for key in KEYS}, rtol=1e-5)
+        assert sum(row.get("dropped", [0])) == 0
+    with np.load(tmp_path / "run/routing/train/00000002.npz") as arrays:
+        assert (arrays["ids_BLSK"] == 4).any()
+        assert ("sent_BLSK" in arrays) == ("model.moe.drop.capacity_factor" in recorded)
+        assert ("chosen_BLSK" in arrays) == (recorded.items() >= GSHARD.items())
+    for path in (tmp_path / "run/routing/train").iterdir():
+        with np.load(path) as arrays:
+            old = {key: arrays[key] for key in ("ids_BLSK", "gates_BLSK")}
+        np.savez(path, **old)
+    message = r"train/00000001\.npz lacks choices that were dropped or left out, .* record .* anew"
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(**few, **replays), tmp_path / "again", progress=False)
+
+
+def test_padding_is_no_hole():
+    """It ends a sequence and is there in all layers; (B, L, S, K)."""
+    ids = np.zeros((2, 3, 8, 2), np.int32)
+    ids[1, :, 5:] = 4
+    assert not _has_holes(ids, 4)
+    for hole in ((0, 1, 7, 1), (0, 0, 7), (1, 2, 4, 0), (0, slice(None), 3)):
+        damaged = ids.copy()
+        damaged[hole] = 4
+        assert _has_holes(damaged, 4), hole
 
 
 def test_recorded_experts_and_gates_give_the_same_run(hashed, tiny_config, tmp_path):

@@ -193,7 +193,8 @@ def test_a_step_is_traced_once():
 def test_a_batch_of_two_shapes_is_refused(name, shape):
     batch = synthetic_batch()
     if name.startswith("replayed"):
-        batch["replayed_gates_BLSK"] = np.zeros((B, 2, S, 2), np.float32)
+        for other in ("gates", "sent", "chosen"):
+            batch[f"replayed_{other}_BLSK"] = np.zeros((B, 2, S, 2), np.int32)
     batch[name] = np.zeros(shape, np.int32)
     step = make_train_step(tiny(), jnp.ones(V))
     with pytest.raises(AssertionError, match="shape"):

@@ -121,4 +121,4 @@ def replay(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Rout
             f"model.moe.router.name={settings.config.name!r}: there is no recorded routing for"
             " this text; only the recorded run's training and held-out batches can be replayed"
         )
-    return Routing(*inputs.replayed, None)
+    return Routing(inputs.replayed.ids, inputs.replayed.gates, None)

@@ -118,15 +118,19 @@ def dynamic_specialised(
 def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
     """The recorded experts in training, with gates from the router's own scores.
 
-    The router still learns the gates, but not the choice.  In evaluation it chooses as `topk` does.
+    The router still learns the gates, but not the choice.  Gates are normalised over what the
+    recorded router chose, whatever of it was left out or dropped.  In evaluation it chooses as
+    `topk` does.
     """
     if inputs.rng is None:
         return topk(logits_TE, inputs, settings)
     assert inputs.replayed is not None, "nothing to replay"
     found = scores(logits_TE, settings.config)
-    ids_TK = inputs.replayed.ids
-    gates_TK = gates(found, ids_TK, settings.config)
-    return Routing(ids_TK, gates_TK, found.affinity_TE, logits_TE, best_TK=best(found, settings))
+    chosen_TK = inputs.replayed.chosen
+    gates_TK = gates(found, chosen_TK, settings.config)
+    best_TK = best(found, settings)
+    routing = Routing(chosen_TK, gates_TK, found.affinity_TE, logits_TE, chosen_TK, best_TK)
+    return unassign(routing, inputs.replayed.sent < settings.n_experts, settings.n_experts)
 
 
 def first_bias(settings: RouterSettings) -> dict[str, jax.Array]:
