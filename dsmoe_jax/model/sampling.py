@@ -103,7 +103,7 @@ def _check_tokens(prompt_BP: jax.Array, allowed_V: np.ndarray, v: int) -> None:
     known = first >= 0 and last < v
     require(known, "prompt", (first, last), f"smallest and largest id; must be 0 to {v - 1}")
     require(allowed_V.shape == (v,), "allowed", allowed_V.shape, f"must be of shape {(v,)}")
-    require(allowed_V.any(), "allowed", "none", "must allow a token")
+    require(bool(allowed_V.any()), "allowed", "none", "must allow a token")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))

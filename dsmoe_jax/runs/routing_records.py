@@ -268,7 +268,7 @@ def load(path: Path) -> RecordedRouting:
             ids = arrays["ids_BLSK"].astype(np.int32)
             sent = arrays["sent_BLSK"].astype(np.int32) if "sent_BLSK" in arrays else ids
             chosen = arrays["chosen_BLSK"].astype(np.int32) if "chosen_BLSK" in arrays else sent
-            return RecordedRouting(ids, arrays["gates_BLSK"], sent, chosen)  # pyright: ignore
+            return RecordedRouting(ids, arrays["gates_BLSK"], sent, chosen)
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path}: cannot be read, or is not a batch of recorded routing") from None
 
