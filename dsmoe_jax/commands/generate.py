@@ -75,17 +75,31 @@ def _generate(workdir: str, prompt: str) -> None:
     _note_length(run, len(prompt_P))
     for note in routing_notes(run.model.config.moe):
         print(note, file=sys.stderr)
-    tokens_BG = generate(
-        run.model,
-        jnp.tile(jnp.array(prompt_P, jnp.int32), (_NUM_SAMPLES.value, 1)),
-        _MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        seed=_SEED.value,
-        allowed_V=run.corpus.tokenizer.may_be_written(run.config.model.vocab_size),
-    )
-    samples = [cut(tokens_G, run.corpus.tokenizer) for tokens_G in np.asarray(tokens_BG)]
+    samples = [cut(tokens_G, run.corpus.tokenizer) for tokens_G in _tokens(run, prompt_P)]
     print(json.dumps(_result(run, prompt, samples)) if _JSON.value else _texts(prompt, samples))
+
+
+def _tokens(run: Run, prompt_P: list[int]) -> np.ndarray:
+    """The tokens of all samples, (B, G)."""
+    samples, length = _NUM_SAMPLES.value, _MAX_NEW_TOKENS.value
+    try:
+        tokens_BG = generate(
+            run.model,
+            jnp.tile(jnp.array(prompt_P, jnp.int32), (samples, 1)),
+            length,
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            seed=_SEED.value,
+            allowed_V=run.corpus.tokenizer.may_be_written(run.config.model.vocab_size),
+        )
+        return np.asarray(tokens_BG)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"--max_new_tokens={length}: the memory is not enough for the keys and values of"
+            f" {samples} x {len(prompt_P) + length} tokens; must be less"
+        ) from error
 
 
 def cut(tokens_G: np.ndarray, tokenizer: Tokenizer) -> Sample:

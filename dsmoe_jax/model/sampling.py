@@ -78,7 +78,7 @@ def generate(
         finite.
     """
     v = model.config.vocab_size
-    allowed_V = np.ones(v, bool) if allowed_V is None else np.asarray(allowed_V)
+    allowed_V = np.ones(v, bool) if allowed_V is None else np.asarray(allowed_V, bool)
     require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be > 0")
     require(temperature >= 0, "temperature", temperature, "must be >= 0")
     require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
@@ -98,7 +98,9 @@ def generate(
 
 def _check_tokens(prompt_BP: jax.Array, allowed_V: np.ndarray, v: int) -> None:
     """Refuses ids that the model does not have, and a choice of none."""
-    require(prompt_BP.shape[1] > 0, "prompt", prompt_BP.shape, "needs at least one token")
+    some = prompt_BP.ndim == 2 and prompt_BP.size > 0
+    require(some, "prompt", prompt_BP.shape, "must be (B, P), at least one token each")
+    require(jnp.issubdtype(prompt_BP.dtype, jnp.integer), "prompt", prompt_BP.dtype, "must be ids")
     first, last = int(prompt_BP.min()), int(prompt_BP.max())
     known = first >= 0 and last < v
     require(known, "prompt", (first, last), f"smallest and largest id; must be 0 to {v - 1}")

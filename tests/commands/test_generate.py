@@ -5,7 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import jax
 import pytest
 
 import configs
@@ -188,6 +191,21 @@ def test_another_routing_than_in_training_is_said(changes, found):
     assert len(notes) == len(found)
     for note, pattern in zip(notes, found, strict=True):
         assert re.search(pattern, note)
+
+
+def test_too_little_memory_is_a_user_error(monkeypatch):
+    """As a model with a cache of terabytes raises it."""
+
+    def out_of_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2 bytes.")
+
+    flags = {"NUM_SAMPLES": 2, "MAX_NEW_TOKENS": 10**9, "TEMPERATURE": 1.0, "TOP_P": 1.0, "SEED": 0}
+    for name, value in flags.items():
+        monkeypatch.setattr(generate, f"_{name}", SimpleNamespace(value=value))
+    monkeypatch.setattr(generate, "generate", out_of_memory)
+    run = MagicMock()
+    with pytest.raises(ValueError, match=r"--max_new_tokens=1000000000: .* 2 x 1000000003 tokens"):
+        generate._tokens(run, [1, 2, 3])
 
 
 def test_past_the_trained_length_there_is_a_note(results):
