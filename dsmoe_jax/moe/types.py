@@ -25,7 +25,7 @@ class Routing(NamedTuple):
       logits_TE: float32, the logits of the affinities, for the z-loss; None for a router without
         logits.
       chosen_TK: int32, the choice before the router itself left experts out at random: the balance
-        terms count it, and its scores are in the sum by which gates are normalised.  None: `ids_TK`.
+        terms count it, and gates are normalised by the scores in it.  None: `ids_TK`.
       best_TK: int32, the K experts of the largest plain scores, whichever are chosen, which V3's
         sequence-wise term counts; None: the chosen ones.
     """

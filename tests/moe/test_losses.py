@@ -305,7 +305,8 @@ def test_an_even_sure_router_gives_one(router):
         logits = np.repeat(logits, per_expert, axis=1)
     options = {o: True for o in ROUTERS[router].options if o == "random_second_expert"}
     moe = router_config(router, e=E, k=k, options=options)
-    replayed = RecordedRouting(jnp.asarray(ids, jnp.int32), jnp.ones((t, k)))
+    ids_TK = jnp.asarray(ids, jnp.int32)
+    replayed = RecordedRouting(ids_TK, jnp.ones((t, k)), ids_TK, ids_TK)
     inputs = RouterInputs(jnp.zeros(t, jnp.int32), rng=jax.random.key(0), replayed=replayed)
     routing = route_by(jnp.asarray(logits), inputs, moe)
     if options:

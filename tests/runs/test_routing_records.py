@@ -1,4 +1,4 @@
-"""Routing recorded in one run and replayed in another: the same losses, bit for bit."""
+"""Routing recorded in one run and replayed in another: the same loads, losses and gradients."""
 
 import functools
 import json
@@ -21,6 +21,7 @@ from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.routing_records import MANIFEST, _has_holes, belongs_to, of_held_out
 from dsmoe_jax.training.loop import train
 from tests.tools.patience import PATIENCE
+from tests.tools.trees import REORDERED
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
 FIXED = {
@@ -44,14 +45,10 @@ def losses(workdir):
 
 
 def assert_same_to_rounding(found, wanted):
-    """The gates' gradient takes another way than through the top-k.
-
-    With XLA's older emitters, which compile the tests, its last bit is another one; with those of
-    a run it is the same.
-    """
+    """A replay is another program, in which XLA may add up in another order."""
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
-        chex.assert_trees_all_close(a, b, rtol=1e-6)
+        chex.assert_trees_all_close(a, b, rtol=REORDERED)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +158,7 @@ def test_padding_is_no_hole():
 def test_recorded_experts_and_gates_give_the_same_run(hashed, tiny_config, tmp_path):
     replays = {"model.moe.router.name": "replay", "train.replay_routing": str(hashed / "routing")}
     train(tiny_config(**SHORT, **FIXED, **replays), tmp_path / "run", progress=False)
-    assert losses(tmp_path / "run") == losses(hashed)
+    assert_same_to_rounding(losses(tmp_path / "run"), losses(hashed))
 
 
 def test_the_replay_is_what_decides(hashed, tiny_config, tmp_path):
