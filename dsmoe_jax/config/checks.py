@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
+
+# Of a value in a message: a line, whatever a damaged file holds.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
+_SHOWN.maxtuple = _SHOWN.maxlist = _SHOWN.maxdict = 20
 
 
 def require(ok: bool, key: str, value: Any, want: str) -> None:
     """Raises a ValueError that names the key, its value and what would be right, unless `ok`."""
     if not ok:
-        raise ValueError(f"{key}={value!r}: {want}")
+        raise ValueError(f"{key}={_SHOWN.repr(value)}: {want}")
 
 
 def checker(section: Any, prefix: str) -> Callable[[str, bool, str], None]:

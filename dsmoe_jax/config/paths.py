@@ -1,0 +1,35 @@
+"""Paths as users write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")  # one slash: `Path` makes gs:/bucket of gs://bucket
+
+
+def local_path(key: str, written: str | Path) -> Path:
+    """The absolute path that a user means, where `~` is the home directory.
+
+    Every path of a flag, a config key or a variable goes through here.
+
+    Args:
+      key: what the user calls it: "--out", "data.corpus", "DSMOE_CACHE".
+      written: its value.
+
+    Raises:
+      ValueError: for an empty path, an address of storage that is no file system (gs://bucket), or
+        the home directory of nobody.
+    """
+    text = str(written)
+    if not text:
+        raise ValueError(f"{key}={text!r}: must be a path")
+    if _ADDRESS.match(text):
+        raise ValueError(
+            f"{key}={text}: must be a path of a mounted file system; addresses such as"
+            " gs://bucket do not work yet"
+        )
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{key}={text}: there is no such home directory") from None
