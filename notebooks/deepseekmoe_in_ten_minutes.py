@@ -24,7 +24,7 @@
 #
 # To open it: `pip install -e ".[notebooks]"` in the repository (in Colab: clone it, `%cd` into it,
 # the same), then open this file as a notebook (Jupyter with jupytext does), or convert it with
-# `jupytext --to notebook`.
+# `jupytext --to notebook`.  It may lie in any folder.
 #
 # Shapes are suffixes of names: `B` sequences, `S` positions, `T = B*S` tokens, `D` hidden, `E`
 # routed experts, `K` activated ones per token, `N = T*K` assignments, `F` width of an expert, `L`
@@ -35,12 +35,8 @@ import dataclasses
 import functools
 import inspect
 import math
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, "..")  # the repository's configs/, when Jupyter was started here
-sys.path.insert(0, ".")
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +46,7 @@ import optax
 from flax import nnx
 from matplotlib.patches import Rectangle
 
-import configs
-from dsmoe_jax.config import MoEConfig, from_config_dict, replace
+from dsmoe_jax.config import MoEConfig, files, from_config_dict, replace
 from dsmoe_jax.data.pipeline import validation_batches
 from dsmoe_jax.data.prepare import prepare
 from dsmoe_jax.model.size import Parameters, count_parameters
@@ -339,7 +334,7 @@ assert combinations == {"gshard_2b": 120, "dsmoe_2b": 553_270_671}
 print(f"{'':10} {'total':>8} {'activated':>10} {'experts':>9} {'activated':>10} {'sets':>13}")
 counts = {}
 for name, sets in combinations.items():
-    counts[name] = count_parameters(from_config_dict(configs.load(name)).model)
+    counts[name] = count_parameters(from_config_dict(files.load(f"configs/{name}.py")).model)
     total, activated, expert, expert_activated = dataclasses.astuple(counts[name])
     print(
         f"{name:10} {total / 1e9:7.3f}B {activated / 1e9:9.3f}B"
@@ -390,7 +385,7 @@ corpus = prepare(
     max_bytes_per_domain=400_000,
 )  # fmt: skip
 config = replace(
-    from_config_dict(configs.load("dsmoe_2b", "smoke")),
+    from_config_dict(files.load("configs/dsmoe_2b.py:smoke")),
     **{
         "model.vocab_size": 1024,
         "data.tokenizer_vocab_size": 1024,

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import ml_collections
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from dsmoe_jax.config.paths import local_path
+
+REPOSITORY = Path(__file__).resolve().parents[2]  # holds this package and, installed too, configs/
+CONFIGS = "configs"
 
 
 def load(spec: str) -> ml_collections.ConfigDict:
     """Executes a config file: `load("configs/dsmoe_2b.py:demo,shared=2")`.
+
+    It may import its neighbours (`import base`) and what is in configs/ (`from configs import
+    base`): its own folder, if that is the name, then the current directory's and the repository's.
 
     Args:
       spec: a path, relative to the current directory or else to the repository that holds this
@@ -25,48 +33,84 @@ def load(spec: str) -> ml_collections.ConfigDict:
     Raises:
       ValueError: naming the file, if it does not exist, is not a config file, or fails.
     """
+    local_path("config", spec or ".")  # an address has a colon too
     path, colon, arg = spec.partition(":")
-    root = _root(path)
-    with _importing_from(root, REPOSITORY):
-        try:
-            get_config = runpy.run_path(str(root / path)).get("get_config")
+    file = _find(path)
+    try:
+        with _neighbours_of(file):
+            get_config = runpy.run_path(str(file)).get("get_config")
             if get_config is None:
                 raise ValueError("has no get_config(arg), so it is not a config file")
             config = get_config(arg) if colon else get_config()
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            raise ValueError(f"config={spec}: {kind}{error}") from error
+    except (Exception, SystemExit) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"config={spec}: {kind}{error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         kind = type(config).__name__
         raise ValueError(f"config={spec}: get_config must return a ConfigDict, not {kind}")
     return config
 
 
-def _root(path: str) -> Path:
-    """The directory that `path` is relative to."""
-    roots = (Path.cwd(), REPOSITORY)
-    for root in roots:
-        if (root / path).is_file():
-            return root
+def _find(path: str) -> Path:
+    """The absolute path of a config file."""
+    for file in (local_path("config", path or "."), REPOSITORY / path):
+        if file.is_file():
+            return file
     known = {
-        file.name: f"configs/{file.name}"
-        for root in roots
-        for file in sorted((root / "configs").glob("*.py"))
+        file.name: f"{CONFIGS}/{file.name}"
+        for root in (Path.cwd(), REPOSITORY)
+        for file in sorted((root / CONFIGS).glob("*.py"))
     }
     close = difflib.get_close_matches(Path(path).name, known, n=1, cutoff=0.7)
-    hint = f"did you mean {known[close[0]]}?" if close else "give one of configs/*.py"
+    hint = f"did you mean {known[close[0]]}?" if close else f"give one of {CONFIGS}/*.py"
     raise ValueError(f"config={path}: no such file; {hint}")
 
 
 @contextlib.contextmanager
-def _importing_from(*directories: Path) -> Iterator[None]:
-    """Lets a config file import its neighbours (`from configs import base`).
+def _neighbours_of(file: Path) -> Iterator[None]:
+    """Lets a config file import its neighbours, and forgets them afterwards.
 
-    The console script, unlike `python -m`, does not have the current directory on `sys.path`.
+    The next file may have others of the same names, in another folder.
     """
-    before = list(sys.path)
-    sys.path[:0] = map(str, directories)
+    folder = file.parent
+    roots = [Path.cwd(), REPOSITORY]
+    path = list(sys.path)
+    modules = dict(sys.modules)
+    # The console script, unlike `python -m`, does not have the current directory on `sys.path`.
+    sys.path[:0] = map(str, (folder, *roots))
     try:
+        _make_package([folder.parent, *roots] if folder.name == CONFIGS else roots)
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            neighbour = name not in modules and _directory(module) == folder
+            if neighbour or _in_package(name):
+                del sys.modules[name]
+        sys.modules.update({n: module for n, module in modules.items() if _in_package(n)})
+
+
+def _make_package(roots: list[Path]) -> None:
+    """Makes `configs` the files of all configs/ in these directories, the first ones first."""
+    for name in filter(_in_package, list(sys.modules)):
+        del sys.modules[name]
+    folders = [root / CONFIGS for root in roots if (root / CONFIGS).is_dir()]
+    for init in (folder / "__init__.py" for folder in folders):
+        if init.is_file():
+            spec = importlib.util.spec_from_file_location(
+                CONFIGS, init, submodule_search_locations=list(map(str, folders))
+            )
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[CONFIGS] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[CONFIGS])
+            return
+
+
+def _in_package(name: str) -> bool:
+    return name.partition(".")[0] == CONFIGS
+
+
+def _directory(module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).parent if isinstance(file, str) else None

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.tools.patience import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 # What is no command: what they share, and the one that `python -m experiments.NAME` gives its name.
-SHARED = {"command_line", "experiment"}
+SHARED = {"command_line", "console", "experiment"}
 LIST = """
 import sys
 from dsmoe_jax import commands
@@ -102,6 +103,16 @@ def test_the_console_script_is_the_same():
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["dsmoe"].partition(":")
     assert getattr(importlib.import_module(module), function) is commands.main
+
+
+def test_configs_and_experiments_are_installed_too():
+    """Commands find them in every folder."""
+    tool = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for top in ("dsmoe_jax", "configs", "experiments"):
+        for folder in {path.parent for path in (REPOSITORY / top).rglob("*.py")}:
+            assert (folder / "__init__.py").is_file()
+            name = ".".join(folder.relative_to(REPOSITORY).parts)
+            assert any(fnmatch(name, form) for form in tool["packages"]["find"]["include"])
 
 
 def test_as_users_call_it():

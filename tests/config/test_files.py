@@ -51,6 +51,48 @@ def test_files_elsewhere(elsewhere):
     assert files.load(str(mine)).n == 1
 
 
+def config_of(folder, width):
+    """A config file and the neighbour that it imports."""
+    folder.mkdir(parents=True)
+    (folder / "sizes.py").write_text(f"WIDTH = {width}\n")
+    (folder / "mine.py").write_text("import sizes\n" + MINE.format("", "{'n': sizes.WIDTH}"))
+    return folder / "mine.py"
+
+
+def test_each_file_has_the_neighbours_of_its_own_folder(elsewhere):
+    """The second one is not given what the first one imported, and nothing is left behind."""
+    before = dict(sys.modules)
+    first, second = config_of(elsewhere / "a", 1), config_of(elsewhere / "b", 2)
+    assert [files.load(str(file)).n for file in (first, second, first)] == [1, 2, 1]
+    assert files.load("b/mine.py").n == 2
+    assert sys.modules.keys() - before.keys() <= {"ml_collections"}
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_configs_of_its_own(elsewhere, package):
+    """A copy of configs/ is built by its own base; what it lacks is the repository's."""
+    own = elsewhere / "deep/configs"
+    own.mkdir(parents=True)
+    if package:
+        (own / "__init__.py").write_text("")
+    (own / "base.py").write_text("SCALE = 'my own'\n")
+    (own / "gshard_2b.py").write_text("NAME = 'mine too'\n")
+    (own / "mine.py").write_text(
+        "from configs import base, gshard_2b\n"
+        + MINE.format("", "{'scale': base.SCALE, 'name': gshard_2b.NAME}")
+    )
+    config = files.load(str(own / "mine.py"))
+    assert (config.scale, config.name) == ("my own", "mine too")
+    (own / "gshard_2b.py").unlink()
+    (own / "base.py").unlink()
+    (own / "mine.py").write_text(
+        "from configs import gshard_2b\ndef get_config():\n"
+        "    return gshard_2b.get_config('smoke')\n"
+    )
+    assert files.load(str(own / "mine.py")).name == "gshard_2b"
+    assert files.load("configs/gshard_2b.py:demo").scale == "demo", "ours are ours again"
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -59,17 +101,20 @@ def test_files_elsewhere(elsewhere):
         ("configs/nope.py", "no such file; give one of configs/*.py"),
         ("configs", "no such file"),
         ("", "config=: no such file"),
+        ("gs://bucket/mine.py", "config=gs://bucket/mine.py: must be a path of a mounted"),
         ("configs/base.py", "config=configs/base.py: has no get_config(arg)"),
         ("configs/dsmoe_2b.py:demmo", "config=configs/dsmoe_2b.py:demmo: scale='demmo': must be"),
         ("none.py", "config=none.py: get_config must return a ConfigDict, not NoneType"),
         ("bug.py", "config=bug.py: ZeroDivisionError: division by zero"),
         ("syntax.py", "config=syntax.py: SyntaxError: "),
+        ("exit.py", "config=exit.py: SystemExit: 3"),
         ("bug.py:demo", "config=bug.py:demo: TypeError: get_config() takes 0 positional"),
     ],
 )
 def test_wrong_files_are_refused_in_one_line(spec, says, elsewhere):
     (elsewhere / "none.py").write_text("def get_config():\n    pass\n")
     (elsewhere / "bug.py").write_text("def get_config():\n    1 / 0\n")
+    (elsewhere / "exit.py").write_text("import sys\nsys.exit(3)\n")
     (elsewhere / "syntax.py").write_text("def get_config(:\n")
     with pytest.raises(ValueError, match=r".") as error:
         files.load(spec)

@@ -19,20 +19,21 @@ for own in ("dsmoe_jax", "configs", "__main__"):
 """
 
 
-def execute(notebook: nbformat.NotebookNode) -> None:
-    """Runs all cells as Jupyter would, started beside the notebooks."""
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Runs all cells as Jupyter would, started in a folder."""
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
-    where = {"metadata": {"path": str(NOTEBOOKS[0].parent)}}
+    where = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, kernel_name="python3", timeout=PATIENCE, resources=where).execute()
 
 
 # What Jupyter's client warns about in this process is no concern of ours.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, monkeypatch):
+def test_notebook(path, monkeypatch, tmp_path):
+    """In any folder: what it needs is installed."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     notebook = jupytext.read(path)
-    execute(notebook)
+    execute(notebook, tmp_path)
     figures = [
         output
         for cell in notebook.cells
