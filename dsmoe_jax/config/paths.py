@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")  # one slash: `Path` makes gs:/bucket of gs://bucket
 
 
-def local_path(key: str, written: str | Path) -> Path:
+def local_path(key: str, written: str | os.PathLike[str]) -> Path:
     """The absolute path that a user means, where `~` is the home directory.
 
     Every path of a flag, a config key or a variable goes through here.
@@ -21,8 +22,8 @@ def local_path(key: str, written: str | Path) -> Path:
       ValueError: for an empty path, an address of storage that is no file system (gs://bucket), or
         the home directory of nobody.
     """
-    text = str(written)
-    if not text:
+    text = os.fspath(written)
+    if not text or "\0" in text:
         raise ValueError(f"{key}={text!r}: must be a path")
     if _ADDRESS.match(text):
         raise ValueError(
@@ -32,4 +33,4 @@ def local_path(key: str, written: str | Path) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError:
-        raise ValueError(f"{key}={text}: there is no such home directory") from None
+        raise ValueError(f"{key}={text}: there is no such home directory; a name of a file begins with ./~") from None

