@@ -10,6 +10,8 @@ import difflib
 import importlib
 import sys
 
+from dsmoe_jax.commands.console import console
+
 COMMANDS = {
     "train": "Train a model, or go on with an interrupted run.",
     "evaluate": "Measure a trained run on held-out text.",
@@ -29,7 +31,12 @@ def main() -> None:
         name = arguments[0]
         arguments = ["--help"]
     if name in ("help", "--help", "-h"):
-        print(_manual())
+        try:
+            with console():
+                print(_manual())
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     elif name in COMMANDS:
         module = importlib.import_module(f"dsmoe_jax.commands.{name}")
         from dsmoe_jax.commands import command_line  # imports JAX too

@@ -20,6 +20,7 @@ from typing import NoReturn
 from absl import flags
 from jax.sharding import Mesh
 
+from dsmoe_jax.commands.console import console
 from dsmoe_jax.config import Config, files, from_config_dict, overrides, replace
 from dsmoe_jax.config.mesh import AXES, MeshConfig
 from dsmoe_jax.parallel.mesh import make_mesh
@@ -89,8 +90,8 @@ def run(
     """Parses the flags, runs `main` and exits.
 
     Exit code 0 if `main` returned; 2, with one line on stderr, for a wrong command line and for a
-    `ValueError` or `OSError` (both mean bad input; `--traceback` shows where); 130 for Ctrl-C.  Any
-    other exception is a bug and keeps its traceback.
+    `ValueError` or `OSError` (both mean bad input; `--traceback` shows where); 130 for Ctrl-C; 141
+    if the reader of its output has left.  Any other exception is a bug and keeps its traceback.
 
     Args:
       main: the command.
@@ -98,12 +99,14 @@ def run(
       manual: by default the docstring of the module of `main`, whose flags are explained too.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if any(re.fullmatch(r"--?(h|help|helpshort|helpfull)", arg) for arg in arguments):
-        print(_help(main.__module__, manual))
-        sys.exit(0)
+    asks = any(re.fullmatch(r"--?(h|help|helpshort|helpfull)", arg) for arg in arguments)
     try:
-        parse(arguments)
-        main()
+        with console():
+            if asks:
+                print(_help(main.__module__, manual))
+            else:
+                parse(arguments)
+                main()
     except (ValueError, OSError) as error:
         if _TRACEBACK.value if FLAGS.is_parsed() else "--traceback" in arguments:
             raise
