@@ -2,6 +2,7 @@ r"""Measures a trained run on held-out text: nats per token and bits per byte, b
 
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --corpus=moved_texts/
 
 Where a model drops tokens in evaluation, or a batch's tokens compete for experts, the loss depends
 on --batch_size; the result names it then.
@@ -15,8 +16,6 @@ python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,15 +24,19 @@ from flax import nnx
 
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import stage_of
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.progress import ProgressLine
-from dsmoe_jax.runs import routing_records
+from dsmoe_jax.runs import json_files, routing_records
 from dsmoe_jax.runs.loading import Run, load_run
 
 command_line.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
+_CORPUS = flags.DEFINE_string(
+    "corpus", None, "Where the run's corpus is, if it has moved since; must be the same text."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at once.", lower_bound=1)
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "Stop early; 0 is all.", lower_bound=0)
 _RECORD_ROUTING = flags.DEFINE_string(
@@ -50,7 +53,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
     with jax.set_mesh(command_line.mesh()):
-        run = load_run(_WORKDIR.value, _STEP.value)
+        run = load_run(_WORKDIR.value, _STEP.value, _CORPUS.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
         dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
@@ -61,7 +64,7 @@ def main() -> None:
         line = ProgressLine(run.config.name, held_out.n_batches)
         result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
-    print(json.dumps(result) if _JSON.value else table(result))
+    print(json_files.dumps(result) if _JSON.value else table(result))
 
 
 def _routing(
@@ -78,10 +81,11 @@ def _routing(
         return None, *routing_records.of_held_out(folder, config, fingerprint)
     recorder = None
     if directory:
-        if Path(directory).exists():
-            raise ValueError(f"--record_routing={directory}: exists already; name a new directory")
+        path = local_path("--record_routing", directory)
+        if path.exists():
+            raise ValueError(f"--record_routing={path}: exists already; name a new directory")
         belongs = routing_records.belongs_to(run.config, fingerprint)
-        recorder = routing_records.Recorder(Path(directory), belongs)
+        recorder = routing_records.Recorder(path, belongs)
     replayed = routing_records.for_held_out(run.config, fingerprint)
     return recorder, replayed, routing_records.validation_name(run.step)
 

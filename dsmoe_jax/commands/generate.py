@@ -19,6 +19,7 @@ Shapes: B samples, P tokens of the prompt, G generated tokens.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.sampling import generate
 from dsmoe_jax.moe.routers import get_router
-from dsmoe_jax.runs.loading import Run, load_run
+from dsmoe_jax.runs.loading import Writer, load_writer
 
 command_line.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -70,16 +71,16 @@ def main() -> None:
 
 
 def _generate(workdir: str, prompt: str) -> None:
-    run = load_run(workdir, _STEP.value)
-    prompt_P = [run.corpus.tokenizer.eos_id, *run.corpus.tokenizer.encode(prompt)]
+    run = load_writer(workdir, _STEP.value)
+    prompt_P = [run.tokenizer.eos_id, *run.tokenizer.encode(prompt)]
     _note_length(run, len(prompt_P))
     for note in routing_notes(run.model.config.moe):
         print(note, file=sys.stderr)
-    samples = [cut(tokens_G, run.corpus.tokenizer) for tokens_G in _tokens(run, prompt_P)]
+    samples = [cut(tokens_G, run.tokenizer) for tokens_G in _tokens(run, prompt_P)]
     print(json.dumps(_result(run, prompt, samples)) if _JSON.value else _texts(prompt, samples))
 
 
-def _tokens(run: Run, prompt_P: list[int]) -> np.ndarray:
+def _tokens(run: Writer, prompt_P: list[int]) -> np.ndarray:
     """The tokens of all samples, (B, G)."""
     samples, length = _NUM_SAMPLES.value, _MAX_NEW_TOKENS.value
     try:
@@ -90,7 +91,7 @@ def _tokens(run: Run, prompt_P: list[int]) -> np.ndarray:
             temperature=_TEMPERATURE.value,
             top_p=_TOP_P.value,
             seed=_SEED.value,
-            allowed_V=run.corpus.tokenizer.may_be_written(run.config.model.vocab_size),
+            allowed_V=run.tokenizer.may_be_written(run.config.model.vocab_size),
         )
         return np.asarray(tokens_BG)
     except jax.errors.JaxRuntimeError as error:
@@ -116,8 +117,8 @@ def _checked_flags() -> tuple[str, str]:
     if _PROMPT.value is None:
         raise ValueError("--prompt: missing; --prompt='' starts a new document")
     try:
-        _PROMPT.value.encode()
-    except UnicodeEncodeError as error:
+        prompt = os.fsencode(_PROMPT.value).decode()  # its bytes, whatever the locale made of them
+    except UnicodeError as error:
         raise ValueError(f"--prompt={_PROMPT.value!r}: must be UTF-8") from error
     if not 0 < _TOP_P.value <= 1:
         raise ValueError(f"--top_p={_TOP_P.value}: must be above 0 and at most 1")
@@ -130,10 +131,10 @@ def _checked_flags() -> tuple[str, str]:
                     f"--{flag}={value.value}: changes nothing at --temperature=0, which always"
                     " takes the most likely token; raise --temperature"
                 )
-    return _WORKDIR.value, _PROMPT.value
+    return _WORKDIR.value, prompt
 
 
-def _note_length(run: Run, prompt_tokens: int) -> None:
+def _note_length(run: Writer, prompt_tokens: int) -> None:
     trained = run.config.data.sequence_length
     asked = prompt_tokens + _MAX_NEW_TOKENS.value
     if asked > trained:
@@ -163,7 +164,7 @@ def routing_notes(moe: MoEConfig) -> list[str]:
     return notes
 
 
-def _result(run: Run, prompt: str, samples: list[Sample]) -> dict[str, Any]:
+def _result(run: Writer, prompt: str, samples: list[Sample]) -> dict[str, Any]:
     return {
         "step": run.step,
         "prompt": prompt,

@@ -8,10 +8,9 @@ Reads metrics.jsonl; a run need not be finished.
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.report.load_over_training import draw
 from dsmoe_jax.report.style import styled
 from dsmoe_jax.runs.metrics_log import read_rows
@@ -25,11 +24,12 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value or not _OUT.value:
         raise ValueError("--workdir, --out: both are needed, for example --out=load.png")
-    if pathlib.Path(_OUT.value).exists():
+    out = local_path("--out", _OUT.value)
+    if out.exists():
         raise ValueError(f"--out={_OUT.value}: exists already; name a new file")
     with styled():
-        draw({workdir: _loads(workdir) for workdir in _WORKDIR.value}).savefig(_OUT.value)
-    print(_OUT.value)
+        draw({workdir: _loads(workdir) for workdir in _WORKDIR.value}).savefig(out)
+    print(out)
 
 
 def _loads(workdir: str) -> Loads:

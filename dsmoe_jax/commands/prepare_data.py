@@ -18,8 +18,10 @@ from typing import Any
 
 from absl import flags
 
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import sources
 from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.prepare import prepare
 from dsmoe_jax.data.request import DEFAULT_MAX_BYTES
 from dsmoe_jax.data.user_files import shown
@@ -68,8 +70,8 @@ _MAX_BYTES = flags.DEFINE_integer(
 def main() -> None:
     """Runs the command."""
     corpus = prepare(
-        _given(_CORPUS, "demo"),
-        _given(_OUT, "DIR"),
+        locate(_given(_CORPUS, "demo"), "--corpus"),
+        local_path("--out", _given(_OUT, "DIR")),
         _VOCAB_SIZE.value if _TOKENIZER.value else _given(_VOCAB_SIZE, 4096),
         _given(_SEQUENCE_LENGTH, 256),
         _DOMAINS.value or None,

@@ -4,8 +4,9 @@ python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=runs/dsmoe
 python -m dsmoe_jax train --config=configs/dsmoe_2b.py:demo --workdir=runs/wide \\
     --config.model.moe.n_shared_experts=2
 
-The workdir then holds config.json, metrics.jsonl (one row a logged step), checkpoints/,
-tensorboard/ and, when the run is finished, evaluation.json.  SIGTERM and Ctrl-C save first.
+The workdir then holds config.json, tokenizer.json, metrics.jsonl (one row a logged step),
+checkpoints/, tensorboard/ and, when the run is finished, evaluation.json.  SIGTERM and Ctrl-C save
+first.  A corpus that has moved is named anew by --config.data.corpus: it must be the same text.
 
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,

@@ -20,6 +20,7 @@ from dsmoe_jax.config.run import (
     Config,
     differences,
     from_config_dict,
+    from_saved,
     replace,
     to_config_dict,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "TrainConfig",
     "differences",
     "from_config_dict",
+    "from_saved",
     "replace",
     "stage_of",
     "stages_of",

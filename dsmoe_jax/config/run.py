@@ -70,6 +70,25 @@ def from_config_dict(tree: Any) -> Config:
     return trees.build(Config, tree)
 
 
+def from_saved(tree: Any) -> tuple[Config, dict[str, Any]]:
+    """The config of a run, which may have begun before some keys were added.
+
+    Args:
+      tree: nested dictionaries, from JSON.
+
+    Returns:
+      The config, and the defaults that it was given by dotted key (or section).
+
+    Raises:
+      ValueError: like `from_config_dict`; for a missing key that has no default, too.
+    """
+    _refuse_old_form(tree)
+    for section in ("model", "data", "train"):  # every run has had them: it is something else
+        require(section in tree, section, None, "missing")
+    filled, added = trees.with_defaults(Config, tree)
+    return from_config_dict(filled), added
+
+
 def _refuse_old_form(tree: Any) -> None:
     """Refuses a config from before `model.moe` had sections."""
     # Otherwise the error would name only the first of many keys that have moved.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -73,7 +74,38 @@ def build(cls: type, tree: Any, prefix: str = "") -> Any:
     return cls(**{key: _convert(hints[key], tree[key], prefix + key) for key in hints})
 
 
+def with_defaults(hint: Any, tree: Any, prefix: str = "") -> tuple[Any, Tree]:
+    """The tree of a dataclass with the keys that it lacks, where they have a default.
+
+    Args:
+      hint: the dataclass, or the type hint of a part of it.
+      tree: of a config that may be older than some of the keys.
+      prefix: dotted key of the section, ending in a dot.
+
+    Returns:
+      The tree, and the values that were added by dotted key.
+    """
+    hint = _without_none(hint)
+    if not isinstance(tree, dict):
+        return tree, {}
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        missing = {key: value for key, value in _defaults(hint).items() if key not in tree}
+    elif typing.get_origin(hint) is FrozenDict:
+        hints = dict.fromkeys(tree, typing.get_args(hint)[1])
+        missing = {}
+    else:
+        return tree, {}
+    filled = {**tree, **missing}
+    added = {prefix + key: value for key, value in missing.items()}
+    for key in filter(hints.__contains__, tree):
+        filled[key], inside = with_defaults(hints[key], tree[key], f"{prefix}{key}.")
+        added |= inside
+    return filled, added
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
+    _require_finite(key, value)
     if hint is Any:
         return _frozen(value)
     if isinstance(hint, types.UnionType):
@@ -87,6 +119,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         require(isinstance(value, (list, tuple)), key, value, "must be a tuple")
         return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 2**1023, key, value, "too large for a float")
         return float(value)
     require(type(value) is hint, key, value, f"must be {_SAID.get(hint, hint.__name__)}")
     return value
@@ -123,6 +156,10 @@ def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
             if value is not None
         }
     )
+
+
+def _require_finite(key: str, value: Any) -> None:
+    require(not isinstance(value, float) or math.isfinite(value), key, value, "must be finite")
 
 
 def _frozen(value: Any) -> Any:

@@ -9,7 +9,6 @@ without a word: the sizes of the files, and a digest of every array, the same un
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dsmoe_jax.parallel import hosts, sharding
-from dsmoe_jax.runs.workdir import write_json
+from dsmoe_jax.runs import json_files
 
 MODEL = "model"  # the item of every checkpoint that holds a `ModelState`
 
@@ -116,7 +115,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             directory = self.directory / str(self._saving)
             if hosts.is_first():
-                write_json(directory / _FILES, _sizes(directory))
+                json_files.write(directory / _FILES, _sizes(directory))
         except Exception as error:
             raise self._not_written(error) from error
         self._saving = None
@@ -213,7 +212,7 @@ def _check_files(directory: Path, items: set[str]) -> None:
     """
     if not (directory / _FILES).exists():
         return
-    wanted = json.loads((directory / _FILES).read_text())
+    wanted = json_files.read(directory / _FILES)
     found = _sizes(directory)
     for name, size in wanted.items():
         item, _, inside = name.partition("/")

@@ -10,9 +10,17 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from dsmoe_jax.config import Config, stage_of
+from dsmoe_jax.config import Config, replace, stage_of
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.opening import check_same_corpus, open_corpus
+from dsmoe_jax.data.opening import (
+    check_same_corpus,
+    is_there,
+    locate,
+    open_corpus,
+    tokenizer_fingerprint,
+)
+from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.build import ModelState, abstract_model, model_shapes
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.parallel import sharding
@@ -29,6 +37,15 @@ class Run(NamedTuple):
     step: int
 
 
+class Writer(NamedTuple):
+    """A trained model with its tokenizer: what generating text takes."""
+
+    config: Config
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+
+
 class Loaded(NamedTuple):
     """The arrays of a model from a checkpoint, its step, and what was saved beside (JSON)."""
 
@@ -37,23 +54,68 @@ class Loaded(NamedTuple):
     extra: dict[str, Any]
 
 
-def load_run(workdir: str | Path, step: int | None = None) -> Run:
-    """Loads the model of a checkpoint of a run: of the newest, or of a step.
+def load_run(workdir: str | Path, step: int | None = None, corpus: str | None = None) -> Run:
+    """Loads the model of a checkpoint of a run, of the newest or of a step, and opens its corpus.
 
     Its arrays go straight to their shards on the ambient mesh, whatever mesh they were saved on.
 
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None is the newest.
+      corpus: where the text of the run is now; None: where it was.
+
     Raises:
-      ValueError: if there is no run, no such checkpoint, or it is damaged.
+      ValueError: if there is no run, no such checkpoint, it is damaged, or the text is another.
     """
     config = workdirs.read_config(workdir)
+    if corpus is not None:
+        config = replace(config, **{workdirs.MOVED: locate(corpus, "--corpus")})
+    elif config.data.corpus is not None and not is_there(config.data.corpus):
+        raise ValueError(
+            f"data.corpus={config.data.corpus!r}: the text of the run is not there any more; say"
+            " where it is now: --corpus=PATH"
+        )
+    model, loaded = _load_model(config, workdir, step)
+    opened = open_corpus(config.data)
+    check_same_corpus(opened, loaded.extra["corpus"])
+    return Run(config, model, opened, loaded.step)
+
+
+def load_writer(workdir: str | Path, step: int | None = None) -> Writer:
+    """Loads the model of a checkpoint of a run and its tokenizer; opens no corpus.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None is the newest.
+
+    Raises:
+      ValueError: if there is no run, no such checkpoint, or one of its files is damaged.
+    """
+    config = workdirs.read_config(workdir)
+    path = local_path("--workdir", workdir) / workdirs.TOKENIZER
+    if not path.exists():  # a run from before it was kept
+        run = load_run(workdir, step)
+        return Writer(run.config, run.model, run.corpus.tokenizer, run.step)
+    tokenizer = Tokenizer.load(path)
+    model, loaded = _load_model(config, workdir, step)
+    if tokenizer_fingerprint(tokenizer) != loaded.extra["tokenizer"]:
+        raise ValueError(
+            f"{path}: is not the tokenizer that the model was trained with; remove it, and the"
+            " tokenizer of the corpus is taken"
+        )
+    return Writer(config, model, tokenizer, loaded.step)
+
+
+def _load_model(
+    config: Config, workdir: str | Path, step: int | None
+) -> tuple[Transformer, Loaded]:
+    """The model of a checkpoint, as it is in the stage of its step."""
     shapes = model_shapes(config.model)
     if not (mesh := jax.sharding.get_mesh()).empty:
         sharding.check(shapes, mesh.shape)
-    state, step, extra = load_model_state(workdir, shapes, step)
-    corpus = open_corpus(config.data)
-    check_same_corpus(corpus, extra["corpus"])
-    graph = abstract_model(stage_of(config, step).config.model)
-    return Run(config, nnx.merge(graph, *state), corpus, step)
+    loaded = load_model_state(workdir, shapes, step)
+    graph = abstract_model(stage_of(config, loaded.step).config.model)
+    return nnx.merge(graph, *loaded.state), loaded
 
 
 def load_model_state(
@@ -79,6 +141,17 @@ def load_model_state(
     return Loaded(restored.items[MODEL], step, restored.extra)
 
 
+def check_moved(workdir: str | Path, corpus: Corpus) -> None:
+    """Refuses a corpus that is not the text of the newest checkpoint of a run.
+
+    Raises:
+      ValueError: if it is another text, or there is no checkpoint.
+    """
+    with saved_checkpoints(workdir) as checkpoints:
+        extra = checkpoints.restore(checkpoints.steps()[-1], {}).extra
+    check_same_corpus(corpus, extra["corpus"])
+
+
 @contextlib.contextmanager
 def saved_checkpoints(workdir: str | Path, key: str | None = None) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a run for reading.
@@ -87,7 +160,7 @@ def saved_checkpoints(workdir: str | Path, key: str | None = None) -> Iterator[C
       ValueError: if there are none.
     """
     error = ValueError(f"{key or f'--workdir={workdir}'}: the run has no checkpoint yet")
-    directory = Path(workdir).expanduser().absolute() / workdirs.CHECKPOINTS
+    directory = local_path("--workdir", workdir) / workdirs.CHECKPOINTS
     if not directory.is_dir():
         raise error
     checkpoints = Checkpoints(directory, keep=None)

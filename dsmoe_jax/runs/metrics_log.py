@@ -1,7 +1,8 @@
 """The log of a run: `metrics.jsonl`, and the same numbers for TensorBoard.
 
 A row has the measurements of one step.  A number that does not exist (the entropy of a router
-without affinities, the share of an unknown machine's peak) has no key, it is never written as 0.
+without affinities, the share of an unknown machine's peak) has no key, it is never written as 0;
+one that is not finite is null, and `read_rows` gives NaN for it.
 
     step, tokens                     updates made, tokens seen so far
     loss, total_loss                 nats per token: cross-entropy; sum of all parts of the loss
@@ -30,31 +31,28 @@ Validation rows come after the training row of their step; `read_rows` joins the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs.board import Board
 from dsmoe_jax.runs.workdir import METRICS, TENSORBOARD
-
-# Limits of TensorBoard's histogram of load / mean load; its own 1549 cost more than all the rest.
-FAIR_SHARES: Any = np.append(np.linspace(0, 8, 33), 1e6)
 
 
 class MetricsLog:
     """Appends rows; opening it cuts off rows past the step that the run continues from."""
 
     def __init__(self, workdir: Path, step: int):
-        # Here, because only the first process writes, and it imports torch where there is one: 2 s.
-        from tensorboardX import SummaryWriter
-
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
         # Unbuffered: a written row is safe from a kill, and a full disk is noticed here.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
-        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1)
+        self._board = Board(workdir / TENSORBOARD, step)
+        self._failed = False
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds one row.
@@ -63,26 +61,24 @@ class MetricsLog:
           OSError: naming the file, if the disk is full.
         """
         self.rows.append(row)
-        line = memoryview((json.dumps(row) + "\n").encode())
+        self._failed = True  # until all is written
+        line = memoryview(_line(row))
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore - made at run time
-
-        # One event for all: `add_scalar` writes one for each, which takes twenty times as long.
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
-        assert self._board.file_writer is not None
-        self._board.file_writer.add_summary(Summary(value=values), row["step"])
-        for i, load_E in enumerate(row.get("load", [])):
-            fair_shares = np.array(load_E) / np.mean(load_E)
-            self._board.add_histogram(f"load/layer_{i}", fair_shares, row["step"], bins=FAIR_SHARES)
+        self._board.add(row)
+        self._failed = False
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes both; raises like `write`, unless it has raised already."""
         self._file.close()
-        self._board.close()
+        try:
+            self._board.close()
+        except OSError:
+            if not self._failed:
+                raise
 
 
 class NoLog(MetricsLog):
@@ -103,10 +99,10 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
     """All rows of a run in order, one a step (training and validation numbers joined).
 
     Raises:
-      ValueError: naming the line, if one is not a row.
+      ValueError: naming file and line, if one is not a row.
     """
     joined: dict[int, dict[str, Any]] = {}
-    for row in _parse(Path(workdir) / METRICS):
+    for row in _parse(local_path("--workdir", workdir) / METRICS):
         joined[row["step"]] = joined.get(row["step"], {}) | row
     return [joined[step] for step in sorted(joined)]
 
@@ -116,32 +112,34 @@ def _parse(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            assert isinstance(row["step"], int)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise ValueError(f"{path}: line {number} is not a row of metrics") from None
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        place = f"{path}: line {number} is not a row of metrics"
+        row = json_files.parse(line, place, null_is_nan=True)
+        for key, value in row.items():
+            if not _is_numeric(value):
+                raise ValueError(f"{place}: {key}={value!r}")
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{place}: it has no step")
         rows.append(row)
     return rows
 
 
+def _is_numeric(value: Any) -> bool:
+    """Whether a value of a row is a number, an array, or a section of such."""
+    if isinstance(value, dict):
+        return all(map(_is_numeric, value.values()))
+    try:
+        return np.asarray(value).dtype.kind in "if"
+    except ValueError:  # lists of several lengths
+        return False
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json_files.dumps(row) + "\n").encode()
+
+
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     """Makes the file hold exactly these rows, as a whole."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.exists() and path.read_text() == text:
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Curves for TensorBoard: the numbers, and one for each layer of a list of numbers."""
-    found = []
-    for key, value in row.items():
-        if isinstance(value, (int, float)) and key != "step":
-            found.append((key, value))
-        elif isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
-            found += [(f"{key}/layer_{i}", v) for i, v in enumerate(value)]
-    return found
+    content = b"".join(map(_line, rows))
+    if not path.exists() or path.read_bytes() != content:
+        json_files.write_text(path, content.decode())

@@ -14,7 +14,6 @@ Shapes: B sequences of a batch, L MoE layers, S positions, E routed experts, K c
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -25,10 +24,12 @@ import numpy as np
 
 from dsmoe_jax.config import Config, stage_of, stages_of
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.moe.routers import Router, get_router
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.runs.workdir import ROUTING, write_json
+from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs.workdir import ROUTING
 
 MANIFEST = "manifest.json"
 TRAIN = "train"
@@ -118,7 +119,7 @@ class Recorder:
         self.directory = directory
         if hosts.is_first():
             directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / MANIFEST, belongs)
+            json_files.write(directory / MANIFEST, belongs)
 
     def write(self, name: str, number: int, routing: RecordedRouting) -> None:
         """Adds a batch.
@@ -138,11 +139,14 @@ class Recorder:
         if (chosen != sent).any():
             arrays["chosen_BLSK"] = chosen.astype(small)
         path = _path(self.directory, name, number)
-        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 class Recording:
@@ -174,10 +178,8 @@ class Recording:
         path = directory / MANIFEST
         if not path.is_file():
             raise ValueError(f"{key}: no recorded routing there (no {MANIFEST})")
-        try:
-            found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(f"{key}: {path} is damaged: not the manifest of a recording") from None
+        damaged = f"{key}: {path} is damaged: not the manifest of a recording"
+        found = json_files.parse(path.read_bytes(), damaged)
         wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if wrong:
             raise ValueError(f"{key}: recorded with {'; '.join(wrong)}")
@@ -301,7 +303,7 @@ def for_run(config: Config, fingerprint: str) -> Recording:
     key = f"train.replay_routing={folder!r}"
     recording = Recording(
         key,
-        Path(folder).expanduser(),
+        local_path("train.replay_routing", folder),
         wanted,
         wanted["experts_per_token"],
         all_choices=any(needs(stage.config) == "ids" for stage in stages_of(config)),
@@ -330,7 +332,7 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
       ValueError: if it is of another size or text, or no such pass.
     """
     key = f"--replay_routing={folder}"
-    path = Path(folder).expanduser()
+    path = local_path("--replay_routing", folder)
     belongs = belongs_to(config, fingerprint)
     wanted = {k: belongs[k] for k in ("layers", "experts", "sequence_length", "corpus")}
     recording = Recording(key, path.parent, wanted, belongs["experts_per_token"])

@@ -1,6 +1,7 @@
 """The directory of a run: its lock, its config, and the names of what lies in it.
 
 config.json       the run's config
+tokenizer.json    of its corpus: text can be generated where the corpus is not
 metrics.jsonl     one JSON object a line, see metrics_log.py
 checkpoints/      one directory a kept step, see checkpoint.py
 tensorboard/      event files
@@ -12,31 +13,40 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsmoe_jax.config import (
     Config,
     Stage,
     differences,
-    from_config_dict,
+    from_saved,
+    replace,
     stages_of,
     to_config_dict,
 )
 from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.data.opening import locate
+from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
+from dsmoe_jax.runs import json_files
 
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"
 ROUTING = "routing"
 _LOCK = ".lock"
+# May change where the text is the same, which `train` looks at: the corpus has moved.
+MOVED = "data.corpus"
 
 # These keys may change between two calls of one run: they do not touch the numbers being trained,
 # but for the order in which they are added up.  Other hardware needs another mesh, and a mesh needs
@@ -82,7 +92,7 @@ def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
       ValueError: if it cannot be written, is another program's directory, holds a run with another
         config, or is in use.  Nothing in it was changed then.
     """
-    directory = Path(workdir).expanduser().absolute()
+    directory = local_path("--workdir", workdir)
     with contextlib.ExitStack() as claimed:
         hosts.on_first(lambda: claimed.enter_context(_claimed(directory, config)))
         yield directory
@@ -91,31 +101,44 @@ def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
 @contextlib.contextmanager
 def _claimed(directory: Path, config: Config) -> Iterator[None]:
     _refuse_foreign(directory)
+    config = with_absolute_paths(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / _LOCK, "a+")  # noqa: SIM115 - held below
+        # Unbuffered: closing it has nothing left to write, which could fail.
+        lock = open(directory / _LOCK, "a+b", buffering=0)  # noqa: SIM115 - held below
     except OSError as error:
         raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ValueError(
-                f"--workdir={directory}: in use by process {lock.read().strip() or 'unknown'};"
-                " wait for it or choose another directory"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        if (directory / CONFIG).exists() and (directory / METRICS).exists():
-            _refuse_other(directory, config)  # a run that never took a step holds nothing to lose
-        write_json(directory / CONFIG, to_config_dict(config).to_dict())
+        _take(lock, directory)
+        if _has_begun(directory):  # a run that never took a step holds nothing to lose
+            _refuse_other(directory, config)
+            there = read_config(directory).data.corpus  # until its text is seen to be the same
+            config = replace(config, **{MOVED: there})
+        _write_config(directory, config)
         yield
+
+
+def _take(lock: BinaryIO, directory: Path) -> None:
+    """Locks a workdir for this process, and notes which one it is."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(str(os.getpid()).encode())
+    except BlockingIOError:
+        lock.seek(0)
+        process = lock.read().decode(errors="replace").strip() or "unknown"
+        raise ValueError(
+            f"--workdir={directory}: in use by process {process};"
+            " wait for it or choose another directory"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
 
 
 def read_config(workdir: str | Path, key: str | None = None) -> Config:
     """The config of the run in a workdir.
+
+    A key that was added after the run began has its default, and a line on stderr says so.
 
     Args:
       workdir: of the run.
@@ -124,31 +147,82 @@ def read_config(workdir: str | Path, key: str | None = None) -> Config:
     Raises:
       ValueError: if there is none, or it cannot be read.
     """
-    path = Path(workdir).expanduser().absolute() / CONFIG
+    path = local_path("--workdir", workdir) / CONFIG
     if not path.exists():
         key = key or f"--workdir={path.parent}"
         raise ValueError(f"{key}: holds no run (there is no {CONFIG})")
+    wrong = f"{path}: not the config of a run of this version"
+    tree = json_files.parse(path.read_bytes(), wrong)
     try:
-        return from_config_dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path}: not the config of a run of this version: {error}") from error
+        config, added = from_saved(tree)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{wrong}: {error}") from error
+    if added and hosts.is_first():
+        defaults = ", ".join(f"{key}={value!r}" for key, value in added.items())
+        _say_once(f"{path}: lacks keys that were added later, taken as {defaults}")
+    return config
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Replaces a file as a whole: a reader sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(tree, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-def read_evaluation(workdir: str | Path) -> dict[str, Any] | None:
-    """The held-out results of a finished run; None before it is finished."""
+def keep(directory: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes the config of a run whose corpus has been opened, and the tokenizer.
+
+    Raises:
+      OSError: naming the file, if one cannot be written.
+    """
+    _write_config(directory, with_absolute_paths(config))
+    path = directory / TOKENIZER
+    if not path.is_file() or path.read_bytes() != tokenizer.to_json().encode():
+        json_files.write_text(path, tokenizer.to_json())
+
+
+def _write_config(directory: Path, config: Config) -> None:
+    json_files.write(directory / CONFIG, to_config_dict(config).to_dict())
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A copy whose paths mean the same from every folder.
+
+    Raises:
+      ValueError: naming the key, if one is not a path of a file system.
+    """
+    paths: dict[str, str] = {}
+    if config.data.corpus is not None:
+        paths[MOVED] = locate(config.data.corpus)
+    for name in ("start_from", "replay_routing"):
+        if (path := getattr(config.train, name)) is not None:
+            paths[f"train.{name}"] = str(local_path(f"train.{name}", path))
+    return replace(config, **paths)
+
+
+def read_evaluation(workdir: str | Path, *needed: str) -> dict[str, Any] | None:
+    """The held-out results of a finished run; None before it is finished.
+
+    Args:
+      workdir: of the run.
+      *needed: numbers that they must have, besides the step.
+
+    Raises:
+      ValueError: naming the file, if it is damaged.
+    """
     path = Path(workdir) / EVALUATION
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    found = json_files.read(path, null_is_nan=True)
+    numbers = {key: found.get(key) for key in ("step", *needed)}
+    domains = found.get("domains", {})
+    if not isinstance(domains, dict) or not all(isinstance(x, dict) for x in domains.values()):
+        raise ValueError(f"{path}: domains: must be a section with one for each domain")
+    for name, row in domains.items():
+        numbers[f"domains.{name}.bits_per_byte"] = row.get("bits_per_byte")
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{path}: {key}={value!r}: must be a number")
+    return found
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -168,9 +242,17 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
+def _has_begun(directory: Path) -> bool:
+    """Whether a run has something to lose: rows, checkpoints, recorded routing or results."""
+    if any((directory / name).exists() for name in (METRICS, EVALUATION)):
+        return True
+    return any(any((directory / name).glob("*")) for name in (CHECKPOINTS, ROUTING))
+
+
 def _refuse_other(directory: Path, config: Config) -> None:
-    changed = differences(read_config(directory), config)
-    changed = {key: pair for key, pair in changed.items() if not may_change(key, config)}
+    changed = changes(directory, config)
+    if any((directory / CHECKPOINTS).glob("*")):  # which say of what text they are
+        changed.pop(MOVED, None)
     if changed:
         listing = "; ".join(
             f"{key}: {old!r} there, {new!r} here" for key, (old, new) in changed.items()
@@ -179,3 +261,14 @@ def _refuse_other(directory: Path, config: Config) -> None:
             f"--workdir={directory}: holds a run with another config ({listing});"
             " choose another directory"
         )
+
+
+def changes(directory: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which the run in a workdir differs from a config, without those that may.
+
+    Returns:
+      {key: (value there, value in the config)}, paths absolute.
+    """
+    there, here = map(with_absolute_paths, (read_config(directory), config))
+    found = differences(there, here)
+    return {key: pair for key, pair in found.items() if not may_change(key, config)}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
 
 
@@ -33,7 +34,7 @@ class Options:
 
     def directory(self, experiment: Experiment) -> pathlib.Path:
         """Directory of the runs of an experiment."""
-        return pathlib.Path(self.results).expanduser() / f"{experiment.name}-{self.scale}"
+        return local_path("--results", self.results) / f"{experiment.name}-{self.scale}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from dsmoe_jax.config import Config, trees
+from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_evaluation
 from dsmoe_jax.study.cells import Cell
@@ -122,9 +122,18 @@ def read_row(cell: Cell) -> Row:
 
 
 def read_record(cell: Cell) -> dict[str, Any]:
-    """The record beside the workdir; empty before the run begins."""
-    path = cell.record
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The record beside the workdir; empty before the run begins.
+
+    Raises:
+      ValueError: naming the file, if it is damaged.
+    """
+    if not cell.record.exists():
+        return {}
+    record = json_files.read(cell.record)
+    for key in ("data_fingerprint", "machine"):
+        if not isinstance(record.get(key), str | None):
+            raise ValueError(f"{cell.record}: {key}={record[key]!r}: must be a string")
+    return record
 
 
 def config_sha256(config: Config) -> str:
@@ -135,24 +144,30 @@ def config_sha256(config: Config) -> str:
 
 def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
     """Writes `results.jsonl`, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(_line(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    json_files.write_text(path, "".join(_line(row) + "\n" for row in rows))
 
 
 def _line(row: Row) -> str:
     columns = dataclasses.asdict(row)
     values = columns.pop("measures")
     assert not values.keys() & columns.keys(), "a measure needs a name of its own"
-    return json.dumps(columns | values)
+    return json_files.dumps(columns | values)
 
 
 def load_rows(path: pathlib.Path) -> list[Row]:
-    """Reads `results.jsonl`; every key that is not a field of `Row` is a measure."""
-    keys = {field.name for field in dataclasses.fields(Row)}
+    """Reads `results.jsonl`; every key that is not a field of `Row` is a measure.
+
+    Raises:
+      ValueError: naming file and line, if one is not a row.
+    """
+    keys = {field.name for field in dataclasses.fields(Row)} - {"measures"}
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        columns = json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        place = f"{path}: line {number} is not a row of results"
+        columns = json_files.parse(line, place)
         values = {name: columns.pop(name) for name in list(columns) if name not in keys}
-        rows.append(Row(measures=values, **columns))
+        try:
+            rows.append(Row(measures=values, **columns))
+        except TypeError as error:  # a key is missing
+            raise ValueError(f"{place}: {error}") from error
     return rows

@@ -25,11 +25,11 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dsmoe_jax.config import Config, DataConfig, differences
+from dsmoe_jax.config import Config, DataConfig
 from dsmoe_jax.data.opening import open_corpus
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.progress import duration
-from dsmoe_jax.runs import workdir
+from dsmoe_jax.runs import json_files, workdir
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.study import fairness, results
 from dsmoe_jax.study.cells import Cell, Options, chosen, make_cells, shell_command
@@ -63,14 +63,15 @@ def run(
     """
     cells = make_cells(experiment, options)
     fairness.check_configs(experiment, [cell for cell in cells if cell.seed == 0])
+    moved = [_check_workdir(cell, cell.trained or cell.workdir) for cell in cells]
     for cell in cells:
-        _check_workdir(cell, cell.workdir if cell.trained is None else cell.trained)
         _check_probe(cell)
     fairness.check_measured(experiment, [results.read_row(cell) for cell in cells])
     failed: list[str] = []
     todo = [cell for cell in cells if not results.read_row(cell).finished]
-    if todo and not options.report_only:
-        _check_trained(todo, options)
+    todo = [] if options.report_only else todo
+    _check_trained(todo, options)
+    if todo or any(moved):
         now = fingerprint(cells[0].config.data)  # the arms' data are equal, as was checked
         for cell in cells:
             _check_data(cell, now)
@@ -84,16 +85,23 @@ def run(
     return comparison
 
 
-def _check_workdir(cell: Cell, directory: pathlib.Path) -> None:
-    """Refuses a workdir of another config before any arm is trained, instead of hours later."""
+def _check_workdir(cell: Cell, directory: pathlib.Path) -> bool:
+    """Refuses a workdir of another config before any arm is trained, instead of hours later.
+
+    Returns:
+      Whether the corpus is named by another path than it was: it must be the same text.
+    """
     if not (directory / workdir.CONFIG).exists():
-        return
-    for key, (there, here) in differences(workdir.read_config(directory), cell.config).items():
-        if not workdir.may_change(key, cell.config):
+        return False
+    changes = workdir.changes(directory, cell.config)
+    recorded = directory.with_suffix(".json").exists()  # of what text the run is
+    for key, (there, here) in changes.items():
+        if key != workdir.MOVED or not recorded:
             raise ValueError(
                 f"{directory}: holds a run with {key}={there!r}, here it is {here!r}; choose"
                 " another --results"
             )
+    return bool(changes)
 
 
 def _check_data(cell: Cell, now: str) -> None:
@@ -140,7 +148,7 @@ def _probed(cell: Cell) -> dict[str, Any] | None:
 def _trained_loss(cell: Cell) -> float | None:
     """The held-out loss of the finished run that a probe measures; None if it is not finished."""
     assert cell.trained is not None
-    evaluation = workdir.read_evaluation(cell.trained)
+    evaluation = workdir.read_evaluation(cell.trained, "loss")
     finished = evaluation is not None and evaluation["step"] == cell.config.train.steps
     return evaluation["loss"] if evaluation is not None and finished else None
 
@@ -170,20 +178,20 @@ def _make(cell: Cell, fingerprint: str, train: Callable[..., Any]) -> None:
     cell.record.parent.mkdir(parents=True, exist_ok=True)
     origin = {"data_fingerprint": fingerprint, "machine": machine()}
     if isinstance(cell.arm, ProbeArm):
-        workdir.write_json(cell.record, {**origin, "probed": _probed(cell)})
+        json_files.write(cell.record, {**origin, "probed": _probed(cell)})
         _probe(cell, cell.arm)
     else:
-        workdir.write_json(cell.record, origin)
+        json_files.write(cell.record, origin)
         train(cell.config, cell.workdir)
 
 
 def _probe(cell: Cell, arm: ProbeArm) -> None:
     assert cell.trained is not None
     with jax.set_mesh(open_mesh(cell.config)):
-        trained = load_run(cell.trained)
+        trained = load_run(cell.trained, corpus=cell.config.data.corpus)
         found = arm.probe(trained, arm.intervention)
     cell.workdir.mkdir(exist_ok=True)
-    workdir.write_json(cell.workdir / workdir.EVALUATION, {"step": trained.step, **found})
+    json_files.write(cell.workdir / workdir.EVALUATION, {"step": trained.step, **found})
 
 
 @contextlib.contextmanager
@@ -195,14 +203,17 @@ def _compiling_once() -> Iterator[None]:
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
         yield  # the user has a cache already
         return
-    with tempfile.TemporaryDirectory(prefix="dsmoe_jax-compiled-") as directory:
-        jax.config.update("jax_compilation_cache_dir", directory)
-        compilation_cache.reset_cache()
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            compilation_cache.reset_cache()
+    with contextlib.ExitStack() as at_the_end:
+        with contextlib.suppress(OSError):  # no place for it: every run compiles for itself
+            made = tempfile.TemporaryDirectory(prefix="dsmoe_jax-compiled-")
+            _use_compilation_cache(at_the_end.enter_context(made))
+            at_the_end.callback(_use_compilation_cache, None)
+        yield
+
+
+def _use_compilation_cache(directory: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    compilation_cache.reset_cache()
 
 
 def _time_left(todo: list[Cell], took: Mapping[str, list[float]]) -> str:

@@ -20,7 +20,7 @@ from dsmoe_jax.hardware.peak import peak_flops
 from dsmoe_jax.model.size import train_flops_per_token
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.progress import ProgressLine, Silent
-from dsmoe_jax.runs import routing_records
+from dsmoe_jax.runs import json_files, loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.metrics_log import MetricsLog, NoLog, read_rows
@@ -83,11 +83,13 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
     line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
     with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
+        moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
         if finished is not None:
+            if moved:
+                _open_corpus(config, directory, moved=True)
             line.message(f"{config.name}: finished already ({config.train.steps} steps)")
             return Result(**finished)
-        corpus = hosts.first_then_all(lambda: open_corpus(config.data))
-        hosts.require_same("data.corpus", corpus.fingerprint)
+        corpus = _open_corpus(config, directory, moved=moved)
         with Interrupts() as interrupts, hosts.one_line_if_another_ends():
             trainer = _Trainer(config, directory, corpus, line, interrupts)
             try:
@@ -105,14 +107,33 @@ def _check(config: Config) -> None:
     check_start_from(config)
 
 
+def _open_corpus(config: Config, directory: Path, *, moved: bool) -> Corpus:
+    """Opens the corpus of a run and notes in its workdir where it is.
+
+    Raises:
+      ValueError: if there is none, or one that has moved is of other text.
+    """
+    corpus = hosts.first_then_all(lambda: open_corpus(config.data))
+    hosts.require_same("data.corpus", corpus.fingerprint)
+    if moved:
+        loading.check_moved(directory, corpus)
+    hosts.on_first(lambda: workdirs.keep(directory, config, corpus.tokenizer))
+    return corpus
+
+
 def _finished(directory: Path, config: Config) -> dict[str, Any] | None:
     """The `Result` of a run that needs no more steps; None if it does."""
-    evaluation = workdirs.read_evaluation(directory)
+    evaluation = workdirs.read_evaluation(directory, "loss", "bits_per_byte")
     steps = config.train.steps
-    if evaluation is None or evaluation.get("step") != steps:
+    if evaluation is None or evaluation["step"] != steps:
         return None
-    row = read_rows(directory)[-1]
-    return {"step": steps, "metrics": row, "evaluation": evaluation, "resumed_from": steps}
+    rows = read_rows(directory)
+    if not rows:
+        raise ValueError(
+            f"{directory / workdirs.METRICS}: has no row, though {workdirs.EVALUATION} says that"
+            " the run is finished; bring it back, or remove the latter to evaluate again"
+        )
+    return {"step": steps, "metrics": rows[-1], "evaluation": evaluation, "resumed_from": steps}
 
 
 class _Trainer:
@@ -254,7 +275,7 @@ class _Trainer:
             extra = {
                 "data": self.now.position(),
                 "corpus": self.corpus.fingerprint,
-                "tokenizer": tokenizer_fingerprint(self.corpus),
+                "tokenizer": tokenizer_fingerprint(self.corpus.tokenizer),
                 "running_load": self.running_load.saved(),
             }
             self.checkpoints.save(step, to_items(state), extra)
@@ -288,7 +309,8 @@ class _Trainer:
             if last:
                 self.checkpoints.wait()
             if last and hosts.is_first():
-                workdirs.write_json(self.directory / workdirs.EVALUATION, {"step": step, **result})
+                path = self.directory / workdirs.EVALUATION
+                json_files.write(path, {"step": step, **result})
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         def stop_if_asked(done: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_corpus, check_same_tokenizer
 from dsmoe_jax.model.build import ModelState, build_model, model_shapes
@@ -138,7 +138,7 @@ def check_start_from(config: Config) -> None:
     """
     if config.train.start_from is None:
         return
-    workdir = Path(config.train.start_from)
+    workdir = local_path("train.start_from", config.train.start_from)
     key = _key(config)
     there = shapes_by_path(model_shapes(workdirs.read_config(workdir, key).model))
     here = shapes_by_path(model_shapes(config.model))

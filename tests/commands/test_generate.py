@@ -36,6 +36,9 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )  # fmt: skip
     path = tmp_path_factory.mktemp("runs") / "few_steps"
     train(config, path, progress=False)
+    saved = json.loads((path / "config.json").read_text())
+    saved["data"]["corpus"] = str(path / "gone")  # no corpus is needed
+    (path / "config.json").write_text(json.dumps(saved))
     return path
 
 

@@ -302,7 +302,7 @@ def test_one_step_evaluated_with_the_routing_of_another(learned, hashed, tmp_pat
             held_out(learned, 4, folder)
 
 
-@pytest.mark.parametrize("junk", [b"junk", b"", b"PK\x03\x04", b"[1]"])
+@pytest.mark.parametrize("junk", [b"junk", b"", b"PK\x03\x04", b"[1]", b"[" * 200_000])
 def test_damaged_files_are_named(learned, tmp_path, junk):
     directory = shutil.copytree(learned / "routing", tmp_path / "routing")
     batch = directory / "validation-00000004/00000001.npz"

@@ -118,6 +118,66 @@ def test_changed_corpus_is_refused(fake_run):
     assert train.calls == []
 
 
+def test_a_corpus_may_move_but_not_change(fake_run, tmp_path):
+    fake_run(overrides={"data.corpus": "texts"})
+    train = FakeTrain()
+    fake_run(train, overrides={"data.corpus": str(tmp_path / "moved")})
+    other = {"data.corpus": str(tmp_path / "other")}
+    for options in ({}, {"report_only": True}):
+        with pytest.raises(ValueError, match=r"unfair: Dense, seed 0 was trained on data abab"):
+            fake_run(train, fingerprint="cd" * 32, overrides=other, **options)
+    (tmp_path / "runs/table1-smoke/dense/seed0.json").unlink()  # that says which data it was
+    with pytest.raises(ValueError, match=r"dense/seed0: holds a run with data\.corpus='.*texts'"):
+        fake_run(train, overrides=other)
+    assert train.calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("seed0.json", b'{"data_finger', r"seed0\.json: not JSON"),
+        ("seed0.json", b"[" * 200_000, r"seed0\.json: not JSON"),
+        ("seed0.json", b"[]", r"seed0\.json: not a JSON object"),
+        ("seed0.json", b'{"data_fingerprint": 3}', r"seed0\.json: data_fingerprint=3: must be a s"),
+        ("seed0/evaluation.json", b'{"step": 8', r"evaluation\.json: not JSON"),
+        ("seed0/evaluation.json", b'{"step": 8, "domains": {"en": {"loss": 1}}}',
+         r"evaluation\.json: domains\.en\.bits_per_byte=None: must be a number"),
+        ("seed0/metrics.jsonl", b'{"step": 1}\n{"step": 2, "loss": "x"}\n', r"line 2 is not a row"),
+        ("seed0/config.json", b"\xff", r"config\.json: not the config of a run"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(fake_run, tmp_path, name, content, message):
+    fake_run()
+    (tmp_path / "runs/table1-smoke/switch" / name).write_bytes(content)
+    train = FakeTrain()
+    with pytest.raises(ValueError, match=message) as caught:
+        fake_run(train)
+    assert "\n" not in str(caught.value)
+    assert train.calls == []
+
+
+def test_records_may_have_keys_that_are_not_ours(fake_run, tmp_path):
+    fake_run()
+    path = tmp_path / "runs/table1-smoke/switch/seed0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": ["mine"]}))
+    train = FakeTrain()
+    fake_run(train)
+    assert train.calls == []
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"arm": "Dense"}', b"[" * 200_000])
+def test_damaged_results_are_named(tmp_path, line):
+    (tmp_path / "results.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl: line 1 is not a row of results: "):
+        results.load_rows(tmp_path / "results.jsonl")
+
+
+def test_without_a_place_for_compiled_programs_it_goes_on(fake_run, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file/tmp"))
+    assert all(row.finished for row in fake_run().rows)
+
+
 def test_runs_judged_on_different_text_are_refused_before_training(fake_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fake_run(FakeTrain(stop_after=4))

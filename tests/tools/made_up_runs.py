@@ -12,6 +12,7 @@ import pytest
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.report import page
+from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.summaries import load_summary
 from dsmoe_jax.study import runner
@@ -86,7 +87,7 @@ class FakeTrain:
             name: summary(0.8 + 0.12 * i + shift)
             for i, (name, shift) in enumerate(zip(DOMAINS, shifts, strict=True))
         }
-        workdirs.write_json(workdir / workdirs.EVALUATION, found)
+        json_files.write(workdir / workdirs.EVALUATION, found)
 
 
 def run_made_up(

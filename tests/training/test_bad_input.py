@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from dsmoe_jax.config import differences
 from dsmoe_jax.data.opening import open_corpus
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.workdir import claim, read_config, read_evaluation
@@ -52,6 +53,93 @@ class TestWorkdir:
         )
         refused(message, train, config, run, progress=False)
         assert snapshot(run) == before
+
+    @pytest.mark.parametrize("left", ["checkpoints", "evaluation.json", "routing"])
+    def test_of_another_config_that_has_lost_its_rows(
+        self, finished_run, tmp_path, tiny_config, no_training, left
+    ):
+        """What has checkpoints, results or a recording is somebody's run: nothing is pruned."""
+        run = shutil.copytree(finished_run[0], tmp_path / "run")
+        (run / "routing/train").mkdir(parents=True)
+        for name in {"checkpoints", "evaluation.json", "metrics.jsonl", "routing"} - {left}:
+            path = run / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        before = snapshot(run)
+        config = tiny_config(**{"train.seed": 1, "train.keep_checkpoints": 1})
+        refused(r"another config \(train.seed: 0 there, 1 here\)", train, config, run)
+        after = snapshot(run)
+        for files in (before, after):
+            del files[run / ".lock"]
+        assert after == before
+
+    def test_that_is_finished_but_has_no_rows(self, finished_run, tmp_path, tiny_config):
+        run = shutil.copytree(finished_run[0], tmp_path / "run")
+        (run / "metrics.jsonl").unlink()
+        message = (
+            r"metrics\.jsonl: has no row, though evaluation\.json says that the run is finished"
+        )
+        refused(message, train, tiny_config(), run, progress=False)
+        (run / "evaluation.json").unlink()  # the advice
+        assert train(tiny_config(), run, progress=False).resumed_from == 10
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b'{"step": 10, "lo', r"evaluation\.json: not JSON"),
+            (b"[" * 200_000, r"evaluation\.json: not JSON"),
+            (b"\xff", r"evaluation\.json: not JSON"),
+            (b"[]", r"evaluation\.json: not a JSON object"),
+            (b'{"step": 10}', r"evaluation\.json: loss=None: must be a number"),
+            (b'{"step": "10"}', r"evaluation\.json: step='10': must be a number"),
+            (b'{"step": 10, "loss": 1, "bits_per_byte": 1, "domains": [1]}', r"domains: must be"),
+            (b'{"step": 10, "loss": 1, "bits_per_byte": 1, "domains": {"en": {}}}',
+             r"evaluation\.json: domains\.en\.bits_per_byte=None: must be a number"),
+        ],
+    )  # fmt: skip
+    def test_with_damaged_results(self, run, tiny_config, no_training, content, message):
+        (run / "evaluation.json").write_bytes(content)
+        refused(message, train, tiny_config(), run, progress=False)
+
+    @pytest.mark.parametrize(
+        "content", [b"[" * 200_000, b"\xff", b'{"model": ' + b"1" * 6000 + b"}"]
+    )
+    def test_with_a_damaged_config(self, run, tiny_config, no_training, content):
+        (run / "config.json").write_bytes(content)
+        before = snapshot(run)
+        refused(r"config\.json: not the config of a run of .*: not JSON", train, tiny_config(), run)
+        refused(r"config\.json: not the config of a run of .*: not JSON", load_run, run)
+        assert snapshot(run) == before
+
+    def test_from_before_a_key_was_added(self, run, tiny_config, capsys):
+        """It goes on with the default, which is said once; then the file is whole."""
+        tree = json.loads((run / "config.json").read_text())
+        del tree["model"]["moe"]["expert_groups"]
+        del tree["train"]["start_from"]
+        (run / "config.json").write_text(json.dumps(tree))
+        load_run(run)
+        assert train(tiny_config(), run, progress=False).resumed_from == 10
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(
+            "config.json: lacks keys that were added later, taken as model.moe.expert_groups=1,"
+            " train.start_from=None"
+        )
+        assert not differences(read_config(run), tiny_config())
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("address", ["gs://bucket/x", "s3://bucket/x"])
+    def test_in_storage_that_is_no_file_system(self, tmp_path, tiny_config, monkeypatch, address):
+        """Refused for every path, before anything is written."""
+        monkeypatch.chdir(tmp_path)
+        refused(
+            rf"^--workdir={address}: must be a path of a mounted", train, tiny_config(), address
+        )
+        refused(rf"^--workdir={address}: must be a path of a mounted", load_run, address)
+        replays = {"model.moe.router.name": "replay_ids"}
+        for key, more in (("data.corpus", {}), ("train.start_from", {}),
+                          ("train.replay_routing", replays)):  # fmt: skip
+            config = tiny_config(**{key: address, **more})
+            refused(rf"^{key}={address}: must be a path of", train, config, tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
 
     def test_whose_run_never_began(self, tmp_path, tiny_config):
         """After a refusal the right call works in the same directory."""
@@ -272,3 +360,16 @@ class TestCorpus:
         assert first.directory.is_relative_to(tmp_path / "cache")
         (text / "0.txt").write_text("Another text. " * 30)
         assert open_corpus(data).fingerprint != first.fingerprint
+
+    def test_of_ones_own_text_without_a_cache(self, tiny_config, tmp_path, monkeypatch):
+        """One that is prepared needs none."""
+        (tmp_path / "text.txt").write_text("The quick brown fox. " * 100)
+        monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "text.txt/cache"))
+        data = tiny_config(**{"data.corpus": str(tmp_path / "text.txt")}).data
+        refused(r"^DSMOE_CACHE=.*cache: cannot be written .*; set DSMOE_CACHE", open_corpus, data)
+        open_corpus(tiny_config().data)
+
+    def test_at_home(self, tiny_config, tiny_corpus, monkeypatch):
+        monkeypatch.setenv("HOME", str(tiny_corpus.parent))
+        data = tiny_config(**{"data.corpus": f"~/{tiny_corpus.name}"}).data
+        assert open_corpus(data).directory == tiny_corpus
