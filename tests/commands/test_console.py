@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.tools.patience import PATIENCE
+
 PRINTING = """
 from absl import flags
 from dsmoe_jax.commands import command_line
@@ -20,7 +22,7 @@ command_line.run(main, [])
 def run(command, stdout=subprocess.PIPE, **variables):
     """Exit code, output and errors of a process."""
     done = subprocess.run(
-        [sys.executable, *command], stdout=stdout, stderr=subprocess.PIPE, timeout=300,
+        [sys.executable, *command], stdout=stdout, stderr=subprocess.PIPE, timeout=PATIENCE,
         env={**os.environ, **variables},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dsmoe_jax.runs import json_files
+from tests.tools.patience import PATIENCE
 
 
 def strict(text):
@@ -60,7 +61,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"old": 1}')
     command = [sys.executable, "-c", FULL, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr.splitlines()[-1].startswith(f"OSError: {path}: cannot be written: ")
     assert json_files.read(path) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -11,6 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from dsmoe_jax.runs.metrics_log import MetricsLog, read_rows
+from tests.tools.patience import PATIENCE
 
 
 class TestLog:
@@ -136,7 +137,7 @@ def test_a_full_disk_is_one_error_with_the_name(tmp_path, kind):
     """No file may grow beyond 400 bytes; nothing hangs, and no thread adds a traceback."""
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path), kind],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"OSError: {tmp_path / kind}: cannot be written: "), done.stderr
