@@ -33,4 +33,6 @@ def local_path(key: str, written: str | os.PathLike[str]) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError:
-        raise ValueError(f"{key}={text}: there is no such home directory; a name of a file begins with ./~") from None
+        raise ValueError(
+            f"{key}={text}: there is no such home directory; a name of a file begins with ./~"
+        ) from None

@@ -11,6 +11,7 @@ from dsmoe_jax.config import DataConfig
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
+from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 BUILT_IN = ("demo", "stdlib")
