@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,26 @@ import jax.numpy as jnp
 import optax
 
 from dsmoe_jax.config import OptimizerConfig
+from dsmoe_jax.config.checks import require
 
 
 def multi_step(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then x `decay_factor` at each share `decay_at` of the steps (V1 4.1.3)."""
-    drops = {round(share * steps): config.decay_factor for share in config.decay_at}
+    """Linear warm-up, then x `decay_factor` at each share `decay_at` of the steps (V1 4.1.3).
+
+    Raises:
+      ValueError: for a warm-up that is not over when the first decay comes.
+    """
+    decays = Counter(round(share * steps) for share in config.decay_at)
+    first = min(decays, default=steps)
+    require(
+        config.warmup_steps <= first,
+        "optimizer.warmup_steps",
+        config.warmup_steps,
+        f"must not exceed {first}, the step of the first decay"
+        f" (optimizer.decay_at={config.decay_at} of {steps} steps)",
+    )
+    # In a short run several decays fall on one step, and each counts.
+    drops = {step: config.decay_factor**number for step, number in decays.items()}
     plateau = optax.piecewise_constant_schedule(config.peak_learning_rate, drops)
     return _warmed_up(plateau, config.warmup_steps)
 

@@ -1,5 +1,6 @@
 """Schedules against the paper's formulas, weight decay and clipping."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -20,6 +21,18 @@ def test_multi_step_is_the_schedule_of_the_paper():
         assert math.isclose(schedule(step), peak * warmup * 0.316**drops, rel_tol=1e-6), step
 
 
+def test_decays_on_the_same_step_count_each():
+    """The whole curve of short runs against the formula, by shares that round to one step."""
+    config = OptimizerConfig(peak_learning_rate=0.004, warmup_steps=2)
+    cases = [(5, (0.8, 0.9)), (7, (0.8, 0.82, 0.84, 0.9)), (10, (0.8, 0.9)), (4, (0.5, 0.99))]
+    for steps, decay_at in cases:
+        schedule = make_schedule(dataclasses.replace(config, decay_at=decay_at), steps)
+        for step in range(steps + 3):
+            decays = sum(step >= round(share * steps) for share in decay_at)
+            rate = 0.004 * min((step + 1) / 2, 1.0) * 0.316**decays
+            assert math.isclose(schedule(step), rate, rel_tol=1e-6), (steps, step)
+
+
 def test_constant_is_the_schedule_of_the_145b():
     """V1 section 7.1: warm-up, then constant."""
     config = OptimizerConfig(peak_learning_rate=3e-4, schedule="constant", warmup_steps=2000)
@@ -38,12 +51,22 @@ def test_without_warmup_the_first_step_has_the_peak():
     ("config", "message"),
     [
         (OptimizerConfig(schedule="cosin"), r"optimizer.schedule='cosin': must be one of"),
-        (OptimizerConfig(warmup_steps=11), r"optimizer.warmup_steps=11: .* train.steps=10"),
+        (OptimizerConfig(warmup_steps=11), r"optimizer.warmup_steps=11: must not exceed .*10"),
+        (
+            OptimizerConfig(warmup_steps=6, decay_at=(0.5, 0.9)),
+            r"optimizer.warmup_steps=6: must not exceed 5, .*optimizer.decay_at=\(0.5, 0.9\) of 10",
+        ),
     ],
 )
 def test_impossible_schedules_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         make_schedule(config, steps=10)
+
+
+def test_a_warmup_that_ends_where_the_first_decay_falls():
+    """Update 5 has the whole peak, update 6 is the first that decays."""
+    schedule = make_schedule(OptimizerConfig(warmup_steps=5, decay_at=(0.5,)), steps=10)
+    np.testing.assert_allclose([schedule(4), schedule(5)], [1.08e-3, 0.316 * 1.08e-3], rtol=1e-6)
 
 
 def test_norm_scales_are_not_decayed():
