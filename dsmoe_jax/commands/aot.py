@@ -8,8 +8,9 @@ python -m dsmoe_jax aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \
     --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
 python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
 
-The mesh is that of the config; if the config has none, the command `plan` proposes it.  Needs
-pip install 'dsmoe_jax[tpu]'.  A step that does not fit is an error that gives the numbers.
+The mesh is that of the config; if the config has none, the command `plan` proposes it.  Of a run in
+stages it is the step with the most FLOPs.  Needs pip install 'dsmoe_jax[tpu]'.  A step that does
+not fit is an error that gives the numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dsmoe_jax.config import replace
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning.ahead_of_time import Proof, prove
+from dsmoe_jax.planning.plan_report import stage_to_plan
 
 command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6e, colon, shape.")
@@ -134,10 +136,11 @@ def main() -> None:
     if not _TOPOLOGY.value:
         raise ValueError("--topology: missing; for example --topology=v5p:4x4x4")
     jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
-    proof = prove(command_line.config(), _TOPOLOGY.value)
+    config, note = stage_to_plan(command_line.config())
+    proof = prove(config, _TOPOLOGY.value)
     report: dict[str, Any] = as_json(proof)
     if not _JSON.value:
-        print(describe(proof), flush=True)
+        print(note + describe(proof), flush=True)
     if _BUFFERS.value:
         report["buffers"] = {}
         for name, other in other_buffers(proof):

@@ -3,6 +3,9 @@
 python -m dsmoe_jax count                                        # every model of the paper
 python -m dsmoe_jax count --config=configs/dsmoe_2b.py:demo      # one model
 python -m dsmoe_jax count --config=configs/dsmoe_16b.py:paper --json
+python -m dsmoe_jax count --config=configs/dsmoe_2b_staged.py    # also a row for each stage
+
+Activated parameters and FLOPs of a run in stages are means over its tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from dsmoe_jax.commands import command_line
-from dsmoe_jax.config import Config, files, from_config_dict
+from dsmoe_jax.config import Config, Stage, files, from_config_dict, stages_of
 from dsmoe_jax.model import size
 from dsmoe_jax.planning import papers
 
@@ -31,7 +34,10 @@ QUANTITIES = {
 
 
 def report(config: Config) -> dict[str, Any]:
-    """Figures of a config; under "paper" the printed ones, if the paper has this exact model."""
+    """Figures of a config; under "paper" the printed ones, if the paper has this exact model.
+
+    Under "stages" are the figures of each stage, if there are several.
+    """
     figures = size.account(config)
     return {
         "name": config.name,
@@ -39,8 +45,24 @@ def report(config: Config) -> dict[str, Any]:
         **figures,
         "sequence_length": config.data.sequence_length,
         "train_flops_per_token": size.train_flops_per_token(config),
+        "stages": [_report_of_stage(stage) for stage in _several_stages(config)],
         "state_bytes": size.state_bytes(int(figures["total"])),
         "paper": {key: papers.value(digits) for key, digits in _paper(config).items()},
+    }
+
+
+def _several_stages(config: Config) -> tuple[Stage, ...]:
+    """The stages of a run; none of a run that is one stage."""
+    stages = stages_of(config)
+    return stages if len(stages) > 1 else ()
+
+
+def _report_of_stage(stage: Stage) -> dict[str, Any]:
+    return {
+        "steps": [stage.first + 1, stage.end],
+        "tokens": stage.tokens,
+        **size.account(stage.config),
+        "train_flops_per_token": size.train_flops_per_token(stage.config),
     }
 
 
@@ -50,7 +72,7 @@ def _paper(config: Config) -> dict[str, str]:
     if config.scale != "paper" or model is None or not model.figures:
         return {}
     original = _load(config.name)
-    same = config.model == original.model
+    same = all(stage.config.model == original.model for stage in stages_of(config))
     same &= config.data.sequence_length == original.data.sequence_length
     return model.figures if same else {}
 
@@ -80,6 +102,7 @@ def table(configs: list[Config]) -> str:
                     notes.append(f"! {config.name}, {key}: not reproducible. {reason}.")
             row.append(cell)
         rows.append(row)
+        rows += _rows_of_stages(config)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -88,6 +111,19 @@ def table(configs: list[Config]) -> str:
     if any(_paper(config) for config in configs):
         notes.insert(0, "ours / as the paper prints it (how far outside those digits, if at all)")
     return "\n".join([*lines, "", *notes]).rstrip()
+
+
+def _rows_of_stages(config: Config) -> list[list[str]]:
+    """A row for each stage of a run, if there are several."""
+    stages = _several_stages(config)
+    total = sum(stage.tokens for stage in stages)
+    rows = []
+    for stage in stages:
+        figures = size.account(stage.config)
+        share = f"{100 * stage.tokens / total:.3g} % of the tokens"
+        name = f"  steps {stage.first + 1} to {stage.end}, {share}"
+        rows.append([name, *(_short(figures[key]) for key in QUANTITIES)])
+    return rows
 
 
 def _short(value: float) -> str:

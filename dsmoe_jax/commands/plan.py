@@ -6,7 +6,8 @@ python -m dsmoe_jax plan --config=configs/dsmoe_16b.py --chip=v5p --chips=64 \\
     --config.mesh.fsdp=8 --config.mesh.expert=8 --config.train.accumulation_steps=36
 
 If the config has a mesh, the costs are those of that mesh.  The arithmetic takes seconds;
-activations are an estimate.  `python -m dsmoe_jax aot` gives what the compiler allocates.
+activations are an estimate.  Of a run in stages it is the one whose steps have the most FLOPs.
+`python -m dsmoe_jax aot` gives what the compiler allocates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dsmoe_jax.commands import command_line
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning import planner
-from dsmoe_jax.planning.plan_report import describe
+from dsmoe_jax.planning.plan_report import describe, stage_to_plan
 
 command_line.define_config()
 _CHIP = flags.DEFINE_string("chip", None, f"One of {', '.join(CHIPS)}.")
@@ -30,7 +31,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
 
 def main() -> None:
     """Runs the command."""
-    config = command_line.config()
+    config, note = stage_to_plan(command_line.config())
     chip = _CHIP.value
     chips = _CHIPS.value
     if chip is None or chips is None:
@@ -44,4 +45,4 @@ def main() -> None:
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(plan)))
     else:
-        print(describe(config, plan, plans, chip))
+        print(note + describe(config, plan, plans, chip))

@@ -30,6 +30,11 @@ class Stage(NamedTuple):
     sequences: int
     config: Config
 
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on in this stage."""
+        return (self.end - self.first) * self.config.tokens_per_step
+
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
     """The stages of a run in order.

@@ -8,6 +8,7 @@ and 9):
 - `total` is everything trained: embedding, output head, norms, attention, FFNs and router.
 - `activated` is `total` without the routed experts a token is not sent to.  The embedding table
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
+- `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
   neither the router nor leading dense layers.  A dense model's FFN is its shared expert.
 
@@ -18,10 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from flax import nnx
 
-from dsmoe_jax.config import Config, ModelConfig
+from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
 from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
@@ -92,6 +94,22 @@ def _logits_per_expert(model: ModelConfig) -> int:
     return get_router(model.moe)[0].logits_per_expert if model.moe.n_routed_experts else 0
 
 
+def mean_over_tokens(stages: Sequence[Stage], values: Sequence[float]) -> float:
+    """Mean of a figure over the tokens of a run, from its value in each stage."""
+    if len(set(values)) == 1:
+        return values[0]  # a whole number stays one
+    tokens = [stage.tokens for stage in stages]
+    return sum(n * value for n, value in zip(tokens, values, strict=True)) / sum(tokens)
+
+
+def most_work(config: Config) -> Stage:
+    """The stage of a run whose steps have the most FLOPs."""
+    return max(
+        stages_of(config),
+        key=lambda stage: train_flops_per_token(stage.config) * stage.config.tokens_per_step,
+    )
+
+
 def flops_per_sequence(config: Config) -> float:
     """Training FLOPs of one sequence as the paper counts them ("FLOPs per 2K / 4K tokens").
 
@@ -102,6 +120,11 @@ def flops_per_sequence(config: Config) -> float:
     router and embedding lookup do not.  For comparisons with the paper; what is really computed is
     `train_flops_per_token`.
     """
+    stages = stages_of(config)
+    return mean_over_tokens(stages, [_flops_per_sequence(stage.config) for stage in stages])
+
+
+def _flops_per_sequence(config: Config) -> float:
     n = config.data.sequence_length
     model = config.model
     moe = model.moe
@@ -124,6 +147,11 @@ def train_flops_per_token(config: Config) -> float:
     values: with full heads 12 L n (heads x head size), without a causal discount as is usual (PaLM,
     2204.02311, appendix B).  What rematerialisation or padding computes on top is not counted.
     """
+    stages = stages_of(config)
+    return mean_over_tokens(stages, [_train_flops_per_token(stage.config) for stage in stages])
+
+
+def _train_flops_per_token(config: Config) -> float:
     n = config.data.sequence_length
     model = config.model
     d = model.hidden_size
@@ -144,7 +172,11 @@ def state_bytes(parameters: int) -> dict[str, int]:
 
 def account(config: Config) -> dict[str, float]:
     """The figures that the paper prints of a model: its parameters and `flops_per_sequence`."""
-    return {
-        **dataclasses.asdict(count_parameters(config.model)),
-        "flops_per_sequence": flops_per_sequence(config),
-    }
+    stages = stages_of(config)
+    figures = [_account(stage.config) for stage in stages]
+    return {name: mean_over_tokens(stages, [f[name] for f in figures]) for name in figures[0]}
+
+
+def _account(config: Config) -> dict[str, float]:
+    parameters = dataclasses.asdict(count_parameters(config.model))
+    return {**parameters, "flops_per_sequence": _flops_per_sequence(config)}

@@ -7,8 +7,21 @@ import math
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.model import size
 from dsmoe_jax.planning import planner
 from dsmoe_jax.training.start import state_shapes
+
+
+def stage_to_plan(config: Config) -> tuple[Config, str]:
+    """The stage of a run whose steps have the most FLOPs, and a line that says so.
+
+    A mesh stays for the whole run; the line is "" for a run that is one stage.
+    """
+    stage = size.most_work(config)
+    if config.train.stages is None:
+        return stage.config, ""
+    steps = f"{stage.first + 1} to {stage.end}"
+    return stage.config, f"stage     steps {steps}, which have the most FLOPs a step\n"
 
 
 def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip: str) -> str:

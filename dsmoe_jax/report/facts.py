@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsmoe_jax.config import tokens_after
+from dsmoe_jax.config.stages import every_value
 from dsmoe_jax.progress import duration
 from dsmoe_jax.report import tables
 from dsmoe_jax.report.blocks import Block, Facts, Text
@@ -22,10 +23,11 @@ def facts(comparison: Comparison) -> Facts:
     held_out = {int(tokens) for row in rows if (tokens := row["validation_tokens"])}
     finished = sum(row.finished for row in rows)
     tokens = short(tokens_after(config, train.steps))
+    batches = dict.fromkeys(every_value(config, "train.global_batch_size"))
     pairs = {
         "scale": f"{comparison.scale}: {model.num_hidden_layers} layers, hidden size"
         f" {model.hidden_size}, vocabulary {model.vocab_size:,}",
-        "training": f"{train.steps:,} steps of {train.global_batch_size} sequences of"
+        "training": f"{train.steps:,} steps of {', '.join(map(str, batches))} sequences of"
         f" {data.sequence_length} tokens: {tokens} tokens for every model",
         "runs": f"{finished} finished of {len(rows)}; seeds"
         f" {', '.join(str(s) for s in sorted({row.seed for row in rows}))}",

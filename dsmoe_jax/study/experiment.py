@@ -106,13 +106,16 @@ class ProbeArm:
         return self.experiment.arm(self.trained).run_config(scale, seed, overrides)
 
     def measured_config(self, config: Config) -> Config:
-        """The config of the model as it is measured, for its activated parameters and FLOPs."""
+        """The config of the model as it is measured, for its activated parameters and FLOPs.
+
+        Of a run in stages it is that of the last one.
+        """
         changes: dict[str, Any] = {}
         if self.intervention.num_experts_per_tok is not None:
             changes["model.moe.num_experts_per_tok"] = self.intervention.num_experts_per_tok
         if not self.intervention.shared_experts:
             changes["model.moe.n_shared_experts"] = 0
-        return config_lib.replace(config, **changes)
+        return config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
 
 
 AnyArm = Arm | ProbeArm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsmoe_jax.config import Config, differences
+from dsmoe_jax.config import differences
 from dsmoe_jax.study.cells import Cell
 from dsmoe_jax.study.experiment import Equal, Experiment
 from dsmoe_jax.study.measures import MEASURES, Outcome
@@ -31,9 +31,9 @@ def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
                     f" {cell.arm.label}; arms may differ only in"
                     f" {', '.join(experiment.may_differ)}"
                 )
-    measured = {cell.arm.label: cell.measured for cell in cells}
+    outcomes = {cell.arm.label: Outcome(cell.config, cell.measured) for cell in cells}
     for rule in experiment.equal:
-        _check_rule(experiment, rule, measured)
+        _check_rule(experiment, rule, outcomes)
 
 
 def _may_differ(key: str, experiment: Experiment) -> bool:
@@ -43,10 +43,10 @@ def _may_differ(key: str, experiment: Experiment) -> bool:
     )
 
 
-def _check_rule(experiment: Experiment, rule: Equal, configs: Mapping[str, Config]) -> None:
+def _check_rule(experiment: Experiment, rule: Equal, outcomes: Mapping[str, Outcome]) -> None:
     quantity = MEASURES[rule.quantity]
-    labels = [label for label in rule.arms if label in configs]
-    sizes: list[Any] = [quantity.read(Outcome(configs[label])) for label in labels]
+    labels = [label for label in rule.arms if label in outcomes]
+    sizes: list[Any] = [quantity.read(outcomes[label]) for label in labels]
     for label, size in zip(labels[1:], sizes[1:], strict=True):
         if abs(size - sizes[0]) > rule.tolerance * sizes[0]:
             raise ValueError(

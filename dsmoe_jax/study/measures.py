@@ -25,12 +25,14 @@ class Outcome:
     """Files of a run, as far as they are written.
 
     Attributes:
-      config: of the run; for a probe, as the intervention changes it.
+      config: of the run.
+      measured: of the model that is measured; for a probe, as the intervention changes it.
       rows: of metrics.jsonl, in order; a probe has none.
       evaluation: evaluation.json; None until the run is finished.
     """
 
     config: Config
+    measured: Config
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: dict[str, Any] | None = None
 
@@ -87,7 +89,7 @@ def _size(key: str, title: str, heading: str = "", note: str = "") -> Measure:
     """A measure that follows from the config: one of `sizes`."""
     return Measure(
         title,
-        lambda outcome: sizes(outcome.config)[key],
+        lambda outcome: sizes(outcome.measured)[key],
         columns={RESULTS: heading} if heading else {},
         digits=None,
         spread=False,

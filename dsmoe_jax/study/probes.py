@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsmoe_jax.config import stage_of
 from dsmoe_jax.evaluation.held_out import evaluate
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.runs.loading import Run
@@ -24,7 +25,7 @@ def held_out(run: Run, intervention: Intervention) -> dict[str, Any]:
     Returns:
       See `HeldOut.measure`.
     """
-    train = run.config.train
+    train = stage_of(run.config, run.step).config.train
     return evaluate(
         run.model,
         run.corpus,

@@ -11,6 +11,7 @@ import configs
 from dsmoe_jax.commands import count
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.model import size
+from dsmoe_jax.planning.plan_report import stage_to_plan
 from tests.tools.patience import PATIENCE
 
 
@@ -54,6 +55,63 @@ def test_an_override_hides_the_papers_figures():
     assert count.report(replace(config, **{"data.sequence_length": 64}))["paper"] == {}
     assert count.report(load("dsmoe_2b", "smoke"))["paper"] == {}
     assert count.report(load("dsmoe_2b", "paper,shared=2"))["paper"] == {}  # a loss, no figures
+
+
+STAGES = {
+    "train.steps": 100,
+    "train.stages.share": (0.3, 0.5, 0.2),
+    "train.stages.train.global_batch_size": (16, 8, 4),
+    "train.stages.model.moe.num_experts_per_tok": (1, 2, 6),
+}
+
+
+def test_figures_of_stages_are_means_over_their_tokens():
+    """30 steps of 16 sequences, 50 of 8, 20 of 4: 480, 400 and 80 of 960 sequences."""
+    config = load("dsmoe_16b", "smoke")
+    by_k = {k: replace(config, **{"model.moe.num_experts_per_tok": k}) for k in (1, 2, 6)}
+    staged = replace(config, **STAGES)
+    weights = {1: 480 / 960, 2: 400 / 960, 6: 80 / 960}
+
+    def mean(figure):
+        return sum(weights[k] * figure(by_k[k]) for k in by_k)
+
+    found = size.account(staged)
+    for key in ("activated", "expert_activated", "flops_per_sequence"):
+        assert found[key] == pytest.approx(mean(lambda c, key=key: size.account(c)[key])), key
+    for key in ("total", "expert_total"):
+        assert found[key] == size.account(config)[key], key
+    assert size.train_flops_per_token(staged) == pytest.approx(mean(size.train_flops_per_token))
+    assert size.flops_per_sequence(staged) == found["flops_per_sequence"]
+
+
+def test_count_has_a_row_for_each_stage():
+    staged = replace(load("dsmoe_2b"), **STAGES)
+    rows = count.table([staged]).splitlines()
+    assert rows[1].startswith("dsmoe_2b ")
+    assert [row.split(" of the")[0].strip() for row in rows[2:]] == [
+        "steps 1 to 30, 50 %", "steps 31 to 80, 41.7 %", "steps 81 to 100, 8.33 %"
+    ]  # fmt: skip
+    assert "/ " not in rows[1], "the paper has no such model"
+    report = count.report(staged)
+    assert report["paper"] == {}
+    tokens = [stage["tokens"] for stage in report["stages"]]
+    assert tokens == [480 * 2048, 400 * 2048, 80 * 2048]
+    activated = [stage["activated"] for stage in report["stages"]]
+    want = sum(n * a for n, a in zip(tokens, activated, strict=True)) / sum(tokens)
+    assert report["activated"] == pytest.approx(want)
+    assert count.report(load("dsmoe_2b"))["stages"] == []
+
+
+def test_a_mesh_is_planned_for_the_stage_with_the_most_work():
+    """FLOPs a step: 16 sequences with K = 1, 8 with 2, 4 with 6; then the last as large."""
+    staged = replace(load("dsmoe_16b", "smoke"), **STAGES)
+    config, note = stage_to_plan(staged)
+    assert (config.train.global_batch_size, config.model.moe.num_experts_per_tok) == (16, 1)
+    assert "steps 1 to 30" in note
+    larger = {"train.stages.train.global_batch_size": (16, 8, 16)}
+    config, note = stage_to_plan(replace(staged, **larger))
+    assert config.model.moe.num_experts_per_tok == 6
+    assert stage_to_plan(load("dsmoe_16b")) == (load("dsmoe_16b"), "")
 
 
 # Not ru_maxrss: a child begins with that of the process that it was forked from.

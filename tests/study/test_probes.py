@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from made_up_runs import FakeTrain
 
+from dsmoe_jax.model.size import count_parameters
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.report import plots
 from dsmoe_jax.study import probes, runner
 from dsmoe_jax.study.experiment import ProbeArm
+from dsmoe_jax.study.measures import MEASURES, Outcome
 from experiments.v1 import fig4, fig5, table1
 
 LEVEL = {"GShard": 5.0}
@@ -115,13 +117,38 @@ def test_held_out_is_measured_as_after_training(monkeypatch):
     )
     config = table1.EXPERIMENT.arms[4].run_config("smoke", 0, {"train.accumulation_steps": 2})
     intervention = Intervention(mask_best=4)
-    probes.held_out(SimpleNamespace(config=config, model="model", corpus="corpus"), intervention)
+    run = SimpleNamespace(config=config, model="model", corpus="corpus", step=config.train.steps)
+    probes.held_out(run, intervention)
     assert asked == {
         "positional": ("model", "corpus"),
         "batch_size": 2,
         "max_batches": 2,
         "intervention": intervention,
     }
+
+
+def test_of_a_run_in_stages_the_last_one_is_measured(monkeypatch):
+    """Its activated experts, and its batches; K of the intervention takes the place of its own."""
+    stages = {
+        "train.stages.share": (0.5, 0.5),
+        "train.stages.train.global_batch_size": (8, 2),
+        "train.stages.model.moe.num_experts_per_tok": (3, 15),
+    }
+    arm = fig5.EXPERIMENT.arms[1]
+    config = arm.run_config("smoke", 0, stages)
+    measured = arm.measured_config(config)
+    assert measured.model.moe.num_experts_per_tok == arm.intervention.num_experts_per_tok
+    assert measured.train.stages is None
+    by_hand = count_parameters(measured.model).activated
+    outcome = Outcome(config, measured, evaluation={})
+    assert MEASURES["activated"].read(outcome) == by_hand
+    steps, length = config.train.steps, config.data.sequence_length
+    assert MEASURES["tokens"].read(outcome) == steps // 2 * (8 + 2) * length
+    sizes = []
+    monkeypatch.setattr(probes, "evaluate", lambda *_, batch_size, **__: sizes.append(batch_size))
+    run = SimpleNamespace(config=config, model="model", corpus="corpus", step=steps)
+    probes.held_out(run, arm.intervention)
+    assert sizes == [2]
 
 
 def test_the_picture_has_a_line_a_model_and_a_level_line(fake_run):

@@ -12,7 +12,7 @@ from made_up_runs import FakeTrain
 from dsmoe_jax.commands import experiment as command
 from dsmoe_jax.report import plots
 from dsmoe_jax.study import results
-from dsmoe_jax.study.experiment import Arm, Equal
+from dsmoe_jax.study.experiment import Arm, Equal, same_activated
 from dsmoe_jax.training import loop
 from experiments.v1 import table1
 from tests.tools import compiling
@@ -97,6 +97,31 @@ def test_unfair_arms_are_refused_before_training(fake_run, tmp_path, change, mes
         fake_run(train, unfair)
     assert train.calls == []
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("later", "fair"), [(11, True), (12, False)])
+def test_arms_in_stages_are_compared_by_means_over_their_tokens(fake_run, later, fair):
+    """Half of the steps with 3 experts and half with 11 are as fair as 7 throughout."""
+    plain = table1.EXPERIMENT.arms[4]
+    stages = {
+        "train.stages.share": (0.5, 0.5),
+        "train.stages.model.moe.num_experts_per_tok": (3, later),
+    }
+    staged = dataclasses.replace(plain, label="staged", overrides=stages)
+    experiment = dataclasses.replace(
+        table1.EXPERIMENT,
+        arms=(plain, staged),
+        equal=same_activated(plain.label, staged.label),
+        claims=(),
+        may_differ=("train.stages", "train.stages."),
+    )
+    if fair:
+        comparison = fake_run(experiment=experiment, report=True)
+        row = comparison.rows[1]
+        assert row["activated"] == comparison.rows[0]["activated"]
+    else:
+        with pytest.raises(ValueError, match=r"unfair: activated .* differ by"):
+            fake_run(experiment=experiment)
 
 
 def test_changed_config_is_refused_and_nothing_is_lost(fake_run, tmp_path):

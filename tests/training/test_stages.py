@@ -20,6 +20,7 @@ from dsmoe_jax.config import (
 )
 from dsmoe_jax.data.opening import open_corpus
 from dsmoe_jax.data.pipeline import train_batches
+from dsmoe_jax.model import size
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training import loop
@@ -213,6 +214,8 @@ def test_rows_show_the_stages(staged):
         weighted = 0.01 * sum(row["expert_balance"])
         weighted += stage.model.moe.balance["router_z"].factor * sum(row["router_z"])
         np.testing.assert_allclose(row["total_loss"], row["loss"] + weighted, rtol=1e-5)
+        flops = row["flops_per_second"] / row["tokens_per_second"]
+        np.testing.assert_allclose(flops, size.train_flops_per_token(stage), rtol=1e-9)
     assert load_run(workdir).model.config.moe.num_experts_per_tok == 3
 
 
