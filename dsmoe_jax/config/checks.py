@@ -1,7 +1,12 @@
-"""Checks of config sections: errors that name the key, the value and what would be right."""
+"""Checks of config sections: errors that name the key, the value and what would be right.
+
+Ranges of numbers: `number` has what holds for every number of a config, wherever it stands, and a
+section's `__post_init__` has what its own fields must be besides.
+"""
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +32,30 @@ def checker(section: Any, prefix: str) -> Callable[[str, bool, str], None]:
     return check
 
 
+_BITS = 32  # of a whole number; jax.random.key would cut a longer seed without a word
+_FLOAT32 = (2.0**-126, 2.0**128 - 2.0**104)  # smallest and largest; below is 0 on the device
+
+
+def number(key: str, value: float) -> None:
+    """Requires a number that the device can hold.
+
+    Raises:
+      ValueError: for NaN, an infinity, or what is too large or too small for 32 bits.
+    """
+    if isinstance(value, int):
+        require(abs(value) < 2**_BITS, key, value, f"must be a whole number of {_BITS} bits")
+        return
+    smallest, largest = _FLOAT32
+    fits = math.isfinite(value) and (value == 0 or smallest <= abs(value) <= largest)
+    require(fits, key, value, f"must be finite and 0 or from {smallest:.2g} to {largest:.2g}")
+
+
 def positive(section: Any, prefix: str, *names: str) -> None:
     """Requires that the named fields of a section are > 0, or None where they may be."""
     for name in names:
         value = getattr(section, name)
         require(value is None or value > 0, prefix + name, value, "must be > 0")
+        number(prefix + name, value or 0)
 
 
 def not_negative(section: Any, prefix: str, *names: str) -> None:
@@ -39,3 +63,4 @@ def not_negative(section: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(value is None or value >= 0, prefix + name, value, "must be >= 0")
+        number(prefix + name, value or 0)

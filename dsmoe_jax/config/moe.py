@@ -8,12 +8,11 @@ router or term changes nothing here.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 
 from dsmoe_jax.config.checks import checker, not_negative, positive
 from dsmoe_jax.config.frozen import FrozenDict
 
-MAX_FLOAT32 = 3e38  # what is larger is infinite in a step
 Schedule = tuple[tuple[float, ...], ...]
 SCHEDULE_FORM = (
     "must be pairs (share of the steps, finite multiple >= 0) with growing shares in 0..1"
@@ -46,19 +45,15 @@ class RouterConfig:
     def __post_init__(self) -> None:
         at = "model.moe.router."
         check = checker(self, at)
-        not_negative(self, at, "bias_update_speed", "jitter")
+        not_negative(self, at, "routed_scaling_factor", "bias_update_speed", "jitter")
         positive(self, at, "n_group", "topk_group")
-        speed = self.bias_update_speed
         schedule = self.bias_update_schedule
         check("bias_update_schedule", schedule is None or is_schedule(schedule), SCHEDULE_FORM)
         check(
             "bias_update_schedule",
-            schedule is None or speed is not None,
+            schedule is None or self.bias_update_speed is not None,
             "there is no bias without a bias_update_speed; must be None",
         )
-        check("bias_update_speed", speed is None or speed < MAX_FLOAT32, "must be finite")
-        scale = self.routed_scaling_factor
-        check("routed_scaling_factor", 0 <= scale < MAX_FLOAT32, "must be finite and >= 0")
         check("jitter", (self.jitter or 0.0) < 1, "must be below 1")
         for name, names in (
             ("scoring_func", ("softmax", "sigmoid")),
@@ -160,7 +155,7 @@ class MoEConfig:
             _check_term(term, f"{at}balance.{name}.")
         for name in ("drop", "evaluation_drop"):
             if (drop := getattr(self, name)) is not None:
-                _check_drop(drop, f"{at}{name}.")
+                _check_drop(drop, f"{at}{name}.", e)
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -191,17 +186,22 @@ def _check_term(term: BalanceTerm, at: str) -> None:
     check("schedule", term.schedule is None or is_schedule(term.schedule), SCHEDULE_FORM)
 
 
-def _check_drop(drop: DropConfig, at: str) -> None:
+def _check_drop(drop: DropConfig, at: str, n_experts: int) -> None:
     positive(drop, at, "capacity_factor")
+    checker(drop, at)(
+        "capacity_factor",
+        drop.capacity_factor <= max(n_experts, 1),
+        f"must be at most n_routed_experts={n_experts}, room for every token in every expert; None"
+        " instead of the section drops nothing",
+    )
     not_negative(drop, at, "protected_share")
     checker(drop, at)("protected_share", drop.protected_share <= 1, "must be a share, at most 1")
 
 
 def is_schedule(pairs: Schedule) -> bool:
     """Whether these are pairs of growing shares in 0..1 and finite multiples >= 0."""
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        return False
-    shares = [0.0, *(pair[0] for pair in pairs), 1.0]
-    # Comparisons and not a sort, which takes a NaN for in order wherever it stands.
-    grow = all(before <= after for before, after in itertools.pairwise(shares))
-    return grow and all(0 <= pair[1] < MAX_FLOAT32 for pair in pairs)
+    numbers = all(
+        len(pair) == 2 and 0 <= pair[0] <= 1 and 0 <= pair[1] < math.inf for pair in pairs
+    )
+    shares = [pair[0] for pair in pairs]
+    return bool(pairs) and numbers and shares == sorted(shares)

@@ -27,6 +27,17 @@ class OptimizerConfig:
         check = checker(self, at)
         positive(self, at, "peak_learning_rate", "decay_factor", "eps", "clip_norm")
         not_negative(self, at, "warmup_steps", "weight_decay", "b1", "b2")
+        check(
+            "peak_learning_rate",
+            self.peak_learning_rate <= 10,
+            "must be at most 10: AdamW moves each weight by about the rate in every step",
+        )
+        check(
+            "weight_decay",
+            self.weight_decay * self.peak_learning_rate < 1,
+            f"times peak_learning_rate={self.peak_learning_rate} it must be below 1, the share of"
+            " a weight that decays in a step",
+        )
         check("b1", self.b1 < 1, "must be below 1")
         check("b2", self.b2 < 1, "must be below 1")
         increasing = tuple(sorted(self.decay_at)) == self.decay_at

@@ -67,7 +67,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
 
 
 def _check(columns: dict[str, tuple[Any, ...]], share: tuple[Any, ...]) -> None:
-    numbers = all(isinstance(part, (int, float)) and part > 0 for part in share)
+    numbers = all(type(part) in (int, float) and part > 0 for part in share)
     require(
         bool(share) and numbers and abs(sum(share) - 1) < 1e-6,
         "train.stages.share",

@@ -26,7 +26,7 @@ class TrainConfig:
     steps: int = 25_000
     global_batch_size: int = 2048  # sequences of one optimizer step
     accumulation_steps: int = 1  # the global batch is computed in this many micro-batches
-    seed: int = 0  # every random choice derives from it
+    seed: int = 0  # 0 to 2^32 - 1: every random choice derives from it
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -53,6 +53,7 @@ class TrainConfig:
             "eval_batches",
         )
         not_negative(self, at, "seed")
+        check("steps", self.steps < 2**31, "must be below 2^31: the device counts them in int32")
         check(
             "accumulation_steps",
             self.global_batch_size % self.accumulation_steps == 0,

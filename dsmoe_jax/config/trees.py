@@ -21,7 +21,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.checks import number, require
 from dsmoe_jax.config.frozen import FrozenDict
 
 Tree = dict[str, Any]
@@ -105,7 +105,6 @@ def with_defaults(hint: Any, tree: Any, prefix: str = "") -> tuple[Any, Tree]:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    _require_finite(key, value)
     if hint is Any:
         return _frozen(value)
     if isinstance(hint, types.UnionType):
@@ -118,10 +117,16 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) is tuple:
         require(isinstance(value, (list, tuple)), key, value, "must be a tuple")
         return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) < 2**1023, key, value, "too large for a float")
-        return float(value)
+    if hint is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1000 else math.inf
     require(type(value) is hint, key, value, f"must be {_SAID.get(hint, hint.__name__)}")
+    return _checked(value, key)
+
+
+def _checked(value: Any, key: str) -> Any:
+    """The value, if it is no number or one that the device can hold."""
+    if type(value) in (int, float):
+        number(key, value)
     return value
 
 
@@ -142,7 +147,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
         return _convert(others[0], value, key)
     names = ", ".join(hint.__name__ for hint in others)
     require(type(value) in others, key, value, f"must be one of the types {names}")
-    return value
+    return _checked(value, key)
 
 
 def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
@@ -156,10 +161,6 @@ def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
             if value is not None
         }
     )
-
-
-def _require_finite(key: str, value: Any) -> None:
-    require(not isinstance(value, float) or math.isfinite(value), key, value, "must be finite")
 
 
 def _frozen(value: Any) -> Any:

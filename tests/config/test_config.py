@@ -1,8 +1,14 @@
 """The dataclasses refuse what cannot be, in one line that names the key and the value."""
 
+import dataclasses
 import json
 import math
+import re
+import types
+import typing
 
+import jax
+import numpy as np
 import pytest
 
 from dsmoe_jax.config import (
@@ -16,6 +22,19 @@ from dsmoe_jax.config import (
     replace,
     to_config_dict,
 )
+from dsmoe_jax.config.frozen import FrozenDict
+
+
+def hints(cls=Config, prefix=""):
+    """(dotted key, type) of every value of a config; `X | None` is X, as are sections."""
+    for name, hint in typing.get_type_hints(cls).items():
+        plain = next((h for h in typing.get_args(hint) if dataclasses.is_dataclass(h)), hint)
+        if plain is hint and isinstance(hint, types.UnionType):
+            plain = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(plain):
+            yield from hints(plain, f"{prefix}{name}.")
+        else:
+            yield prefix + name, plain
 
 
 @pytest.mark.parametrize(
@@ -51,6 +70,15 @@ from dsmoe_jax.config import (
         ("optimizer.b2", 1.0, "below 1"),
         ("train.accumulation_steps", 3, "divide global_batch_size=2048"),
         ("train.seed", -1, ">= 0"),
+        ("train.seed", 2**32, "32 bits"),  # JAX would take it for seed 0
+        ("train.seed", 2**64, "32 bits"),
+        ("train.steps", 2**31, "below 2^31"),
+        ("train.stages.share", (True,), "must be shares"),
+        ("optimizer.peak_learning_rate", 1e9, "at most 10"),
+        ("optimizer.weight_decay", 1e4, "times peak_learning_rate=0.00108 it must be below 1"),
+        ("model.moe.drop.capacity_factor", 1e9, "at most n_routed_experts=63"),
+        ("model.moe.evaluation_drop.capacity_factor", 64.0, "at most n_routed_experts=63"),
+        ("model.moe.router.routed_scaling_factor", -1.0, "> 0"),
     ],
 )
 def test_impossible_values_are_refused(key, value, says):
@@ -60,6 +88,47 @@ def test_impossible_values_are_refused(key, value, says):
     assert message.startswith(f"{key}={value!r}: ")
     assert says in message
     assert "\n" not in message
+
+
+FLOATS = [key for key, hint in hints() if hint is float]
+WHOLE = [key for key, hint in hints() if hint is int]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 1e-46, True, "1"])
+def test_no_fraction_is_what_the_device_cannot_hold(value):
+    """1e39 would be infinite in float32, 1e-46 would be 0."""
+    assert len(FLOATS) > 15
+    for key in FLOATS:
+        with pytest.raises(ValueError, match=re.escape(key.rpartition(".")[2])) as error:
+            replace(Config(), **{key: value})
+        assert "\n" not in str(error.value)
+    assert "optimizer.eps" in FLOATS
+
+
+@pytest.mark.parametrize("pair", [(0.0, math.inf), (math.nan, 1.0), (0.5, math.nan)])
+def test_a_schedule_is_of_finite_numbers(pair):
+    with pytest.raises(ValueError, match=r"balance\.expert\.schedule=.*: must be finite"):
+        replace(Config(), **{"model.moe.balance.expert.schedule": (pair,)})
+    with pytest.raises(ValueError, match=r"balance\.expert\.schedule=.*: must be pairs"):
+        MoEConfig(balance=FrozenDict(expert=BalanceTerm(0.01, schedule=(pair,))))
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**64), 1.0, math.nan, True])
+def test_no_whole_number_is_what_the_device_cannot_hold(value):
+    assert len(WHOLE) > 20
+    for key in WHOLE:
+        with pytest.raises(ValueError, match=re.escape(key.rpartition(".")[2])) as error:
+            replace(Config(), **{key: value})
+        assert "\n" not in str(error.value)
+
+
+def test_the_largest_seed_is_itself():
+    """No seed is cut: the largest is not that of another run, and all sections accept it."""
+    largest = 2**32 - 1
+    assert replace(Config(), **{"train.seed": largest}).train.seed == largest
+    keys = [jax.random.key_data(jax.random.key(seed)) for seed in (largest, largest - 1, 0)]
+    assert len({key.tobytes() for key in map(np.asarray, keys)}) == 3
+    assert replace(Config(), **{"optimizer.weight_decay": -0.0}).optimizer.weight_decay == 0
 
 
 @pytest.mark.parametrize(

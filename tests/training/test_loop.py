@@ -24,6 +24,7 @@ from dsmoe_jax.runs.workdir import read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
+from dsmoe_jax.training.optimizer import SCHEDULES
 from tests.tools.patience import PATIENCE
 
 # Rows of the same step of two runs differ in how fast they were, and in nothing else.
@@ -195,11 +196,9 @@ class TestInterruptions:
         assert "Traceback" not in error
         assert_same_run(workdir, finished_run[0])
 
-    def test_non_finite_names_step_metric_and_checkpoint(self, tiny_config, tmp_path):
-        config = tiny_config(
-            **{"optimizer.peak_learning_rate": 1e30, "optimizer.warmup_steps": 0,
-               "train.checkpoint_every": 1}
-        )  # fmt: skip
+    def test_non_finite_names_step_metric_and_checkpoint(self, tiny_config, tmp_path, monkeypatch):
+        monkeypatch.setitem(SCHEDULES, "explodes", lambda config, steps: lambda step: math.nan)
+        config = tiny_config(**{"optimizer.schedule": "explodes", "train.checkpoint_every": 1})
         with pytest.raises(NonFinite) as caught:
             train(config, tmp_path / "run", progress=False)
         message = str(caught.value)
