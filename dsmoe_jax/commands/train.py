@@ -8,6 +8,23 @@ The workdir then holds config.json, tokenizer.json, metrics.jsonl (one row a log
 checkpoints/, tensorboard/ and, when the run is finished, evaluation.json.  SIGTERM and Ctrl-C save
 first.  A corpus that has moved is named anew by --config.data.corpus: it must be the same text.
 
+What happens from some step on may change while a run is on its way; the change is recorded in
+WORKDIR/history (runs/going_on.py).  Give the same command with, for example,
+
+    --config.train.steps=1500 --config.train.schedule_steps=1000
+        train a finished run of 1000 steps for longer, at the rate that its schedule ended with
+    --config.train.skip_batches="((4001,20),)"
+        after a spike: before step 4001 leave out 20 batches of the data
+    --config.optimizer.rate_changes="((4001,0.5),)"
+        from step 4001 on half of the schedule's learning rate
+    --go_back
+        the change is of steps that have been made: remove the checkpoints from there on and go on
+        from the newest before it
+
+A new run begins with the parameters of another one, with an optimizer and a schedule of its own, on
+any text of the same tokenizer: --config.train.start_from=OTHER_WORKDIR.  Checkpoints that are never
+pruned: --config.train.keep_every=1000, --config.train.keep_best=1.  More in docs/going_on.md.
+
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
 for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
@@ -24,6 +41,7 @@ from dsmoe_jax.training.loop import train
 
 command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
+_GO_BACK = flags.DEFINE_bool("go_back", False, "Leave the steps that another config changes.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "Join the processes on other hosts; by default if Slurm or GKE say so."
 )
@@ -39,7 +57,7 @@ def main() -> None:
     config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-    result = train(config, _WORKDIR.value)
+    result = train(config, _WORKDIR.value, go_back=_GO_BACK.value)
     held_out = result.evaluation
     if hosts.is_first():
         print(

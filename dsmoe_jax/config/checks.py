@@ -6,6 +6,7 @@ section's `__post_init__` has what its own fields must be besides.
 
 from __future__ import annotations
 
+import itertools
 import math
 import reprlib
 from collections.abc import Callable
@@ -48,6 +49,15 @@ def number(key: str, value: float) -> None:
     smallest, largest = _FLOAT32
     fits = math.isfinite(value) and (value == 0 or smallest <= abs(value) <= largest)
     require(fits, key, value, f"must be finite and 0 or from {smallest:.2g} to {largest:.2g}")
+
+
+def is_by_step(pairs: tuple[tuple[float, ...], ...], last: float = math.inf) -> bool:
+    """Whether these are pairs (step, something) with whole growing steps from 1 to `last`."""
+    if any(len(pair) != 2 for pair in pairs):
+        return False
+    steps = [pair[0] for pair in pairs]
+    whole = all(1 <= step <= last and step == int(step) for step in steps)
+    return whole and all(a < b for a, b in itertools.pairwise(steps))
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:

@@ -203,5 +203,5 @@ def is_schedule(pairs: Schedule) -> bool:
     numbers = all(
         len(pair) == 2 and 0 <= pair[0] <= 1 and 0 <= pair[1] < math.inf for pair in pairs
     )
-    shares = [pair[0] for pair in pairs]
+    shares = [pair[0] for pair in pairs if pair]
     return bool(pairs) and numbers and shares == sorted(shares)

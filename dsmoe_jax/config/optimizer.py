@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsmoe_jax.config.checks import checker, not_negative, positive
+from dsmoe_jax.config.checks import checker, is_by_step, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,9 @@ class OptimizerConfig:
     warmup_steps: int = 2000
     decay_factor: float = 0.316  # `multi_step`: applied at each of `decay_at`
     decay_at: tuple[float, ...] = (0.8, 0.9)  # shares of all steps
+    # Pairs (step, multiple): from this update on the rate is the schedule's times the multiple; all
+    # that have begun count.
+    rate_changes: tuple[tuple[float, ...], ...] = ()
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -37,6 +40,11 @@ class OptimizerConfig:
             self.weight_decay * self.peak_learning_rate < 1,
             f"times peak_learning_rate={self.peak_learning_rate} it must be below 1, the share of"
             " a weight that decays in a step",
+        )
+        check(
+            "rate_changes",
+            is_by_step(self.rate_changes) and all(x > 0 for _, x in self.rate_changes),
+            "must be pairs (step, multiple > 0) with growing whole steps from 1",
         )
         check("b1", self.b1 < 1, "must be below 1")
         check("b2", self.b2 < 1, "must be below 1")

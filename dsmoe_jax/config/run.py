@@ -43,6 +43,13 @@ class Config:
             self.data.tokenizer_vocab_size,
             f"must not exceed model.vocab_size={self.model.vocab_size}",
         )
+        last = max((step for step, _ in self.optimizer.rate_changes), default=0)
+        require(
+            last <= self.train.steps,
+            "optimizer.rate_changes",
+            self.optimizer.rate_changes,
+            f"must be of steps up to train.steps={self.train.steps}",
+        )
         from dsmoe_jax.config.stages import stages_of  # imports this module
 
         stages_of(self)  # refuses an impossible table of stages

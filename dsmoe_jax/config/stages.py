@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any, NamedTuple
 
 from dsmoe_jax.config import trees
@@ -12,7 +14,7 @@ from dsmoe_jax.config.run import Config, replace
 SHARE = "share"
 # Fixed during a run: the data, the devices, and what the training loop reads once.  Keys of `model`
 # that change the parameters' shapes are refused where those are made, see training/stages.py.
-_FIXED = ("name", "scale", "data.", "mesh.", "train.")
+_FIXED = ("name", "scale", "data.", "mesh.", "train.", "optimizer.rate_changes")
 _FREE = ("train.global_batch_size", "train.accumulation_steps", "train.eval_batches")
 
 
@@ -23,12 +25,14 @@ class Stage(NamedTuple):
       first, end: updates made when it begins, and when it ends.
       sequences: number taken from the data before it.
       config: of this stage, without stages of its own.
+      skips: of the whole run: (updates made, sequences of the data left out then).
     """
 
     first: int
     end: int
     sequences: int
     config: Config
+    skips: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -39,12 +43,25 @@ class Stage(NamedTuple):
 def stages_of(config: Config) -> tuple[Stage, ...]:
     """The stages of a run in order.
 
+    A stage also begins where `optimizer.rate_changes` has an entry: with a peak of its own, so that
+    the steps before it are those of a run without the entry, to the last bit.
+
     Raises:
       ValueError: for an impossible table of stages.
     """
+    stages = _at_rate_changes(_stages(config), config)
+    skips = []
+    for step, number in config.train.skip_batches:
+        in_force = next(stage.config for stage in stages if step <= stage.end)
+        skips.append((step - 1, number * in_force.train.global_batch_size))
+    return tuple(stage._replace(skips=tuple(skips)) for stage in stages)
+
+
+def _stages(config: Config) -> list[Stage]:
     columns = config.train.stages
+    steps = config.train.steps
     if columns is None:
-        return (Stage(0, config.train.steps, 0, config),)
+        return [Stage(0, steps, 0, config)]
     share = columns.get(SHARE, ())
     _check(columns, share)
     whole = replace(config, **{"train.stages": None})
@@ -52,18 +69,45 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     first = 0
     sequences = 0
     for i in range(len(share)):
+        if first == steps < config.train.scheduled_steps:
+            break  # the schedule is longer than the run
         last = i + 1 == len(share)
-        end = config.train.steps if last else round(sum(share[: i + 1]) * config.train.steps)
+        end = steps if last else round(sum(share[: i + 1]) * config.train.scheduled_steps)
+        end = min(end, steps)
         require(end > first, "train.stages.share", share, f"leaves stage {i} without a step")
         values = {key: column[i] for key, column in columns.items() if key != SHARE}
-        try:
-            in_force = replace(whole, **values)
-        except ValueError as error:
-            raise ValueError(f"train.stages: stage {i}: {error}") from None
+        in_force = _with(whole, values, f"train.stages: stage {i}")
         stages.append(Stage(first, end, sequences, in_force))
         sequences += (end - first) * in_force.train.global_batch_size
         first = end
-    return tuple(stages)
+    return stages
+
+
+def _at_rate_changes(stages: list[Stage], config: Config) -> list[Stage]:
+    """The stages cut where the rate changes, with their share of the peak."""
+    changes = config.optimizer.rate_changes
+    if not changes:
+        return stages
+    cut = []
+    for stage in stages:
+        begins = {int(step) - 1 for step, _ in changes if stage.first < step - 1 < stage.end}
+        borders = sorted({stage.first, *begins, stage.end})
+        for first, end in itertools.pairwise(borders):
+            begun = [multiple for step, multiple in changes if step - 1 <= first]
+            peak = stage.config.optimizer.peak_learning_rate * math.prod(begun)
+            values = {"optimizer.peak_learning_rate": peak, "optimizer.rate_changes": ()}
+            before = (first - stage.first) * stage.config.train.global_batch_size
+            in_force = _with(stage.config, values, "optimizer.rate_changes")
+            cut.append(Stage(first, end, stage.sequences + before, in_force))
+    return cut
+
+
+def _with(config: Config, values: dict[str, Any], at: str) -> Config:
+    """A config with other values; an error names what they come from."""
+    try:
+        return replace(config, **values)
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
 
 
 def _check(columns: dict[str, tuple[Any, ...]], share: tuple[Any, ...]) -> None:

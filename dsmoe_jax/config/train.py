@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dsmoe_jax.config.checks import checker, not_negative, positive
+from dsmoe_jax.config.checks import checker, is_by_step, not_negative, positive
 from dsmoe_jax.config.frozen import FrozenDict
 
 
@@ -24,14 +24,21 @@ class TrainConfig:
     """
 
     steps: int = 25_000
+    # Shares (optimizer.decay_at, schedules of balance terms, stages) are of so many steps; None: of
+    # `steps`.  A run that is trained for longer keeps those that it had, and its past.
+    schedule_steps: int | None = None
     global_batch_size: int = 2048  # sequences of one optimizer step
     accumulation_steps: int = 1  # the global batch is computed in this many micro-batches
     seed: int = 0  # 0 to 2^32 - 1: every random choice derives from it
     log_every: int = 10
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # of the newest ones
+    keep_every: int | None = None  # a checkpoint every so many steps that is never pruned
+    keep_best: int | None = None  # one at each evaluation, so many of the lowest loss never pruned
     eval_every: int | None = None  # None: only after the last step
     eval_batches: int | None = None  # None: the whole validation split
+    # Pairs (step, number): before this step so many batches of its size are left out of the data.
+    skip_batches: tuple[tuple[int, ...], ...] = ()
     start_from: str | None = None  # the workdir of a run whose parameters this one begins with
     stages: FrozenDict[str, tuple[Any, ...]] | None = None
     record_routing: bool = False  # keep every step's expert ids and gates in WORKDIR/routing
@@ -44,18 +51,36 @@ class TrainConfig:
             self,
             at,
             "steps",
+            "schedule_steps",
             "global_batch_size",
             "accumulation_steps",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "keep_every",
+            "keep_best",
             "eval_every",
             "eval_batches",
         )
         not_negative(self, at, "seed")
+        check(
+            "keep_best",
+            self.keep_best is None or self.eval_every is not None,
+            "needs train.eval_every; otherwise only the last step is evaluated",
+        )
         check("steps", self.steps < 2**31, "must be below 2^31: the device counts them in int32")
+        check(
+            "skip_batches",
+            is_by_step(self.skip_batches, self.steps) and all(n > 0 for _, n in self.skip_batches),
+            f"must be pairs (step, number > 0) with growing steps, from 1 to steps={self.steps}",
+        )
         check(
             "accumulation_steps",
             self.global_batch_size % self.accumulation_steps == 0,
             f"must divide global_batch_size={self.global_batch_size}",
         )
+
+    @property
+    def scheduled_steps(self) -> int:
+        """The steps that shares are of."""
+        return self.steps if self.schedule_steps is None else self.schedule_steps

@@ -86,11 +86,13 @@ def train_batches(
     seed: int,
     rows: Sequence[int] | None = None,
     start: tuple[int, int] = (0, 0),
+    skips: Sequence[tuple[int, int]] = (),
 ) -> "grain.DatasetIterator[Batch]":
     """Endless shuffled batches, of which this host gets the given rows (None: all).
 
     `start` is a step and the number of records that the steps before it took, since their batches
-    may have had other sizes: no record is left out or read twice.
+    may have had other sizes: no record is left out or read twice.  But `skips`, pairs of a step and
+    a number of records, leave out those records before that step.
     `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
     with other rows. Threads read ahead.
 
@@ -116,6 +118,7 @@ def train_batches(
 
     def batch_of_step(step: int) -> Batch:
         first = start[1] + (step - start[0]) * global_batch_size
+        first += sum(records for at, records in skips if at <= step)
         try:
             records = source.__getitems__([order[first + row] for row in rows])
         except RuntimeError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dsmoe_jax.parallel import hosts, sharding
 from dsmoe_jax.runs import json_files
@@ -54,20 +55,41 @@ def target(shapes: Any) -> Any:
     )
 
 
+class _Named(preservation_policy.PreservationPolicy):
+    """Preserves the checkpoints of `steps`, which may change (those of Orbax's CustomSteps not)."""
+
+    def __init__(self) -> None:
+        self.steps: Collection[int] = ()
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],
+        *,
+        context: preservation_policy.PreservationContext,
+    ) -> Sequence[bool]:
+        del context
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The `checkpoints/` of a run.
 
     Args:
       directory: where the step directories are.
       keep: how many of the newest are kept; None opens them for reading only.
+      keep_every: those of every so many steps are kept too.
     """
 
-    def __init__(self, directory: Path, keep: int | None):
+    def __init__(self, directory: Path, keep: int | None, keep_every: int | None = None):
         logging.set_verbosity(logging.FATAL)  # Orbax logs pages of what it then raises anyway
         self.directory = directory
         self._saving: int | None = None
+        self._named = _Named()
+        kept = [preservation_policy.LatestN(keep), self._named]
+        if keep_every is not None:
+            kept.append(preservation_policy.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
             read_only=keep is None,
             create=keep is not None,
             cleanup_tmp_directories=keep is not None,
@@ -78,19 +100,27 @@ class Checkpoints:
         """The steps that are there, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, items: Mapping[str, Any], extra: dict[str, Any]) -> None:
-        """Starts writing; returns once the arrays may be overwritten.
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        extra: dict[str, Any],
+        also_keep: Collection[int] = (),
+    ) -> None:
+        """Starts writing, and prunes; returns once the arrays may be overwritten.
 
         Args:
           step: the number of the checkpoint.
           items: trees of arrays by name.
           extra: JSON.
+          also_keep: steps that are not pruned now, the same in all processes.
 
         Raises:
           OSError: if this or the previous checkpoint cannot be written (a full disk).
         """
         self.wait()
         self._saving = step
+        self._named.steps = also_keep
         needed = sum(x.nbytes for x in jax.tree.leaves(dict(items)))
         hosts.on_first(lambda: self._check_space(needed))
         found = {name: digests(tree) for name, tree in items.items()}

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.config import Config, stage_of, stages_of
+from dsmoe_jax.config import Config, replace, stage_of, stages_of
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.moe.routers import Router, get_router
@@ -80,7 +80,8 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
       fingerprint: of the corpus.
     """
     model = config.model
-    stages = stages_of(config)
+    # How fast it learns does not matter; what is learned from does.
+    stages = stages_of(replace(config, **{"optimizer.rate_changes": ()}))
     return {
         "layers": model.num_hidden_layers - model.first_k_dense_replace,
         "experts": model.moe.n_routed_experts,
@@ -89,6 +90,7 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
         "corpus": fingerprint,
         "seed": config.train.seed,
+        "skip_batches": [list(pair) for pair in config.train.skip_batches] or None,
     }
 
 

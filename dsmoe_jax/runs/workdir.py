@@ -5,6 +5,7 @@ tokenizer.json    of its corpus: text can be generated where the corpus is not
 metrics.jsonl     one JSON object a line, see metrics_log.py
 checkpoints/      one directory a kept step, see checkpoint.py
 tensorboard/      event files
+history/          what was there before the config changed on the way, see going_on.py
 routing/          with train.record_routing: the experts of every token, see routing_records.py
 evaluation.json   held-out results after the last step: the run is finished
 """
@@ -16,7 +17,7 @@ import fcntl
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"
 ROUTING = "routing"
+HISTORY = "history"
 _LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"
@@ -58,10 +60,16 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "train.accumulation_steps",
     "train.log_every",
     "train.checkpoint_every",
+    "train.keep_best",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.eval_every",
     "train.eval_batches",
 }
+# These say what happens from some step on: a run may go on with another value, see going_on.py.
+CHANGES_BY_STEP = frozenset(
+    {"optimizer.rate_changes", "train.schedule_steps", "train.skip_batches", "train.steps"}
+)
 
 
 def may_change(key: str, config: Config) -> bool:
@@ -82,11 +90,20 @@ def _competes(stage: Stage) -> bool:
     return bool(moe.drop or moe.evaluation_drop or get_router(moe)[0].competes)
 
 
+GoOn = Callable[[Path, Config, Config], None]  # (directory, config there, config here)
+
+
 @contextlib.contextmanager
-def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
+def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Iterator[Path]:
     """Makes or re-enters a workdir and keeps every other trainer out of it meanwhile.
 
     Of several processes of one run the first does so, on a file system that all share.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      go_on: makes the directory ready for a config that differs in `CHANGES_BY_STEP`, or raises a
+        ValueError; None refuses it.
 
     Raises:
       ValueError: if it cannot be written, is another program's directory, holds a run with another
@@ -94,12 +111,12 @@ def claim(workdir: str | Path, config: Config) -> Iterator[Path]:
     """
     directory = local_path("--workdir", workdir)
     with contextlib.ExitStack() as claimed:
-        hosts.on_first(lambda: claimed.enter_context(_claimed(directory, config)))
+        hosts.on_first(lambda: claimed.enter_context(_claimed(directory, config, go_on)))
         yield directory
 
 
 @contextlib.contextmanager
-def _claimed(directory: Path, config: Config) -> Iterator[None]:
+def _claimed(directory: Path, config: Config, go_on: GoOn | None) -> Iterator[None]:
     _refuse_foreign(directory)
     config = with_absolute_paths(config)
     try:
@@ -111,9 +128,12 @@ def _claimed(directory: Path, config: Config) -> Iterator[None]:
     with lock:
         _take(lock, directory)
         if _has_begun(directory):  # a run that never took a step holds nothing to lose
-            _refuse_other(directory, config)
-            there = read_config(directory).data.corpus  # until its text is seen to be the same
-            config = replace(config, **{MOVED: there})
+            _refuse_other(directory, config, CHANGES_BY_STEP if go_on else frozenset())
+            there = read_config(directory)
+            if go_on is not None:
+                go_on(directory, there, config)
+            # Until its text is seen to be the same.
+            config = replace(config, **{MOVED: there.data.corpus})
         _write_config(directory, config)
         yield
 
@@ -193,9 +213,13 @@ def with_absolute_paths(config: Config) -> Config:
     paths: dict[str, str] = {}
     if config.data.corpus is not None:
         paths[MOVED] = locate(config.data.corpus)
-    for name in ("start_from", "replay_routing"):
-        if (path := getattr(config.train, name)) is not None:
-            paths[f"train.{name}"] = str(local_path(f"train.{name}", path))
+    for section, names in (
+        ("data", ("validation", "tokenizer")),
+        ("train", ("start_from", "replay_routing")),
+    ):
+        for name in names:
+            if (path := getattr(getattr(config, section), name)) is not None:
+                paths[f"{section}.{name}"] = str(local_path(f"{section}.{name}", path))
     return replace(config, **paths)
 
 
@@ -249,8 +273,9 @@ def _has_begun(directory: Path) -> bool:
     return any(any((directory / name).glob("*")) for name in (CHECKPOINTS, ROUTING))
 
 
-def _refuse_other(directory: Path, config: Config) -> None:
-    changed = changes(directory, config)
+def _refuse_other(directory: Path, config: Config, allowed: frozenset[str]) -> None:
+    found = changes(directory, config)
+    changed = {key: pair for key, pair in found.items() if key not in allowed}
     if any((directory / CHECKPOINTS).glob("*")):  # which say of what text they are
         changed.pop(MOVED, None)
     if changed:

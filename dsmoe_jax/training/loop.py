@@ -6,6 +6,7 @@ waits for the host to read, check or write numbers.
 
 from __future__ import annotations
 
+import functools
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from dsmoe_jax.hardware.peak import peak_flops
 from dsmoe_jax.model.size import train_flops_per_token
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.progress import ProgressLine, Silent
-from dsmoe_jax.runs import json_files, loading, routing_records
+from dsmoe_jax.runs import going_on, json_files, loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.metrics_log import MetricsLog, NoLog, read_rows
@@ -32,6 +33,7 @@ from dsmoe_jax.training.rows import (
     RunningLoad,
     first_non_finite,
     shown,
+    steps_of_lowest_loss,
     training_row,
     validation_row,
 )
@@ -61,16 +63,19 @@ class Result:
     resumed_from: int | None
 
 
-def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Result:
+def train(
+    config: Config, workdir: str | Path, *, progress: bool = True, go_back: bool = False
+) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
     A finished run is returned as it is.  The same config gives the same losses bit for bit, however
     often the run was interrupted.
 
     Args:
-      config: of the run.
+      config: of the run; some keys may have changed on the way, see runs/going_on.py.
       workdir: where everything is kept, see runs/workdir.py.
       progress: whether to show a progress line on stderr.
+      go_back: whether steps that have been made may be left for the last one before the change.
 
     Raises:
       ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
@@ -81,7 +86,8 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
     hosts.require_same_config(config)
     speaks = progress and hosts.is_first()
     line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
-    with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config) as directory:
+    go_on = functools.partial(going_on.prepare, go_back=go_back)
+    with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
         if finished is not None:
@@ -101,7 +107,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Resu
 def _check(config: Config) -> None:
     """Refuses what cannot be trained, before anything is written."""
     for stage in stages_of(config):
-        make_schedule(stage.config.optimizer, config.train.steps)
+        make_schedule(stage.config.optimizer, config.train.scheduled_steps)
     check_stages(config)
     routing_records.check_keys(config)
     check_start_from(config)
@@ -155,8 +161,9 @@ class _Trainer:
         self.recorder, self.recording = routing_records.of_run(
             config, directory, corpus.fingerprint
         )
+        train = config.train
         self.checkpoints = Checkpoints(
-            directory / workdirs.CHECKPOINTS, config.train.keep_checkpoints
+            directory / workdirs.CHECKPOINTS, train.keep_checkpoints, train.keep_every
         )
         self.log: MetricsLog | None = None
         self.running_load = RunningLoad()
@@ -255,7 +262,10 @@ class _Trainer:
     def _saves(self, step: int) -> bool:
         train = self.config.train
         stop = self.interrupts.signum is not None
-        return stop or step == train.steps or step % train.checkpoint_every == 0
+        if stop or (train.keep_best is not None and self._evaluates(step)):
+            return True
+        periods = (train.checkpoint_every, train.keep_every or train.checkpoint_every)
+        return step == train.steps or any(step % period == 0 for period in periods)
 
     def _is_due(self, step: int) -> bool:
         """Whether the step must be finished, and seen to be finite, before the next one begins."""
@@ -278,8 +288,19 @@ class _Trainer:
                 "tokenizer": tokenizer_fingerprint(self.corpus.tokenizer),
                 "running_load": self.running_load.saved(),
             }
-            self.checkpoints.save(step, to_items(state), extra)
+            self.checkpoints.save(step, to_items(state), extra, self._best_steps())
             self.saved_step = step
+
+    def _best_steps(self) -> list[int]:
+        """The steps before this one with the lowest held-out loss, as many as are to be kept."""
+        assert self.log is not None
+        rows = self.log.rows
+        n_best = self.config.train.keep_best
+        if n_best is None:
+            return []
+        saved = self.checkpoints.steps()
+        best = hosts.on_first(lambda: steps_of_lowest_loss(rows))
+        return [step for step in best if step in saved][:n_best]
 
     def _stop(self, step: int, state: TrainState) -> None:
         signum = self.interrupts.signum
@@ -326,4 +347,7 @@ class _Trainer:
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
         good = f"step {saved[-1]}, in {self.checkpoints.directory}" if saved else "none"
-        return f"step {step}: {name}={value}; stopped. Last good checkpoint: {good}"
+        return (
+            f"step {step}: {name}={value}; stopped. Last good checkpoint: {good}; see --help for"
+            " how to go on past a spike"
+        )

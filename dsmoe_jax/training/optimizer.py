@@ -57,6 +57,10 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of updates made so far.
 
+    Args:
+      config: of the optimizer.
+      steps: that shares are of, `TrainConfig.scheduled_steps`; after them the last rate stays.
+
     Raises:
       ValueError: for an unknown schedule, or a warm-up that ends after the first decay.
     """

@@ -97,6 +97,12 @@ def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
     return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
 
 
+def steps_of_lowest_loss(rows: list[dict[str, Any]]) -> list[int]:
+    """The evaluated steps, that of the lowest held-out loss first; of two as good the later."""
+    losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    return sorted(losses, key=lambda step: (losses[step], -step))
+
+
 def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     """Name and value of the first metric that is not finite: causes before their effects."""
     watched = {"loss": metrics.loss}

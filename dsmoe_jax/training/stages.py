@@ -28,14 +28,15 @@ def check_stages(config: Config) -> None:
     """
     whole = without_stages(config)
     wanted = shapes_by_path(state_shapes(whole))
-    for number, stage in enumerate(stages_of(config)):
+    for stage in stages_of(config):
         found = shapes_by_path(state_shapes(stage.config))
         if found == wanted:
             continue
         path = next(p for p in {**wanted, **found} if wanted.get(p) != found.get(p))
         columns = config.train.stages or {}
         keys = [key for key in columns if key.startswith("model.")]
-        guilty = [key for key in keys if _changes(whole, key, columns[key][number], wanted)]
+        values = dict(trees.flatten(trees.to_tree(stage.config)))
+        guilty = [key for key in keys if _changes(whole, key, values.get(key), wanted)]
         key = (guilty or keys)[0]
         outside = dict(trees.flatten(trees.to_tree(whole))).get(key)
         raise ValueError(
@@ -89,6 +90,7 @@ class StageRun:
             train.seed,
             self._rows,
             (stage.first, stage.sequences),
+            stage.skips,
         )
         if position is not None:
             self._batches.set_state(position)

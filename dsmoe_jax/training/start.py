@@ -122,7 +122,9 @@ def from_run(config: Config, corpus: Corpus) -> TrainState:
     check_same_tokenizer(corpus, extra["tokenizer"], key)
 
     def begin(params: nnx.State) -> tuple[jax.Array, Any]:
-        return jnp.int32(0), make_optimizer(config.optimizer, config.train.steps).init(params)
+        return jnp.int32(0), make_optimizer(config.optimizer, config.train.scheduled_steps).init(
+            params
+        )
 
     shardings = sharding.shardings(state_shapes(config))
     out_shardings = None if shardings is None else (shardings.step, shardings.opt_state)
@@ -173,7 +175,7 @@ def _first_state(
     _, params, other = nnx.split(build_model(config.model, key), nnx.Param, ...)
     if values:
         other = router_state.fill(other, values)
-    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    opt_state = make_optimizer(config.optimizer, config.train.scheduled_steps).init(params)
     return TrainState(jnp.int32(0), params, opt_state, other)
 
 

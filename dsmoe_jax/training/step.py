@@ -71,8 +71,9 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
       config: of the run.
       bytes_V: UTF-8 bytes of each token, for bits per byte.
     """
+    assert not config.optimizer.rate_changes, "each stage has a peak of its own, see stages_of"
     gradient = BatchGradient(config, bytes_V)
-    steps = config.train.steps
+    steps = config.train.scheduled_steps
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
 
