@@ -12,7 +12,7 @@ from absl import flags
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import overrides
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
-from dsmoe_jax.report import page, sentences, tables, text
+from dsmoe_jax.report import blocks, page, sentences, tables, text
 from dsmoe_jax.study import runner
 from dsmoe_jax.study.cells import Options
 from dsmoe_jax.study.experiment import Experiment
@@ -68,7 +68,7 @@ def _run(experiment: Experiment, options: Options) -> None:
     written = page.write(comparison, options.directory(experiment))
     print(text.to_text(tables.results_table(comparison)))
     for sentence in sentences.findings(comparison):
-        print("\n" + sentence.replace("**", ""))
+        print("\n" + blocks.plain(sentence))
     print(f"\nReport: {written}")
     if comparison.failed:
         failed = comparison.failed

@@ -1,14 +1,37 @@
 """Blocks of a report, which HTML, Markdown and the terminal render each in their own way.
 
-In running text `code` and **bold** are understood; everything else is literal.
+In running text `code` and **bold** are understood, and a backslash takes the meaning of the
+character after it; everything else is literal.  So are the cells of tables, in all of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+
+_SPANS = re.compile(
+    r"`(?P<code>(?:\\.|[^`\\])+)`|\*\*(?P<bold>(?:\\.|[^*\\])+)\*\*"
+    r"|(?P<text>(?:\\.|[^`*\\])+|.)",
+    re.DOTALL,
+)
+
+
+def spans(text: str) -> list[tuple[str, str]]:
+    """Running text as (kind, literal text); the kind is "code", "bold" or "text"."""
+    found = []
+    for match in _SPANS.finditer(text):
+        kind = match.lastgroup
+        assert kind is not None
+        found.append((kind, re.sub(r"\\(.)", r"\1", match[kind], flags=re.DOTALL)))
+    return found
+
+
+def plain(text: str) -> str:
+    """Running text without its markup, for a terminal."""
+    return "".join(part for _, part in spans(text))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dsmoe_jax.config.stages import every_value
 from dsmoe_jax.progress import duration
 from dsmoe_jax.report import tables
 from dsmoe_jax.report.blocks import Block, Facts, Text
+from dsmoe_jax.report.names import literal
 from dsmoe_jax.report.numbers import NONE, short
 from dsmoe_jax.study.results import Comparison
 
@@ -31,15 +32,15 @@ def facts(comparison: Comparison) -> Facts:
         f" {data.sequence_length} tokens: {tokens} tokens for every model",
         "runs": f"{finished} finished of {len(rows)}; seeds"
         f" {', '.join(str(s) for s in sorted({row.seed for row in rows}))}",
-        "data": f"`{data.corpus}`, fingerprint"
+        "data": f"`{literal(str(data.corpus))}`, fingerprint"
         f" {', '.join(p[:12] for p in prints) or 'not known yet'}; judged on"
         f" {', '.join(f'{n:,}' for n in sorted(held_out)) or NONE} held-out tokens",
         "time": _time(comparison),
-        "machine": "; ".join(machines) or "not recorded",
+        "machine": literal("; ".join(machines)) or "not recorded",
     }
     if comparison.overrides:
         changes = comparison.overrides.items()
-        pairs["changed"] = ", ".join(f"`{key}={value}`" for key, value in changes)
+        pairs["changed"] = ", ".join(f"`{literal(f'{key}={value}')}`" for key, value in changes)
     return Facts(pairs)
 
 

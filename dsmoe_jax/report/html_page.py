@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import pathlib
-import re
 from collections.abc import Sequence
 
-from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text
+from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text, spans
+from dsmoe_jax.report.names import one_line
 from dsmoe_jax.report.style import PALETTE
 from dsmoe_jax.report.svg import themed_svg
 
@@ -51,10 +51,10 @@ def _html(block: Block) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.head)
+    head = "".join(f"<th>{_cell(cell)}</th>" for cell in table.head)
     rows = []
     for i, row in enumerate(table.rows):
-        cells = "".join(f"<td>{_inline(cell)}</td>" for cell in row)
+        cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
         rows.append(f"<tr class='best'>{cells}</tr>" if i == table.best else f"<tr>{cells}</tr>")
     kind = "wide left" if table.prose else "wide"
     body = "\n".join(rows)
@@ -64,7 +64,15 @@ def _html_table(table: Table) -> str:
     )
 
 
+def _cell(text: str) -> str:
+    return html.escape(one_line(text).replace("'", "’"))
+
+
+_TAGS = {"code": "<code>{}</code>", "bold": "<strong>{}</strong>", "text": "{}"}
+
+
 def _inline(text: str) -> str:
-    text = html.escape(text.replace("'", "’"))
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+    return "".join(
+        _TAGS[kind].format(html.escape(part) if kind == "code" else _cell(part))
+        for kind, part in spans(text)
+    )

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from dsmoe_jax.report.load_maps import load_bar, load_map
+from dsmoe_jax.report.names import short
 from dsmoe_jax.report.style import WIDTH
 from dsmoe_jax.runs.summaries import maxvio
 from dsmoe_jax.study.histories import Loads
@@ -36,7 +37,8 @@ def draw(runs: Mapping[str, Loads]) -> Figure:
     )  # fmt: skip
     image = None
     for column, (title, run) in zip(panels.T, runs.items(), strict=True):
-        column[0].set_title("/".join(title.split("/")[-2:]), loc="left", pad=3)
+        name = "/".join(title.split("/")[-2:])
+        column[0].set_title(short(name, 60 // len(runs)), loc="left", pad=3)
         for layer, ax in enumerate(column[:-1]):
             if layer < run.load_SLE.shape[1]:
                 image = _heat_map(ax, run.tokens_S, run.load_SLE[:, layer])

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dsmoe_jax.report import load_over_training as over_training
 from dsmoe_jax.report.load_maps import load_bar, load_map
+from dsmoe_jax.report.names import short
 from dsmoe_jax.report.style import WIDTH, axes, colour, label_ends, smooth, token_axis
 from dsmoe_jax.study.histories import History
 from dsmoe_jax.study.results import Comparison
@@ -68,7 +69,7 @@ def expert_load(comparison: Comparison) -> Figure | None:
         x_edges = np.arange(n_experts + 1) + 0.5
         y_edges = np.arange(n_layers + 1) + 0.5
         image = load_map(ax, x_edges, y_edges, load_LE)
-        ax.set_title(arm.label, loc="left", color=colour(comparison, arm), pad=3)
+        ax.set_title(short(arm.label, 60), loc="left", color=colour(comparison, arm), pad=3)
         ax.set_xticks([1, *range(8, n_experts + 1, 8)])
     panels[-1].set_xlabel("routed expert (rows are layers)")
     assert image is not None

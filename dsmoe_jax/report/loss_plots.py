@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from dsmoe_jax.report.names import short
 from dsmoe_jax.report.style import axes, colour, label_ends, marker, smooth, token_axis
 from dsmoe_jax.study.experiment import AnyArm
 from dsmoe_jax.study.measures import MEASURES
@@ -30,7 +32,7 @@ def dots(comparison: Comparison, measure: str) -> Figure | None:
         style: dict[str, Any] = {"color": colour(comparison, arm), "zorder": 3}
         ax.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], lw=2.2, **style)
         ax.plot(values, [y] * len(values), marker(comparison, arm), ms=5, alpha=0.75, **style)
-    ax.set_yticks(range(len(arms)), [arm.label for arm in arms])
+    ax.set_yticks(range(len(arms)), [short(arm.label) for arm in arms])
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.08)
@@ -103,7 +105,7 @@ def loss_difference(comparison: Comparison) -> Figure | None:
     margin = 0.12 * (high - low) or 0.01
     ax.set_ylim(low - margin, high + margin)
     token_axis(ax)
-    ax.set_ylabel(f"training loss minus {base.label}'s")
+    ax.set_ylabel(f"training loss minus {short(base.label)}'s")
     label_ends(comparison, ax, ends)
     return figure
 
@@ -118,15 +120,17 @@ def domains(comparison: Comparison) -> Figure | None:
         return None
     figure, ax = axes(height=1.0 + 0.24 * len(names), left=0.26, right=0.97, top_lines=1)
     ax.axvline(0, color=colour(comparison, base), lw=1.1)
+    handles: list[Line2D] = []
     for arm in others:
         x = [means[arm].get(name, np.nan) - means[base][name] for name in names]
-        style: dict[str, Any] = {"color": colour(comparison, arm), "label": arm.label}
+        style: dict[str, Any] = {"color": colour(comparison, arm), "ms": 4.5, "mew": 0}
         y = range(len(names))
-        ax.plot(x, y, marker(comparison, arm), ms=4.5, mew=0, alpha=0.85, **style)
-    ax.set_yticks(range(len(names)), names)
+        handles += ax.plot(x, y, marker(comparison, arm), alpha=0.85, **style)
+    ax.set_yticks(range(len(names)), [short(name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlabel(f"bits per byte minus {base.label}'s (left is better)")
+    ax.set_xlabel(f"bits per byte minus {short(base.label)}'s (left is better)")
     figure.legend(
+        handles, [short(arm.label) for arm in others],
         loc="upper center", ncols=4, frameon=False, handletextpad=0.1, columnspacing=1.2,
         borderpad=0,
     )  # fmt: skip

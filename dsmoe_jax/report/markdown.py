@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text
+from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text, spans
+from dsmoe_jax.report.names import one_line
 
 
 def to_markdown(title: str, blocks: Sequence[Block], pictures: str) -> str:
@@ -17,24 +19,46 @@ def _markdown(block: Block, directory: str) -> str:
         case Heading(text):
             return f"## {text}"
         case Text(text, kind):
+            text = _inline(text)
             return {"finding": f"> {text}", "source": f"*{text}*"}.get(kind, text)
         case Table(head, rows, best, prose):
-            stressed = [
-                [f"**{c}**" if c else c for c in r] if i == best else r for i, r in enumerate(rows)
-            ]
+            cells = [[_literal(cell) for cell in row] for row in rows]
+            if best is not None:
+                cells[best] = [f"**{cell}**" if cell else cell for cell in cells[best]]
             rule = [":--"] + [":--" if prose else "--:"] * (len(head) - 1)
-            lines = [head, rule, *stressed]
-            return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+            lines = [[_literal(cell) for cell in head], rule, *cells]
+            return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Facts(pairs):
-            return "\n".join(f"- {key}: {value}" for key, value in pairs.items())
+            return "\n".join(f"- {key}: {_inline(value)}" for key, value in pairs.items())
         case Code(text):
-            return f"```\n{text}\n```"
+            fence = _fence(text, 3)
+            return f"{fence}\n{text}\n{fence}"
         case Pictures(pictures):
             return "\n\n".join(
-                f"### {p.title}\n\n![{p.title}]({directory}/{p.name}.svg)\n\n{p.caption}"
+                f"### {p.title}\n\n![{p.title}]({directory}/{p.name}.svg)\n\n{_inline(p.caption)}"
                 for p in pictures
             )
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _inline(text: str) -> str:
+    return "".join(_span(kind, part) for kind, part in spans(text))
+
+
+def _span(kind: str, text: str) -> str:
+    if kind == "code":
+        fence = _fence(text, 1)
+        padding = " " if "`" in text else ""
+        return f"{fence}{padding}{text}{padding}{fence}"
+    return f"**{_literal(text)}**" if kind == "bold" else _literal(text)
+
+
+def _fence(text: str, shortest: int) -> str:
+    """As many backticks as the text does not have in a row."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(shortest, longest + 1)
+
+
+def _literal(text: str) -> str:
+    """Text in which Markdown, HTML and mathematics see nothing but text."""
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)

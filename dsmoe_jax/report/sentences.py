@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsmoe_jax.report import tables
+from dsmoe_jax.report.names import literal
 from dsmoe_jax.report.numbers import NONE, fixed
 from dsmoe_jax.study import spread, verdicts
 from dsmoe_jax.study.measures import MEASURES
@@ -26,7 +27,7 @@ def findings(comparison: Comparison) -> list[str]:
         sentences.append(best)
     if found:
         sentences.append(_count(found))
-    missing = [f"{r.arm} (seed {r.seed})" for r in comparison.rows if not r.finished]
+    missing = [f"{literal(r.arm)} (seed {r.seed})" for r in comparison.rows if not r.finished]
     if missing:
         sentences.append(f"Not finished, so not in these numbers: {', '.join(missing)}.")
     return sentences
@@ -45,8 +46,8 @@ def _best(comparison: Comparison) -> str | None:
     margin = abs(next_value - value)
     unit = f" {measure.unit}" if measure.unit else ""
     sentence = (
-        f"**{best}** has the {word} {measure.title}: {fixed(value, measure.digits)}{unit},"
-        f" {fixed(margin, measure.digits)} {side} {second}"
+        f"**{literal(best)}** has the {word} {measure.title}: {fixed(value, measure.digits)}{unit},"
+        f" {fixed(margin, measure.digits)} {side} {literal(second)}"
     )
     half_width = spread.difference_half_width(comparison.by_seed(name))
     if half_width is None:

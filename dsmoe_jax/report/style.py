@@ -7,7 +7,8 @@ remain distinct for colour-blind readers; markers differ as well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from dsmoe_jax.report.names import short
 from dsmoe_jax.study.experiment import AnyArm
 from dsmoe_jax.study.results import Comparison
 
@@ -58,15 +60,21 @@ STYLE = {
     "ytick.labelcolor": INK,
     "lines.linewidth": 1.4,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # a name with two $ is a name
     "svg.fonttype": "none",  # text stays text, in the reader's font
     "svg.hashsalt": "dsmoe_jax",  # the same numbers give the same file
 }
 WIDTH = 4.5  # inches: a picture is as wide as a phone and half as wide as a page
 
 
-def styled() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
     """Context in which figures are drawn and saved in this style, without the user's settings."""
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})  # pyright: ignore
+    settings = {**matplotlib.rcParamsDefault, **STYLE}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():  # pyright: ignore
+        # Text stays text in an SVG: the reader's font has the sign, if matplotlib's has not.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def colour(comparison: Comparison, arm: AnyArm) -> str:
@@ -140,7 +148,7 @@ def label_ends(
     for arm, y, place in zip(order, wanted, places, strict=True):
         line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         ax.annotate(
-            names.get(arm, arm.label), (1.0, y), (1.06, float(place)), xycoords="axes fraction",
-            va="center", color=colour(comparison, arm), annotation_clip=False,
-            arrowprops={**line, "color": colour(comparison, arm)},
+            short(names.get(arm, arm.label)), (1.0, y), (1.06, float(place)),
+            xycoords="axes fraction", va="center", color=colour(comparison, arm),
+            annotation_clip=False, arrowprops={**line, "color": colour(comparison, arm)},
         )  # fmt: skip

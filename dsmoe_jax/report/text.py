@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dsmoe_jax.report.blocks import Table
+from dsmoe_jax.report.names import one_line
 
 
 def to_text(table: Table) -> str:
     """Text of a table, with aligned columns."""
-    lines = [list(table.head), *map(list, table.rows)]
+    lines = [[one_line(cell) for cell in row] for row in (table.head, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,6 +108,6 @@ def shell_command(experiment: Experiment, options: Options) -> str:
     """The command line that runs an experiment with these options."""
     parts = [f"python -m {experiment.module} --scale={options.scale}"]
     parts += [f"--seeds={options.seeds}"] if options.seeds is not None else []
-    parts += [f"--arms={','.join(options.arms)}"] if options.arms else []
-    parts += [f"--set={key}={value}" for key, value in options.overrides.items()]
+    parts += [shlex.quote(f"--arms={','.join(options.arms)}")] if options.arms else []
+    parts += [shlex.quote(f"--set={key}={value}") for key, value in options.overrides.items()]
     return " ".join(parts)

@@ -19,6 +19,7 @@ from dsmoe_jax.study import claims as claim_forms
 from dsmoe_jax.study import measures, probes
 from dsmoe_jax.study.claims import LOSS, Claim
 
+_LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -183,8 +184,14 @@ class Experiment:
     def __post_init__(self) -> None:
         labels = [arm.label for arm in self.arms]
         slugs = [arm.slug for arm in self.arms]
-        if not labels or len(set(slugs)) < len(slugs):
+        if not labels or "" in slugs or len(set(slugs)) < len(slugs):
             raise ValueError(f"{self.name}: arms={labels}: labels must differ in letters or digits")
+        for label, slug in zip(labels, slugs, strict=True):
+            if len(slug.encode()) > _LONGEST_SLUG:
+                raise ValueError(
+                    f"{self.name}: arm {label!r}: must have at most {_LONGEST_SLUG} bytes of"
+                    " letters and digits, which name a directory"
+                )
         named = [name for rule in self.equal for name in rule.arms]
         for label in (*named, *(label for claim in self.claims for label in claim.weights)):
             self.arm(label)

@@ -14,9 +14,12 @@ from made_up_runs import FakeTrain, run_made_up
 from dsmoe_jax.report import blocks, plots, tables
 from dsmoe_jax.report.html_page import to_html
 from dsmoe_jax.report.markdown import to_markdown
+from dsmoe_jax.report.names import literal, one_line, short
 from dsmoe_jax.report.numbers import NONE
 from dsmoe_jax.report.style import PALETTE
+from dsmoe_jax.report.text import to_text
 from dsmoe_jax.study import verdicts
+from dsmoe_jax.study.claims import bounded
 from experiments.v1.table1 import EXPERIMENT
 
 VOID = {"meta", "br"}
@@ -180,6 +183,102 @@ def test_text_is_escaped():
     assert "1 &lt; 2 &amp; <code>x&lt;y&gt;</code>" in page
     assert "<pre>&lt;pre&gt;</pre>" in page
     assert "<title>a &lt; b</title>" in page
+
+
+NAMES = {  # as a cell of a table shows it; None: as it is
+    "a$x^$b": None,
+    "line\nbreak\ttab": "line break tab",
+    "a|b|c": None,
+    "<b>bold</b> & <script>": None,
+    "`code` **stars** _x_ [link](y)": None,
+    "back\\slash": None,
+    "long " * 60: ("long " * 60).strip() + " ",
+    "עברית العربية": None,
+    "emoji 🎉 族 \U000e0041": None,
+    "turned \u202e round": "turned \ufffd round",
+    "null \x00 half \udce4": "null \ufffd half \ufffd",
+    "_underscore": None,
+}
+
+
+@pytest.fixture(scope="module")
+def odd_names(tmp_path_factory):
+    """Directory and comparison of a report in which arms and domains have such names."""
+    results = tmp_path_factory.mktemp("odd")
+    names = list(NAMES)
+    arms = [
+        dataclasses.replace(EXPERIMENT.arms[2 + i % 3], label=f"{i} {name}"[:150])
+        for i, name in enumerate(names)
+    ]
+    labels = [arm.label for arm in arms]
+    experiment = dataclasses.replace(
+        EXPERIMENT, arms=tuple(arms), equal=(), claims=(bounded(labels[0], above=1),)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("made_up_runs.DOMAINS", names)
+        comparison = run_made_up(
+            results, experiment=experiment, report=True, overrides={"data.corpus": "a`b`$c$ d"}
+        )
+    return results / "table1-smoke", comparison
+
+
+def test_odd_names_are_shown_literally_in_html(odd_names):
+    directory, comparison = odd_names
+    text = (directory / "report.html").read_text()
+    Page(text)
+    cells = {html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", text, re.DOTALL)}
+    for name, shown in NAMES.items():
+        assert (shown or name) in cells, name
+    assert "<script>" not in text
+    assert "<code>a`b`$c$ d</code>" in text
+    best = next(iter(tables.ranking(comparison, "validation_loss")))
+    assert f"<strong>{html.escape(one_line(best))}</strong> has the lowest" in text
+
+
+def test_odd_names_break_no_table_in_markdown(odd_names):
+    """As CommonMark with tables reads it: every row has as many cells as its head."""
+    directory, _ = odd_names
+    text = (directory / "report.md").read_text()
+    for block in re.findall(r"(?:^\|.*\|\n?)+", text, re.MULTILINE):
+        rows = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in block.splitlines()]
+        assert len(set(rows)) == 1, block
+    cells = [re.sub(r"\\(.)", r"\1", cell) for cell in re.findall(r"^\| (.*?) \| ", text, re.M)]
+    cells = {html.unescape(cell) for cell in cells}
+    for name, shown in NAMES.items():
+        if "|" not in name:
+            assert (shown or name) in cells, name
+    assert "a\\$x^\\$b" in text
+    assert "`` a`b`$c$ d ``" in text
+    assert "<b>" not in text
+
+
+def test_odd_names_are_shown_literally_in_pictures(odd_names):
+    """In the text of the SVGs, which are whole; long ones are cut."""
+    directory, _ = odd_names
+    shown = {}
+    for path in directory.glob("pictures/*.svg"):
+        tree = ElementTree.parse(path)
+        shown[path.stem] = "".join(tree.getroot().itertext())
+    assert set(shown) == set(plots.PLOTS) - {"over_x"}
+    for name, text in NAMES.items():
+        assert short(text or name) in shown["domains"], name
+        assert short(f" {text or name}".strip(), 18)[:-1] in shown["final_loss"], name
+    assert "a$x^$b" in shown["expert_load"]
+
+
+def test_odd_names_keep_the_lines_of_a_terminal(odd_names):
+    _, comparison = odd_names
+    table = tables.domains_table(comparison)
+    lines = to_text(table).split("\n")
+    assert len(lines) == 2 + len(NAMES)
+    assert blocks.plain(rf"**a \*\* {literal('`b`')}** `c`") == "a ** `b` c"
+
+
+@pytest.mark.parametrize("label", ["🎉", "!", "x" * 300])
+def test_an_arm_without_a_name_for_its_directory_is_refused(label):
+    arms = (dataclasses.replace(EXPERIMENT.arms[0], label=label),)
+    with pytest.raises(ValueError, match=r"table1: arm.*(letters or digits|bytes of letters)"):
+        dataclasses.replace(EXPERIMENT, arms=arms, equal=(), claims=())
 
 
 def test_markdown_cells_keep_their_bars():
