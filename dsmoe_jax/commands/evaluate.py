@@ -2,7 +2,12 @@ r"""Measures a trained run on held-out text: nats per token and bits per byte, b
 
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 --max_batches=10 --json
-python -m dsmoe_jax evaluate --workdir=runs/dsmoe --corpus=moved_texts/
+python -m dsmoe_jax evaluate --workdir=runs/dsmoe --corpus=my_texts/ --out=my_texts.json
+
+--corpus measures on other text, in the tokens of the run: on all of one's own text (a file, or a
+folder whose subfolders are the domains), on the held-out part of a prepared or built-in corpus.
+Bits per byte compare between texts of one model and between models, whatever their tokenizers.
+Nothing in the workdir changes: evaluation.json stays that of the run's own held-out text.
 
 Where a model drops tokens in evaluation, or a batch's tokens compete for experts, the loss depends
 on --batch_size; the result names it then.
@@ -16,6 +21,7 @@ python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,17 +31,21 @@ from flax import nnx
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import stage_of
 from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.opening import locate, open_to_measure
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.progress import ProgressLine
+from dsmoe_jax.report.names import one_line
 from dsmoe_jax.runs import json_files, routing_records
-from dsmoe_jax.runs.loading import Run, load_run
+from dsmoe_jax.runs.loading import Run, Writer, load_run, load_writer
 
 command_line.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
-_CORPUS = flags.DEFINE_string(
-    "corpus", None, "Where the run's corpus is, if it has moved since; must be the same text."
+_CORPUS = flags.DEFINE_string("corpus", None, "Text to measure on, instead of the run's own.")
+_MOVED_CORPUS = flags.DEFINE_string(
+    "moved_corpus", None, "Where the run's own corpus is, if it has moved; must be the same text."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at once.", lower_bound=1)
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "Stop early; 0 is all.", lower_bound=0)
@@ -46,36 +56,72 @@ _REPLAY_ROUTING = flags.DEFINE_string(
     "replay_routing", None, "Take the recorded routing of this folder, DIRECTORY/validation-..."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+_OUT = flags.DEFINE_string("out", None, "Also write the JSON to this new file.")
 
 
 def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
+    out = _new_file(_OUT.value)
     with jax.set_mesh(command_line.mesh()):
-        run = load_run(_WORKDIR.value, _STEP.value, _CORPUS.value)
+        run, corpus = _opened(_WORKDIR.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
         dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
-        recorder, replayed, name = _routing(run)
-        held_out = HeldOut(
-            graph, run.corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, recorder, replayed
-        )
+        recorder, replayed, name = _routing(run, corpus)
+        held_out = HeldOut(graph, corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, recorder, replayed)
         line = ProgressLine(run.config.name, held_out.n_batches)
         result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
+    if _CORPUS.value is not None:
+        result["corpus"] = _CORPUS.value
+        result["corpus_fingerprint"] = corpus.fingerprint
+    if out is not None:
+        json_files.write(out, result)
     print(json_files.dumps(result) if _JSON.value else table(result))
 
 
+def _opened(workdir: str) -> tuple[Run | Writer, Corpus]:
+    """The trained model, and the text to measure it on."""
+    if _CORPUS.value is None:
+        run = load_run(workdir, _STEP.value, _MOVED_CORPUS.value)
+        return run, run.corpus
+    if _MOVED_CORPUS.value is not None:
+        raise ValueError("--moved_corpus: --corpus measures on other text; give only one")
+    writer = load_writer(workdir, _STEP.value)
+    length = writer.config.data.sequence_length
+    text = locate(_CORPUS.value, "--corpus")
+    try:
+        return writer, open_to_measure(text, writer.tokenizer_file, length)
+    except ValueError as error:
+        raise ValueError(f"--corpus={_CORPUS.value}: {error}") from error
+
+
+def _new_file(name: str | None) -> Path | None:
+    """The file of `--out`; refuses one that exists, before anything is measured."""
+    if name is None:
+        return None
+    path = local_path("--out", name)
+    if path.exists() or not path.parent.is_dir():
+        wrong = "exists already" if path.exists() else f"there is no folder {path.parent}"
+        raise ValueError(f"--out={name}: {wrong}; name a new file")
+    return path
+
+
 def _routing(
-    run: Run,
+    run: Run | Writer, corpus: Corpus
 ) -> tuple[routing_records.Recorder | None, routing_records.Recording | None, str]:
     """Recorder of the routing, recording to replay, and the name of this pass in both."""
     directory = _RECORD_ROUTING.value
     folder = _REPLAY_ROUTING.value
-    fingerprint = run.corpus.fingerprint
+    fingerprint = corpus.fingerprint
     if directory and folder:
         raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
+    if _CORPUS.value is not None and (directory or folder or run.config.train.replay_routing):
+        raise ValueError(
+            f"--corpus={_CORPUS.value}: routing is recorded and replayed on the run's own text"
+        )
     if folder:
         config = stage_of(run.config, run.step).config
         return None, *routing_records.of_held_out(folder, config, fingerprint)
@@ -92,9 +138,10 @@ def _routing(
 
 def table(result: dict[str, Any]) -> str:
     """Table with one line a domain, then one of the whole text; last what it depends on, if so."""
-    width = max(len(name) for name in (*result["domains"], "all"))
+    rows = {one_line(name): row for name, row in result["domains"].items()} | {"all": result}
+    width = max(map(len, rows))
     lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
-    for name, row in [*result["domains"].items(), ("all", result)]:
+    for name, row in rows.items():
         numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
         lines.append(f"{name:{width}}  {numbers}")
     if "batch_size" in result:

@@ -36,8 +36,12 @@ def is_there(corpus: str) -> bool:
     return corpus in BUILT_IN or Path(locate(corpus)).exists()
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
     """The corpus of a config; one that is not prepared yet is prepared now, in the cache.
+
+    Args:
+      config: of the corpus.
+      to_measure: hold all text of one's own out, also such as is not for training by its name.
 
     Raises:
       ValueError: naming the key, if there is no such corpus or it does not fit the config.
@@ -61,11 +65,39 @@ def open_corpus(config: DataConfig) -> Corpus:
         config.sequence_length,
         config.domains or None,
         **{key: getattr(config, key) for key in _OPTIONS},
+        to_measure=to_measure,
     )
     directory = _prepared_directory(config, request)
     if not directory.exists():
         make_writable(directory.parent)
     return fulfil(request, directory)
+
+
+def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
+    """Text to measure a model on, in the tokens that it was trained on.
+
+    Of text of one's own all is held out, copies too; a prepared corpus, which must be of the same
+    tokenizer, and a built-in one keep their held-out part.
+
+    Args:
+      path: as `data.corpus`.
+      tokenizer: file of the model's.
+      sequence_length: of the model's training.
+
+    Raises:
+      ValueError: if there is no text, or it has other tokens or another length of sequences.
+    """
+    prepared = (absolute(path, "corpus") / MANIFEST).is_file() and path not in BUILT_IN
+    data = DataConfig(
+        path,
+        sequence_length,
+        Tokenizer.load(tokenizer).vocab_size,
+        tokenizer=None if prepared else str(tokenizer),
+        keep_repeats=not prepared and path not in BUILT_IN,
+    )
+    corpus = open_corpus(data, to_measure=path not in BUILT_IN)
+    check_same_tokenizer(corpus, tokenizer_fingerprint(Tokenizer.load(tokenizer)), "the model")
+    return corpus
 
 
 def _check_prepared(config: DataConfig, corpus: Corpus) -> None:

@@ -25,7 +25,14 @@ Request = dict[str, Any]
 pins the text (`sha256`, `packages`, `python`); and those of OPTIONS that are not at their default.
 """
 
-OPTIONS = ("validation", "tokenizer", "tokenizer_sha256", "text_column", "keep_repeats")
+OPTIONS = (
+    "validation",
+    "tokenizer",
+    "tokenizer_sha256",
+    "text_column",
+    "keep_repeats",
+    "to_measure",
+)
 
 
 def make_request(
@@ -39,6 +46,7 @@ def make_request(
     tokenizer: str | os.PathLike | None = None,
     text_column: str = TEXT_COLUMN,
     keep_repeats: bool = False,
+    to_measure: bool = False,
 ) -> Request:
     """A request for the corpus that `prepare` makes; the arguments are explained there.
 
@@ -66,8 +74,9 @@ def make_request(
                 )
         request |= _built_in(corpus, domains)
     else:
-        request |= _own_text(corpus, domains, validation)
+        request |= _own_text(corpus, domains, corpus if to_measure else validation, to_measure)
         request |= {} if text_column == TEXT_COLUMN else {"text_column": text_column}
+    request |= {"to_measure": True} if to_measure else {}
     return request | ({"keep_repeats": True} if keep_repeats else {})
 
 
@@ -104,12 +113,15 @@ def _built_in(corpus: str, domains: Sequence[str] | None) -> Request:
 
 
 def _own_text(
-    corpus: str, domains: Sequence[str] | None, validation: str | os.PathLike | None
+    corpus: str,
+    domains: Sequence[str] | None,
+    validation: str | os.PathLike | None,
+    to_measure: bool,
 ) -> Request:
     """Where the user's text is, and its sha256."""
     path = absolute(corpus, "corpus")
     held_out = None if validation is None else absolute(validation, "validation")
-    found = user_files.find_text(path, held_out)
+    found = user_files.find_text(path, held_out, to_train=not to_measure)
     request: Request = {
         "corpus": str(path),
         "domains": list(domains) if domains else None,

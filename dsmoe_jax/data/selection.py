@@ -64,14 +64,17 @@ def _read_built_in(request: Request) -> Text:
 def _read_own_text(request: Request) -> Text:
     path = Path(request["corpus"])
     say(f"reading {user_files.shown(path)}")
-    found = user_files.find_text(path, *map(Path, filter(None, [request.get("validation")])))
+    to_train = not request.get("to_measure", False)
+    validation_path = map(Path, filter(None, [request.get("validation")]))
+    found = user_files.find_text(path, *validation_path, to_train=to_train)
     column = request.get("text_column", TEXT_COLUMN)
     train = user_files.read_documents(found.of("train"), column)
     validation = user_files.read_documents(found.of("validation"), column)
     if user_files.fingerprint(found) != request["sha256"]:
         raise ValueError(f"corpus {path}: has changed while it was read; do it again")
     names = check_domains(request["domains"], train | validation) or sorted(train | validation)
-    if not any(d.text.strip() for documents in train.values() for d in documents):
+    read = train if to_train else validation
+    if not any(d.text.strip() for documents in read.values() for d in documents):
         raise ValueError(f"corpus {path}: empty, its files hold no text")
     if found.of("validation"):
         splits = _choose_with_validation(names, train, validation, request)
@@ -99,6 +102,8 @@ def _choose_with_validation(
         ("train", "to train on that is not held out"),
         ("validation", "to hold out"),
     ):
+        if part == "train" and request.get("to_measure", False):
+            continue
         if not any(getattr(split, part) for split in splits.values()):
             raise ValueError(f"corpus {request['corpus']}: holds no text {purpose}")
     return splits

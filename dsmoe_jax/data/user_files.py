@@ -78,7 +78,7 @@ class UserText:
         return f"{len(names)} ({', '.join(names[:3])}{more})"
 
 
-def find_text(root: Path, validation: Path | None = None) -> UserText:
+def find_text(root: Path, validation: Path | None = None, *, to_train: bool = True) -> UserText:
     """The text at `root`: a file, a saved dataset, or a folder, searched to any depth.
 
     Links are followed, and each real file is taken once. Left out are hidden files and folders,
@@ -88,6 +88,7 @@ def find_text(root: Path, validation: Path | None = None) -> UserText:
     Args:
       root: an absolute path.
       validation: text to hold out, whatever its name; that of `root` is left out then.
+      to_train: whether there must be text to train on.
 
     Raises:
       ValueError: if there is nothing to train on, or something cannot be read.
@@ -97,7 +98,7 @@ def find_text(root: Path, validation: Path | None = None) -> UserText:
         _hold_out(found, _find(validation, _domain_of(root)))
     found.leave_out("test text by name", [file.path for file in found.of(TEST)])
     found.files = [file for file in found.files if file.split != TEST]
-    if not found.of(TRAIN):
+    if to_train and not found.of(TRAIN):
         notes = "".join(f"; {note}" for note in found.notes())
         raise ValueError(f"{root}: holds no {_KINDS} file to train on{notes}")
     return found

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, replace, stage_of
 from dsmoe_jax.config.paths import local_path
-from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.corpus import TOKENIZER, Corpus
 from dsmoe_jax.data.opening import (
     check_same_corpus,
     is_there,
@@ -38,11 +38,12 @@ class Run(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """A trained model with its tokenizer: what generating text takes."""
+    """A trained model with its tokenizer: what generating text takes, and measuring other text."""
 
     config: Config
     model: Transformer
     tokenizer: Tokenizer
+    tokenizer_file: Path
     step: int
 
 
@@ -69,11 +70,11 @@ def load_run(workdir: str | Path, step: int | None = None, corpus: str | None = 
     """
     config = workdirs.read_config(workdir)
     if corpus is not None:
-        config = replace(config, **{workdirs.MOVED: locate(corpus, "--corpus")})
+        config = replace(config, **{workdirs.MOVED: locate(corpus, "--moved_corpus")})
     elif config.data.corpus is not None and not is_there(config.data.corpus):
         raise ValueError(
             f"data.corpus={config.data.corpus!r}: the text of the run is not there any more; say"
-            " where it is now: --corpus=PATH"
+            " where it is now: --moved_corpus=PATH"
         )
     model, loaded = _load_model(config, workdir, step)
     opened = open_corpus(config.data)
@@ -95,7 +96,8 @@ def load_writer(workdir: str | Path, step: int | None = None) -> Writer:
     path = local_path("--workdir", workdir) / workdirs.TOKENIZER
     if not path.exists():  # a run from before it was kept
         run = load_run(workdir, step)
-        return Writer(run.config, run.model, run.corpus.tokenizer, run.step)
+        file = run.corpus.directory / TOKENIZER
+        return Writer(run.config, run.model, run.corpus.tokenizer, file, run.step)
     tokenizer = Tokenizer.load(path)
     model, loaded = _load_model(config, workdir, step)
     if tokenizer_fingerprint(tokenizer) != loaded.extra["tokenizer"]:
@@ -103,7 +105,7 @@ def load_writer(workdir: str | Path, step: int | None = None) -> Writer:
             f"{path}: is not the tokenizer that the model was trained with; remove it, and the"
             " tokenizer of the corpus is taken"
         )
-    return Writer(config, model, tokenizer, loaded.step)
+    return Writer(config, model, tokenizer, path, loaded.step)
 
 
 def _load_model(

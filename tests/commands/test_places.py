@@ -11,7 +11,7 @@ from forked import run_all
 
 SIZES = "--vocab_size=512 --sequence_length=64"
 TRAIN = "train --config=configs/dsmoe_2b.py:smoke"
-RECORD = "evaluate --max_batches=1 --batch_size=2 --workdir=RUN --corpus=HERE"
+RECORD = "evaluate --max_batches=1 --batch_size=2 --workdir=RUN --moved_corpus=HERE"
 
 # Command line -> what its one line says; None: it succeeds.
 CASES = {
