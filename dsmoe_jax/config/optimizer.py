@@ -46,8 +46,8 @@ class OptimizerConfig:
             is_by_step(self.rate_changes) and all(x > 0 for _, x in self.rate_changes),
             "must be pairs (step, multiple > 0) with growing whole steps from 1",
         )
-        check("b1", self.b1 < 1, "must be below 1")
-        check("b2", self.b2 < 1, "must be below 1")
+        for name in ("b1", "b2"):  # what rounds to 1 makes AdamW divide by 0
+            check(name, getattr(self, name) < 1 - 2**-25, "must be below 1 in float32")
         increasing = tuple(sorted(self.decay_at)) == self.decay_at
         check(
             "decay_at",

@@ -28,6 +28,7 @@ from dsmoe_jax.runs.workdir import (
     EVALUATION,
     HISTORY,
     METRICS,
+    read_evaluation,
 )
 
 CHANGE = "change.json"
@@ -83,20 +84,22 @@ def prepare(directory: Path, there: Config, here: Config, *, go_back: bool) -> N
     saved = saved_steps(directory)
     left = [step for step in saved if step >= first]
     kept = [step for step in saved if step < first]
-    if left and not (go_back and kept):
+    results = read_evaluation(directory)
+    made = max([*left, 0 if results is None else results["step"]], default=0)
+    if made >= first and not (go_back and kept):
         advice = "no checkpoint is older: choose another directory"
         if kept:
-            advice = f"--go_back removes them and goes on from step {kept[-1]}"
+            advice = f"--go_back removes what came after step {kept[-1]} and goes on from there"
         raise ValueError(
-            f"--workdir={directory}: {', '.join(changed)} would change step {first}, and there are"
-            f" checkpoints of steps {', '.join(map(str, left))}; {advice}"
+            f"--workdir={directory}: {', '.join(changed)} would change step {first}, and the run is"
+            f" at step {made}; {advice}"
         )
     change = {"changed": changed, "from_step": kept[-1] if kept else 0, "removed": left}
-    _record(directory, there, change)
+    _record(directory, there, change, with_results=made >= first)
     # In this order: a run that is killed in between finds the old config, and does the rest again.
     for step in reversed(left):
         shutil.rmtree(directory / CHECKPOINTS / str(step))
-    if left:
+    if made >= first:
         (directory / EVALUATION).unlink(missing_ok=True)
 
 
@@ -106,12 +109,12 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
-def _record(directory: Path, there: Config, change: dict[str, Any]) -> None:
+def _record(directory: Path, there: Config, change: dict[str, Any], *, with_results: bool) -> None:
     number = 1 + sum(1 for _ in (directory / HISTORY).glob("*"))
     entry = directory / HISTORY / f"{number:08}"
     entry.mkdir(parents=True)
     json_files.write(entry / CONFIG, to_config_dict(there).to_dict())
     json_files.write(entry / CHANGE, change)
-    for name in (METRICS, EVALUATION) if change["removed"] else ():
+    for name in (METRICS, EVALUATION) if with_results else ():
         if (directory / name).exists():
             shutil.copy2(directory / name, entry / name)

@@ -70,7 +70,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         )
     if config.warmup_steps > steps:
         raise ValueError(
-            f"optimizer.warmup_steps={config.warmup_steps}: must not exceed train.steps={steps}"
+            f"optimizer.warmup_steps={config.warmup_steps}: must not exceed {steps}, the steps of"
+            " the schedule (train.schedule_steps, or else train.steps)"
         )
     return SCHEDULES[config.schedule](config, steps)
 

@@ -68,6 +68,7 @@ def hints(cls=Config, prefix=""):
         ("data.tokenizer_vocab_size", 9000, "vocab_size=8192"),
         ("optimizer.decay_at", (0.9, 0.8), "increasing"),
         ("optimizer.b2", 1.0, "below 1"),
+        ("optimizer.b2", 1 - 2**-26, "below 1 in float32"),
         ("train.accumulation_steps", 3, "divide global_batch_size=2048"),
         ("train.seed", -1, ">= 0"),
         ("train.seed", 2**32, "32 bits"),  # JAX would take it for seed 0
