@@ -22,7 +22,6 @@ python -m dsmoe_jax evaluate --workdir=runs/dsmoe --step=200 \
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -36,7 +35,7 @@ from dsmoe_jax.data.opening import locate, open_to_measure
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.progress import ProgressLine
-from dsmoe_jax.report.names import one_line
+from dsmoe_jax.report.text import held_out_text
 from dsmoe_jax.runs import json_files, routing_records
 from dsmoe_jax.runs.loading import Run, Writer, load_run, load_writer
 
@@ -79,7 +78,7 @@ def main() -> None:
         result["corpus_fingerprint"] = corpus.fingerprint
     if out is not None:
         json_files.write(out, result)
-    print(json_files.dumps(result) if _JSON.value else table(result))
+    print(json_files.dumps(result) if _JSON.value else held_out_text(result))
 
 
 def _opened(workdir: str) -> tuple[Run | Writer, Corpus]:
@@ -134,19 +133,3 @@ def _routing(
         recorder = routing_records.Recorder(path, belongs)
     replayed = routing_records.for_held_out(run.config, fingerprint)
     return recorder, replayed, routing_records.validation_name(run.step)
-
-
-def table(result: dict[str, Any]) -> str:
-    """Table with one line a domain, then one of the whole text; last what it depends on, if so."""
-    rows = {one_line(name): row for name, row in result["domains"].items()} | {"all": result}
-    width = max(map(len, rows))
-    lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
-    for name, row in rows.items():
-        numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
-        lines.append(f"{name:{width}}  {numbers}")
-    if "batch_size" in result:
-        lines.append(
-            f"in batches of {result['batch_size']} sequences: a token's experts depend on the other"
-            " tokens of its batch, so another --batch_size gives another loss"
-        )
-    return "\n".join(lines)

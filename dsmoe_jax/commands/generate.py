@@ -29,10 +29,8 @@ import numpy as np
 from absl import flags
 
 from dsmoe_jax.commands import command_line
-from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.data.tokenizer import Tokenizer
-from dsmoe_jax.model.sampling import generate
-from dsmoe_jax.moe.routers import get_router
+from dsmoe_jax.model.sampling import generate, routing_notes
 from dsmoe_jax.runs.loading import Writer, load_writer
 
 command_line.define_mesh()
@@ -76,31 +74,17 @@ def _generate(workdir: str, prompt: str) -> None:
     _note_length(run, len(prompt_P))
     for note in routing_notes(run.model.config.moe):
         print(note, file=sys.stderr)
-    samples = [cut(tokens_G, run.tokenizer) for tokens_G in _tokens(run, prompt_P)]
+    tokens_BG = generate(
+        run.model,
+        jnp.tile(jnp.array(prompt_P, jnp.int32), (_NUM_SAMPLES.value, 1)),
+        _MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
+        allowed_V=run.tokenizer.may_be_written(run.config.model.vocab_size),
+    )
+    samples = [cut(tokens_G, run.tokenizer) for tokens_G in np.asarray(tokens_BG)]
     print(json.dumps(_result(run, prompt, samples)) if _JSON.value else _texts(prompt, samples))
-
-
-def _tokens(run: Writer, prompt_P: list[int]) -> np.ndarray:
-    """The tokens of all samples, (B, G)."""
-    samples, length = _NUM_SAMPLES.value, _MAX_NEW_TOKENS.value
-    try:
-        tokens_BG = generate(
-            run.model,
-            jnp.tile(jnp.array(prompt_P, jnp.int32), (samples, 1)),
-            length,
-            temperature=_TEMPERATURE.value,
-            top_p=_TOP_P.value,
-            seed=_SEED.value,
-            allowed_V=run.tokenizer.may_be_written(run.config.model.vocab_size),
-        )
-        return np.asarray(tokens_BG)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            f"--max_new_tokens={length}: the memory is not enough for the keys and values of"
-            f" {samples} x {len(prompt_P) + length} tokens; must be less"
-        ) from error
 
 
 def cut(tokens_G: np.ndarray, tokenizer: Tokenizer) -> Sample:
@@ -143,25 +127,6 @@ def _note_length(run: Writer, prompt_tokens: int) -> None:
             " the model was trained on; expect worse text there",
             file=sys.stderr,
         )
-
-
-def routing_notes(moe: MoEConfig) -> list[str]:
-    """Sentences on what is routed otherwise than in training and evaluation."""
-    if not moe.n_routed_experts:
-        return []
-    router, settings = get_router(moe)
-    notes = []
-    if router.competes or router.alone is not None:
-        experts = "one expert" if settings.k == 1 else f"{settings.k} experts"
-        notes.append(
-            f"note: in training the {moe.router.name} router routes the tokens of a batch together;"
-            f" here each token goes to {experts} of its own"
-        )
-    if moe.evaluation_drop is not None:
-        notes.append(
-            "note: nothing is dropped here, whatever model.moe.evaluation_drop does in evaluation"
-        )
-    return notes
 
 
 def _result(run: Writer, prompt: str, samples: list[Sample]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
+from dsmoe_jax.moe.routers import get_router
 
 # The smallest normal float32.  XLA multiplies by the reciprocal, which must be one too: smaller
 # numbers are taken for 0.
@@ -74,8 +76,8 @@ def generate(
       tokens_BG, int32 (not cut after an end-of-text token).
 
     Raises:
-      ValueError: naming the argument that is out of range, or the token whose logits are not
-        finite.
+      ValueError: naming the argument that is out of range or takes too much memory, or the token
+        whose logits are not finite.
     """
     v = model.config.vocab_size
     allowed_V = np.ones(v, bool) if allowed_V is None else np.asarray(allowed_V, bool)
@@ -85,15 +87,44 @@ def generate(
     _check_tokens(prompt_BP, allowed_V, v)
     graph, state = nnx.split(model)
     key = jax.random.key(seed)
-    tokens_BG, finite_G = _run(
-        graph, state, prompt_BP, jnp.asarray(allowed_V), key, max_new_tokens, temperature, top_p
-    )
-    if not (finite_G := np.asarray(finite_G)).all():
+    try:
+        tokens_BG, finite_G = _run(
+            graph, state, prompt_BP, jnp.asarray(allowed_V), key, max_new_tokens, temperature, top_p
+        )
+        finite_G = np.asarray(finite_G)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        b, p = prompt_BP.shape
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: the memory is not enough for the keys and values of"
+            f" {b} x {p + max_new_tokens} tokens; must be less"
+        ) from error
+    if not finite_G.all():
         raise ValueError(
             f"logits of generated token {1 + int(finite_G.argmin())}: not finite; the model's"
             " training diverged or its parameters are damaged; an earlier checkpoint may be sound"
         )
     return tokens_BG
+
+
+def routing_notes(moe: MoEConfig) -> list[str]:
+    """Sentences on what is routed otherwise than in training and evaluation."""
+    if not moe.n_routed_experts:
+        return []
+    router, settings = get_router(moe)
+    notes = []
+    if router.competes or router.alone is not None:
+        experts = "one expert" if settings.k == 1 else f"{settings.k} experts"
+        notes.append(
+            f"note: in training the {moe.router.name} router routes the tokens of a batch together;"
+            f" here each token goes to {experts} of its own"
+        )
+    if moe.evaluation_drop is not None:
+        notes.append(
+            "note: nothing is dropped here, whatever model.moe.evaluation_drop does in evaluation"
+        )
+    return notes
 
 
 def _check_tokens(prompt_BP: jax.Array, allowed_V: np.ndarray, v: int) -> None:

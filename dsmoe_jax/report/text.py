@@ -1,6 +1,8 @@
-"""Tables for a terminal."""
+"""Results for a terminal."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from dsmoe_jax.report.blocks import Table
 from dsmoe_jax.report.names import one_line
@@ -18,3 +20,19 @@ def to_text(table: Table) -> str:
         ).rstrip()
         for line in [lines[0], rule, *lines[1:]]
     )
+
+
+def held_out_text(result: dict[str, Any]) -> str:
+    """Held-out results: a line a domain, then the whole text; last what it depends on, if so."""
+    rows = {one_line(name): row for name, row in result["domains"].items()} | {"all": result}
+    width = max(map(len, rows))
+    lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
+    for name, row in rows.items():
+        numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
+        lines.append(f"{name:{width}}  {numbers}")
+    if "batch_size" in result:
+        lines.append(
+            f"in batches of {result['batch_size']} sequences: a token's experts depend on the other"
+            " tokens of its batch, so another --batch_size gives another loss"
+        )
+    return "\n".join(lines)

@@ -1,19 +1,14 @@
 """`python -m dsmoe_jax generate` on a run of a few steps."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
-import jax
 import pytest
 
 import configs
-from dsmoe_jax.commands import generate
-from dsmoe_jax.config import Config, from_config_dict, replace
+from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.training.loop import train
 from tests.tools.patience import PATIENCE
@@ -169,46 +164,6 @@ def test_every_token_is_text(results):
     """The model has ids past the tokenizer's; a character has at most four bytes, a token one."""
     (sample,) = json.loads(results["any token"][1])["samples"]
     assert len(sample["text"]) >= sample["tokens"] / 4 > 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({}, []),
-        ({"drop.capacity_factor": 1.0}, []),
-        ({"evaluation_drop.capacity_factor": 1.0}, ["nothing is dropped here"]),
-        (
-            {"router.name": "expert_choice", "num_experts_per_tok": 7},
-            ["the expert_choice router routes .* here each token goes to 7 experts of its own"],
-        ),
-        (
-            {"router.name": "base", "num_experts_per_tok": 1},
-            ["the base router .* to one expert of its own"],
-        ),
-        ({"n_routed_experts": 0, "num_experts_per_tok": 0}, []),
-    ],
-)
-def test_another_routing_than_in_training_is_said(changes, found):
-    config = replace(Config(), **{f"model.moe.{key}": value for key, value in changes.items()})
-    notes = generate.routing_notes(config.model.moe)
-    assert len(notes) == len(found)
-    for note, pattern in zip(notes, found, strict=True):
-        assert re.search(pattern, note)
-
-
-def test_too_little_memory_is_a_user_error(monkeypatch):
-    """As a model with a cache of terabytes raises it."""
-
-    def out_of_memory(*_, **__):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2 bytes.")
-
-    flags = {"NUM_SAMPLES": 2, "MAX_NEW_TOKENS": 10**9, "TEMPERATURE": 1.0, "TOP_P": 1.0, "SEED": 0}
-    for name, value in flags.items():
-        monkeypatch.setattr(generate, f"_{name}", SimpleNamespace(value=value))
-    monkeypatch.setattr(generate, "generate", out_of_memory)
-    run = MagicMock()
-    with pytest.raises(ValueError, match=r"--max_new_tokens=1000000000: .* 2 x 1000000003 tokens"):
-        generate._tokens(run, [1, 2, 3])
 
 
 def test_past_the_trained_length_there_is_a_note(results):

@@ -60,7 +60,7 @@ def test_missing_keys_have_their_defaults_and_are_named():
         ({**saved(), "train": 3}, r"^train=3: must be a section"),
         ({**saved(), "train": {"step": 3}}, r"^train\.step=3: .*did you mean train\.steps\?"),
         ({**saved(), "optimizer": {"peak_learning_rate": float("inf")}}, r"=inf: must be finite"),
-        ({**saved(), "optimizer": {"peak_learning_rate": 10**400}}, r"too large for a float"),
+        ({**saved(), "optimizer": {"peak_learning_rate": 10**400}}, r"=inf: must be finite"),
         ({**saved(), "train": "n" * 10_000}, r"^train='n+\.\.\.n+': must be a section$"),
     ],
 )

@@ -383,7 +383,7 @@ def test_a_tilde_is_the_home_directory(text: Path, tmp_path: Path, monkeypatch: 
     corpus = prepare("~/text", "~/out", **SIZES)
     assert corpus.directory == tmp_path / "out"
     assert sorted(path.name for path in text.iterdir()) == ["code.jsonl", "prose.jsonl"]
-    with pytest.raises(ValueError, match=r"out=~nobody-of-this-name/out: there is no such user"):
+    with pytest.raises(ValueError, match=r"out=~nobody-of-this-name/out: there is no such home"):
         prepare("~/text", "~nobody-of-this-name/out", **SIZES)
     for corpus, out in (("", "out"), ("~/text", ""), ("~/text", "a\0b")):
         with pytest.raises(ValueError, match=r"(corpus|out)='.*': must be a path"):

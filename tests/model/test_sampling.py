@@ -1,12 +1,16 @@
 """Generation: the cache loop against a plain loop, and the sampling rules."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.model.sampling import generate, sample
+from dsmoe_jax.config import Config, replace
+from dsmoe_jax.model import sampling
+from dsmoe_jax.model.sampling import generate, routing_notes, sample
 from tests.model.tiny_model import V, greedy, make
 
 
@@ -178,3 +182,39 @@ def test_logits_that_are_no_numbers_are_an_error(model, wrong, temperature):
 def test_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompt_BP": jnp.array([[1]]), "max_new_tokens": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, []),
+        ({"drop.capacity_factor": 1.0}, []),
+        ({"evaluation_drop.capacity_factor": 1.0}, ["nothing is dropped here"]),
+        (
+            {"router.name": "expert_choice", "num_experts_per_tok": 7},
+            ["the expert_choice router routes .* here each token goes to 7 experts of its own"],
+        ),
+        (
+            {"router.name": "base", "num_experts_per_tok": 1},
+            ["the base router .* to one expert of its own"],
+        ),
+        ({"n_routed_experts": 0, "num_experts_per_tok": 0}, []),
+    ],
+)
+def test_another_routing_than_in_training_is_said(changes, found):
+    config = replace(Config(), **{f"model.moe.{key}": value for key, value in changes.items()})
+    notes = routing_notes(config.model.moe)
+    assert len(notes) == len(found)
+    for note, pattern in zip(notes, found, strict=True):
+        assert re.search(pattern, note)
+
+
+def test_too_little_memory_is_a_user_error(model, monkeypatch):
+    """As a cache of terabytes raises it."""
+
+    def out_of_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2 bytes.")
+
+    monkeypatch.setattr(sampling, "_run", out_of_memory)
+    with pytest.raises(ValueError, match=r"^max_new_tokens=1000000000: .* 2 x 1000000003 tokens"):
+        generate(model, jnp.zeros((2, 3), jnp.int32), 10**9)

@@ -24,7 +24,7 @@ def loaded(monkeypatch):
     """Workdirs whose models were loaded; made-up runs have no checkpoints."""
     found = []
 
-    def load(workdir):
+    def load(workdir, corpus):
         config = json.loads((workdir / "config.json").read_text())
         found.append(workdir)
         return SimpleNamespace(name=config["name"], step=config["train"]["steps"])
