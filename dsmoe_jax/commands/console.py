@@ -39,7 +39,7 @@ def console() -> Iterator[None]:
 
 
 def _failure(stream: TextIO | None) -> OSError | None:
-    """Why a stream cannot be written, if it cannot; then it is sent to nowhere."""
+    """The error of a stream that cannot be written; what it holds is thrown away then."""
     if stream is None:  # closed by the shell, too
         return None
     try:

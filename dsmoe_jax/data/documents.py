@@ -171,7 +171,7 @@ class _Kept:
         return sorted(self._by_group.values(), key=key)
 
     def too_few(self) -> str:
-        """What is wrong with fewer than two groups, and what would be right."""
+        """The error for fewer than two groups: what is wrong, and what would be right."""
         found = "one document only" if self._by_group else "no text"
         if self._places:
             found += f", in {', '.join([*self._places][:3])}"

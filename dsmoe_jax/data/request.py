@@ -1,4 +1,4 @@
-"""What a corpus is made from: checked, and kept in its manifest.
+"""Requests: all that a corpus is made from, checked, and kept in its manifest.
 
 The same request gives the same records, on every machine.
 """
@@ -118,7 +118,7 @@ def _own_text(
     validation: str | os.PathLike | None,
     to_measure: bool,
 ) -> Request:
-    """Where the user's text is, and its sha256."""
+    """The place of the user's text, and its sha256."""
     path = absolute(corpus, "corpus")
     held_out = None if validation is None else absolute(validation, "validation")
     found = user_files.find_text(path, held_out, to_train=not to_measure)

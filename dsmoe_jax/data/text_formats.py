@@ -57,7 +57,7 @@ def read_file(path: Path, text_column: str = TEXT_COLUMN) -> Rows:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
+    """The message of an error, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -137,7 +137,7 @@ def _row(row: object, text_column: str, path: Path, place: str) -> tuple[str | N
 
 
 def _lacks_column(text_column: str, names: list[Any]) -> str:
-    """What is wrong with a row or table of these columns whose text is not in `text_column`."""
+    """The error for a row or table of these columns whose text is not in `text_column`."""
     wanted = f"needs a field {text_column!r} with a string"
     if not names or text_column in names:
         return wanted
@@ -240,4 +240,4 @@ COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {
     ".gz": _open_gzip,
     ".zst": _open_zstandard,
 }
-"""How to open a file, by the suffix that may follow that of its format."""
+"""Functions that open a file, by the suffix that may follow that of its format."""

@@ -39,7 +39,7 @@ class TextFile:
 
 @dataclass
 class UserText:
-    """What was found: files to read, and by reason the paths that were left out."""
+    """The files to read, and by reason the paths that were left out."""
 
     root: Path
     files: list[TextFile]
@@ -55,7 +55,7 @@ class UserText:
             self.left_out.setdefault(why, []).extend(paths)
 
     def notes(self) -> list[str]:
-        """What the user should know, a line each: which text is held out, what was left out."""
+        """Lines to print: which text is held out, what was left out."""
         notes = []
         if any(self.of(VALIDATION)):
             trained_on, held_out = (

@@ -304,7 +304,7 @@ def _begins(segment_ids_BS: jax.Array) -> jax.Array:
 
 
 def _documents(segment_ids_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each token, the place where its document begins, and the one behind its end."""
+    """The places where each token's document begins and ends (behind its last token)."""
     s = segment_ids_BS.shape[1]
     begins_BS = _begins(segment_ids_BS)
     place_S = jnp.arange(s)

@@ -53,7 +53,7 @@ def _span(kind: str, text: str) -> str:
 
 
 def _fence(text: str, shortest: int) -> str:
-    """As many backticks as the text does not have in a row."""
+    """Backticks to quote a text: more in a row than it has itself."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return "`" * max(shortest, longest + 1)
 

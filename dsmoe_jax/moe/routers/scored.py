@@ -45,7 +45,7 @@ class Scores(NamedTuple):
 
     @property
     def order_TE(self) -> jax.Array:
-        """What the experts are ranked by."""
+        """The numbers by which the experts are ranked."""
         return self.s_TE if self.logits_TE is None else self.logits_TE
 
 
