@@ -58,7 +58,8 @@ class Scale:
     eval_batches: int | None = None
 
 
-# Below the paper's scale every family has the same sizes and keeps its own ratios.  The initial
+# Below the paper's scale every mixture has the same sizes and keeps its own ratios; a dense model
+# keeps those to the mixture that it is compared with (`Setup.beside`).  The initial
 # deviation grows as hidden_size^-1/2 from the paper's 0.006 at 1280.
 SMALL = {
     # One 80 GB GPU.  0.63B tokens at 0.85 GFLOP each (DeepSeekMoE 2B) are 5.3e17 FLOPs: 22 minutes
@@ -113,6 +114,8 @@ class Setup:
         known, for the scale "paper"; None rounds the nominal ones.
       flops_at_released_width: whether the paper's FLOPs are at the released widths instead of the
         nominal ones (found by comparing digits: 145B and 142B).
+      beside: the settings of the mixture that a dense model is compared with: below the paper's
+        scale it is as many times as wide and as deep as that; None is the same width and depth.
     """
 
     name: str
@@ -129,6 +132,7 @@ class Setup:
     moe_intermediate_size: int | None = None
     intermediate_size: int | None = None
     flops_at_released_width: bool = False
+    beside: Settings | None = None
 
 
 def parse(arg: str, **options: int) -> tuple[str, dict[str, int]]:
@@ -161,7 +165,7 @@ def parse(arg: str, **options: int) -> tuple[str, dict[str, int]]:
 def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
     """The config of a model at the scale that `arg` names."""
     name, _ = parse(arg)
-    scale = Scale(setup.settings) if name == "paper" else SMALL[name]
+    scale = Scale(setup.settings) if name == "paper" else _small(setup, SMALL[name])
     settings = scale.settings
     return to_config_dict(
         Config(
@@ -189,6 +193,22 @@ def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
             ),
         )
     )
+
+
+def _small(setup: Setup, scale: Scale) -> Scale:
+    """The scale with the model's width and depth relative to the mixture that it stands beside."""
+    if setup.beside is None:
+        return scale
+    sizes = scale.settings
+    wider = setup.settings.hidden_size / setup.beside.hidden_size
+    deeper = setup.settings.num_hidden_layers / setup.beside.num_hidden_layers
+    settings = dataclasses.replace(
+        sizes,
+        hidden_size=round(wider * sizes.hidden_size),
+        num_attention_heads=round(wider * sizes.num_attention_heads),
+        num_hidden_layers=round(deeper * sizes.num_hidden_layers),
+    )
+    return dataclasses.replace(scale, settings=settings)
 
 
 def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:

@@ -7,7 +7,7 @@ import pytest
 import configs
 from configs import base
 from dsmoe_jax.config import Config, from_config_dict
-from dsmoe_jax.model.size import parameters_by_formula
+from dsmoe_jax.model.size import flops_per_sequence, parameters_by_formula
 
 ALL = [(name, scale) for name in configs.names() for scale in base.SCALES]
 
@@ -117,6 +117,26 @@ def test_figure_3_and_shared_ratios(options, scale):
     assert moe.nominal_width == width
     exact = 1e-12 if scale != "paper" else 5e-4
     assert relative_experts(config) == pytest.approx((16, 2), rel=exact)
+
+
+@pytest.mark.parametrize("scale", base.SCALES)
+@pytest.mark.parametrize(
+    ("dense", "mixture", "wider", "deeper", "flops"),
+    [
+        ("deepseek_7b", "dsmoe_16b", 4096 / 2048, 30 / 28, 0.405),  # V1 table 3
+        ("llama2_7b", "dsmoe_16b", 4096 / 2048, 32 / 28, 0.396),  # table 4
+        ("deepseek_67b", "dsmoe_145b", 8192 / 4096, 95 / 62, 0.285),  # table 6
+    ],
+)
+def test_dense_rivals_of_mixtures_keep_their_width_and_depth(
+    scale, dense, mixture, wider, deeper, flops
+):
+    a, b = load(dense, scale), load(mixture, scale)
+    assert a.model.hidden_size == wider * b.model.hidden_size
+    assert a.model.num_hidden_layers == round(deeper * b.model.num_hidden_layers)
+    # The head is a larger part of a small model, and whole layers are coarse.
+    share = flops_per_sequence(b) / flops_per_sequence(a)
+    assert share == pytest.approx(flops, rel=0.01 if scale == "paper" else 0.25)
 
 
 def test_variants_have_names_of_their_own():
