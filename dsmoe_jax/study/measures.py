@@ -240,6 +240,17 @@ MEASURES: dict[str, Measure] = {
         digits=0,
         lower_is_better=True,
     ),
+    # A token once to each of the `expert_groups` devices that have experts of it, one way.
+    "device_megabytes": Measure(
+        "megabytes sent to devices in a step",
+        _logged("device_megabytes", np.sum, _mean_of_last_fifth),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+        note="Megabytes sent to devices: the rows that all layers send to the devices of the"
+        " experts, one way, a step; mean of the last fifth of the steps.",
+    ),
     # Without compilation, validation and waiting.
     "seconds": Measure("seconds in training steps", _seconds, lower_is_better=True),
 }
