@@ -11,11 +11,16 @@ from absl import flags
 
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import overrides
+from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
-from dsmoe_jax.report import blocks, page, sentences, tables, text
+from dsmoe_jax.report import blocks, page, plan_tables, sentences, tables, text
 from dsmoe_jax.study import runner
 from dsmoe_jax.study.cells import Options
 from dsmoe_jax.study.experiment import Experiment
+from dsmoe_jax.study.plans import Hardware, plan_arms
+
+CHIP = "h100"
+UTILISATION = 0.4
 
 
 def main(experiment: Experiment) -> None:
@@ -26,8 +31,40 @@ def main(experiment: Experiment) -> None:
     flags.DEFINE_list("arms", [], "Only these arms, by label or directory name.")
     flags.DEFINE_multi_string("set", [], "KEY=VALUE: changes a config key in every arm.")
     flags.DEFINE_bool("report_only", False, "Train nothing; report the runs that are there.")
+    flags.DEFINE_bool(
+        "plan",
+        False,
+        "Train nothing; print for each arm its sizes, tokens, FLOPs and chip-hours, the mesh and"
+        " the command that trains it.  Works at every scale.",
+    )
+    flags.DEFINE_string("chip", None, f"For --plan: {', '.join(CHIPS)} (default: {CHIP}).")
+    flags.DEFINE_integer(
+        "chips",
+        None,
+        "For --plan: how many (default: for each arm the fewest, a power of two, that it fits).",
+        lower_bound=1,
+    )
+    flags.DEFINE_float(
+        "utilisation",
+        None,
+        "For --plan: the share of the chip's peak FLOP/s that training is taken to reach (default:"
+        f" {UTILISATION}).",
+    )
     manual = sys.modules["__main__"].__doc__
-    command_line.run(lambda: _run(experiment, options()), manual=manual)
+    command_line.run(lambda: _main(experiment), manual=manual)
+
+
+def _main(experiment: Experiment) -> None:
+    if command_line.FLAGS.plan:
+        if command_line.FLAGS.report_only:
+            raise ValueError("--report_only: there is nothing to report in a --plan")
+        _plan(experiment, options())
+        return
+    for flag in ("chip", "chips", "utilisation"):
+        value = command_line.FLAGS[flag].value
+        if value is not None:
+            raise ValueError(f"--{flag}={value}: is for --plan, which is not there")
+    _run(experiment, options())
 
 
 def options() -> Options:
@@ -60,6 +97,16 @@ def override(item: str) -> tuple[str, object]:
     if key == "train.seed":
         raise ValueError(f"--set={item}: seeds are 0, 1, ...; --seeds says how many")
     return key, value
+
+
+def _plan(experiment: Experiment, options: Options) -> None:
+    parsed = command_line.FLAGS
+    utilisation = UTILISATION if parsed.utilisation is None else parsed.utilisation
+    hardware = Hardware(parsed.chip or CHIP, parsed.chips, utilisation)
+    planned = plan_arms(experiment, options, hardware)
+    print(text.to_text(plan_tables.table(planned)))
+    for block in plan_tables.notes(experiment, options, hardware, planned):
+        print("\n" + block)
 
 
 def _run(experiment: Experiment, options: Options) -> None:

@@ -24,6 +24,12 @@ def parse(text: str) -> tuple[str, Any]:
     return key, _value(value)
 
 
+def write(key: str, value: Any) -> str:
+    """`KEY=VALUE` from which `parse` gets the same key and value: `("a.b", 3)` is "a.b=3"."""
+    as_it_stands = f"{key}={value}"
+    return as_it_stands if parse(as_it_stands) == (key, value) else f"{key}={value!r}"
+
+
 def _value(text: str) -> Any:
     if text in _WORDS:
         return _WORDS[text]

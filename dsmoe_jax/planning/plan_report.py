@@ -26,15 +26,13 @@ def stage_to_plan(config: Config) -> tuple[Config, str]:
 
 def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip: str) -> str:
     """The plan in a few lines: flags, memory, traffic, and the best mesh without each axis."""
-    flags = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
-    flags.append(f"--config.train.accumulation_steps={plan.accumulation_steps}")
     chips = math.prod(plan.sizes.values())
     hbm_gb = CHIPS[chip].hbm_gb
     limit = planner.USABLE * hbm_gb
     lines = [
         f"{config.name} on {chips} {chip}: {planner.shape(plan.sizes)},"
         f" micro-batches {plan.accumulation_steps}",
-        f"flags    {' '.join(flags)}",
+        f"flags    {' '.join(planner.flags(plan))}",
         f"memory   {plan.used:.1f} of {hbm_gb} GB a chip: {planner.listing(plan.memory)}",
         f"traffic  {plan.moved:.1f} GB a chip and step: {planner.listing(plan.traffic) or 'none'}",
     ]

@@ -97,6 +97,36 @@ def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
     """
     check_chip(chip)
     state = state_shapes(config)
+    plans = _considered(config, state, chip, chips)
+    if not plans:
+        raise ValueError(_no_mesh(config, state, chips))
+    smallest = min(plans, key=lambda plan: plan.used)
+    _refuse_unless_it_fits(config, chip, smallest, "the least is", "take more chips")
+    best = _best_that_fits(plans, chip)
+    assert best is not None
+    return best, plans
+
+
+def propose_fewest(config: Config, chip: str) -> Plan:
+    """The plan of `propose` on the fewest chips, a power of two, on which one fits.
+
+    Raises:
+      ValueError: for an unknown chip, or if none of the powers of two up to 65,536 fits.
+    """
+    check_chip(chip)
+    state = state_shapes(config)
+    for power in range(17):
+        best = _best_that_fits(_considered(config, state, chip, 2**power), chip)
+        if best is not None:
+            return best
+    raise ValueError(
+        f"--chip={chip}: {config.name} with its batch of {config.train.global_batch_size}"
+        " (train.global_batch_size) fits no power of two of them; name a number with --chips"
+    )
+
+
+def _considered(config: Config, state: TrainState, chip: str, chips: int) -> list[Plan]:
+    """The plans of all meshes, each with ever more micro-batches until it fits."""
     limit = USABLE * CHIPS[chip].hbm_gb
     plans = []
     for sizes in meshes(state, chips):
@@ -104,12 +134,12 @@ def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
             plans.append(estimate(config, state, sizes, accumulation_steps))
             if plans[-1].used <= limit:
                 break  # more micro-batches would only gather the weights more often
-    if not plans:
-        raise ValueError(_no_mesh(config, state, chips))
-    smallest = min(plans, key=lambda plan: plan.used)
-    _refuse_unless_it_fits(config, chip, smallest, "the least is", "take more chips")
-    fitting = [plan for plan in plans if plan.used <= limit]
-    return min(fitting, key=lambda plan: (plan.moved, plan.used)), plans
+    return plans
+
+
+def _best_that_fits(plans: list[Plan], chip: str) -> Plan | None:
+    fitting = [plan for plan in plans if plan.used <= USABLE * CHIPS[chip].hbm_gb]
+    return min(fitting, key=lambda plan: (plan.moved, plan.used), default=None)
 
 
 def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
@@ -328,6 +358,12 @@ def _exchange(
         # Two sums a layer each way; a sum is a scatter and a gather.
         "tensor": 8 * model.num_hidden_layers * vectors * (1 - 1 / sizes["tensor"]),
     }
+
+
+def flags(plan: Plan) -> list[str]:
+    """The flags of `train` that give it the mesh and the micro-batches of a plan."""
+    meshes = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
+    return [*meshes, f"--config.train.accumulation_steps={plan.accumulation_steps}"]
 
 
 def shape(sizes: dict[str, int]) -> str:

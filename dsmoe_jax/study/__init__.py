@@ -5,6 +5,7 @@ measures     numbers by which runs are compared
 claims       statements about measures of arms; verdicts: whether the runs confirm them
 probes       measurements of a trained model under an intervention
 fairness     refuses comparisons that are not fair
+plans        sizes, FLOPs and chip-hours of its runs before they are trained; launch lines
 cells        the runs of an experiment: an arm with a seed, and its workdir
 runner       trains and probes the runs that are missing
 results      results.jsonl; histories: values logged over training

@@ -51,6 +51,11 @@ class Arm:
         """The arm's directory name: "Hash Layer" -> "hash_layer"."""
         return _slug(self.label)
 
+    def config_file(self, scale: str) -> str:
+        """The config as on the command line: "configs/dsmoe_2b.py:demo,split=2"."""
+        argument = f"{scale},{self.options}" if self.options else scale
+        return f"configs/{self.config}.py:{argument}"
+
     def run_config(self, scale: str, seed: int, overrides: Mapping[str, Any] = NOTHING) -> Config:
         """The config of one run of this arm.
 
@@ -62,9 +67,7 @@ class Arm:
         Raises:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
-        argument = f"{scale},{self.options}" if self.options else scale
-        loaded = files.load(f"configs/{self.config}.py:{argument}")
-        config = config_lib.from_config_dict(loaded)
+        config = config_lib.from_config_dict(files.load(self.config_file(scale)))
         return config_lib.replace(config, **{**self.overrides, **overrides, "train.seed": seed})
 
     def measured_config(self, config: Config) -> Config:

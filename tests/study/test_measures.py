@@ -9,7 +9,7 @@ import pytest
 from dsmoe_jax.report import tables
 from dsmoe_jax.study import measures, results
 from dsmoe_jax.study.claims import bounded
-from dsmoe_jax.study.measures import RESULTS, Measure
+from dsmoe_jax.study.measures import RESULTS, Measure, Outcome
 from dsmoe_jax.study.verdicts import judge
 from experiments.v1.table1 import EXPERIMENT
 
@@ -59,6 +59,14 @@ def test_committed_results_are_read(path, tmp_path):
     results.write_rows(tmp_path / "results.jsonl", rows)
     again = (tmp_path / "results.jsonl").read_text().splitlines()
     assert list(map(json.loads, again)) == list(map(json.loads, path.read_text().splitlines()))
+
+
+def test_traffic_is_that_of_all_layers_and_devices_at_the_end():
+    config = EXPERIMENT.arm("GShard").run_config("smoke", 0)
+    rows = [{"device_megabytes": [[n, n], [n, 2 * n]]} for n in range(1, 11)]
+    read = measures.MEASURES["device_megabytes"].read
+    assert read(Outcome(config, config, rows)) == pytest.approx(5 * (9 + 10) / 2)
+    assert read(Outcome(config, config, [{"loss": 1.0}])) is None  # one device
 
 
 def test_a_measure_newer_than_a_row_is_missing_there():

@@ -62,6 +62,7 @@ def test_trains_models_then_only_reports_and_the_models_can_be_probed(tmp_path):
     ("argument", "message"),
     [
         ("--scale=smokey", "smokey"),
+        ("--chips=8", "--chips=8: is for --plan, which is not there"),
         ("--set=train.stepz=3", "train.stepz=3: no such key; did you mean train.steps?"),
     ],
 )
@@ -73,9 +74,22 @@ def test_wrong_arguments_are_one_line(tmp_path, argument, message):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_plan_is_printed_and_nothing_is_written(tmp_path):
+    done = run(
+        "experiments.v1.fig5", "--scale=paper", "--plan", "--chips=64", f"--results={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = done.stdout.splitlines()
+    assert "chip-hours" in head
+    assert [row.split()[0] for row in rows[:2]] == ["GShard", "DeepSeekMoE"]
+    assert "fig5 trains nothing: it measures these models of experiments.v1.table1" in done.stdout
+    assert done.stdout.count("python -m dsmoe_jax train --config=") == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_lists_the_options():
     done = run("experiments.table1", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("DeepSeekMoE against a dense model")
-    for option in ("--scale", "--seeds", "--results", "--arms", "--set", "--report_only"):
+    for option in ("--scale", "--seeds", "--results", "--arms", "--set", "--report_only", "--plan"):
         assert option.removeprefix("--") in done.stdout

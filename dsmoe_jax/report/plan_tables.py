@@ -1,0 +1,72 @@
+"""Plans of an experiment for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.planning import planner
+from dsmoe_jax.report.blocks import Table
+from dsmoe_jax.report.numbers import short
+from dsmoe_jax.study.cells import Options
+from dsmoe_jax.study.experiment import Experiment, ProbeArm
+from dsmoe_jax.study.plans import Hardware, PlannedArm
+
+_HEAD = (
+    "",
+    "parameters",
+    "activated",
+    "tokens",
+    "FLOPs",
+    "chips",
+    "chip-hours",
+    "hours",
+    "micro-batches",
+    "mesh",
+)
+
+
+def table(planned: Sequence[PlannedArm]) -> Table:
+    """One row an arm; costs of one seed."""
+    return Table(_HEAD, [_row(arm) for arm in planned])
+
+
+def _row(arm: PlannedArm) -> list[str]:
+    return [
+        arm.label,
+        short(arm.parameters),
+        short(arm.activated),
+        short(arm.tokens),
+        f"{arm.flops:.3g}",
+        f"{arm.chips}",
+        _hours(arm.chip_hours),
+        _hours(arm.chip_hours / arm.chips),
+        f"{arm.plan.accumulation_steps}",
+        planner.shape(arm.plan.sizes),
+    ]
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def notes(
+    experiment: Experiment, options: Options, hardware: Hardware, planned: Sequence[PlannedArm]
+) -> list[str]:
+    """What the numbers are, the cost of all seeds, and the command line of each arm."""
+    seeds = experiment.seeds[options.scale] if options.seeds is None else options.seeds
+    peak = CHIPS[hardware.chip].peak_flops / 1e12
+    hours = _hours(seeds * sum(arm.chip_hours for arm in planned))
+    plural = "" if seeds == 1 else "s"
+    lines = [
+        f"One seed each; all arms with {seeds} seed{plural}: {hours} chip-hours.  FLOPs: training,"
+        f" at the widths really used.  Hours: at {100 * hardware.utilisation:g} % of the"
+        f" {peak:g} TFLOP/s of {hardware.chip}."
+    ]
+    measured = {a.experiment.module: None for a in experiment.arms if isinstance(a, ProbeArm)}
+    if measured:
+        modules = " and ".join(measured)
+        lines.append(f"{experiment.name} trains nothing: it measures these models of {modules}.")
+    if any(arm.config.data.corpus is None for arm in planned):
+        lines.append("CORPUS stands for a text of one's own, see docs/data.md.")
+    return lines + [f"{arm.label}:\n  {arm.command}" for arm in planned]
