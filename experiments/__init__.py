@@ -1,5 +1,26 @@
 """One module a table or figure, by paper: a literal `Experiment`, see `dsmoe_jax/study`.
 
-v1          DeepSeekMoE (arXiv 2401.06066)
-balancing   ways to balance the load of the experts, from several papers
+`python -m experiments.FOLDER.NAME --scale=demo` runs one, `--plan` says what it would cost.
+
+v1, DeepSeekMoE (arXiv 2401.06066):
+    table1             dense, Hash, Switch, GShard, DeepSeekMoE (table 1)
+    table2             GShard of 1.5 times the experts, the dense bound (table 2)
+    table3             16B beside the dense 7B (table 3)
+    table6             145B and half activated 142B beside GShard 137B and the dense 67B (table 6)
+    fig3               a shared expert, then finer experts (figure 3)
+    fig4               without the best routed experts; probes of table2 (figure 4)
+    fig5               3 to 7 routed experts in evaluation; probes of table1 (figure 5)
+    fig6               trained with half the activated experts (figure 6)
+    shared_ratio       1, 2 or 4 shared experts of 64 (section 4.4)
+    no_shared_expert   a routed expert in place of the shared one; probes of table1 (section 4.5)
+v2, DeepSeek-V2 (2405.04434):
+    device_limits      a token's experts on at most M devices (section 2.2.2)
+    dropping           by device; protected sequences; in evaluation too (section 2.2.4)
+v3, DeepSeek-V3 (2412.19437) and what it builds on:
+    scoring            softmax or sigmoid affinities, gates normalised or not (section 2.1.2)
+    balance_scopes     balance over a sequence, the batch, by a bias (section 4.5.3; 2408.15664)
+    expert_counts      8 to 512 experts to choose from (2101.03961; 2202.01169)
+balancing, ways to balance the load of the experts:
+    balance            losses and the loss-free bias (V1 section 3.3; V3 section 2.1.2)
+    balanced_routers   V2, V3, Sinkhorn, REINFORCE, expert choice, BASE (their papers)
 """
