@@ -104,6 +104,7 @@ def test_four_processes_of_which_one_is_killed_where_two_go_on(
     """
     run, victim = Run(launcher, tmp_path / "run", 4), moment.randint(0, 3)
     run.wait_for_row(moment.randint(3, 9))
+    run.wait_for_checkpoint()
     run.trainers[victim].send(signal.SIGKILL)
     others_end(run, victim)
 

@@ -11,6 +11,7 @@ import multiprocessing.forkserver
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -65,8 +66,18 @@ class Run:
 
     def wait_for_row(self, n: int) -> None:
         """Until n steps are logged."""
+        self._wait(lambda: (self.workdir / "metrics.jsonl").exists() and self._rows() >= n)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until one is whole: it is written in the background, and may be later than its row."""
+        self._wait(lambda: any((self.workdir / "checkpoints").glob("[0-9]")))
+
+    def _rows(self) -> int:
+        return len(read_rows(self.workdir))
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE
-        while not (self.workdir / "metrics.jsonl").exists() or len(read_rows(self.workdir)) < n:
+        while not condition():
             assert time.monotonic() < end
             assert all(t.process.is_alive() for t in self.trainers), self.end()
             time.sleep(0.01)
