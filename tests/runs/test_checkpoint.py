@@ -1,18 +1,17 @@
 """Items of a checkpoint: loaded one by one, checked one by one, and never held twice."""
 
 import json
-import re
 import shutil
+import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from dsmoe_jax.runs.checkpoint import Checkpoints, target
+from tests.tools.patience import PATIENCE
 
 MEGABYTE = 1_000_000
 
@@ -21,29 +20,43 @@ def shapes_of(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
+# In a process that has freed nothing: memory to use again would hide a second copy.
+RESTORE = """
+import re, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from dsmoe_jax.runs.checkpoint import Checkpoints, target
+
 def resident(key):
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+n = int(sys.argv[2])
+shapes = {f"w{i}_DD": jax.ShapeDtypeStruct((1250, 1000), jnp.float32) for i in range(n)}
+wanted = target(shapes)
+Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+before = resident("VmRSS")
+restored = Checkpoints(Path(sys.argv[1]), keep=None).restore(1, {"state": wanted}).items["state"]
+assert all((np.asarray(restored[f"w{i}_DD"]) == i).all() for i in range(n))
+print(resident("VmHWM") - before)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of resident memory")
 def test_restoring_holds_nothing_twice(tmp_path):
-    rng = np.random.default_rng(0)
-    # So many that the buffers of those on their way, some 100 MB, do not decide.
-    arrays = {f"w{i}_DD": rng.standard_normal((1250, 1000), np.float32) for i in range(80)}
-    state = {name: jnp.asarray(array) for name, array in arrays.items()}
+    n = 80
+    state = {f"w{i}_DD": jnp.full((1250, 1000), i, jnp.float32) for i in range(n)}
     size = sum(x.nbytes for x in state.values())
     assert size == 400 * MEGABYTE
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, {"state": state}, {})
     checkpoints.close()
-    wanted = target(shapes_of(state))
-    del state
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    before = resident("VmRSS")
-    restored = Checkpoints(tmp_path, keep=None).restore(1, {"state": wanted}).items["state"]
-    assert resident("VmHWM") - before < 1.35 * size
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(restored[name], array)
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(tmp_path), str(n)],
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # With the buffers of arrays on their way it is 1.2 to 1.9 times as much; a second copy adds 1.
+    assert int(done.stdout) < 2.1 * size
 
 
 @pytest.fixture
