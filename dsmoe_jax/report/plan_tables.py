@@ -53,7 +53,7 @@ def _hours(value: float) -> str:
 def notes(
     experiment: Experiment, options: Options, hardware: Hardware, planned: Sequence[PlannedArm]
 ) -> list[str]:
-    """What the numbers are, the cost of all seeds, and the command line of each arm."""
+    """Lines below the table: meaning of the numbers, cost of all seeds, command of each arm."""
     seeds = experiment.seeds[options.scale] if options.seeds is None else options.seeds
     peak = CHIPS[hardware.chip].peak_flops / 1e12
     hours = _hours(seeds * sum(arm.chip_hours for arm in planned))

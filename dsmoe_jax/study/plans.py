@@ -20,7 +20,7 @@ from dsmoe_jax.study.experiment import Arm, Experiment, ProbeArm
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What an experiment is planned for.
+    """The chips that an experiment is planned for.
 
     Attributes:
       chip: a name in `CHIPS`.

@@ -62,7 +62,7 @@ def test_repeats_and_blanks_are_dropped():
 
 
 def test_repeats_are_kept_on_one_side():
-    """Of 50 documents each twice and ten more times; also those that are copies across groups."""
+    """Copies of 50 documents, ten of them in three; also those in several groups."""
     documents = [*_documents(50), *_documents(50, lambda i: "one group"), *_documents(10)]
     split = choose(documents, "d", keep_repeats=True)
     assert (split.repeats, len(split.train + split.validation)) == (0, 110)

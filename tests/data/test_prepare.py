@@ -332,7 +332,7 @@ def test_another_text_column(tmp_path: Path):
 
 class TestTokenizerOfOthers:
     def test_is_used(self, text: Path, tmp_path: Path):
-        """That of another corpus: the ids are those that Hugging Face's library gives."""
+        """The tokenizer of another corpus: the ids are those that Hugging Face's library gives."""
         first = prepare(str(text), tmp_path / "first", **SIZES)
         _write(tmp_path / "more.jsonl", "more", 30)
         second = prepare(

@@ -120,7 +120,7 @@ def test_damaged_parquet_names_the_row(tmp_path: Path):
 
 
 def _write_saved_dataset(path: Path, rows: list[dict[str, str]]) -> None:
-    """What the fake `datasets` of `datasets_installed` reads, under the names of the library."""
+    """Files with the library's names, for the fake one of `datasets_installed`."""
     path.mkdir(parents=True)
     for name in ("state.json", "dataset_info.json"):
         (path / name).write_text("{}", "utf-8")

@@ -49,7 +49,7 @@ def to_measure(path, run):
 
 
 def nats(run, text):
-    """Of every token of a text and the end after it, and their number, one document at a time."""
+    """Nats of all tokens of a text and of its end, and their number; one document at a time."""
     eos = run.corpus.tokenizer.eos_id
     ids = [eos, *run.corpus.tokenizer.encode_batch([text])[0], eos]
     batch = {

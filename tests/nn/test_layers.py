@@ -14,7 +14,7 @@ def bfloat16(size, key):
 
 
 def assert_float32_sums(found, x, w):
-    """Of n products in any order: each addition is wrong by at most half an eps of the sum."""
+    """Checks sums of n products in any order: an addition errs by half an eps at most."""
     x, w = (np.asarray(a, np.float64) for a in (x, w))
     bound = w.shape[-1] * np.finfo(np.float32).eps * (np.abs(x) @ np.abs(w).T)
     assert (np.abs(np.asarray(found) - x @ w.T) <= bound).all()

@@ -25,7 +25,7 @@ LUCK = 0.5
 
 
 class Processor(NamedTuple):
-    """What to compute as: the kernels' level of x86-64, XLA's most modern instructions, threads."""
+    """The processor to compute as: the kernels' level of x86-64, XLA's instructions, threads."""
 
     level: str
     xla: str | None
