@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from dsmoe_jax.report import load_plots, loss_plots, probe_plots
+from dsmoe_jax.report import line_plots, load_plots, loss_plots
 from dsmoe_jax.report.style import styled
 from dsmoe_jax.study.measures import MEASURES
 from dsmoe_jax.study.results import Comparison
@@ -35,9 +35,10 @@ PLOTS: dict[str, Plot] = {
         loss_plots.final,
     ),
     "over_x": Plot(
-        "Under the intervention",
-        "A line a trained model, mean over seeds; a level line is a model as it was trained.",
-        probe_plots.over_x,
+        "Over what the arms vary",
+        "Lines join means over seeds, small dots are single runs; a level line is a model to which"
+        " nothing was done.",
+        line_plots.over_x,
     ),
     "learning_curves": Plot(
         "Learning curves",

@@ -124,6 +124,7 @@ def label_ends(
     ax: Axes,
     ends: Mapping[AnyArm, float],
     names: Mapping[AnyArm, str] = NO_NAMES,
+    colours: Mapping[AnyArm, str] = NO_NAMES,
 ) -> None:
     """Writes each arm's name beside the end of its line, moved apart where they would touch.
 
@@ -132,9 +133,11 @@ def label_ends(
       ax: with the lines.
       ends: the last value of each line.
       names: in place of the arms' labels.
+      colours: in place of the arms' colours.
     """
-    last = max(float(np.max(line.get_xdata())) for line in ax.lines)
-    ax.set_xlim(right=1.015 * last)  # room for a marker at the end
+    if ax.get_xscale() == "linear":
+        last = max(float(np.max(line.get_xdata())) for line in ax.lines)
+        ax.set_xlim(right=1.015 * last)  # room for a marker at the end
     low, high = ax.get_ylim()
     gap = 0.065
     order = sorted(ends, key=lambda arm: ends[arm])
@@ -147,8 +150,9 @@ def label_ends(
         places[i] = min(places[i], places[i + 1] - gap)
     for arm, y, place in zip(order, wanted, places, strict=True):
         line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        ink = colours.get(arm) or colour(comparison, arm)
         ax.annotate(
             short(names.get(arm, arm.label)), (1.0, y), (1.06, float(place)),
-            xycoords="axes fraction", va="center", color=colour(comparison, arm),
-            annotation_clip=False, arrowprops={**line, "color": colour(comparison, arm)},
+            xycoords="axes fraction", va="center", color=ink,
+            annotation_clip=False, arrowprops={**line, "color": ink},
         )  # fmt: skip

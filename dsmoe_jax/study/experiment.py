@@ -38,6 +38,8 @@ class Arm:
       options: of that file, as on the command line: "split=2,shared=1".
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       overrides: dotted config keys to change, for settings that no config file has.
+      x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
+      line: name of the line that joins arms with `x` in a picture.
     """
 
     label: str
@@ -45,6 +47,8 @@ class Arm:
     options: str = ""
     paper_loss: float | None = None
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    x: float | None = None
+    line: str = ""
 
     @property
     def slug(self) -> str:
@@ -99,6 +103,11 @@ class ProbeArm:
 
     def __post_init__(self) -> None:
         self.experiment.arm(self.trained)
+
+    @property
+    def line(self) -> str:
+        """Name of the line that joins the probes of one model in a picture."""
+        return self.trained
 
     @property
     def slug(self) -> str:
@@ -165,7 +174,8 @@ class Experiment:
         (data, order, seed, steps, batch, learning rate, attention) must be the same.
       measures: columns of the results table; () is every measure that has a column there.
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
-      x_axis: label of the axis of the probe arms' `x`.
+      x_axis: label of the axis of the arms' `x`.
+      x_scale: of that axis, "linear" or "log".
       seeds: their default number at each scale.
     """
 
@@ -180,6 +190,7 @@ class Experiment:
     measures: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
     x_axis: str = ""
+    x_scale: str = "linear"
     seeds: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"smoke": 1, "demo": 3, "proxy": 1, "paper": 1}
     )

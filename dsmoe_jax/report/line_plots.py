@@ -1,0 +1,76 @@
+"""A measure over a quantity that the arms vary: a rate, a width, how many experts are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from dsmoe_jax.report.style import ARM_COLOURS, MARKERS, axes, label_ends
+from dsmoe_jax.study.experiment import AnyArm
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.results import Comparison
+
+LOG = "log"
+ByLabel = Mapping[str, Mapping[int, float]]  # label -> seed -> value
+
+
+def over_x(comparison: Comparison) -> Figure | None:
+    """The main measure over `x`: a line of means over seeds, small dots for single runs.
+
+    Arms with the same `line` are joined; an arm without `x` is a level line.
+    """
+    experiment = comparison.experiment
+    values = comparison.by_seed(experiment.main_measure)
+    found = [arm for arm in comparison.arms if arm.label in values]
+    lines: dict[str, list[AnyArm]] = {}
+    for arm in found:
+        lines.setdefault(arm.line if arm.x is not None else arm.label, []).append(arm)
+    if all(arm.x is None for arm in found):
+        return None
+    figure, ax = axes(right=0.75)
+    if experiment.x_scale == LOG:
+        ax.set_xscale("log")
+    names = dict.fromkeys(arm.line if arm.x is not None else arm.label for arm in experiment.arms)
+    styles = {name: (ARM_COLOURS[i % 7], MARKERS[i % 7]) for i, name in enumerate(names)}
+    ends: dict[AnyArm, float] = {}
+    ends_of: dict[AnyArm, str] = {}
+    for name, arms in lines.items():
+        last = _draw(ax, arms, values, *styles[name])
+        ends[last] = _mean(values[last.label])
+        ends_of[last] = name
+    _ticks(ax, sorted({arm.x for arm in found if arm.x is not None}), experiment.x_scale)
+    ax.set_xlabel(experiment.x_axis)
+    ax.set_ylabel(MEASURES[experiment.main_measure].label)
+    colours = {arm: styles[name][0] for arm, name in ends_of.items()}
+    label_ends(comparison, ax, ends, ends_of, colours)
+    return figure
+
+
+def _draw(ax: Axes, arms: list[AnyArm], values: ByLabel, colour: str, marker: str) -> AnyArm:
+    """Draws one line; returns the arm at its end."""
+    if arms[0].x is None:
+        ax.axhline(_mean(values[arms[0].label]), color=colour, lw=1.1)
+        return arms[0]
+    arms = sorted(arms, key=lambda arm: arm.x or 0.0)
+    by_seed = [list(values[arm.label].values()) for arm in arms]
+    x = [float(arm.x or 0.0) for arm in arms]
+    ax.plot(x, [np.mean(runs) for runs in by_seed], marker + "-", ms=4, color=colour)
+    for at, runs in zip(x, by_seed, strict=True):
+        if len(runs) > 1:
+            ax.scatter([at] * len(runs), runs, s=6, alpha=0.5, linewidths=0, color=colour)
+    return arms[-1]
+
+
+def _mean(by_seed: Mapping[int, float]) -> float:
+    return float(np.mean(list(by_seed.values())))
+
+
+def _ticks(ax: Axes, values: list[float], scale: str) -> None:
+    """On a logarithmic axis, a tick at each value of the arms."""
+    if scale == LOG:
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(values, [f"{value:g}" for value in values])
