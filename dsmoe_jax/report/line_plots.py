@@ -27,7 +27,7 @@ def over_x(comparison: Comparison) -> Figure | None:
     values = comparison.by_seed(experiment.main_measure)
     found = [arm for arm in comparison.arms if arm.label in values]
     lines: dict[str, list[AnyArm]] = {}
-    for arm in found:
+    for arm in sorted(found, key=lambda arm: arm.x is None):  # level lines last
         lines.setdefault(arm.line if arm.x is not None else arm.label, []).append(arm)
     if all(arm.x is None for arm in found):
         return None
