@@ -10,7 +10,7 @@ from dsmoe_jax.config import Config, files, from_config_dict, overrides, replace
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
 from dsmoe_jax.planning import papers, planner
-from dsmoe_jax.study.cells import Options
+from dsmoe_jax.study.cells import Options, make_cells
 from dsmoe_jax.study.plans import Hardware, plan_arms
 from experiments.balancing import balance
 from experiments.v1 import fig5, table1
@@ -53,13 +53,14 @@ def test_the_command_trains_the_run_of_the_experiment():
             arm.config.train, accumulation_steps=arm.plan.accumulation_steps
         )
         assert described(arm.command) == dataclasses.replace(arm.config, mesh=mesh, train=train)
-        assert f"--workdir=here/runs/balance-smoke/{written.slug}/seed0" in arm.command
+        (cell,) = make_cells(balance.EXPERIMENT, dataclasses.replace(options, arms=(written.slug,)))
+        assert f"--workdir=here/runs/models-smoke/{cell.workdir.parent.name}/seed0" in arm.command
 
 
 def test_probes_are_planned_as_the_models_that_they_measure():
     planned = plan_arms(fig5.EXPERIMENT, Options("smoke"), Hardware("h100"))
     assert [arm.label for arm in planned] == ["GShard", "DeepSeekMoE"]
-    assert "/table1-smoke/deepseekmoe/seed0" in planned[1].command
+    assert "/models-smoke/dsmoe_2b/seed0" in planned[1].command
 
 
 def test_the_fewest_chips_are_enough_and_half_of_them_are_not():
