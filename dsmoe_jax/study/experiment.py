@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dsmoe_jax import config as config_lib
-from dsmoe_jax.config import Config, files
+from dsmoe_jax.config import Config, files, trees
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.runs.loading import Run
 from dsmoe_jax.study import claims as claim_forms
@@ -21,6 +21,11 @@ from dsmoe_jax.study.claims import LOSS, Claim
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def _product(value: int | float, by: float) -> int | float:
+    """A whole number stays one; others have two digits, as one writes a learning rate."""
+    return round(value * by) if isinstance(value, int) else float(f"{value * by:.2g}")
 
 
 def _slug(label: str) -> str:
@@ -38,6 +43,8 @@ class Arm:
       options: of that file, as on the command line: "split=2,shared=1".
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       overrides: dotted config keys to change, for settings that no config file has.
+      multiples: dotted keys and the number by which the value of the scale is multiplied; the
+        product is rounded to two digits, or to a whole number where the value is one.
       x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
       line: name of the line that joins arms with `x` in a picture.
     """
@@ -47,6 +54,7 @@ class Arm:
     options: str = ""
     paper_loss: float | None = None
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    multiples: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     x: float | None = None
     line: str = ""
 
@@ -72,7 +80,11 @@ class Arm:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
         config = config_lib.from_config_dict(files.load(self.config_file(scale)))
-        return config_lib.replace(config, **{**self.overrides, **overrides, "train.seed": seed})
+        changes = {**self.overrides, **overrides, "train.seed": seed}
+        config = config_lib.replace(config, **changes)
+        values = dict(trees.flatten(trees.to_tree(config)))
+        products = {key: _product(values[key], by) for key, by in self.multiples.items()}
+        return config_lib.replace(config, **products)
 
     def measured_config(self, config: Config) -> Config:
         """The config of the measured model: that of the run."""

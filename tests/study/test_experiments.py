@@ -15,7 +15,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 MODULES = sorted(
     f"experiments.{path.parent.name}.{path.stem}"
     for path in FOLDER.glob("*/*.py")
-    if path.stem != "__init__"
+    if not path.stem.startswith("_")
 )
 
 
@@ -24,7 +24,7 @@ def load(module: str) -> Experiment:
 
 
 def test_there_are_experiments_of_every_paper():
-    assert {module.split(".")[1] for module in MODULES} == {"balancing", "v1", "v2", "v3"}
+    assert {module.split(".")[1] for module in MODULES} == {"balancing", "recipe", "v1", "v2", "v3"}
     assert "experiments.v1.table1" in MODULES
 
 

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "experiments").glob("*/*.py")
-    if path.stem != "__init__"
+    if not path.stem.startswith("_")
 )
 EXPERIMENTS = [importlib.import_module(name).EXPERIMENT for name in MODULES]
 NAMES = ["dense_2b", "hash_2b", "switch_2b", "gshard_2b", "dsmoe_2b"]
