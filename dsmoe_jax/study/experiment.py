@@ -147,6 +147,34 @@ AnyArm = Arm | ProbeArm
 
 
 @dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Models of growing compute, by which differences are expressed as compute.
+
+    Attributes:
+      experiment: that trains them.
+      line: their `Arm.line` there.
+      reference: the label of the one whose compute is the unit: it has the size and the tokens of
+        the compared arms.
+    """
+
+    experiment: Experiment = dataclasses.field(hash=False)
+    line: str
+    reference: str
+
+    def __post_init__(self) -> None:
+        if self.reference not in [arm.label for arm in self.arms]:
+            raise ValueError(
+                f"reference={self.reference!r}: must be an arm of {self.experiment.name} with"
+                f" line={self.line!r}"
+            )
+
+    @property
+    def arms(self) -> tuple[AnyArm, ...]:
+        """The arms on the line."""
+        return tuple(arm for arm in self.experiment.arms if arm.line == self.line)
+
+
+@dataclasses.dataclass(frozen=True)
 class Equal:
     """A rule: `quantity` differs between arms by at most `tolerance`, relative to the first one."""
 
@@ -184,8 +212,12 @@ class Experiment:
       claims: to be judged, besides the orderings that follow from the arms' `paper_loss`.
       may_differ: config keys (or sections, ending in a dot) in which arms may differ.  All others
         (data, order, seed, steps, batch, learning rate, attention) must be the same.
+      measured_may_differ: of tokens, validation_tokens and data_fingerprint those in which finished
+        runs may differ.
       measures: columns of the results table; () is every measure that has a column there.
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
+      analyses: names in `report.analyses.ANALYSES`, in the order in which they are shown.
+      baseline: whose compute the analysis "effective_compute" counts in; None without one.
       x_axis: label of the axis of the arms' `x`.
       x_scale: of that axis, "linear" or "log".
       seeds: their default number at each scale.
@@ -199,8 +231,11 @@ class Experiment:
     equal: tuple[Equal, ...] = ()
     claims: tuple[Claim, ...] = ()
     may_differ: tuple[str, ...] = ("name", "model.moe.")
+    measured_may_differ: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
+    analyses: tuple[str, ...] = ()
+    baseline: Baseline | None = None
     x_axis: str = ""
     x_scale: str = "linear"
     seeds: Mapping[str, int] = dataclasses.field(
@@ -222,6 +257,8 @@ class Experiment:
         for label in (*named, *(label for claim in self.claims for label in claim.weights)):
             self.arm(label)
         measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
+        if "effective_compute" in self.analyses and self.baseline is None:
+            raise ValueError(f"{self.name}: baseline=None: effective_compute needs one")
         sizes = [name for name, measure in measures.MEASURES.items() if measure.from_config]
         for rule in self.equal:
             if rule.quantity not in sizes:

@@ -10,6 +10,7 @@ choose experts are in balanced_routers.py.  The results are in docs/routers_and_
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 NONE = {"model.moe.balance.expert": None}
 GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
@@ -39,6 +40,8 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
     claims=tuple(below(label, "nothing", measure="maxvio_running") for label in EVEN_OUT),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m experiments.v1.shared_ratio --scale=demo
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 ARMS = (
     Arm("1 + 63 (7)", "dsmoe_2b", "shared=1", paper_loss=V1["dsmoe_2b"].loss),
@@ -22,6 +23,8 @@ EXPERIMENT = Experiment(
     " or four. (Arms read: shared + routed experts, routed ones activated.)",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

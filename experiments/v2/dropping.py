@@ -10,6 +10,7 @@ evaluation consistent and prints no number, so nothing is claimed here.
 
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 DEVICES = {
     "model.moe.expert_groups": 7,
@@ -42,6 +43,8 @@ EXPERIMENT = Experiment(
     " work; sequences that never lose a token keep a model fit for evaluation without dropping.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and the FLOPs are equal but for the router, which has one row an expert.  64 is 
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import decreasing, larger_change
 from dsmoe_jax.study.experiment import Arm, Equal, Experiment
+from experiments.laws import sizes
 
 TOTALS = (8, 16, 32, 64, 128, 256, 512)
 ARMS = tuple(
@@ -41,6 +42,8 @@ EXPERIMENT = Experiment(
             source="2202.01169 section 5",
         ),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":
