@@ -24,6 +24,7 @@ recipe, the training settings of a scale:
     rates              the peak learning rate of each model (V1 section 4.1.3)
     batches            the batch size at the same number of tokens
     deviations         the standard deviation of the initial weights
+    lengths            half to four times the steps
 laws, of the loss:
     granularity        m = 1 to 16 experts of each FFN, at equal FLOPs (2402.07871; 2507.17702)
     granularity_time   the same at equal wall-clock

@@ -1,4 +1,6 @@
-"""The analyses of a report: laws fitted to its losses.  A new one is a function and a line below.
+"""The analyses of a report: laws fitted to its losses, and the best of a sweep.
+
+A new one is a function and a line below.
 
 Every function takes a `Comparison` and the directory of all results, and returns blocks.  Where
 runs are missing, or say too little for a law, the block says so.
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dsmoe_jax.report import compute_analyses, granularity_analyses
+from dsmoe_jax.report import compute_analyses, granularity_analyses, sweep_analyses
 from dsmoe_jax.report.blocks import Block
 from dsmoe_jax.report.style import styled
 from dsmoe_jax.study.results import Comparison
@@ -22,6 +24,7 @@ ANALYSES: dict[str, Analysis] = {
     "granularity_law": granularity_analyses.law,
     "granularity_u_shape": granularity_analyses.u_shape,
     "equal_time": granularity_analyses.equal_time,
+    "best_of_lines": sweep_analyses.best_of_lines,
     "compute_law": compute_analyses.law,
     "effective_compute": compute_analyses.effective_compute,
 }

@@ -81,10 +81,17 @@ class Arm:
         """
         config = config_lib.from_config_dict(files.load(self.config_file(scale)))
         changes = {**self.overrides, **overrides, "train.seed": seed}
-        config = config_lib.replace(config, **changes)
+        return self._multiplied(config_lib.replace(config, **changes))
+
+    def _multiplied(self, config: Config) -> Config:
         values = dict(trees.flatten(trees.to_tree(config)))
         products = {key: _product(values[key], by) for key, by in self.multiples.items()}
         return config_lib.replace(config, **products)
+
+    def changed_values(self, scale: str, overrides: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
+        """The values of the keys in `multiples` at a scale, see `run_config`."""
+        values = dict(trees.flatten(trees.to_tree(self.run_config(scale, 0, overrides))))
+        return {key: values[key] for key in self.multiples}
 
     def measured_config(self, config: Config) -> Config:
         """The config of the measured model: that of the run."""

@@ -24,6 +24,7 @@ EXPERIMENT = Experiment(
     may_differ=("name", "model.moe.", KEY),
     measures=("validation_loss", "validation_bits_per_byte", "maxvio", "dead_experts"),
     pictures=("over_x",),
+    analyses=("best_of_lines",),
     x_axis="initial standard deviation, times that of the scale",
     x_scale="log",
     seeds={"smoke": 1, "demo": 2, "gpu": 1, "proxy": 1, "paper": 1},

@@ -26,6 +26,7 @@ EXPERIMENT = Experiment(
     may_differ=("name", "model.moe.", sweep.RATE),
     measures=("validation_loss", "validation_bits_per_byte", "maxvio", "dead_experts"),
     pictures=("over_x",),
+    analyses=("best_of_lines",),
     x_axis="peak learning rate, times that of the scale",
     x_scale="log",
     seeds={"smoke": 1, "demo": 2, "gpu": 1, "proxy": 1, "paper": 1},
