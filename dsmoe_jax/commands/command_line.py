@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from.")
 _CONFIG_HELP = (
     "Config file, with the scale after a colon: configs/dsmoe_2b.py:demo (scales: paper, proxy,"
-    " demo, smoke).  Any key is changed by its dotted name:"
+    " gpu, demo, smoke).  Any key is changed by its dotted name:"
     " --config.model.num_hidden_layers=4 --config.train.seed=1"
 )
 # KEY=VALUE of each --config.KEY=VALUE, kept here because absl needs the name of every flag.

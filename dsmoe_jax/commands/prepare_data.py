@@ -5,11 +5,16 @@ python -m dsmoe_jax prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 
     --sequence_length=2048
 python -m dsmoe_jax prepare_data --corpus=more_texts/ --validation=held_out.jsonl --out=OTHER \\
     --tokenizer=DIR --sequence_length=2048
+python -m dsmoe_jax prepare_data --corpus=gpu --out=DIR --vocab_size=8192 --sequence_length=1024 \\
+    --pack=gpu.tar.xz --max_packed_mb=40
 
 What a path may hold, and what of it is held out, is written down in docs/data.md.
 
 Training prepares a missing corpus by itself; one that is prepared here can be shared and inspected.
 `--config.data.corpus=DIR` trains on it.
+
+A machine without a network takes it as one file: --pack writes it, `--config.data.corpus=FILE.tar.xz`
+trains on it.  --max_packed_mb finds the largest cap of a domain with which that file is no larger.
 """
 
 from __future__ import annotations
@@ -19,17 +24,19 @@ from typing import Any
 from absl import flags
 
 from dsmoe_jax.config.paths import local_path
-from dsmoe_jax.data import sources
+from dsmoe_jax.data import packed, sources
 from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.fitting import fit
 from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.prepare import prepare
-from dsmoe_jax.data.request import DEFAULT_MAX_BYTES
+from dsmoe_jax.data.selection import say
 from dsmoe_jax.data.user_files import shown
 
 _CORPUS = flags.DEFINE_string(
     "corpus",
     None,
-    "demo (downloads 70 MB), stdlib (no download), or a path: .txt, .jsonl (text, optional"
+    ", ".join(f"{name} ({corpus.download})" for name, corpus in sources.CORPORA.items())
+    + ", or a path: .txt, .jsonl (text, optional"
     " domain), .parquet, each also as .gz or .zst, a directory of them, a saved Hugging Face"
     " dataset.  Of files and folders named train, validation (valid, val, dev) and test the first"
     " are trained on, the second held out, the last left out.",
@@ -55,33 +62,69 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", None, "Inputs of a se
 _DOMAINS = flags.DEFINE_list(
     "domains",
     None,
-    f"The domains to take.  Of demo: {', '.join(sources.DEMO)}; and only when named:"
-    f" {', '.join(sources.EXTRA)}.  Of stdlib: {', '.join(sources.STDLIB)}.",
+    "The domains to take.  "
+    + "  ".join(
+        f"Of {name}: {', '.join(corpus.domains)}"
+        + (f"; and only when named: {', '.join(corpus.extra)}." if corpus.extra else ".")
+        for name, corpus in sources.CORPORA.items()
+    ),
 )
 _MAX_BYTES = flags.DEFINE_integer(
     "max_bytes_per_domain",
     None,
     "Cap on the text of a domain; by default "
-    + ", ".join(f"{size:,} ({name})" for name, size in DEFAULT_MAX_BYTES.items())
-    + ", and no cap on your own text.",
+    + ", ".join(
+        f"{corpus.max_bytes:,} ({name})"
+        for name, corpus in sources.CORPORA.items()
+        if corpus.max_bytes is not None
+    )
+    + ", and no cap on other text.",
+)
+_PACK = flags.DEFINE_string(
+    "pack", None, "Also write the corpus into this file, NAME.tar.xz; never overwritten."
+)
+_MAX_PACKED_MB = flags.DEFINE_float(
+    "max_packed_mb",
+    None,
+    "The most MB (10^6 bytes) that the packed file may have: the cap on the text of a domain is"
+    " then the largest with which it fits, and is printed.  Prepares the corpus several times.",
+    lower_bound=0.0,
 )
 
 
 def main() -> None:
     """Runs the command."""
-    corpus = prepare(
-        locate(_given(_CORPUS, "demo"), "--corpus"),
-        local_path("--out", _given(_OUT, "DIR")),
-        _VOCAB_SIZE.value if _TOKENIZER.value else _given(_VOCAB_SIZE, 4096),
-        _given(_SEQUENCE_LENGTH, 256),
-        _DOMAINS.value or None,
-        _MAX_BYTES.value,
-        validation=_VALIDATION.value,
-        tokenizer=_TOKENIZER.value,
-        text_column=_TEXT_COLUMN.value,
-        keep_repeats=_KEEP_REPEATS.value,
-    )
-    _print_table(corpus)
+    corpus = locate(_given(_CORPUS, "demo"), "--corpus")
+    out = local_path("--out", _given(_OUT, "DIR"))
+    pack = None if _PACK.value is None else local_path("--pack", _PACK.value)
+    if pack is not None:
+        packed.check_new(pack)
+    sizes = {
+        "vocab_size": _VOCAB_SIZE.value if _TOKENIZER.value else _given(_VOCAB_SIZE, 4096),
+        "sequence_length": _given(_SEQUENCE_LENGTH, 256),
+        "domains": _DOMAINS.value or None,
+        "validation": _VALIDATION.value,
+        "tokenizer": _TOKENIZER.value,
+        "text_column": _TEXT_COLUMN.value,
+        "keep_repeats": _KEEP_REPEATS.value,
+    }
+    prepared = prepare(corpus, out, max_bytes_per_domain=_max_bytes(corpus, sizes), **sizes)
+    _print_table(prepared)
+    if pack is not None:
+        say(f"packing {pack}")
+        print(f"{packed.pack(prepared, pack) / 1e6:.2f} MB in {pack}")
+
+
+def _max_bytes(corpus: str, sizes: dict[str, Any]) -> int | None:
+    """The cap of a domain: the one given, or the largest with which the corpus fits."""
+    if _MAX_PACKED_MB.value is None:
+        return _MAX_BYTES.value
+    if _MAX_BYTES.value is not None:
+        raise ValueError(
+            f"--max_bytes_per_domain={_MAX_BYTES.value}: is what --max_packed_mb finds; leave out"
+            " one of them"
+        )
+    return fit(corpus, int(_MAX_PACKED_MB.value * 1e6), **sizes)
 
 
 def _given(flag: flags.FlagHolder, example: object) -> Any:

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: the files of its directory, and loading them.
+"""A prepared corpus on disk: the files of its directory, writing and loading them.
 
     manifest.json                           what the corpus is, by domain and split
     tokenizer.json                          byte-level BPE, trained on the train split
@@ -9,14 +9,22 @@ Shapes: V vocabulary.
 """
 
 import functools
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.data.packing import count_records, decode_record, read_records
+from dsmoe_jax.data.packing import (
+    count_records,
+    decode_record,
+    interleave,
+    read_records,
+    write_shards,
+)
 from dsmoe_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -81,6 +89,41 @@ class Corpus:
         return [self.directory / name for name in self.manifest["splits"][split]["shards"]]
 
 
+def write_corpus(
+    directory: Path,
+    tokenizer_json: str,
+    records: Mapping[str, list[list[bytes]]],
+    about: Mapping[str, Any],
+) -> str:
+    """Writes all files of a corpus into `directory`, the manifest last.
+
+    Args:
+      directory: exists and is empty.
+      tokenizer_json: content of `tokenizer.json`.
+      records: of each split, by domain.
+      about: the other keys of the manifest.
+
+    Returns:
+      The fingerprint.
+    """
+    (directory / TOKENIZER).write_text(tokenizer_json, "utf-8")
+    fingerprint = hashlib.sha256(tokenizer_json.encode("utf-8"))
+    fingerprint.update(str(about["sequence_length"]).encode())
+    files: dict[str, Any] = {}
+    for split in SPLITS:
+        in_order = interleave(records[split])
+        for record in in_order:
+            fingerprint.update(record)
+        files[split] = {
+            "records": len(in_order),
+            "shards": write_shards(directory, split, in_order),
+        }
+    manifest = {"format": FORMAT, "fingerprint": fingerprint.hexdigest(), **about, "splits": files}
+    content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (directory / MANIFEST).write_text(content, "utf-8")
+    return fingerprint.hexdigest()
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads `manifest.json` of a corpus directory.
 
@@ -94,8 +137,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"corpus directory {directory}: {reason}; "
             "python -m dsmoe_jax prepare_data --out makes one"
         )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
+    """The manifest with this content.
+
+    Args:
+      content: of the file.
+      path: of it, for errors.
+
+    Raises:
+      ValueError: if it is not a manifest of this format.
+    """
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also not UTF-8, also nested too deep
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

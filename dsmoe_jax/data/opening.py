@@ -8,13 +8,15 @@ import platform
 from pathlib import Path
 
 from dsmoe_jax.config import DataConfig
+from dsmoe_jax.data import packed, sources
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
+from dsmoe_jax.data.fetch import sha256_of
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
-BUILT_IN = ("demo", "stdlib")
+BUILT_IN = tuple(sources.CORPORA)
 _OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats")  # keys of `data`
 
 
@@ -49,14 +51,14 @@ def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
     name = config.corpus
     if name is None:
         raise ValueError(
-            "data.corpus=None: must be 'demo', 'stdlib', a file or directory of text, or a corpus"
+            f"data.corpus=None: must be one of {BUILT_IN}, a file or directory of text, or a corpus"
             " prepared from it"
         )
     if not is_there(name):
         raise ValueError(f"data.corpus={name!r}: no such file or directory, nor one of {BUILT_IN}")
     source = locate(name)
-    if source not in BUILT_IN and (Path(source) / MANIFEST).is_file():
-        corpus = load_corpus(source)
+    if _is_prepared(source):
+        corpus = _open_prepared(Path(source))
         _check_prepared(config, corpus)
         return corpus
     request = make_request(
@@ -87,7 +89,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
     Raises:
       ValueError: if there is no text, or it has other tokens or another length of sequences.
     """
-    prepared = (absolute(path, "corpus") / MANIFEST).is_file() and path not in BUILT_IN
+    prepared = _is_prepared(locate(path, "corpus"))
     data = DataConfig(
         path,
         sequence_length,
@@ -98,6 +100,23 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
     corpus = open_corpus(data, to_measure=path not in BUILT_IN)
     check_same_tokenizer(corpus, tokenizer_fingerprint(Tokenizer.load(tokenizer)), "the model")
     return corpus
+
+
+def _is_prepared(source: str) -> bool:
+    """Whether a located corpus is prepared already: a directory, or packed in one file."""
+    path = Path(source)
+    return source not in BUILT_IN and ((path / MANIFEST).is_file() or packed.is_packed(path))
+
+
+def _open_prepared(path: Path) -> Corpus:
+    """The corpus of a directory, or of a packed file, which is unpacked in the cache."""
+    if not packed.is_packed(path):
+        return load_corpus(path)
+    name = path.name.removesuffix(packed.SUFFIX)
+    directory = cache_directory() / "corpora" / f"{name}-{sha256_of(path)[:12]}"
+    if not directory.exists():
+        make_writable(directory.parent)
+    return packed.unpack(path, directory)
 
 
 def _check_prepared(config: DataConfig, corpus: Corpus) -> None:

@@ -4,13 +4,9 @@ The text is held in memory while it is prepared: right for corpora up to a few G
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
-import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,8 @@ import numpy as np
 
 from dsmoe_jax.data import corpus as corpus_format
 from dsmoe_jax.data import packing
-from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest
+from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest, write_corpus
+from dsmoe_jax.data.directories import make_whole
 from dsmoe_jax.data.documents import Split, num_bytes
 from dsmoe_jax.data.request import Request, absolute, make_request
 from dsmoe_jax.data.selection import read_text, say
@@ -57,28 +54,12 @@ def prepare(
 
 def fulfil(request: Request, out: Path) -> Corpus:
     """Prepares what is requested in the directory `out`; see `prepare`."""
-    if _already_prepared(out, request):
-        return load_corpus(out)
-    _make_directory(out.parent, parents=True, exist_ok=True)
-    with _locked(out.parent):
-        # Another process may have prepared it while this one waited for the lock.
-        if not _already_prepared(out, request):
-            building = out.with_name(f".{out.name}.building")
-            shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
-            _make_directory(building)
-            try:
-                _build(request, building)
-                building.replace(out)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
+    make_whole(
+        out,
+        lambda: _already_prepared(out, request),
+        lambda directory: _build(request, directory),
+    )
     return load_corpus(out)
-
-
-def _make_directory(path: Path, **options: bool) -> None:
-    try:
-        path.mkdir(**options)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be made: {error.strerror}") from error
 
 
 def _already_prepared(out: Path, request: Request) -> bool:
@@ -97,52 +78,29 @@ def _already_prepared(out: Path, request: Request) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process at a time prepare a corpus in `directory`; the lock dies with it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _build(request: Request, directory: Path) -> None:
     """Writes all files of the corpus into `directory`, the manifest last."""
     text = read_text(request)
     splits = text.splits
     tokenizer = _tokenizer(request, [text for split in splits.values() for text in split.train])
-    (directory / corpus_format.TOKENIZER).write_text(tokenizer.to_json(), "utf-8")
-
-    fingerprint = hashlib.sha256(tokenizer.to_json().encode("utf-8"))
-    fingerprint.update(str(request["sequence_length"]).encode())
     statistics = {name: _domain_entry(name, splits[name], text.origins[name]) for name in splits}
     total = sum(sum(entry["bytes"].values()) for entry in statistics.values()) / 1e6
-    files: dict[str, Any] = {}
     with contextlib.closing(ProgressLine("encoding, MB", round(total))) as line:
-        for part in corpus_format.SPLITS:
-            by_domain = [
+        records = {
+            part: [
                 _encode(getattr(split, part), i, tokenizer, request, statistics[name], part, line)
                 for i, (name, split) in enumerate(splits.items())
             ]
-            records = packing.interleave(by_domain)
-            for record in records:
-                fingerprint.update(record)
-            shards = packing.write_shards(directory, part, records)
-            files[part] = {"records": len(records), "shards": shards}
-    manifest = {
-        "format": corpus_format.FORMAT,
-        "fingerprint": fingerprint.hexdigest(),
+            for part in corpus_format.SPLITS
+        }
+    about = {
         "vocab_size": tokenizer.vocab_size,
         "sequence_length": request["sequence_length"],
         "request": request,
         "notes": text.notes,
-        "splits": files,
         "domains": list(statistics.values()),
     }
-    content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    (directory / corpus_format.MANIFEST).write_text(content, "utf-8")
+    write_corpus(directory, tokenizer.to_json(), records, about)
 
 
 def _tokenizer(request: Request, texts: list[str]) -> Tokenizer:

@@ -17,9 +17,6 @@ from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
 # Raised whenever the same request would give other records: a reader, the split, the packing.
 RECIPE = 1
-DEFAULT_MAX_BYTES = {"demo": 2_000_000, "stdlib": 1_000_000}
-"""Bytes of text kept per domain of a built-in corpus; the user's own text has no cap."""
-
 Request = dict[str, Any]
 """Keys `recipe`, `corpus`, `vocab_size`, `sequence_length`, `max_bytes_per_domain`, `domains`; what
 pins the text (`sha256`, `packages`, `python`); and those of OPTIONS that are not at their default.
@@ -62,10 +59,10 @@ def make_request(
         "corpus": corpus,
         "vocab_size": vocab_size,
         "sequence_length": sequence_length,
-        "max_bytes_per_domain": max_bytes_per_domain or DEFAULT_MAX_BYTES.get(corpus),
+        "max_bytes_per_domain": max_bytes_per_domain or _default_max_bytes(corpus),
     }
     request |= _tokenizer(tokenizer, vocab_size)
-    if corpus in DEFAULT_MAX_BYTES:
+    if corpus in sources.CORPORA:
         own = {"validation": validation, "text_column": text_column}
         for key, default in (("validation", None), ("text_column", TEXT_COLUMN)):
             if own[key] != default:
@@ -100,16 +97,20 @@ def _tokenizer(path: str | os.PathLike | None, vocab_size: int | None) -> Reques
     }
 
 
+def _default_max_bytes(corpus: str) -> int | None:
+    """The cap of a built-in corpus; the user's own text has none."""
+    return sources.CORPORA[corpus].max_bytes if corpus in sources.CORPORA else None
+
+
 def _built_in(corpus: str, domains: Sequence[str] | None) -> Request:
     """The domains of a built-in corpus, and what pins their text."""
-    if corpus == "stdlib":
-        names = check_domains(domains, sources.STDLIB) or list(sources.STDLIB)
+    built_in = sources.CORPORA[corpus]
+    names = check_domains(domains, built_in.known) or list(built_in.domains)
+    parts = [part for name in names for part in built_in.known[name]]
+    packages = {part.package for part in parts if isinstance(part, sources.Source)}
+    if not packages:
         return {"domains": names, "python": platform.python_version()}
-    known = {**sources.DEMO, **sources.EXTRA}
-    names = check_domains(domains, known) or list(sources.DEMO)
-    parts = [part for name in names for part in known[name]]
-    pins = sorted({sources.PACKAGES[part.package].pin for part in parts})
-    return {"domains": names, "packages": pins}
+    return {"domains": names, "packages": sorted(sources.PACKAGES[p].pin for p in packages)}
 
 
 def _own_text(

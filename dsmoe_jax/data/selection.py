@@ -7,7 +7,7 @@ from typing import Any
 
 from dsmoe_jax.data import sources, user_files
 from dsmoe_jax.data.documents import Document, Split, choose, choose_with_validation, digest
-from dsmoe_jax.data.request import DEFAULT_MAX_BYTES, Request, check_domains
+from dsmoe_jax.data.request import Request, check_domains
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 
 
@@ -28,7 +28,7 @@ def read_text(request: Request) -> Text:
     Raises:
       ValueError: if the text cannot be read, is too little or not what the request was made for.
     """
-    built_in = request["corpus"] in DEFAULT_MAX_BYTES
+    built_in = request["corpus"] in sources.CORPORA
     text = _read_built_in(request) if built_in else _read_own_text(request)
     text.notes += _left_out(list(text.splits.values()))
     for note in text.notes:
@@ -51,8 +51,7 @@ def _left_out(splits: list[Split]) -> list[str]:
 
 def _read_built_in(request: Request) -> Text:
     text = Text({}, {}, [])
-    demo = {**sources.DEMO, **sources.EXTRA}
-    table = demo if request["corpus"] == "demo" else sources.STDLIB
+    table = sources.CORPORA[request["corpus"]].known
     for name in request["domains"]:
         say(f"reading {name}")
         documents = (d for part in table[name] for d in part.documents())

