@@ -13,8 +13,9 @@ What a path may hold, and what of it is held out, is written down in docs/data.m
 Training prepares a missing corpus by itself; one that is prepared here can be shared and inspected.
 `--config.data.corpus=DIR` trains on it.
 
-A machine without a network takes it as one file: --pack writes it, `--config.data.corpus=FILE.tar.xz`
-trains on it.  --max_packed_mb finds the largest cap of a domain with which that file is no larger.
+A machine without a network takes it as one file: --pack writes it,
+`--config.data.corpus=FILE.tar.xz` trains on it.  --max_packed_mb finds the largest cap of a domain
+with which that file is no larger.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ Nothing in the archive becomes a path: members are read in their order, by their
 as any corpus is.  Damage is found by the checksum of xz, other content by the fingerprint.
 """
 
-import json
 import lzma
 import os
 import tarfile
