@@ -79,8 +79,9 @@ SMALL = {
     # compile and start are 3.3 more.  An estimate: nothing was timed on a GPU, and a backend that
     # multiplies every row with every expert (`ragged_dot` without a kernel for it) takes many times
     # as long.  Experts of 256 to 1024 and heads of 128 are whole tiles of the kernels for it.
-    # The rate falls with hidden_size^-1/2 from the demo's to the proxy's.  A micro-batch is 32
-    # sequences: the planner says 28 GB, without attention scores.
+    # The rate is the proxy's times the square root of how much wider that is; the demo's lies on
+    # the same line.  A micro-batch is 32 sequences: the planner says 28 GB, without attention
+    # scores.  39M tokens are PASSES passes over the training text of the corpus.
     "gpu": Scale(
         Settings(
             hidden_size=384, num_hidden_layers=9, num_attention_heads=3, head_dim=128,

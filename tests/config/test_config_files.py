@@ -168,11 +168,34 @@ def test_paper_settings():
         assert not config.model.moe.router.norm_topk_prob
 
 
+def test_the_gpu_scale_keeps_its_promises():
+    """Tens to hundreds of times the demo's tokens, whole tiles, 60 s a model at 15 % of an H100."""
+    arms = [load(name, "gpu") for name in ("dense_2b", "hash_2b", "switch_2b", "gshard_2b")]
+    arms.append(load("dsmoe_2b", "gpu"))
+    demo = load("dsmoe_2b", "demo")
+    for config in arms:
+        tokens = config.tokens_per_step * config.train.steps
+        assert 30 <= tokens / (demo.tokens_per_step * demo.train.steps) <= 300
+        assert config.model.moe.moe_intermediate_size % 64 == 0
+        assert config.model.intermediate_size % 64 == 0
+        assert config.model.attention.head_dim in (64, 128)
+        assert config.train.global_batch_size % config.train.accumulation_steps == 0
+    flops = sum(
+        flops_per_sequence(config) * config.train.global_batch_size * config.train.steps
+        for config in arms
+    )
+    assert flops / (0.15 * 989e12) < 5 * 60
+    proxy = load("dsmoe_2b", "proxy")
+    narrower = proxy.model.hidden_size / arms[-1].model.hidden_size
+    expected = proxy.optimizer.peak_learning_rate * narrower**0.5
+    assert arms[-1].optimizer.peak_learning_rate == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("name", "arg", "says"),
     [
         ("dsmoe_2b", "dmo", "did you mean demo"),
-        ("dsmoe_2b", "", "must be one of paper, proxy, demo, smoke"),
+        ("dsmoe_2b", "", "must be one of paper, proxy, gpu, demo, smoke"),
         ("dsmoe_2b", "demo,sharde=2", "known: split, shared"),
         ("gshard_2b", "demo,shared=2", "known: none"),
         ("dsmoe_2b", "demo,shared=two", "WHOLE NUMBER"),

@@ -53,7 +53,7 @@ def test_an_experiment_says_what_it_is(module):
         assert claim.measure in MEASURES
 
 
-@pytest.mark.parametrize("scale", ["smoke", "demo"])
+@pytest.mark.parametrize("scale", ["smoke", "demo", "gpu"])
 @pytest.mark.parametrize("module", MODULES)
 def test_all_arms_can_be_made_and_are_fair(module, scale):
     experiment = load(module)
