@@ -81,7 +81,7 @@ SMALL = {
     # as long.  Experts of 256 to 1024 and heads of 128 are whole tiles of the kernels for it.
     # The rate is the proxy's times the square root of how much wider that is; the demo's lies on
     # the same line.  A micro-batch is 32 sequences: the planner says 28 GB, without attention
-    # scores.  39M tokens are PASSES passes over the training text of the corpus.
+    # scores.  39M tokens are 1.22 passes over the corpus's training text.
     "gpu": Scale(
         Settings(
             hidden_size=384, num_hidden_layers=9, num_attention_heads=3, head_dim=128,
