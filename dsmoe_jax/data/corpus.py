@@ -18,13 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.data.packing import (
-    count_records,
-    decode_record,
-    interleave,
-    read_records,
-    write_shards,
-)
+from dsmoe_jax.data import packing
+from dsmoe_jax.data.packing import count_records, decode_record, read_records
 from dsmoe_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -111,7 +106,7 @@ def write_corpus(
     fingerprint.update(str(about["sequence_length"]).encode())
     files: dict[str, Any] = {}
     for split in SPLITS:
-        in_order = interleave(records[split])
+        in_order = packing.interleave(records[split])
         for record in in_order:
             fingerprint.update(record)
         files[split] = {
