@@ -111,7 +111,7 @@ def write_corpus(
             fingerprint.update(record)
         files[split] = {
             "records": len(in_order),
-            "shards": write_shards(directory, split, in_order),
+            "shards": packing.write_shards(directory, split, in_order),
         }
     manifest = {"format": FORMAT, "fingerprint": fingerprint.hexdigest(), **about, "splits": files}
     content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
