@@ -18,6 +18,7 @@ from flax import nnx
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.evaluation.cross_entropy import token_sums
+from dsmoe_jax.evaluation.domain_load import load_by_domain
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
@@ -26,7 +27,7 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import evaluated_together
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
-from dsmoe_jax.runs.summaries import bits_per_byte, drop_summary, load_summary
+from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary
 
 
 class HeldOut:
@@ -72,9 +73,17 @@ class HeldOut:
             domain_GBS = jax.nn.one_hot(batch["domain_BS"], n_domains, axis=0)
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             report = output.report
-            ledger = None if report is None else report.logged.ledger
-            recorded = report.recorded if report is not None and recorder is not None else None
-            return jnp.stack(sums), ledger, recorded
+            if report is None:
+                return jnp.stack(sums), None, None, None
+            ledger = report.logged.ledger
+            load_GLE = load_by_domain(
+                report.recorded.sent,
+                batch["domain_BS"][:, 0],  # a held-out record is of one domain
+                n_domains,
+                ledger.sent_E.shape[-1],
+            )
+            recorded = None if recorder is None else report.recorded
+            return jnp.stack(sums), ledger, load_GLE, recorded
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)
@@ -102,8 +111,9 @@ class HeldOut:
         Returns:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
           `domains`; and for a model with routed experts `load`, `maxvio`, `gini`, `dead_experts`
-          and `dropped` by layer.  Where the tokens of a batch decide about each other, the numbers
-          hold for one `batch_size`, which is given then.
+          and `dropped` by layer, and `load_by_domain`, the load by layer for each of `domains`:
+          chosen assignments, also those that were dropped later.  Where the tokens of a batch
+          decide about each other, the numbers hold for one `batch_size`, which is given then.
 
         Raises:
           RuntimeError: if assignments are missing: neither computed nor dropped.
@@ -111,17 +121,17 @@ class HeldOut:
         if self._recording is not None:  # the last batch first: too few are not worth a start
             self._recording.read(name, self.n_batches, self._batch_size)
         sums_3G = np.zeros((3, len(self._corpus.domains)))
-        total = None
+        counts = None
         for done, batch in enumerate(self._batches(name), start=1):
-            sums, ledger, recorded = jax.device_get(self._step(params, other, batch))
+            sums, *counted, recorded = jax.device_get(self._step(params, other, batch))
             if self._recorder is not None:
                 self._recorder.write(name, done, recorded)
             sums_3G += sums  # float64 on the host: the sum over batches loses nothing
-            if ledger is not None:
-                ledger = jax.tree.map(np.float64, ledger)
-                total = ledger if total is None else jax.tree.map(np.add, total, ledger)
+            counted = jax.tree.map(np.float64, counted)
+            counts = counted if counts is None else jax.tree.map(np.add, counts, counted)
             on_batch(done)
-        return self._result(sums_3G, total) | self._batch(params, other)
+        assert counts is not None, "held-out text has a batch"
+        return self._result(sums_3G, *counts) | self._batch(params, other)
 
     def _batch(self, params: nnx.State, other: nnx.State) -> dict[str, int]:
         """The size of the batches, if the result depends on it."""
@@ -139,22 +149,23 @@ class HeldOut:
                 batch |= self._recording.read(name, number, self._batch_size, self._rows)
             yield sharding.global_batch(batch, self._rows, self._batch_size)
 
-    def _result(self, sums_3G: np.ndarray, ledger: Ledger | None) -> dict[str, Any]:
+    def _result(
+        self, sums_3G: np.ndarray, ledger: Ledger | None, load_GLE: np.ndarray | None
+    ) -> dict[str, Any]:
         """The return value of `measure`, from sums over the whole text.
 
         Args:
           sums_3G: nats, tokens and bytes by domain.
-          ledger: of the MoE layers; None without routed experts.
+          ledger, load_GLE: of the MoE layers; None without routed experts.
         """
         result: dict[str, Any] = _summary(*sums_3G.sum(axis=1))
-        if ledger is not None:
+        # A short look may miss a small domain: then it has no numbers.
+        seen = {name: g for g, name in enumerate(self._corpus.domains) if sums_3G[1, g]}
+        if ledger is not None and load_GLE is not None:
             load_LE = np.asarray(ledger.sent_E)
             result |= load_summary(load_LE) | drop_summary(ledger, detailed=False)
-        result["domains"] = {
-            name: _summary(*sums_3G[:, g])
-            for g, name in enumerate(self._corpus.domains)
-            if sums_3G[1, g]  # a short look may miss a small domain: then it has no numbers
-        }
+            result["load_by_domain"] = {name: as_list(load_GLE[g], int) for name, g in seen.items()}
+        result["domains"] = {name: _summary(*sums_3G[:, g]) for name, g in seen.items()}
         return result
 
 
