@@ -27,7 +27,13 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import evaluated_together
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
-from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary
+from dsmoe_jax.runs.summaries import (
+    as_list,
+    bits_per_byte,
+    domain_specialisation,
+    drop_summary,
+    load_summary,
+)
 
 
 class HeldOut:
@@ -112,8 +118,9 @@ class HeldOut:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
           `domains`; and for a model with routed experts `load`, `maxvio`, `gini`, `dead_experts`
           and `dropped` by layer, and `load_by_domain`, the load by layer for each of `domains`:
-          chosen assignments, also those that were dropped later.  Where the tokens of a batch
-          decide about each other, the numbers hold for one `batch_size`, which is given then.
+          chosen assignments, also those that were dropped later.  `domain_specialisation` by layer
+          is there if two domains have tokens enough for it.  Where the tokens of a batch decide
+          about each other, the numbers hold for one `batch_size`, which is given then.
 
         Raises:
           RuntimeError: if assignments are missing: neither computed nor dropped.
@@ -165,6 +172,9 @@ class HeldOut:
             load_LE = np.asarray(ledger.sent_E)
             result |= load_summary(load_LE) | drop_summary(ledger, detailed=False)
             result["load_by_domain"] = {name: as_list(load_GLE[g], int) for name, g in seen.items()}
+            specialisation = domain_specialisation(load_GLE, sums_3G[1])
+            if specialisation is not None:
+                result["domain_specialisation"] = specialisation
         result["domains"] = {name: _summary(*sums_3G[:, g]) for name, g in seen.items()}
         return result
 

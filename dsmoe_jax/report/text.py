@@ -6,6 +6,7 @@ from typing import Any
 
 from dsmoe_jax.report.blocks import Table
 from dsmoe_jax.report.names import one_line
+from dsmoe_jax.runs.summaries import MIN_DOMAIN_TOKENS
 
 
 def to_text(table: Table) -> str:
@@ -23,16 +24,28 @@ def to_text(table: Table) -> str:
 
 
 def held_out_text(result: dict[str, Any]) -> str:
-    """Held-out results: a line a domain, then the whole text; last what it depends on, if so."""
+    """Held-out results: a line a domain, then the whole text; last specialisation and batch size."""
     rows = {one_line(name): row for name, row in result["domains"].items()} | {"all": result}
     width = max(map(len, rows))
     lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
     for name, row in rows.items():
         numbers = f"{row['tokens']:>10,}  {row['loss']:10.4f}  {row['bits_per_byte']:9.4f}"
         lines.append(f"{name:{width}}  {numbers}")
+    if "load_by_domain" in result:
+        lines.append(_specialisation(result.get("domain_specialisation")))
     if "batch_size" in result:
         lines.append(
             f"in batches of {result['batch_size']} sequences: a token's experts depend on the other"
             " tokens of its batch, so another --batch_size gives another loss"
         )
     return "\n".join(lines)
+
+
+def _specialisation(by_layer: list[float] | None) -> str:
+    if by_layer is None:
+        return f"domain specialisation: takes two domains of {MIN_DOMAIN_TOKENS} tokens or more"
+    numbers = " ".join(f"{value:.3f}" for value in by_layer)
+    return (
+        f"domain specialisation by layer: {numbers} (0: all domains use the same experts; 1: every"
+        " expert serves one domain)"
+    )

@@ -1,6 +1,6 @@
-"""Numbers for logs from counts of the layers: how even the load is, drops, bits per byte.
+"""Numbers from counts of the layers: how even the load is, how far by domain, drops, bits per byte.
 
-Shapes: L MoE layers, E routed experts.
+Shapes: G domains, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.moe.dropping import Ledger
+
+MIN_DOMAIN_TOKENS = 500  # a domain of fewer is left out of `domain_specialisation`
 
 
 def load_summary(load_LE: np.ndarray) -> dict[str, Any]:
@@ -35,6 +37,47 @@ def maxvio(load_LE: np.ndarray) -> list[float]:
     """(max load - mean load) / mean load by layer."""
     mean_L = load_LE.mean(axis=1)
     return ((load_LE.max(axis=1) - mean_L) / mean_L).tolist()
+
+
+def domain_specialisation(load_GLE: np.ndarray, tokens_G: np.ndarray) -> list[float] | None:
+    """How much a chosen expert says about the domain of its token, by layer: 0 nothing, 1 all.
+
+    I / ln G, the mutual information of domain and expert over the entropy of the domain, where every
+    domain has the same weight, whatever its size:
+
+        I = mean_g sum_e p_ge ln(p_ge / q_e),   q_e = mean_g p_ge
+
+    p_ge is the share of expert e in the load of domain g.  (I is the Jensen-Shannon divergence of
+    the G loads, Lin 1991.)  0: all domains have the same load; 1: every expert serves one domain,
+    which takes as many experts as domains; with fewer the highest value is ln E / ln G.
+
+    Few tokens make a domain look special: the sampling error of the shares adds to I.  Its
+    first-order expectation for independent assignments is subtracted (Miller 1955), and what is
+    below 0 is 0.  Tokens of a text are not independent, so a domain needs `MIN_DOMAIN_TOKENS`.
+    Topics of a few long documents count as the domain's all the same.
+
+    Args:
+      load_GLE: assignments.
+      tokens_G: that the load is of.
+
+    Returns:
+      None with fewer than two domains that are large enough.
+    """
+    enough_G = (tokens_G >= MIN_DOMAIN_TOKENS) & load_GLE.any(axis=2).all(axis=1)
+    if enough_G.sum() < 2:
+        return None
+    load_GLE = np.asarray(load_GLE, np.float64)[enough_G]
+    n_domains = len(load_GLE)
+    count_GL1 = load_GLE.sum(axis=2, keepdims=True)
+    p_GLE = load_GLE / count_GL1
+    q_LE = p_GLE.mean(axis=0)
+    ratio_GLE = np.divide(p_GLE, q_LE, out=np.ones_like(p_GLE), where=p_GLE > 0)
+    information_L = (p_GLE * np.log(ratio_GLE)).sum(axis=2).mean(axis=0)
+    # The entropy of g is too small by sum_e (1 - p_ge) / 2n over its experts; that of the mean, by
+    # as much times p_ge / (G q_e).
+    missing_GLE = np.where(p_GLE > 0, (1 - p_GLE) * (1 - ratio_GLE / n_domains), 0.0)
+    bias_L = (missing_GLE / (2 * count_GL1)).sum(axis=2).mean(axis=0)
+    return (np.maximum(information_L - bias_L, 0.0) / math.log(n_domains)).tolist()
 
 
 def drop_summary(ledger: Ledger, *, detailed: bool) -> dict[str, Any]:

@@ -240,6 +240,13 @@ MEASURES: dict[str, Measure] = {
         digits=0,
         lower_is_better=True,
     ),
+    "domain_specialisation": Measure(
+        "domain specialisation",
+        _held_out("domain_specialisation", np.mean),  # see runs/summaries.py
+        note="Domain specialisation: how much a chosen expert says about the domain of its token on"
+        " the held-out text: 0 where all domains use the same experts, 1 where every expert serves"
+        " one domain; mean over layers.",
+    ),
     # A token once to each of the `expert_groups` devices that have experts of it, one way.
     "device_megabytes": Measure(
         "megabytes sent to devices in a step",

@@ -3,7 +3,7 @@
     python -m experiments.v3.balance_scopes --scale=demo
 
 A loss over each sequence forces every text to use all experts; over the batch, or with a bias on
-the choice, experts may serve a domain.  The single means are arms of
+the choice, experts may serve a domain: the domain specialisation is a column.  The single means are arms of
 experiments/balancing/balance.py, V3's recipe is that of balanced_routers.py.
 """
 
@@ -24,7 +24,7 @@ LABELS = tuple(arm.label for arm in ARMS)
 EXPERIMENT = Experiment(
     module="experiments.v3.balance_scopes",
     title="Balance over a sequence or over the batch",
-    source="DeepSeek-V3 (arXiv 2412.19437), section 4.5.3; 2408.15664, table 2",
+    source="DeepSeek-V3 (arXiv 2412.19437), section 4.5.3; 2501.11873; 2408.15664, table 2",
     summary="A balance loss over the batch and the bias without a loss give a lower loss than a"
     " balance loss over each sequence, and let experts specialise by domain. (Expert loss: over"
     " each sequence; global loss: over the batch.)",
@@ -36,6 +36,17 @@ EXPERIMENT = Experiment(
         below(BIAS, SEQUENCE, source="V3 section 4.5.3", paper=0.005),
         # The 1B models there: 0.72 with the loss, 0.04 with the bias.
         below(BIAS, SEQUENCE, measure="maxvio", source="2408.15664 table 2", paper=0.68),
+        # Its "micro-batch" of few sequences is here a single one.
+        below(SEQUENCE, GLOBAL, measure="domain_specialisation", source="2501.11873"),
+        below(SEQUENCE, BIAS, measure="domain_specialisation", source="V3 section 4.5.3"),
+    ),
+    measures=(
+        "validation_loss",
+        "validation_bits_per_byte",
+        "domain_specialisation",
+        "maxvio",
+        "maxvio_running",
+        "dead_experts",
     ),
     analyses=("effective_compute",),
     baseline=sizes.GSHARD,

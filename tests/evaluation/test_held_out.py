@@ -17,6 +17,7 @@ from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.build import build_model
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe.interventions import GENERATION
+from dsmoe_jax.runs.summaries import domain_specialisation
 
 CONFIG = replace(
     Config(),
@@ -96,7 +97,14 @@ def test_every_held_out_token_once(corpus, result):
         row = result["domains"][domain["name"]]
         assert row["tokens"] == domain["tokens"]["validation"]
         assert row["bytes"] == domain["bytes"]["validation"]
-    assert np.sum(result["load"]) == result["tokens"] * 2  # K = 2, padding counts nowhere
+        assert np.sum(result["load_by_domain"][domain["name"]]) == row["tokens"] * 2  # K = 2
+    assert np.sum(result["load"]) == result["tokens"] * 2  # padding counts nowhere
+
+
+def test_specialisation_is_that_of_the_load_by_domain(corpus, result):
+    load_GLE = np.array([result["load_by_domain"][name] for name in corpus.domains])
+    tokens_G = np.array([result["domains"][name]["tokens"] for name in corpus.domains])
+    assert result["domain_specialisation"] == domain_specialisation(load_GLE, tokens_G)
 
 
 def test_twice_the_same(held_out, result):

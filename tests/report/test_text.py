@@ -17,3 +17,11 @@ def test_the_table_names_the_batch_where_it_matters():
     assert same == plain
     assert last.startswith("in batches of 16 sequences: ")
     assert "another --batch_size gives another loss" in last
+
+
+def test_specialisation_is_a_line_and_not_a_table_of_experts():
+    result = {**ROW, "domains": {"code": ROW}, "load_by_domain": {"code": [[3, 1], [2, 2]]}}
+    *_, last = held_out_text({**result, "domain_specialisation": [0.25, 0.0312]}).splitlines()
+    assert last.startswith("domain specialisation by layer: 0.250 0.031 (0: all domains")
+    *_, last = held_out_text(result).splitlines()
+    assert last == "domain specialisation: takes two domains of 500 tokens or more"
