@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from dsmoe_jax.report import line_plots, load_plots, loss_plots
+from dsmoe_jax.report import domain_plots, line_plots, load_plots, loss_plots
 from dsmoe_jax.report.style import styled
 from dsmoe_jax.study.measures import MEASURES
 from dsmoe_jax.study.results import Comparison
@@ -82,6 +82,14 @@ PLOTS: dict[str, Plot] = {
         " expert relative to an even load, in the logged batches of each stretch of training."
         " Below: MaxVio of single batches, a line a layer, deeper layers darker.",
         load_plots.load_over_training,
+    ),
+    "domain_load": Plot(
+        "Which domain each expert serves",
+        "Load of every routed expert on the held-out text of each domain, relative to an even load"
+        " of the domain (1), first seed; in the layer with the highest domain specialisation, the"
+        " number beside it. Experts stand in the order of the domain that uses each most. Equal rows"
+        " are domains that use the same experts.",
+        domain_plots.domain_load,
     ),
 }
 

@@ -42,8 +42,8 @@ def maxvio(load_LE: np.ndarray) -> list[float]:
 def domain_specialisation(load_GLE: np.ndarray, tokens_G: np.ndarray) -> list[float] | None:
     """How much a chosen expert says about the domain of its token, by layer: 0 nothing, 1 all.
 
-    I / ln G, the mutual information of domain and expert over the entropy of the domain, where every
-    domain has the same weight, whatever its size:
+    I / ln G, the mutual information of domain and expert over the entropy of the domain, where
+    every domain has the same weight, whatever its size:
 
         I = mean_g sum_e p_ge ln(p_ge / q_e),   q_e = mean_g p_ge
 

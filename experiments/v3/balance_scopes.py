@@ -3,8 +3,8 @@
     python -m experiments.v3.balance_scopes --scale=demo
 
 A loss over each sequence forces every text to use all experts; over the batch, or with a bias on
-the choice, experts may serve a domain: the domain specialisation is a column.  The single means are arms of
-experiments/balancing/balance.py, V3's recipe is that of balanced_routers.py.
+the choice, experts may serve a domain: the domain specialisation is a column.  The single means are
+arms of experiments/balancing/balance.py, V3's recipe is that of balanced_routers.py.
 """
 
 from dsmoe_jax.commands import experiment

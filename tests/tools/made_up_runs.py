@@ -14,7 +14,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.report import page
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs import workdir as workdirs
-from dsmoe_jax.runs.summaries import load_summary
+from dsmoe_jax.runs.summaries import domain_specialisation, load_summary
 from dsmoe_jax.study import runner
 from dsmoe_jax.study.cells import Options
 from dsmoe_jax.study.experiment import Experiment
@@ -81,13 +81,25 @@ class FakeTrain:
         found = {"step": config.train.steps, **summary(1.0)}
         if config.model.moe.n_routed_experts:
             shape = config.model.num_hidden_layers, config.model.moe.n_routed_experts
-            found |= load_summary(np.round(rng.gamma(6, 1, shape) * 100))
+            load_LE = np.round(rng.gamma(6, 1, shape) * 100)
+            found |= load_summary(load_LE) | self._by_domain(load_LE.astype(int))
         shifts = rng.normal(0, 0.01, len(DOMAINS))
         found["domains"] = {
             name: summary(0.8 + 0.12 * i + shift)
             for i, (name, shift) in enumerate(zip(DOMAINS, shifts, strict=True))
         }
         json_files.write(workdir / workdirs.EVALUATION, found)
+
+    @staticmethod
+    def _by_domain(load_LE: np.ndarray) -> dict[str, object]:
+        """A load in parts for the domains, by other random numbers than the rest."""
+        rng = np.random.default_rng(load_LE.sum())
+        shares_LEG = rng.dirichlet(np.ones(len(DOMAINS)), load_LE.shape)
+        load_GLE = np.moveaxis(rng.multinomial(load_LE, shares_LEG), -1, 0)
+        return {
+            "load_by_domain": dict(zip(DOMAINS, load_GLE.tolist(), strict=True)),
+            "domain_specialisation": domain_specialisation(load_GLE, np.full(len(DOMAINS), 1000)),
+        }
 
 
 def run_made_up(
