@@ -87,8 +87,8 @@ PLOTS: dict[str, Plot] = {
         "Which domain each expert serves",
         "Load of every routed expert on the held-out text of each domain, relative to an even load"
         " of the domain (1), first seed; in the layer with the highest domain specialisation, the"
-        " number beside it. Experts stand in the order of the domain that uses each most. Equal rows"
-        " are domains that use the same experts.",
+        " number beside it. Experts stand in the order of the domain that uses each most. Equal"
+        " rows are domains that use the same experts.",
         domain_plots.domain_load,
     ),
 }

@@ -24,7 +24,7 @@ def to_text(table: Table) -> str:
 
 
 def held_out_text(result: dict[str, Any]) -> str:
-    """Held-out results: a line a domain, the whole text, specialisation, the batch size if needed."""
+    """Held-out results: a line a domain, then the whole text, then what its experts depend on."""
     rows = {one_line(name): row for name, row in result["domains"].items()} | {"all": result}
     width = max(map(len, rows))
     lines = [f"{'domain':{width}}  {'tokens':>10}  nats/token  bits/byte"]
