@@ -1,9 +1,10 @@
-"""DeepSeekMoE against a GShard of 1.5 times the expert parameters and a dense bound (V1 table 2).
+"""DeepSeekMoE against larger GShards and larger dense models (V1 tables 2, 8 and 9).
 
     python -m experiments.v1.table2 --scale=demo
 
-The arms differ in size on purpose: GShard's experts are 1.5 times as large, and the dense model
-activates as many expert parameters as DeepSeekMoE has in total.
+The arms differ in size on purpose.  GShard's experts are 1.2 times (table 8) or 1.5 times (table 2)
+as large.  The dense models have 4 standard FFNs a layer (table 9), twice what DeepSeekMoE
+activates, or 16 (table 2), as many as it has in total.
 """
 
 from dsmoe_jax.commands import experiment
@@ -14,12 +15,16 @@ from experiments.laws import sizes
 
 EXPERIMENT = Experiment(
     module="experiments.v1.table2",
-    title="DeepSeekMoE against a larger GShard and the dense bound",
-    source="DeepSeekMoE (arXiv 2401.06066), table 2",
-    summary="DeepSeekMoE is as good as a GShard with 1.5 times the expert parameters and FLOPs, and"
-    " nearly as good as the dense model that no mixture of its size can beat.",
+    title="DeepSeekMoE against larger GShards and the dense bound",
+    source="DeepSeekMoE (arXiv 2401.06066), table 2; appendix, tables 8 and 9",
+    summary="DeepSeekMoE is as good as a GShard with 1.5 times the expert parameters and FLOPs"
+    " (table 2), better than one of 1.2 times (table 8) and than a dense model with 4 FFNs a layer"
+    " (table 9), and nearly as good as the dense model that no mixture of its size can beat"
+    " (table 2).",
     arms=(
+        Arm("GShard x1.2", "gshard_2b_x1_2", paper_loss=V1["gshard_2b_x1_2"].loss),
         Arm("GShard x1.5", "gshard_2b_x1_5", paper_loss=V1["gshard_2b_x1_5"].loss),
+        Arm("Dense x4", "dense_2b_x4", paper_loss=V1["dense_2b_x4"].loss),
         Arm("Dense x16", "dense_2b_x16", paper_loss=V1["dense_2b_x16"].loss),
         Arm("DeepSeekMoE", "dsmoe_2b", paper_loss=V1["dsmoe_2b"].loss),
     ),
