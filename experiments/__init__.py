@@ -4,7 +4,7 @@
 
 v1, DeepSeekMoE (arXiv 2401.06066):
     table1             dense, Hash, Switch, GShard, DeepSeekMoE (table 1)
-    table2             GShard of 1.5 times the experts, the dense bound (table 2)
+    table2             GShard of 1.2 and 1.5 times the experts, the dense bound (tables 2, 8, 9)
     table3             16B beside the dense 7B (table 3)
     table6             145B and half activated 142B beside GShard 137B and the dense 67B (table 6)
     fig3               a shared expert, then finer experts (figure 3)
@@ -32,4 +32,5 @@ laws, of the loss:
 balancing, ways to balance the load of the experts:
     balance            losses and the loss-free bias (V1 section 3.3; V3 section 2.1.2)
     balanced_routers   V2, V3, Sinkhorn, REINFORCE, expert choice, BASE (their papers)
+    learned_routers    noisy top-k, Sinkhorn, REINFORCE, BASE beside top-k and Hash (their papers)
 """
