@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.moe.interventions import Intervention
@@ -37,24 +36,17 @@ def check_workdir(cell: Cell) -> bool:
 
 
 def check_data(cell: Cell, now: str) -> None:
-    """Refuses a run, or the model of a probe, of other text than that of the fingerprint `now`.
+    """Refuses a run of other text than that of the fingerprint `now`.
 
     Raises:
       ValueError: naming the run and both fingerprints.
     """
-    records = [cell.record] if cell.trained is None else [cell.record, record_of(cell.trained)]
-    for path in records:
-        then = results.read_record(path).get("data_fingerprint")
-        if then is not None and then != now:
-            raise ValueError(
-                f"unfair: {cell} was trained on data {then[:12]}, the corpus is {now[:12]} now;"
-                " bring the old text back or choose another --results"
-            )
-
-
-def record_of(directory: Path) -> Path:
-    """The record beside the workdir of a run."""
-    return directory.with_suffix(".json")
+    then = results.read_record(cell.record).get("data_fingerprint")
+    if then is not None and then != now:
+        raise ValueError(
+            f"unfair: {cell} was trained on data {then[:12]}, the corpus is {now[:12]} now; bring"
+            " the old text back or choose another --results"
+        )
 
 
 def check_trained(cells: list[Cell], options: Options) -> None:

@@ -1,4 +1,4 @@
-"""Refuses comparisons that are not fair, before anything is trained."""
+"""Refuses comparisons that are not fair, before anything is trained or measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsmoe_jax.config import differences
+from dsmoe_jax.runs import workdir
+from dsmoe_jax.study import results
 from dsmoe_jax.study.cells import Cell
 from dsmoe_jax.study.experiment import Equal, Experiment
 from dsmoe_jax.study.measures import MEASURES, Outcome
@@ -53,6 +55,72 @@ def _check_rule(experiment: Experiment, rule: Equal, outcomes: Mapping[str, Outc
                 f"{experiment.name}: unfair: {quantity.title} of {labels[0]} ({sizes[0]:,.0f})"
                 f" and {label} ({size:,.0f}) differ by {100 * abs(size / sizes[0] - 1):.2f} %; at"
                 f" most {100 * rule.tolerance:g} % is allowed"
+            )
+
+
+def check_probes(experiment: Experiment, cells: Sequence[Cell]) -> None:
+    """Checks that the models that probes measure are of one step, and judged on one text.
+
+    Args:
+      experiment: for its name.
+      cells: of all arms and seeds; those that are no probes, or whose model is not trained yet, are
+        left out.
+
+    Raises:
+      ValueError: naming both models and both values, or the checkpoint that is missing.
+    """
+    probes = [cell for cell in cells if cell.trained is not None]
+    trained = [results.read_trained(cell) for cell in probes]
+    columns = {
+        "step": [run.step for run in trained],
+        "data_fingerprint": [run.data_fingerprint for run in trained],
+        "validation_tokens": [run.validation_tokens for run in trained],
+    }
+    for key, values in columns.items():
+        known = [(cell, value) for cell, value in zip(probes, values, strict=True) if value]
+        for cell, value in known[1:]:
+            first, expected = known[0]
+            if value != expected:
+                raise ValueError(
+                    f"{experiment.name}: unfair: {key} is {expected} in {first.trained}, which"
+                    f" {first} measures, and {value} in {cell.trained}, which {cell} measures;"
+                    " train one of them again"
+                )
+    for cell, run in zip(probes, trained, strict=True):
+        _check_checkpoint(experiment, cell, run.step)
+
+
+def _check_checkpoint(experiment: Experiment, cell: Cell, step: int | None) -> None:
+    """Refuses a model whose evaluation is of another step than any checkpoint there is."""
+    assert cell.trained is not None
+    directory = cell.trained / workdir.CHECKPOINTS
+    if step is None or not directory.is_dir():
+        return  # not trained yet, which is said elsewhere
+    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    if step not in steps:
+        raise ValueError(
+            f"{experiment.name}: unfair: {cell.trained} was evaluated at step {step}, but the"
+            f" checkpoints that {cell} could measure are of steps {steps}; train it again"
+        )
+
+
+def check_corpus(experiment: Experiment, cells: Sequence[Cell], now: str) -> None:
+    """Checks that the models that probes measure were trained on the corpus of today.
+
+    Args:
+      experiment: for its name.
+      cells: of all arms and seeds; those that are no probes are left out.
+      now: fingerprint of the corpus.
+
+    Raises:
+      ValueError: naming the model and both fingerprints.
+    """
+    for cell in cells:
+        then = None if cell.trained is None else results.read_trained(cell).data_fingerprint
+        if then is not None and then != now:
+            raise ValueError(
+                f"{experiment.name}: unfair: {cell.trained}, which {cell} measures, was trained on"
+                f" data {then[:12]}, the corpus is {now[:12]} now; bring the old text back"
             )
 
 

@@ -144,6 +144,29 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     return record
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The run whose model a probe measures; None is not known.
+
+    Attributes:
+      data_fingerprint: of the corpus on which it was trained.
+      step: of its evaluation.
+      validation_tokens: of the held-out text on which it was evaluated.
+    """
+
+    data_fingerprint: str | None
+    step: int | None
+    validation_tokens: int | None
+
+
+def read_trained(cell: Cell) -> Trained:
+    """The run whose model a probe measures, as far as its files are written."""
+    assert cell.trained is not None, "only a probe measures another run's model"
+    evaluation = read_evaluation(cell.trained) or {}
+    record = read_record(cell.trained.with_suffix(".json"))
+    return Trained(record.get("data_fingerprint"), evaluation.get("step"), evaluation.get("tokens"))
+
+
 def config_sha256(config: Config) -> str:
     """Hexadecimal sha256 of a config's JSON."""
     text = json.dumps(trees.to_tree(config), sort_keys=True)

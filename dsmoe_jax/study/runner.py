@@ -67,7 +67,7 @@ def run(
         configs or data, or a model to probe is not finished.
       OSError: if the disk is full.
     """
-    maker = _Maker(train, fingerprint)
+    maker = _Maker(experiment, train, fingerprint)
     with _compiling_once():
         if options.minutes is None:
             cells = _make_missing(experiment, options, maker)
@@ -88,6 +88,7 @@ def _make_missing(experiment: Experiment, options: Options, maker: _Maker) -> li
     moved = [existing.check_workdir(cell) for cell in cells]
     for cell in cells:
         existing.check_probe(cell)
+    fairness.check_probes(experiment, cells)
     fairness.check_measured(experiment, [results.read_row(cell) for cell in cells])
     wanted = cells if options.cell is None else [_single(cells, options.cell)]
     todo = [] if options.report_only else [cell for cell in wanted if not _is_finished(cell)]
@@ -150,10 +151,11 @@ class _Maker:
     """Trains and probes.
 
     Args:
-      train, fingerprint: see `run`.
+      experiment, train, fingerprint: see `run`.
     """
 
-    def __init__(self, train: Train, fingerprint: Fingerprint):
+    def __init__(self, experiment: Experiment, train: Train, fingerprint: Fingerprint):
+        self._experiment = experiment
         self._train = train
         self._fingerprint = fingerprint
 
@@ -162,6 +164,7 @@ class _Maker:
         fingerprint = self._fingerprint(cells[0].config.data)  # of all: the arms' data are equal
         for cell in cells:
             existing.check_data(cell, fingerprint)
+        fairness.check_corpus(self._experiment, cells, fingerprint)
         for done, cell in enumerate(todo):
             if _is_finished(cell):  # by another process, or as another arm
                 continue
@@ -206,7 +209,7 @@ class _Maker:
 def _probe(cell: Cell, arm: ProbeArm) -> None:
     assert cell.trained is not None
     with jax.set_mesh(open_mesh(cell.config)):
-        trained = load_run(cell.trained, corpus=cell.config.data.corpus)
+        trained = load_run(cell.trained, cell.config.train.steps, cell.config.data.corpus)
         found = arm.probe(trained, arm.intervention)
     cell.workdir.mkdir(exist_ok=True)
     json_files.write(cell.workdir / workdir.EVALUATION, {"step": trained.step, **found})

@@ -24,10 +24,11 @@ def loaded(monkeypatch):
     """Workdirs whose models were loaded; made-up runs have no checkpoints."""
     found = []
 
-    def load(workdir, corpus):
+    def load(workdir, step, corpus):
         config = json.loads((workdir / "config.json").read_text())
+        assert step == config["train"]["steps"]
         found.append(workdir)
-        return SimpleNamespace(name=config["name"], step=config["train"]["steps"])
+        return SimpleNamespace(name=config["name"], step=step)
 
     monkeypatch.setattr(runner, "load_run", load)
     return found
@@ -110,10 +111,55 @@ def test_a_model_of_another_config_is_another_model(fake_run):
         fake_run(experiment=FIG5, overrides={"train.steps": 4})
 
 
-def test_a_model_of_other_text_is_refused(fake_run):
+@pytest.mark.parametrize(
+    ("file", "key", "values"),
+    [
+        ("seed0/evaluation.json", "step", (8, 6)),
+        ("seed0/evaluation.json", "tokens", (1000, 999)),
+        ("seed0.json", "data_fingerprint", ("ab" * 32, "cd" * 32)),
+    ],
+)
+def test_models_of_another_step_or_text_are_refused_before_any_is_measured(
+    fake_run, tmp_path, loaded, file, key, values
+):
     fake_run()
-    with pytest.raises(ValueError, match=r"unfair: GShard, seed 0 was trained on data abab.* now"):
+    path = tmp_path / "runs/models-smoke/dsmoe_2b" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: values[1]}))
+    name = "validation_tokens" if key == "tokens" else key
+    with pytest.raises(
+        ValueError,
+        match=rf"fig5: unfair: {name} is {values[0]} in .*/gshard_2b/seed0, which GShard, seed 0"
+        rf" measures, and {values[1]} in .*dsmoe_2b/seed0, which 3 of 7, seed 0 measures",
+    ):
+        fake_run(experiment=FIG5)
+    assert loaded == []
+
+
+def test_models_of_a_corpus_that_has_changed_are_refused(fake_run, loaded):
+    fake_run()
+    with pytest.raises(
+        ValueError,
+        match=r"fig5: unfair: .*gshard_2b/seed0, which GShard, seed 0 measures, was trained on data"
+        r" abababababab, the corpus is cdcdcdcdcdcd now",
+    ):
         fake_run(experiment=FIG5, fingerprint="cd" * 32)
+    assert loaded == []
+
+
+def test_a_model_without_the_checkpoint_of_its_evaluation_is_refused(fake_run, tmp_path, loaded):
+    fake_run()
+    checkpoints = tmp_path / "runs/models-smoke/dsmoe_2b/seed0/checkpoints"
+    for step in ("4", "6"):
+        (checkpoints / step).mkdir(parents=True)
+    with pytest.raises(
+        ValueError,
+        match=r"dsmoe_2b/seed0 was evaluated at step 8, but the checkpoints that 3 of 7, seed 0"
+        r" could measure are of steps \[4, 6\]",
+    ):
+        fake_run(experiment=FIG5)
+    assert loaded == []
+    (checkpoints / "8").mkdir()
+    assert all(row.finished for row in fake_run(experiment=FIG5).rows)
 
 
 def test_held_out_is_measured_as_after_training(monkeypatch):
