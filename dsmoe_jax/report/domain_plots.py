@@ -39,7 +39,7 @@ def domain_load(comparison: Comparison) -> Figure | None:
         n_domains, n_experts = load_GE.shape
         edges = np.arange(n_experts + 1) + 0.5, np.arange(n_domains + 1) + 0.5
         cells = load_map(ax, *edges, load_GE)
-        title = f"{short(arm.label, 36)}, layer {layer + 1}: {found.specialisation_L[layer]:.2f}"
+        title = f"{short(arm.label, 36)}, layer {layer + 1}: {found.specialisation_L[layer]:.3f}"
         ax.set_title(title, loc="left", color=colour(comparison, arm), pad=3)
         names = [short(name, 16) for name in found.names]
         ax.set_yticks(range(1, n_domains + 1), names, fontsize=7)

@@ -36,6 +36,6 @@ def test_the_picture_shows_the_most_specialised_layer_of_every_arm(fake_run):
         (mesh,) = ax.collections
         want = in_order(loads, layer)
         np.testing.assert_allclose(mesh.get_array().reshape(want.shape), want)
-        number = f"{loads.specialisation_L[layer]:.2f}"
+        number = f"{loads.specialisation_L[layer]:.3f}"
         assert ax.get_title(loc="left") == f"{label}, layer {layer + 1}: {number}"
         assert [text.get_text() for text in ax.get_yticklabels()] == list(loads.names)
