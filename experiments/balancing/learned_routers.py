@@ -11,7 +11,7 @@ where they stand beside the recipes of V2 and V3; Switch and Hash are those of t
 
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import below, ratio_below
-from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from dsmoe_jax.study.experiment import Arm, Equal, Experiment, same_activated, same_total
 from experiments.balancing import balanced_routers
 from experiments.v1 import table1
 
@@ -41,7 +41,13 @@ EXPERIMENT = Experiment(
     summary="Routers that learn beat a fixed table of hashes. Noise was given up for balance"
     " losses. Learning by REINFORCE comes near the others, without a clear advantage.",
     arms=(*SEVEN_OF_63, *ONE_OF_16),
-    equal=(*same_total(*FINE, *COARSE), *same_activated(*FINE), *same_activated(*COARSE)),
+    equal=(
+        *same_total(*FINE, *COARSE),
+        Equal("activated", FINE, 0.05),  # the scale of the noise is a second router matrix
+        Equal("expert_activated", FINE, 0.001),
+        Equal("flops_per_sequence", FINE, 0.001),
+        *same_activated(*COARSE),
+    ),
     claims=(
         below("Switch", "Hash Layer", source="V1 table 1"),
         below("BASE", "Hash Layer", source="2202.01169, there by Sinkhorn's algorithm"),
