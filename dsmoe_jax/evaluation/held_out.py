@@ -84,7 +84,7 @@ class HeldOut:
             ledger = report.logged.ledger
             load_GLE = load_by_domain(
                 report.recorded.sent,
-                batch["domain_BS"][:, 0],  # a held-out record is of one domain
+                jnp.asarray(batch["domain_BS"])[:, 0],  # a held-out record is of one domain
                 n_domains,
                 ledger.sent_E.shape[-1],
             )

@@ -63,7 +63,7 @@ def domain_specialisation(load_GLE: np.ndarray, tokens_G: np.ndarray) -> list[fl
     Returns:
       None with fewer than two domains that are large enough.
     """
-    enough_G = (tokens_G >= MIN_DOMAIN_TOKENS) & load_GLE.any(axis=2).all(axis=1)
+    enough_G = (tokens_G >= MIN_DOMAIN_TOKENS) & (load_GLE.sum(axis=2) > 0).all(axis=1)
     if enough_G.sum() < 2:
         return None
     load_GLE = np.asarray(load_GLE, np.float64)[enough_G]
