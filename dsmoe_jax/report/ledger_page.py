@@ -14,7 +14,17 @@ from dsmoe_jax.report.names import literal
 from dsmoe_jax.report.numbers import NONE, fixed, signed
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.study import ledger
-from dsmoe_jax.study.ledger import FIGURE, MARGIN, MIXED, STANDINGS, UNTESTABLE, Entry, JudgedClaim
+from dsmoe_jax.study.ledger import (
+    FIGURE,
+    HOLDS_SO_FAR,
+    MARGIN,
+    MIXED,
+    REVERSED_SO_FAR,
+    STANDINGS,
+    UNTESTABLE,
+    Entry,
+    JudgedClaim,
+)
 from dsmoe_jax.study.spread import CONFIDENCE
 from dsmoe_jax.study.verdicts import HOLDS, REVERSED, UNDECIDED
 
@@ -28,8 +38,10 @@ SHOWN = {
 }
 MARKS = dict(zip(SHOWN.values(), ("good", "bad", "open", "none"), strict=True))
 STANDING_NAMES = {
-    HOLDS: "✓ hold, as far as decided",
-    REVERSED: "✗ reversed, as far as decided",
+    HOLDS: "✓ hold",
+    HOLDS_SO_FAR: "✓ hold as far as decided",
+    REVERSED: "✗ reversed",
+    REVERSED_SO_FAR: "✗ reversed as far as decided",
     MIXED: "✓✗ hold in part",
     UNDECIDED: "? not decided",
     UNTESTABLE: "– not testable here",
@@ -181,7 +193,8 @@ def _group_blocks(entries: list[Entry]) -> list[Block]:
     if kind not in tables:
         return [block for entry in entries for block in _words(entry)]
     blocks: list[Block] = [tables[kind](entries)]
-    blocks += [Text(literal(why), "note") for why in whys]
+    notes = [why for why in whys if not any(why in other for other in whys if other != why)]
+    blocks += [Text(literal(note), "note") for note in notes]
     return blocks + _command(entries[0])
 
 

@@ -28,8 +28,11 @@ from dsmoe_jax.study.verdicts import HOLDS, MISSING, REVERSED, UNDECIDED, Findin
 
 UNTESTABLE = "not testable here"
 VERDICTS = (HOLDS, REVERSED, UNDECIDED, UNTESTABLE)
-MIXED = "mixed"  # of a claim: some of its rows hold, others are reversed
-STANDINGS = (HOLDS, REVERSED, MIXED, UNDECIDED, UNTESTABLE)
+# Standings of a claim, besides the verdict that all its entries share.
+MIXED = "mixed"  # some of its entries hold, others are reversed
+HOLDS_SO_FAR = "holds so far"  # others are not decided, or not testable here
+REVERSED_SO_FAR = "reversed so far"
+STANDINGS = (HOLDS, HOLDS_SO_FAR, REVERSED, REVERSED_SO_FAR, MIXED, UNDECIDED, UNTESTABLE)
 
 MARGIN, FIGURE = "margin", "figure"
 
@@ -277,11 +280,13 @@ class JudgedClaim(NamedTuple):
 
     @property
     def standing(self) -> str:
-        """One of `STANDINGS`: the verdict of the entries that are decided, or MIXED."""
+        """One of `STANDINGS`."""
         found = {entry.verdict for entry in self.entries}
         if {HOLDS, REVERSED} <= found:
             return MIXED
-        return next(verdict for verdict in VERDICTS if verdict in found)
+        verdict = next(verdict for verdict in VERDICTS if verdict in found)
+        so_far = {HOLDS: HOLDS_SO_FAR, REVERSED: REVERSED_SO_FAR}
+        return verdict if len(found) == 1 else so_far.get(verdict, verdict)
 
 
 def judge_all(claims: Sequence[SourceClaim], results: Path) -> list[JudgedClaim]:

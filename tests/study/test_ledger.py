@@ -14,7 +14,9 @@ from dsmoe_jax.study import ledger
 from dsmoe_jax.study.claims import below, bounded
 from dsmoe_jax.study.experiment import Arm, Experiment, ProbeArm
 from dsmoe_jax.study.ledger import (
+    HOLDS_SO_FAR,
     MIXED,
+    REVERSED_SO_FAR,
     UNTESTABLE,
     VERDICTS,
     Computed,
@@ -205,14 +207,16 @@ def test_evidence_without_numbers_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("verdicts", "standing"),
     [
-        ([HOLDS, UNDECIDED], HOLDS),
-        ([UNTESTABLE, REVERSED], REVERSED),
+        ([HOLDS, HOLDS], HOLDS),
+        ([HOLDS, UNDECIDED], HOLDS_SO_FAR),
+        ([REVERSED], REVERSED),
+        ([UNTESTABLE, REVERSED], REVERSED_SO_FAR),
         ([REVERSED, UNDECIDED, HOLDS], MIXED),
         ([UNTESTABLE, UNDECIDED], UNDECIDED),
         ([UNTESTABLE], UNTESTABLE),
     ],
 )
-def test_the_standing_of_a_claim_is_that_of_its_decided_rows(verdicts, standing):
+def test_the_standing_of_a_claim_is_that_of_its_decided_entries(verdicts, standing):
     rows = tuple(ledger.Entry("", verdict) for verdict in verdicts)
     assert ledger.JudgedClaim(CLAIMS[0], rows).standing == standing
 
