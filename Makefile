@@ -2,14 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+MINUTES ?= 15
 
 .PHONY: demo test lint clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: .venv/installed  ## train the five models of V1's table 1 on two CPU cores and write a report
-	$(BIN)/python -m experiments.table1 --scale=demo $(ARGS)
+demo: .venv/installed  ## train the models of V1's table 1 for MINUTES (15) and write a report
+	$(BIN)/python -m experiments.table1 --scale=demo --minutes=$(MINUTES) $(ARGS)
 
 test: .venv/installed-test  ## run the tests, and the notebooks
 	$(BIN)/python -m pytest $(ARGS)

@@ -116,6 +116,8 @@ class Setup:
         nominal ones (found by comparing digits: 145B and 142B).
       beside: the settings of the mixture that a dense model is compared with: below the paper's
         scale it is as many times as wide and as deep as that; None is the same width and depth.
+      width_percent: hidden size, in per cent of the scale's; see `resized`.
+      steps_percent: steps and warm-up, in per cent of the scale's.
     """
 
     name: str
@@ -133,6 +135,8 @@ class Setup:
     intermediate_size: int | None = None
     flops_at_released_width: bool = False
     beside: Settings | None = None
+    width_percent: int = 100
+    steps_percent: int = 100
 
 
 def parse(arg: str, **options: int) -> tuple[str, dict[str, int]]:
@@ -166,7 +170,8 @@ def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
     """The config of a model at the scale that `arg` names."""
     name, _ = parse(arg)
     scale = Scale(setup.settings) if name == "paper" else _small(setup, SMALL[name])
-    settings = scale.settings
+    settings = resized(scale.settings, setup.width_percent, setup.steps_percent)
+    scale = dataclasses.replace(scale, settings=settings)
     return to_config_dict(
         Config(
             name=setup.name,
@@ -209,6 +214,43 @@ def _small(setup: Setup, scale: Scale) -> Scale:
         num_hidden_layers=round(deeper * sizes.num_hidden_layers),
     )
     return dataclasses.replace(scale, settings=settings)
+
+
+def resized(sizes: Settings, width_percent: int, steps_percent: int) -> Settings:
+    """Settings of a wider or narrower model, trained for more or fewer steps.
+
+    The number of heads stays and their size grows with the width.  Initial deviation and learning
+    rate go as width^-1/2, as from scale to scale in `SMALL`.  Warm-up keeps its share of the steps.
+
+    Args:
+      sizes: of the scale.
+      width_percent: of the hidden size.
+      steps_percent: of the steps.
+
+    Raises:
+      ValueError: for a width at which the heads have no even size, or no steps.
+    """
+    head_dim = sizes.head_dim * width_percent / 100
+    hidden_size = sizes.hidden_size * width_percent / 100
+    if width_percent < 1 or head_dim % 2 or hidden_size % 1:
+        raise ValueError(
+            f"width_percent={width_percent}: must give heads of an even size, they are"
+            f" {sizes.head_dim} wide at 100"
+        )
+    if steps_percent < 1:
+        raise ValueError(f"steps_percent={steps_percent}: must be at least 1")
+    if width_percent == steps_percent == 100:
+        return sizes
+    rescaled = (100 / width_percent) ** 0.5
+    return dataclasses.replace(
+        sizes,
+        hidden_size=round(hidden_size),
+        head_dim=round(head_dim),
+        initializer_range=sizes.initializer_range * rescaled,
+        peak_learning_rate=sizes.peak_learning_rate * rescaled,
+        steps=max(round(sizes.steps * steps_percent / 100), 1),
+        warmup_steps=max(round(sizes.warmup_steps * steps_percent / 100), 1),
+    )
 
 
 def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:

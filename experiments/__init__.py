@@ -21,6 +21,14 @@ v3, DeepSeek-V3 (2412.19437) and what it builds on:
     scoring            softmax or sigmoid affinities, gates normalised or not (section 2.1.2)
     balance_scopes     balance over a sequence, the batch, by a bias (section 4.5.3; 2408.15664)
     expert_counts      8 to 512 experts to choose from (2101.03961; 2202.01169)
+recipe, the training settings of a scale:
+    rates              the peak learning rate of each model (V1 section 4.1.3)
+    batches            the batch size at the same number of tokens
+    deviations         the standard deviation of the initial weights
+laws, of the loss:
+    granularity        m = 1 to 16 experts of each FFN, at equal FLOPs (2402.07871; 2507.17702)
+    granularity_time   the same at equal wall-clock
+    sizes              GShard and DeepSeekMoE at four sizes: loss over compute
 balancing, ways to balance the load of the experts:
     balance            losses and the loss-free bias (V1 section 3.3; V3 section 2.1.2)
     balanced_routers   V2, V3, Sinkhorn, REINFORCE, expert choice, BASE (their papers)

@@ -22,6 +22,7 @@ from dsmoe_jax.study.ledger import (
 )
 from experiments import source_figures as figures
 from experiments.balancing import balance, balanced_routers
+from experiments.laws import granularity
 from experiments.v1 import (
     fig3,
     fig4,
@@ -120,6 +121,11 @@ CLAIMS = (
                     "1 + 63 (7) below 1 + 31 (3)",
                 ),
                 why="Arms read: shared + routed experts, routed ones activated.",
+            ),
+            FromExperiment(
+                granularity.EXPERIMENT,
+                orderings(granularity.EXPERIMENT),
+                why="Without a shared expert; arms read: m experts of each standard FFN.",
             ),
         ),
     ),

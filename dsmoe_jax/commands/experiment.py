@@ -30,6 +30,18 @@ def main(experiment: Experiment) -> None:
     flags.DEFINE_string("results", "runs", "Directory for NAME-SCALE/ with runs and report.")
     flags.DEFINE_list("arms", [], "Only these arms, by label or directory name.")
     flags.DEFINE_multi_string("set", [], "KEY=VALUE: changes a config key in every arm.")
+    flags.DEFINE_float(
+        "minutes",
+        None,
+        "Train as many seeds as fit into this time, the first in any case (with --seeds: at most so"
+        " many).  A seed's numbers do not depend on it.",
+    )
+    flags.DEFINE_integer(
+        "cell",
+        None,
+        "Make only the run with this number, from 0 to arms x seeds - 1: one task of a job array."
+        "  Without it, processes with the same command share the runs.",
+    )
     flags.DEFINE_bool("report_only", False, "Train nothing; report the runs that are there.")
     flags.DEFINE_bool(
         "plan",
@@ -81,6 +93,8 @@ def options() -> Options:
         tuple(parsed.arms),
         dict(override(item) for item in parsed.set),
         parsed.report_only,
+        parsed.minutes,
+        parsed.cell,
     )
 
 
@@ -118,5 +132,5 @@ def _run(experiment: Experiment, options: Options) -> None:
         print("\n" + blocks.plain(sentence))
     print(f"\nReport: {written}")
     if comparison.failed:
-        failed = comparison.failed
-        raise ValueError(f"{experiment.name}: {len(failed)} runs failed: {'; '.join(failed)}")
+        errors = [f"{row.arm}, seed {row.seed}: {row.failed}" for row in comparison.failed]
+        raise ValueError(f"{experiment.name}: {len(errors)} failed: {'; '.join(errors)}")

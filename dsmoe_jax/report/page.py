@@ -11,7 +11,7 @@ import pathlib
 
 from matplotlib.figure import Figure
 
-from dsmoe_jax.report import facts, plots, sentences, tables
+from dsmoe_jax.report import analyses, facts, plots, sentences, tables
 from dsmoe_jax.report.blocks import Block, Code, Heading, Picture, Pictures, Text
 from dsmoe_jax.report.html_page import to_html
 from dsmoe_jax.report.markdown import to_markdown
@@ -24,11 +24,11 @@ def write(comparison: Comparison, directory: pathlib.Path) -> pathlib.Path:
     """Writes report.html (self-contained), report.md and pictures/*.svg; returns the first."""
     title = comparison.experiment.title
     figures = plots.draw(comparison)
-    blocks = build(comparison, figures)
+    blocks = build(comparison, figures, directory.parent)
     pictures = directory / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        _replace(pictures / f"{name}.svg", standalone_svg(figure))
+    for picture in (p for block in blocks if isinstance(block, Pictures) for p in block.pictures):
+        _replace(pictures / f"{picture.name}.svg", standalone_svg(picture.figure))
     _replace(directory / "report.md", to_markdown(title, blocks, pictures.name))
     _replace(directory / "report.html", to_html(title, blocks))
     return directory / "report.html"
@@ -40,8 +40,8 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def build(comparison: Comparison, figures: dict[str, Figure]) -> list[Block]:
-    """The report's blocks in order."""
+def build(comparison: Comparison, figures: dict[str, Figure], results: pathlib.Path) -> list[Block]:
+    """The report's blocks in order; `results` holds NAME-SCALE of all experiments."""
     source = f"{comparison.experiment.source}, repeated at the {comparison.scale} scale"
     return [
         Text(source, "source"),
@@ -49,6 +49,7 @@ def build(comparison: Comparison, figures: dict[str, Figure]) -> list[Block]:
         tables.results_table(comparison),
         Text(sentences.results_note(comparison), "note"),
         *_claims(comparison),
+        *analyses.analyse(comparison, results),
         *_load(comparison),
         *_pictures(figures),
         *_domains(comparison),

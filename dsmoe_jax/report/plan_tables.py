@@ -8,7 +8,7 @@ from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning import planner
 from dsmoe_jax.report.blocks import Table
 from dsmoe_jax.report.numbers import short
-from dsmoe_jax.study.cells import Options
+from dsmoe_jax.study.cells import Options, chosen
 from dsmoe_jax.study.experiment import Experiment, ProbeArm
 from dsmoe_jax.study.plans import Hardware, PlannedArm
 
@@ -63,6 +63,8 @@ def notes(
         f" at the widths really used.  Hours: at {100 * hardware.utilisation:g} % of the"
         f" {peak:g} TFLOP/s of {hardware.chip}."
     ]
+    runs = seeds * len(chosen(experiment, options.arms))
+    lines.append(f"A job array trains them one a task, --cell=0 to --cell={runs - 1}.")
     measured = {a.experiment.module: None for a in experiment.arms if isinstance(a, ProbeArm)}
     if measured:
         modules = " and ".join(measured)

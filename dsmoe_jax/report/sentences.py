@@ -7,7 +7,7 @@ from dsmoe_jax.report.names import literal
 from dsmoe_jax.report.numbers import NONE, fixed
 from dsmoe_jax.study import spread, verdicts
 from dsmoe_jax.study.measures import MEASURES
-from dsmoe_jax.study.results import Comparison
+from dsmoe_jax.study.results import Comparison, Row
 from dsmoe_jax.study.spread import CONFIDENCE
 from dsmoe_jax.study.verdicts import HOLDS, MISSING, REVERSED, UNDECIDED, Finding
 
@@ -27,10 +27,17 @@ def findings(comparison: Comparison) -> list[str]:
         sentences.append(best)
     if found:
         sentences.append(_count(found))
-    missing = [f"{literal(r.arm)} (seed {r.seed})" for r in comparison.rows if not r.finished]
+    failed = [f"{_run(row)}: {literal(row.failed or '')}" for row in comparison.failed]
+    if failed:
+        sentences.append(f"Failed, so not in these numbers: {'; '.join(failed)}.")
+    missing = [_run(row) for row in comparison.rows if not row.finished and not row.failed]
     if missing:
         sentences.append(f"Not finished, so not in these numbers: {', '.join(missing)}.")
     return sentences
+
+
+def _run(row: Row) -> str:
+    return f"{literal(row.arm)} (seed {row.seed})"
 
 
 def _best(comparison: Comparison) -> str | None:

@@ -90,6 +90,10 @@ def _competes(stage: Stage) -> bool:
     return bool(moe.drop or moe.evaluation_drop or get_router(moe)[0].competes)
 
 
+class InUse(ValueError):
+    """Another process holds the workdir."""
+
+
 GoOn = Callable[[Path, Config, Config], None]  # (directory, config there, config here)
 
 
@@ -106,8 +110,8 @@ def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Ite
         ValueError; None refuses it.
 
     Raises:
-      ValueError: if it cannot be written, is another program's directory, holds a run with another
-        config, or is in use.  Nothing in it was changed then.
+      ValueError: if it cannot be written, is another program's directory or holds a run with
+        another config, and `InUse`.  Nothing in it was changed then.
     """
     directory = local_path("--workdir", workdir)
     with contextlib.ExitStack() as claimed:
@@ -147,7 +151,7 @@ def _take(lock: BinaryIO, directory: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         process = lock.read().decode(errors="replace").strip() or "unknown"
-        raise ValueError(
+        raise InUse(
             f"--workdir={directory}: in use by process {process};"
             " wait for it or choose another directory"
         ) from None

@@ -1,16 +1,26 @@
-"""The runs of an experiment: their arms, seeds, configs and workdirs."""
+"""The runs of an experiment: their arms, seeds, configs and workdirs.
+
+A model is trained once for all experiments that have it: the workdir of a run follows from its
+config, RESULTS/models-SCALE/CONFIG/seedN, where CONFIG is the name of the config file and, if the
+arm or `--set` changes keys of it, a digest of the changes.  RESULTS/NAME-SCALE has the results of
+one experiment, and the measurements of its probes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe_jax.config import Config
+from dsmoe_jax import config as config_lib
+from dsmoe_jax.config import Config, files
 from dsmoe_jax.config.paths import local_path
-from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
+from dsmoe_jax.runs import workdir
+from dsmoe_jax.study.experiment import AnyArm, Arm, Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +34,9 @@ class Options:
       arms: labels or directory names; () is all.
       overrides: dotted config keys to change in every arm.
       report_only: whether to report the existing runs without training or probing.
+      minutes: time to spend: as many seeds as fit, at least one and at most `seeds`; None is
+        without a limit.
+      cell: number of the only run to make, in the order of `make_cells`; None is all.
     """
 
     scale: str
@@ -32,10 +45,25 @@ class Options:
     arms: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     report_only: bool = False
+    minutes: float | None = None
+    cell: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"--seeds={self.seeds}: must be at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"--minutes={self.minutes:g}: must be above 0")
+        if self.minutes is not None and self.cell is not None:
+            raise ValueError(f"--cell={self.cell}: one run, which has no --minutes")
 
     def directory(self, experiment: Experiment) -> pathlib.Path:
-        """Directory of the runs of an experiment."""
+        """Directory of the results of an experiment."""
         return local_path("--results", self.results) / f"{experiment.name}-{self.scale}"
+
+    @property
+    def models(self) -> pathlib.Path:
+        """Directory of the trained models of all experiments."""
+        return local_path("--results", self.results) / f"models-{self.scale}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +74,7 @@ class Cell:
       arm, seed: of the run.
       config: of the run; for a probe, of the run that trained the model.
       measured: config of the measured model; for a probe, as the intervention changes it.
-      workdir: of this run alone.
+      workdir: of this run; experiments that train the same model share it.
       trained: workdir of the run that a probe measures; None if the arm is trained here.
     """
 
@@ -70,27 +98,43 @@ def make_cells(experiment: Experiment, options: Options) -> list[Cell]:
     """All runs in the order in which they are made: the first seed of every arm, then the next.
 
     Raises:
-      ValueError: for an unknown arm, fewer than one seed, or an impossible override.
+      ValueError: for an unknown arm, or an impossible override.
     """
     seeds = experiment.seeds[options.scale] if options.seeds is None else options.seeds
-    if seeds < 1:
-        raise ValueError(f"--seeds={seeds}: must be at least 1")
     arms = chosen(experiment, options.arms)
     return [_cell(experiment, arm, seed, options) for seed in range(seeds) for arm in arms]
 
 
 def _cell(experiment: Experiment, arm: AnyArm, seed: int, options: Options) -> Cell:
     config = arm.run_config(options.scale, seed, options.overrides)
-    directory = options.directory(experiment) / arm.slug / f"seed{seed}"
     measured = arm.measured_config(config)
-    return Cell(arm, seed, config, measured, directory, _trained(arm, seed, options))
+    if isinstance(arm, Arm):
+        directory = options.models / _model(arm, options.scale, config) / f"seed{seed}"
+        return Cell(arm, seed, config, measured, directory)
+    model = arm.experiment.arm(arm.trained)
+    assert isinstance(model, Arm), "a probe measures a model that was trained"
+    trained = options.models / _model(model, options.scale, config) / f"seed{seed}"
+    directory = options.directory(experiment) / arm.slug / f"seed{seed}"
+    return Cell(arm, seed, config, measured, directory, trained)
 
 
-def _trained(arm: AnyArm, seed: int, options: Options) -> pathlib.Path | None:
-    if not isinstance(arm, ProbeArm):
-        return None
-    slug = arm.experiment.arm(arm.trained).slug
-    return options.directory(arm.experiment) / slug / f"seed{seed}"
+def _model(arm: Arm, scale: str, config: Config) -> str:
+    """Directory name of a model: of its config file, with a digest of the keys that differ.
+
+    Keys that may change while a run is on its way make no other model, nor does a corpus that has
+    moved.
+    """
+    file = config_lib.from_config_dict(files.load(arm.config_file(scale)))
+    there, here = map(workdir.with_absolute_paths, (file, config))
+    changes = {
+        key: value
+        for key, (_, value) in config_lib.differences(there, here).items()
+        if key not in ("train.seed", workdir.MOVED) and not workdir.may_change(key, config)
+    }
+    if not changes:
+        return file.name
+    text = json.dumps(changes, sort_keys=True)
+    return f"{file.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def chosen(experiment: Experiment, names: tuple[str, ...]) -> list[AnyArm]:
@@ -108,6 +152,7 @@ def shell_command(experiment: Experiment, options: Options) -> str:
     """The command line that runs an experiment with these options."""
     parts = [f"python -m {experiment.module} --scale={options.scale}"]
     parts += [f"--seeds={options.seeds}"] if options.seeds is not None else []
+    parts += [f"--minutes={options.minutes:g}"] if options.minutes is not None else []
     parts += [shlex.quote(f"--arms={','.join(options.arms)}")] if options.arms else []
     parts += [shlex.quote(f"--set={key}={value}") for key, value in options.overrides.items()]
     return " ".join(parts)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dsmoe_jax import config as config_lib
-from dsmoe_jax.config import Config, files
+from dsmoe_jax.config import Config, files, trees
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.runs.loading import Run
 from dsmoe_jax.study import claims as claim_forms
@@ -21,6 +21,11 @@ from dsmoe_jax.study.claims import LOSS, Claim
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def _product(value: int | float, by: float) -> int | float:
+    """A whole number stays one; others have two digits, as one writes a learning rate."""
+    return round(value * by) if isinstance(value, int) else float(f"{value * by:.2g}")
 
 
 def _slug(label: str) -> str:
@@ -38,6 +43,8 @@ class Arm:
       options: of that file, as on the command line: "split=2,shared=1".
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       overrides: dotted config keys to change, for settings that no config file has.
+      multiples: dotted keys and the number by which the value of the scale is multiplied; the
+        product is rounded to two digits, or to a whole number where the value is one.
       x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
       line: name of the line that joins arms with `x` in a picture.
     """
@@ -47,6 +54,7 @@ class Arm:
     options: str = ""
     paper_loss: float | None = None
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    multiples: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     x: float | None = None
     line: str = ""
 
@@ -72,7 +80,11 @@ class Arm:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
         config = config_lib.from_config_dict(files.load(self.config_file(scale)))
-        return config_lib.replace(config, **{**self.overrides, **overrides, "train.seed": seed})
+        changes = {**self.overrides, **overrides, "train.seed": seed}
+        config = config_lib.replace(config, **changes)
+        values = dict(trees.flatten(trees.to_tree(config)))
+        products = {key: _product(values[key], by) for key, by in self.multiples.items()}
+        return config_lib.replace(config, **products)
 
     def measured_config(self, config: Config) -> Config:
         """The config of the measured model: that of the run."""
@@ -135,6 +147,34 @@ AnyArm = Arm | ProbeArm
 
 
 @dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Models of growing compute, by which differences are expressed as compute.
+
+    Attributes:
+      experiment: that trains them.
+      line: their `Arm.line` there.
+      reference: the label of the one whose compute is the unit: it has the size and the tokens of
+        the compared arms.
+    """
+
+    experiment: Experiment = dataclasses.field(hash=False)
+    line: str
+    reference: str
+
+    def __post_init__(self) -> None:
+        if self.reference not in [arm.label for arm in self.arms]:
+            raise ValueError(
+                f"reference={self.reference!r}: must be an arm of {self.experiment.name} with"
+                f" line={self.line!r}"
+            )
+
+    @property
+    def arms(self) -> tuple[AnyArm, ...]:
+        """The arms on the line."""
+        return tuple(arm for arm in self.experiment.arms if arm.line == self.line)
+
+
+@dataclasses.dataclass(frozen=True)
 class Equal:
     """A rule: `quantity` differs between arms by at most `tolerance`, relative to the first one."""
 
@@ -172,8 +212,12 @@ class Experiment:
       claims: to be judged, besides the orderings that follow from the arms' `paper_loss`.
       may_differ: config keys (or sections, ending in a dot) in which arms may differ.  All others
         (data, order, seed, steps, batch, learning rate, attention) must be the same.
+      measured_may_differ: of tokens, validation_tokens and data_fingerprint those in which finished
+        runs may differ.
       measures: columns of the results table; () is every measure that has a column there.
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
+      analyses: names in `report.analyses.ANALYSES`, in the order in which they are shown.
+      baseline: whose compute the analysis "effective_compute" counts in; None without one.
       x_axis: label of the axis of the arms' `x`.
       x_scale: of that axis, "linear" or "log".
       seeds: their default number at each scale.
@@ -187,8 +231,11 @@ class Experiment:
     equal: tuple[Equal, ...] = ()
     claims: tuple[Claim, ...] = ()
     may_differ: tuple[str, ...] = ("name", "model.moe.")
+    measured_may_differ: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
+    analyses: tuple[str, ...] = ()
+    baseline: Baseline | None = None
     x_axis: str = ""
     x_scale: str = "linear"
     seeds: Mapping[str, int] = dataclasses.field(
@@ -210,6 +257,8 @@ class Experiment:
         for label in (*named, *(label for claim in self.claims for label in claim.weights)):
             self.arm(label)
         measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
+        if "effective_compute" in self.analyses and self.baseline is None:
+            raise ValueError(f"{self.name}: baseline=None: effective_compute needs one")
         sizes = [name for name, measure in measures.MEASURES.items() if measure.from_config]
         for rule in self.equal:
             if rule.quantity not in sizes:

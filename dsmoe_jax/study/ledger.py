@@ -119,12 +119,13 @@ class FromExperiment:
         found = [_read(self.experiment, scale, results) for scale in scales]
         comparisons = [comparison for comparison in found if comparison is not None]
         judged = [self._findings(comparison) for comparison in comparisons]
+        notes = [_other_tokens(comparison) for comparison in comparisons]
         nothing = self._findings(_comparison(self.experiment, scales[-1], ()))
         entries = []
         for i, missing in enumerate(nothing):
             known = [
-                self._entry(comparison, findings[i])
-                for comparison, findings in zip(comparisons, judged, strict=True)
+                self._entry(comparison, findings[i], note)
+                for comparison, findings, note in zip(comparisons, judged, notes, strict=True)
                 if findings[i].verdict != MISSING
             ]
             entries += known or [self._missing(missing, scales[-1], comparisons)]
@@ -133,7 +134,7 @@ class FromExperiment:
     def _findings(self, comparison: Comparison) -> list[Finding]:
         return [found for found in verdicts.judge(comparison) if self._chooses(found.claim)]
 
-    def _entry(self, comparison: Comparison, finding: Finding) -> Entry:
+    def _entry(self, comparison: Comparison, finding: Finding, note: str) -> Entry:
         seeds = len(spread.common_seeds(comparison.by_seed(finding.claim.measure)))
         one = "One seed: the verdict is the bare sign of one difference." if seeds == 1 else ""
         assert finding.ours is not None
@@ -146,7 +147,7 @@ class FromExperiment:
             high=None if width is None else finding.ours + width,
             scale=comparison.scale,
             seeds=seeds,
-            why=_sentences(self.why, one, _other_tokens(comparison)),
+            why=_sentences(self.why, one, note),
         )
 
     def _missing(self, finding: Finding, scale: str, comparisons: list[Comparison]) -> Entry:
@@ -360,17 +361,20 @@ def _command(experiment: Experiment, scale: str) -> str:
 
 
 def _other_tokens(comparison: Comparison) -> str:
-    """Sentence about runs that saw another number of tokens than the scale has now."""
-    config = comparison.arms[0].run_config(comparison.scale, seed=0)
-    expected = tokens_after(config, config.train.steps)
-    found = {row["tokens"] for row in comparison.rows if row.finished} - {expected}
-    if not found:
+    """Sentence about runs that saw another number of tokens than their scale has now."""
+    shares = set()
+    for arm in comparison.arms:
+        config = arm.run_config(comparison.scale, seed=0)
+        expected = tokens_after(config, config.train.steps)
+        tokens = {row["tokens"] or 0 for row in comparison.finished(arm)}
+        shares |= {n / expected for n in tokens}
+    if shares <= {1.0}:
         return ""
-    (tokens,) = found  # all runs have the same, see `_read`
+    low, high = (f"{100 * share:.3g}" for share in (min(shares), max(shares)))
     folder = f"{comparison.experiment.name}-{comparison.scale}"
     return (
-        f"Trained on {tokens:,.0f} tokens a model, where the scale has {expected:,} now: the exact"
-        f" command is in {folder}/report.md."
+        f"Trained on {low if low == high else f'{low} to {high}'} % of the tokens that the scale"
+        f" has now: the exact command is in {folder}/report.md."
     )
 
 

@@ -7,7 +7,7 @@ import math
 import shlex
 from pathlib import Path
 
-from dsmoe_jax.config import Config, overrides, tokens_after
+from dsmoe_jax.config import Config, overrides, tokens_after, trees
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.hardware.chips import CHIPS
@@ -126,7 +126,13 @@ def _mesh(config: Config, hardware: Hardware) -> planner.Plan:
 
 def _command(arm: Arm, config: Config, workdir: Path, options: Options, plan: planner.Plan) -> str:
     """The `train` command of the run, in the workdir where the experiment looks for it."""
-    changes = {**arm.overrides, **options.overrides, "train.seed": config.train.seed}
+    values = dict(trees.flatten(trees.to_tree(config)))
+    changes = {
+        **arm.overrides,
+        **options.overrides,
+        **{key: values[key] for key in arm.multiples},
+        "train.seed": config.train.seed,
+    }
     if config.data.corpus is None:
         changes["data.corpus"] = "CORPUS"  # the user's own
     # Relative where --results is: the command is for another machine.

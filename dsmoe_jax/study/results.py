@@ -35,6 +35,7 @@ class Row:
       domains: bits per byte on the held-out text of each domain.
       data_fingerprint: of the corpus.
       machine: on which it was trained.
+      failed: the error that ended the run; None if there was none.
     """
 
     arm: str
@@ -45,6 +46,7 @@ class Row:
     domains: Mapping[str, float] = dataclasses.field(default_factory=dict)
     data_fingerprint: str | None = None
     machine: str | None = None
+    failed: str | None = None
 
     def __getitem__(self, measure: str) -> float | None:
         return self.measures.get(measure)
@@ -66,7 +68,6 @@ class Comparison:
       histories: by label and seed, for runs that have begun.
       command: that makes this report again.
       overrides: config keys that were changed in every arm.
-      failed: runs that diverged, each with its error.
     """
 
     experiment: Experiment
@@ -76,7 +77,11 @@ class Comparison:
     histories: Mapping[tuple[str, int], History]
     command: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    failed: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> list[Row]:
+        """Rows of the runs that ended with an error."""
+        return [row for row in self.rows if row.failed is not None]
 
     def finished(self, arm: AnyArm) -> list[Row]:
         """Finished rows of an arm, by seed."""
@@ -107,7 +112,7 @@ def read_outcome(cell: Cell) -> Outcome:
 def read_row(cell: Cell) -> Row:
     """The row of a run, finished or not."""
     outcome = read_outcome(cell)
-    record = read_record(cell)
+    record = read_record(cell.record)
     domains = (outcome.evaluation or {}).get("domains", {})
     return Row(
         cell.arm.label,
@@ -118,21 +123,24 @@ def read_row(cell: Cell) -> Row:
         {name: found["bits_per_byte"] for name, found in domains.items()},
         record.get("data_fingerprint"),
         record.get("machine"),
+        record.get("failed"),
     )
 
 
-def read_record(cell: Cell) -> dict[str, Any]:
-    """The record beside the workdir; empty before the run begins.
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """The record beside a workdir, see `runner.py`; empty before the run begins.
 
     Raises:
       ValueError: naming the file, if it is damaged.
     """
-    if not cell.record.exists():
+    if not path.exists():
         return {}
-    record = json_files.read(cell.record)
-    for key in ("data_fingerprint", "machine"):
+    record = json_files.read(path)
+    for key in ("data_fingerprint", "machine", "failed"):
         if not isinstance(record.get(key), str | None):
-            raise ValueError(f"{cell.record}: {key}={record[key]!r}: must be a string")
+            raise ValueError(f"{path}: {key}={record[key]!r}: must be a string")
+    if not isinstance(record.get("wall_seconds"), int | float | None):
+        raise ValueError(f"{path}: wall_seconds={record['wall_seconds']!r}: must be a number")
     return record
 
 

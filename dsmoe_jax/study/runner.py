@@ -1,9 +1,11 @@
 """Runs an experiment: every arm with every seed.
 
-Each run has a workdir of its own, RESULTS/NAME-SCALE/ARM/seedN, and is trained in this process by
-`dsmoe_jax.training.loop.train`: finished runs are skipped, interrupted ones continue.  `seedN.json`
-beside the workdir records data and machine.  All arms run with the first seed before any runs with
-the second, so that early results compare the same seeds.
+Each run has a workdir, shared by all experiments that train the same model (see `cells.py`), and is
+trained in this process by `dsmoe_jax.training.loop.train`: finished runs are skipped, interrupted
+ones continue.  `seedN.json` beside the workdir records data, machine, time and, if it failed, the
+error.  All arms run with the first seed before any runs with the second, so that early results
+compare the same seeds.  Several processes may run the same experiment, or several: each takes runs
+that no other one holds.
 
 The workdir of a probe holds evaluation.json alone: measures of a model that another experiment has
 trained.  The probe is refused if that model is not finished.
@@ -19,7 +21,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +30,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax.config import Config, DataConfig
 from dsmoe_jax.data.opening import open_corpus
-from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import json_files, workdir
 from dsmoe_jax.runs.loading import load_run
-from dsmoe_jax.study import fairness, results
+from dsmoe_jax.study import existing, fairness, results
 from dsmoe_jax.study.cells import Cell, Options, chosen, make_cells, shell_command
 from dsmoe_jax.study.experiment import Experiment, ProbeArm
 from dsmoe_jax.study.histories import read_history
@@ -39,12 +41,15 @@ from dsmoe_jax.study.results import Comparison
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.devices import open_mesh
 
+Train = Callable[[Config, pathlib.Path], Any]
+Fingerprint = Callable[[DataConfig], str]
+
 
 def run(
     experiment: Experiment,
     options: Options,
-    train: Callable[[Config, pathlib.Path], Any] = loop.train,
-    fingerprint: Callable[[DataConfig], str] = lambda data: open_corpus(data).fingerprint,
+    train: Train = loop.train,
+    fingerprint: Fingerprint = lambda data: open_corpus(data).fingerprint,
 ) -> Comparison:
     """Checks, trains and probes what is missing, and writes `results.jsonl`.
 
@@ -55,29 +60,20 @@ def run(
       fingerprint: prepares the corpus of a config, if need be, and returns its fingerprint.
 
     Returns:
-      The results; `failed` names the runs that diverged.
+      The results; the rows of runs that failed say why.
 
     Raises:
       ValueError: before training, if the comparison is not fair, existing results are of other
         configs or data, or a model to probe is not finished.
+      OSError: if the disk is full.
     """
-    cells = make_cells(experiment, options)
-    fairness.check_configs(experiment, [cell for cell in cells if cell.seed == 0])
-    moved = [_check_workdir(cell, cell.trained or cell.workdir) for cell in cells]
-    for cell in cells:
-        _check_probe(cell)
-    fairness.check_measured(experiment, [results.read_row(cell) for cell in cells])
-    failed: list[str] = []
-    todo = [cell for cell in cells if not results.read_row(cell).finished]
-    todo = [] if options.report_only else todo
-    _check_trained(todo, options)
-    if todo or any(moved):
-        now = fingerprint(cells[0].config.data)  # the arms' data are equal, as was checked
-        for cell in cells:
-            _check_data(cell, now)
-        with _compiling_once():
-            failed = _make_all(cells, todo, now, train)
-    comparison = read(experiment, options, cells, failed)
+    maker = _Maker(train, fingerprint)
+    with _compiling_once():
+        if options.minutes is None:
+            cells = _make_missing(experiment, options, maker)
+        else:
+            cells = _make_what_fits(experiment, options, options.minutes, maker)
+    comparison = read(experiment, options, cells)
     fairness.check_measured(experiment, list(comparison.rows))
     directory = options.directory(experiment)
     directory.mkdir(parents=True, exist_ok=True)
@@ -85,104 +81,126 @@ def run(
     return comparison
 
 
-def _check_workdir(cell: Cell, directory: pathlib.Path) -> bool:
-    """Refuses a workdir of another config before any arm is trained, instead of hours later.
-
-    Returns:
-      Whether the corpus is named by another path than it was: it must be the same text.
-    """
-    if not (directory / workdir.CONFIG).exists():
-        return False
-    changes = workdir.changes(directory, cell.config)
-    recorded = directory.with_suffix(".json").exists()  # of what text the run is
-    for key, (there, here) in changes.items():
-        if key != workdir.MOVED or not recorded:
-            raise ValueError(
-                f"{directory}: holds a run with {key}={there!r}, here it is {here!r}; choose"
-                " another --results"
-            )
-    return bool(changes)
-
-
-def _check_data(cell: Cell, now: str) -> None:
-    then = results.read_record(cell).get("data_fingerprint")
-    if then is not None and then != now:
-        raise ValueError(
-            f"unfair: {cell} was trained on data {then[:12]}, the corpus is {now[:12]} now; bring"
-            " the old text back or choose another --results"
-        )
-
-
-def _check_trained(cells: list[Cell], options: Options) -> None:
-    """Refuses probes of models that are not finished."""
+def _make_missing(experiment: Experiment, options: Options, maker: _Maker) -> list[Cell]:
+    """Makes the runs that are missing; returns all."""
+    cells = make_cells(experiment, options)
+    fairness.check_configs(experiment, [cell for cell in cells if cell.seed == 0])
+    moved = [existing.check_workdir(cell) for cell in cells]
     for cell in cells:
-        if isinstance(cell.arm, ProbeArm) and _trained_loss(cell) is None:
-            command = shell_command(cell.arm.experiment, dataclasses.replace(options, arms=()))
-            raise ValueError(
-                f"{cell.trained}: holds no finished run, which {cell} measures; train it with"
-                f" {command}"
+        existing.check_probe(cell)
+    fairness.check_measured(experiment, [results.read_row(cell) for cell in cells])
+    wanted = cells if options.cell is None else [_single(cells, options.cell)]
+    todo = [] if options.report_only else [cell for cell in wanted if not _is_finished(cell)]
+    existing.check_trained(todo, options)
+    if todo or any(moved):
+        maker.make(cells, todo)
+    return cells
+
+
+def _single(cells: list[Cell], number: int) -> Cell:
+    if not 0 <= number < len(cells):
+        raise ValueError(f"--cell={number}: must be 0 to {len(cells) - 1}, the number of a run")
+    return cells[number]
+
+
+def _make_what_fits(
+    experiment: Experiment, options: Options, minutes: float, maker: _Maker
+) -> list[Cell]:
+    """Makes one seed after another while the next one fits into the time; the first in any case."""
+    start = time.monotonic()
+    seeds = 1
+    while True:
+        cells = _make_missing(experiment, dataclasses.replace(options, seeds=seeds), maker)
+        if options.report_only or seeds == options.seeds:
+            return cells
+        more = make_cells(experiment, dataclasses.replace(options, seeds=seeds + 1))
+        needed = _estimate(more, [cell for cell in more if not _is_finished(cell)])
+        spent = time.monotonic() - start
+        if spent + needed > 60 * minutes:
+            plural = "s" if seeds > 1 else ""
+            print(
+                f"{experiment.name}: {seeds} seed{plural} in {duration(spent)} of {minutes:g}"
+                f" minutes; one more takes about {duration(needed)}: --seeds={seeds + 1} instead of"
+                " --minutes trains it in any case",
+                file=sys.stderr,
+                flush=True,
             )
+            return cells
+        seeds += 1
 
 
-def _check_probe(cell: Cell) -> None:
-    """Refuses an existing measurement whose model or intervention has changed since."""
-    then = results.read_record(cell).get("probed")
-    now = _probed(cell)
-    if then is None or now is None:
-        return
-    then = {**dataclasses.asdict(Intervention()), **then}  # a field of today, not known then
-    if then != now:
-        raise ValueError(
-            f"{cell.workdir}: measured {then}, here it is {now}; remove it, or choose another"
-            " --results"
-        )
+def _is_finished(cell: Cell) -> bool:
+    return results.read_row(cell).finished
 
 
-def _probed(cell: Cell) -> dict[str, Any] | None:
-    """Intervention and model of a probe, for comparison later; None for an arm that is trained."""
-    if not isinstance(cell.arm, ProbeArm) or _trained_loss(cell) is None:
-        return None
-    return {**dataclasses.asdict(cell.arm.intervention), "loss": _trained_loss(cell)}
+def _estimate(cells: Sequence[Cell], todo: Sequence[Cell]) -> float:
+    """Seconds for the runs in `todo`, from those of the same arms, or of all; 0 is not known."""
+    known = {}
+    for cell in cells:
+        seconds = results.read_record(cell.record).get("wall_seconds")
+        if seconds is not None and _is_finished(cell):
+            known[cell.arm.label] = seconds
+    if not known:
+        return 0.0
+    mean = sum(known.values()) / len(known)
+    return sum(known.get(cell.arm.label, mean) for cell in todo)
 
 
-def _trained_loss(cell: Cell) -> float | None:
-    """The held-out loss of the finished run that a probe measures; None if it is not finished."""
-    assert cell.trained is not None
-    evaluation = workdir.read_evaluation(cell.trained, "loss")
-    finished = evaluation is not None and evaluation["step"] == cell.config.train.steps
-    return evaluation["loss"] if evaluation is not None and finished else None
+class _Maker:
+    """Trains and probes.
 
+    Args:
+      train, fingerprint: see `run`.
+    """
 
-def _make_all(
-    cells: list[Cell], todo: list[Cell], fingerprint: str, train: Callable[..., Any]
-) -> list[str]:
-    """Trains or probes the runs in `todo`; returns the errors of those that diverged."""
-    failed = []
-    took = {}
-    for done, cell in enumerate(todo):
-        place = len(cells) - len(todo) + done + 1
-        left = _time_left(todo[done:], took)
-        print(f"[{place}/{len(cells)}] {cell}{left}", file=sys.stderr, flush=True)
+    def __init__(self, train: Train, fingerprint: Fingerprint):
+        self._train = train
+        self._fingerprint = fingerprint
+
+    def make(self, cells: list[Cell], todo: list[Cell]) -> None:
+        """Makes the runs in `todo`, a part of `cells`."""
+        fingerprint = self._fingerprint(cells[0].config.data)  # of all: the arms' data are equal
+        for cell in cells:
+            existing.check_data(cell, fingerprint)
+        for done, cell in enumerate(todo):
+            if _is_finished(cell):  # by another process, or as another arm
+                continue
+            place = len(cells) - len(todo) + done + 1
+            left = _estimate(cells, todo[done:])
+            tail = f", about {duration(left)} to go" if left else ""
+            print(f"[{place}/{len(cells)}] {cell}{tail}", file=sys.stderr, flush=True)
+            self._make(cell, fingerprint)
+            jax.clear_caches()  # or every model's compiled code stays in memory
+
+    def _make(self, cell: Cell, fingerprint: str) -> None:
+        """Makes one run; a failure is written down, and the others go on."""
+        cell.record.parent.mkdir(parents=True, exist_ok=True)
+        before = results.read_record(cell.record).get("wall_seconds") or 0.0
         start = time.monotonic()
+        record: dict[str, Any] = {"data_fingerprint": fingerprint, "machine": machine()}
+        if isinstance(cell.arm, ProbeArm):
+            record["probed"] = existing.probed(cell)
+        json_files.write(cell.record, record)
         try:
-            _make(cell, fingerprint, train)
-        except loop.NonFinite as error:  # also a result: the others go on, this one stays missing
+            self._train_or_probe(cell)
+        except workdir.InUse:
+            print(f"{cell}: another process is at it", file=sys.stderr, flush=True)
+            return
+        except OSError:
+            raise  # a full disk: no other run would go better
+        except Exception as error:  # what fails for one arm need not fail for the next
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
             print(f"error: {cell}: {error}", file=sys.stderr, flush=True)
-            failed.append(f"{cell}: {error}")
-        took.setdefault(cell.arm.label, []).append(time.monotonic() - start)
-        jax.clear_caches()  # or every model's compiled code stays in memory
-    return failed
+            record["failed"] = str(error) or type(error).__name__
+        record["wall_seconds"] = round(before + time.monotonic() - start, 1)
+        json_files.write(cell.record, record)
 
-
-def _make(cell: Cell, fingerprint: str, train: Callable[..., Any]) -> None:
-    cell.record.parent.mkdir(parents=True, exist_ok=True)
-    origin = {"data_fingerprint": fingerprint, "machine": machine()}
-    if isinstance(cell.arm, ProbeArm):
-        json_files.write(cell.record, {**origin, "probed": _probed(cell)})
-        _probe(cell, cell.arm)
-    else:
-        json_files.write(cell.record, origin)
-        train(cell.config, cell.workdir)
+    def _train_or_probe(self, cell: Cell) -> None:
+        if isinstance(cell.arm, ProbeArm):
+            _probe(cell, cell.arm)
+        else:
+            self._train(cell.config, cell.workdir)
 
 
 def _probe(cell: Cell, arm: ProbeArm) -> None:
@@ -216,19 +234,7 @@ def _use_compilation_cache(directory: str | None) -> None:
     compilation_cache.reset_cache()
 
 
-def _time_left(todo: list[Cell], took: Mapping[str, list[float]]) -> str:
-    """Time left, from that of the same arm's runs or the mean of all; "" before the first ends."""
-    known = {label: sum(times) / len(times) for label, times in took.items()}
-    if not known:
-        return ""
-    mean = sum(known.values()) / len(known)
-    seconds = sum(known.get(cell.arm.label, mean) for cell in todo)
-    return f", about {duration(seconds)} to go"
-
-
-def read(
-    experiment: Experiment, options: Options, cells: list[Cell], failed: list[str]
-) -> Comparison:
+def read(experiment: Experiment, options: Options, cells: list[Cell]) -> Comparison:
     """Reads all results from the workdirs."""
     histories = {(c.arm.label, c.seed): read_history(results.read_outcome(c)) for c in cells}
     return Comparison(
@@ -239,7 +245,6 @@ def read(
         histories={key: history for key, history in histories.items() if history is not None},
         command=shell_command(experiment, options),
         overrides=options.overrides,
-        failed=tuple(failed),
     )
 
 

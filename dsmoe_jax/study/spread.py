@@ -31,6 +31,11 @@ def common_seeds(values: BySeed) -> list[int]:
     return sorted(set.intersection(*map(set, values.values()))) if values else []
 
 
+def table_of(values: BySeed, labels: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """Values as a table: a row a seed, a column a label."""
+    return np.array([[values[label][seed] for label in labels] for seed in seeds], np.float64)
+
+
 def difference_half_width(values: BySeed) -> float | None:
     """Half the 95 % interval of a difference of two arms; None with one arm or one seed."""
     seeds = common_seeds(values)

@@ -10,6 +10,7 @@ choose experts are in balanced_routers.py.  The results are in docs/routers_and_
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import below, bounded, ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 NONE = {"model.moe.balance.expert": None}
 GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
@@ -47,6 +48,8 @@ EXPERIMENT = Experiment(
         ratio_below("loss-free bias", "nothing", 1.005),
         below("expert loss", "device loss", measure="maxvio_running", source="V1 section 3.3"),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.claims import decreasing
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 ARMS = (
     Arm("0 + 16 (2)", "gshard_2b", paper_loss=V1["gshard_2b"].loss),
@@ -28,6 +29,8 @@ EXPERIMENT = Experiment(
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
     # The figure shows that each step is better than the one before, without losses.
     claims=decreasing(*LABELS),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.claims import below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_total
+from experiments.laws import sizes
 
 HALF = "DeepSeekMoE (half activated)"
 
@@ -25,6 +26,8 @@ EXPERIMENT = Experiment(
     ),
     equal=same_total("GShard", HALF),
     claims=(below(HALF, "GShard", source="figure 6"),),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.claims import Claim, ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 ARMS = (
     Arm("1 + 63 (7)", "dsmoe_2b", "shared=1", paper_loss=V1["dsmoe_2b"].loss),
@@ -35,6 +36,8 @@ EXPERIMENT = Experiment(
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
     # "Little difference" is read as within 0.5 %: of any two numbers neither is better by more.
     claims=tuple(close_to(one, other) for one, other in itertools.permutations(LABELS, 2)),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

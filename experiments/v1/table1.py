@@ -9,6 +9,7 @@ RESULTS/table1-SCALE/report.html.
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 TOP_1 = ("Hash Layer", "Switch")  # one FFN of standard width activated
 TOP_2 = ("GShard", "DeepSeekMoE")  # two
@@ -32,6 +33,8 @@ EXPERIMENT = Experiment(
         *same_activated("Dense", *TOP_1),
         *same_activated(*TOP_2),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

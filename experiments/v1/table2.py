@@ -10,6 +10,7 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
 from dsmoe_jax.study.claims import ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment
+from experiments.laws import sizes
 
 EXPERIMENT = Experiment(
     module="experiments.v1.table2",
@@ -27,6 +28,8 @@ EXPERIMENT = Experiment(
         ratio_below("DeepSeekMoE", "GShard x1.5", 1.005, source="table 2"),
         ratio_below("DeepSeekMoE", "Dense x16", 1.005, source="table 2"),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

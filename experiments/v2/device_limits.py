@@ -11,6 +11,7 @@ devices.
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import decreasing, ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 D = 7
 V2 = {
@@ -52,6 +53,8 @@ EXPERIMENT = Experiment(
         "maxvio_running",
         "dead_experts",
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

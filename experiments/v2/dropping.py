@@ -11,6 +11,7 @@ evaluation consistent and prints no number; consistent is read as within 0.5 %.
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import below, ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 DEVICES = {
     "model.moe.expert_groups": 7,
@@ -52,6 +53,8 @@ EXPERIMENT = Experiment(
         # Without dropping the capacity is unlimited.
         below(NONE, UNPROTECTING),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

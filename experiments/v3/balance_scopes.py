@@ -11,6 +11,7 @@ from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import below
 from dsmoe_jax.study.experiment import Experiment, same_activated, same_total
 from experiments.balancing import balance, balanced_routers
+from experiments.laws import sizes
 
 SINGLE = ("expert loss", "global loss", "loss-free bias", "nothing")
 SEQUENCE, GLOBAL, BIAS, NOTHING = SINGLE
@@ -36,6 +37,8 @@ EXPERIMENT = Experiment(
         # The 1B models there: 0.72 with the loss, 0.04 with the bias.
         below(BIAS, SEQUENCE, measure="maxvio", source="2408.15664 table 2", paper=0.68),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import dataclasses
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import decreasing, larger_change, ratio_below
 from dsmoe_jax.study.experiment import Arm, Equal, Experiment
+from experiments.laws import sizes
 
 TOTALS = (8, 16, 32, 64, 128, 256, 512)
 ARMS = tuple(
@@ -48,6 +49,8 @@ EXPERIMENT = Experiment(
             text=f"{LABELS[-2]} at most 0.5 % above {LABELS[-1]}",
         ),
     ),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ is claimed.
 
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
+from experiments.laws import sizes
 
 NORMALISED = {"model.moe.router.norm_topk_prob": True}
 SIGMOID = {"model.moe.router.scoring_func": "sigmoid"}
@@ -28,6 +29,8 @@ EXPERIMENT = Experiment(
     " take softmax affinities as gates.",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+    analyses=("effective_compute",),
+    baseline=sizes.GSHARD,
 )
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_load_over_training_is_that_of_the_logs(fake_run, tmp_path):
     assert [row[0] for row in table.rows] == ["Hash Layer", "Switch", "GShard", "DeepSeekMoE"]
     rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
     highest, worst, dead = [], [], []
-    for log in sorted((tmp_path / "runs/table1-smoke").glob("gshard/seed*/metrics.jsonl")):
+    for log in sorted((tmp_path / "runs/models-smoke").glob("gshard_2b/seed*/metrics.jsonl")):
         logged = [json.loads(line) for line in log.read_text().splitlines()]
         highest.append(max(np.mean(row["maxvio"]) for row in logged))
         worst.append(max(logged[-1]["maxvio_running"]))

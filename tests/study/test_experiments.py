@@ -15,8 +15,10 @@ FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 MODULES = sorted(
     f"experiments.{path.parent.name}.{path.stem}"
     for path in FOLDER.glob("*/*.py")
-    if path.stem != "__init__"
+    if not path.stem.startswith("_")
 )
+
+FOLDERS = {"balancing", "laws", "recipe", "v1", "v2", "v3"}
 
 
 def load(module: str) -> Experiment:
@@ -24,7 +26,7 @@ def load(module: str) -> Experiment:
 
 
 def test_there_are_experiments_of_every_paper():
-    assert {module.split(".")[1] for module in MODULES} == {"balancing", "v1", "v2", "v3"}
+    assert {module.split(".")[1] for module in MODULES} == FOLDERS
     assert "experiments.v1.table1" in MODULES
 
 

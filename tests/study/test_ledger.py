@@ -144,8 +144,8 @@ def test_every_scale_with_results_is_judged_from_the_largest_down(tmp_path):
 def test_runs_of_another_length_than_the_scales_are_named(tmp_path):
     write(tmp_path, {"A": [3.0, 3.1], "B": [2.0, 2.1]}, tokens=491_520)
     assert entry(tmp_path, **LOSS).why == (
-        "Trained on 491,520 tokens a model, where the scale has 983,040 now: the exact command is"
-        " in up-demo/report.md."
+        "Trained on 50 % of the tokens that the scale has now: the exact command is in"
+        " up-demo/report.md."
     )
 
 

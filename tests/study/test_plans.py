@@ -10,9 +10,10 @@ from dsmoe_jax.config import Config, files, from_config_dict, overrides, replace
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
 from dsmoe_jax.planning import papers, planner
-from dsmoe_jax.study.cells import Options
+from dsmoe_jax.study.cells import Options, make_cells
 from dsmoe_jax.study.plans import Hardware, plan_arms
 from experiments.balancing import balance
+from experiments.recipe import batches, rates
 from experiments.v1 import fig5, table1
 
 
@@ -53,13 +54,14 @@ def test_the_command_trains_the_run_of_the_experiment():
             arm.config.train, accumulation_steps=arm.plan.accumulation_steps
         )
         assert described(arm.command) == dataclasses.replace(arm.config, mesh=mesh, train=train)
-        assert f"--workdir=here/runs/balance-smoke/{written.slug}/seed0" in arm.command
+        (cell,) = make_cells(balance.EXPERIMENT, dataclasses.replace(options, arms=(written.slug,)))
+        assert f"--workdir=here/runs/models-smoke/{cell.workdir.parent.name}/seed0" in arm.command
 
 
 def test_probes_are_planned_as_the_models_that_they_measure():
     planned = plan_arms(fig5.EXPERIMENT, Options("smoke"), Hardware("h100"))
     assert [arm.label for arm in planned] == ["GShard", "DeepSeekMoE"]
-    assert "/table1-smoke/deepseekmoe/seed0" in planned[1].command
+    assert "/models-smoke/dsmoe_2b/seed0" in planned[1].command
 
 
 def test_the_fewest_chips_are_enough_and_half_of_them_are_not():
@@ -105,3 +107,21 @@ def test_an_override_that_is_written_is_read_back(value):
     key, read = overrides.parse(overrides.write("a.b", value))
     assert (key, read) == ("a.b", value)
     assert type(read) is type(value)
+
+
+def test_a_multiple_of_a_setting_is_written_out_in_the_command():
+    """Half the batch, twice the steps; the learning rate has two digits."""
+    planned = plan_arms(batches.EXPERIMENT, Options("demo"), Hardware("h100"))
+    half = next(arm for arm in planned if arm.label == "DeepSeekMoE, ×0.5")
+    assert (half.config.train.global_batch_size, half.config.train.steps) == (8, 960)
+    assert half.config.optimizer.warmup_steps == 96
+    written = described(half.command)
+    assert written.train.steps == 960
+    assert written.optimizer.warmup_steps == 96
+    assert {arm.tokens for arm in planned} == {480 * 16 * 128}
+    faster = next(arm for arm in rates.EXPERIMENT.arms if arm.x == 1.414)
+    now, then = (
+        arm.run_config("demo", 0).optimizer.peak_learning_rate
+        for arm in (faster, table1.EXPERIMENT.arms[0])
+    )
+    assert now == float(f"{1.414 * then:.2g}")

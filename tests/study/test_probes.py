@@ -53,8 +53,8 @@ def test_probes_measure_what_another_experiment_trained(fake_run, tmp_path, load
     train = FakeTrain()
     comparison = fake_run(train, FIG5, seeds=2)
     assert train.calls == []
-    runs = tmp_path / "runs/table1-smoke"
-    names = ["gshard"] + ["deepseekmoe"] * 5
+    runs = tmp_path / "runs/models-smoke"
+    names = ["gshard_2b"] + ["dsmoe_2b"] * 5
     assert loaded == [runs / name / f"seed{seed}" for seed in (0, 1) for name in names]
     losses = comparison.by_seed("validation_loss")
     assert losses["4 of 7"] == {0: pytest.approx(5.2), 1: pytest.approx(5.2)}
@@ -87,7 +87,7 @@ def test_a_measurement_from_before_interventions_had_a_field_stays(fake_run, loa
 def test_models_that_are_not_there_are_named_with_the_command_that_trains_them(fake_run, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"table1-smoke/gshard/seed0: holds no finished run, which GShard, seed 0 measures;"
+        match=r"models-smoke/gshard_2b/seed0: holds no finished run, which GShard, seed 0 measures;"
         r" train it with python -m experiments\.v1\.table1 --scale=smoke --seeds=1$",
     ):
         fake_run(experiment=FIG5, seeds=1)
@@ -98,16 +98,22 @@ def test_models_that_are_not_there_are_named_with_the_command_that_trains_them(f
 def test_a_measurement_of_a_run_that_was_made_anew_is_refused(fake_run, tmp_path):
     fake_run()
     fake_run(experiment=FIG5)
-    path = tmp_path / "runs/table1-smoke/gshard/seed0/evaluation.json"
+    path = tmp_path / "runs/models-smoke/gshard_2b/seed0/evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 1.0}))
     with pytest.raises(ValueError, match=r"gshard/seed0: measured .* here it is .*'loss': 1\.0"):
         fake_run(experiment=FIG5)
 
 
-def test_a_run_of_another_config_is_refused(fake_run):
+def test_a_model_of_another_config_is_another_model(fake_run):
     fake_run()
-    with pytest.raises(ValueError, match=r"holds a run with train.steps=8, here it is 4"):
+    with pytest.raises(ValueError, match=r"gshard_2b-.*/seed0: holds no finished run, which GShar"):
         fake_run(experiment=FIG5, overrides={"train.steps": 4})
+
+
+def test_a_model_of_other_text_is_refused(fake_run):
+    fake_run()
+    with pytest.raises(ValueError, match=r"unfair: GShard, seed 0 was trained on data abab.* now"):
+        fake_run(experiment=FIG5, fingerprint="cd" * 32)
 
 
 def test_held_out_is_measured_as_after_training(monkeypatch):

@@ -7,21 +7,23 @@ import pathlib
 import re
 
 import pytest
-from made_up_runs import FakeTrain
+from made_up_runs import FakeTrain, run_made_up
 
 from dsmoe_jax.commands import experiment as command
 from dsmoe_jax.report import plots
-from dsmoe_jax.study import results
+from dsmoe_jax.runs import workdir as workdirs
+from dsmoe_jax.study import results, runner
+from dsmoe_jax.study.cells import Options, make_cells
 from dsmoe_jax.study.experiment import Arm, Equal, same_activated
 from dsmoe_jax.training import loop
-from experiments.v1 import table1
+from experiments.v1 import fig3, table1
 from tests.tools import compiling
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "experiments").glob("*/*.py")
-    if path.stem != "__init__"
+    if not path.stem.startswith("_")
 )
 EXPERIMENTS = [importlib.import_module(name).EXPERIMENT for name in MODULES]
 NAMES = ["dense_2b", "hash_2b", "switch_2b", "gshard_2b", "dsmoe_2b"]
@@ -124,15 +126,162 @@ def test_arms_in_stages_are_compared_by_means_over_their_tokens(fake_run, later,
             fake_run(experiment=experiment)
 
 
-def test_changed_config_is_refused_and_nothing_is_lost(fake_run, tmp_path):
+def test_a_run_of_another_config_is_refused_and_nothing_is_lost(fake_run, tmp_path):
+    """A config file has changed since: the name is the same."""
     fake_run(seeds=1)
-    metrics = tmp_path / "runs/table1-smoke/gshard/seed0/metrics.jsonl"
-    before = metrics.read_bytes()
+    run = tmp_path / "runs/models-smoke/gshard_2b/seed0"
+    before = (run / "metrics.jsonl").read_bytes()
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["steps"] = 9
+    (run / "config.json").write_text(json.dumps(config))
     train = FakeTrain()
-    with pytest.raises(ValueError, match=r"holds a run with train.steps=8, here it is 4"):
-        fake_run(train, overrides={"train.steps": 4})
+    with pytest.raises(ValueError, match=r"holds a run with train.steps=9, here it is 8"):
+        fake_run(train)
     assert train.calls == []
-    assert metrics.read_bytes() == before
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_overrides_are_other_models_beside_the_first(fake_run, tmp_path):
+    fake_run(seeds=1)
+    train = FakeTrain()
+    fake_run(train, overrides={"train.steps": 4})
+    assert [name for name, _ in train.calls] == NAMES
+    names = {path.name for path in (tmp_path / "runs/models-smoke").iterdir()}
+    assert names >= set(NAMES)
+    assert len(names) == 2 * len(NAMES)
+
+
+def test_what_may_change_in_a_run_makes_no_other_model(fake_run):
+    fake_run(seeds=1)
+    train = FakeTrain()
+    fake_run(train, overrides={"train.log_every": 3, "mesh.expert": 1})
+    assert train.calls == []
+
+
+def test_experiments_share_the_models_that_they_have_in_common(fake_run, tmp_path):
+    fake_run(seeds=2)
+    train = FakeTrain()
+    comparison = fake_run(train, fig3.EXPERIMENT, seeds=2)
+    assert not {"gshard_2b", "dsmoe_2b"} & {name for name, _ in train.calls}
+    assert all(row.finished for row in comparison.rows)
+    assert (tmp_path / "runs/fig3-smoke/results.jsonl").exists()
+
+
+def test_arms_with_one_workdir_have_one_config():
+    """The digest in the name tells all models of all experiments apart."""
+    configs = {}
+    for experiment in EXPERIMENTS:
+        for cell in make_cells(experiment, Options("smoke", seeds=1)):
+            if cell.trained is None:
+                assert configs.setdefault(cell.workdir, cell.config) == cell.config
+    assert len(configs) > 20
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(fake_run, capsys):
+    class Held(FakeTrain):
+        def __call__(self, config, workdir):
+            if config.name == "switch_2b":
+                raise workdirs.InUse("in use by process 7")
+            super().__call__(config, workdir)
+
+    comparison = fake_run(Held())
+    assert [row.finished for row in comparison.rows] == [True, True, False, True, True]
+    assert comparison.failed == []
+    assert "Switch, seed 0: another process is at it" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_made_again(fake_run, tmp_path):
+    class Helped(FakeTrain):
+        def __call__(self, config, workdir):
+            if not self.calls:
+                run_made_up(tmp_path / "runs", FakeTrain(), arms=("hash_layer",))
+            super().__call__(config, workdir)
+
+    train = Helped()
+    assert all(row.finished for row in fake_run(train).rows)
+    assert [name for name, _ in train.calls] == ["dense_2b", "switch_2b", "gshard_2b", "dsmoe_2b"]
+
+
+def test_one_cell_is_one_task_of_an_array(fake_run):
+    made = []
+    for cell in range(10):
+        train = FakeTrain()
+        comparison = fake_run(train, seeds=2, cell=cell)
+        made += train.calls
+    assert made == [(name, seed) for seed in (0, 1) for name in NAMES]
+    assert all(row.finished for row in comparison.rows)
+    with pytest.raises(ValueError, match=r"--cell=10: must be 0 to 9, the number of a run"):
+        fake_run(seeds=2, cell=10)
+    with pytest.raises(ValueError, match=r"--cell=1: one run, which has no --minutes"):
+        fake_run(cell=1, minutes=3)
+
+
+class Slow(FakeTrain):
+    """Every run takes a minute of a clock that stands still otherwise."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now = 0.0
+        monkeypatch.setattr(runner.time, "monotonic", lambda: self.now)
+
+    def __call__(self, config, workdir):
+        self.now += 60
+        super().__call__(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "most", "seeds"),
+    [(1, None, 1), (9.9, None, 1), (10, None, 2), (16, None, 3), (99, 2, 2)],
+)
+def test_as_many_seeds_as_fit_into_the_minutes(fake_run, monkeypatch, capsys, minutes, most, seeds):
+    train = Slow(monkeypatch)
+    comparison = fake_run(train, minutes=minutes, seeds=most)
+    assert train.calls == [(name, seed) for seed in range(seeds) for name in NAMES]
+    assert {row.seed for row in comparison.rows} == set(range(seeds))
+    said = capsys.readouterr().err
+    if most is None:
+        assert f"{seeds} seed{'s' if seeds > 1 else ''} in {5 * seeds} min of {minutes:g}" in said
+        assert f"one more takes about 5 min: --seeds={seeds + 1} instead of --minutes" in said
+
+
+def test_seeds_that_are_there_cost_no_minutes(fake_run, monkeypatch):
+    fake_run(Slow(monkeypatch), seeds=2)
+    train = Slow(monkeypatch)
+    assert {row.seed for row in fake_run(train, minutes=5).rows} == {0, 1, 2}
+    assert train.calls == [(name, 2) for name in NAMES]
+
+
+def test_no_time_is_refused(fake_run):
+    with pytest.raises(ValueError, match=r"--minutes=0: must be above 0"):
+        fake_run(minutes=0.0)
+
+
+def test_a_failure_of_any_kind_is_written_down_and_tried_again(fake_run, tmp_path):
+    class Fails(FakeTrain):
+        def __call__(self, config, workdir):
+            if config.name == "hash_2b":
+                raise RuntimeError("out of memory")
+            super().__call__(config, workdir)
+
+    comparison = fake_run(Fails(), report=True)
+    assert [(row.arm, row.failed) for row in comparison.failed] == [("Hash Layer", "out of memory")]
+    report = (tmp_path / "runs/table1-smoke/report.md").read_text()
+    assert "Failed, so not in these numbers: Hash Layer (seed 0): out of memory" in report
+    rows = results.load_rows(tmp_path / "runs/table1-smoke/results.jsonl")
+    assert rows[1].failed == "out of memory"
+    train = FakeTrain()
+    again = fake_run(train)
+    assert train.calls == [("hash_2b", 0)]
+    assert again.failed == []
+
+
+def test_a_full_disk_ends_the_experiment(fake_run):
+    class Full(FakeTrain):
+        def __call__(self, config, workdir):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fake_run(Full())
 
 
 def test_changed_corpus_is_refused(fake_run):
@@ -152,8 +301,10 @@ def test_a_corpus_may_move_but_not_change(fake_run, tmp_path):
     for options in ({}, {"report_only": True}):
         with pytest.raises(ValueError, match=r"unfair: Dense, seed 0 was trained on data abab"):
             fake_run(train, fingerprint="cd" * 32, overrides=other, **options)
-    (tmp_path / "runs/table1-smoke/dense/seed0.json").unlink()  # that says which data it was
-    with pytest.raises(ValueError, match=r"dense/seed0: holds a run with data\.corpus='.*texts'"):
+    (tmp_path / "runs/models-smoke/dense_2b/seed0.json").unlink()  # that says which data it was
+    with pytest.raises(
+        ValueError, match=r"dense_2b/seed0: holds a run with data\.corpus='.*texts'"
+    ):
         fake_run(train, overrides=other)
     assert train.calls == []
 
@@ -174,7 +325,7 @@ def test_a_corpus_may_move_but_not_change(fake_run, tmp_path):
 )  # fmt: skip
 def test_damaged_files_are_named(fake_run, tmp_path, name, content, message):
     fake_run()
-    (tmp_path / "runs/table1-smoke/switch" / name).write_bytes(content)
+    (tmp_path / "runs/models-smoke/switch_2b" / name).write_bytes(content)
     train = FakeTrain()
     with pytest.raises(ValueError, match=message) as caught:
         fake_run(train)
@@ -184,7 +335,7 @@ def test_damaged_files_are_named(fake_run, tmp_path, name, content, message):
 
 def test_records_may_have_keys_that_are_not_ours(fake_run, tmp_path):
     fake_run()
-    path = tmp_path / "runs/table1-smoke/switch/seed0.json"
+    path = tmp_path / "runs/models-smoke/switch_2b/seed0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "note": ["mine"]}))
     train = FakeTrain()
     fake_run(train)
@@ -208,7 +359,7 @@ def test_without_a_place_for_compiled_programs_it_goes_on(fake_run, monkeypatch,
 def test_runs_judged_on_different_text_are_refused_before_training(fake_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fake_run(FakeTrain(stop_after=4))
-    path = tmp_path / "runs/table1-smoke/switch/seed0/evaluation.json"
+    path = tmp_path / "runs/models-smoke/switch_2b/seed0/evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": 999}))
     train = FakeTrain()
     with pytest.raises(
@@ -228,7 +379,9 @@ def test_a_run_that_diverges_stays_missing_and_the_others_go_on(fake_run, tmp_pa
 
     train = Diverges()
     comparison = fake_run(train)
-    assert comparison.failed == ("Switch, seed 0: step 3: loss=nan; stopped",)
+    assert [(row.arm, row.failed) for row in comparison.failed] == [
+        ("Switch", "step 3: loss=nan; stopped")
+    ]
     assert [name for name, _ in train.calls] == NAMES
     rows = results.load_rows(tmp_path / "runs/table1-smoke/results.jsonl")
     assert [row.finished for row in rows] == [True, True, False, True, True]
@@ -249,7 +402,7 @@ def test_results_are_rebuilt_from_the_workdirs(fake_run, tmp_path):
 def test_a_row_says_what_was_measured(fake_run, tmp_path):
     row = fake_run().rows[4]
     evaluation = json.loads(
-        (tmp_path / "runs/table1-smoke/deepseekmoe/seed0/evaluation.json").read_text()
+        (tmp_path / "runs/models-smoke/dsmoe_2b/seed0/evaluation.json").read_text()
     )
     assert row["validation_loss"] == evaluation["loss"]
     assert row["maxvio"] == pytest.approx(sum(evaluation["maxvio"]) / 2)
@@ -324,6 +477,6 @@ def test_experiments_with_impossible_rules_are_refused_when_built():
         dataclasses.replace(one, arms=(Arm("A b", "dense_2b"), Arm("a B", "hash_2b")))
 
 
-def test_workdirs_are_named_after_arm_and_seed(fake_run, tmp_path: pathlib.Path):
+def test_workdirs_are_named_after_config_and_seed(fake_run, tmp_path: pathlib.Path):
     fake_run(seeds=1, arms=("hash_layer",))
-    assert (tmp_path / "runs/table1-smoke/hash_layer/seed0/config.json").exists()
+    assert (tmp_path / "runs/models-smoke/hash_2b/seed0/config.json").exists()
