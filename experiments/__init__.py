@@ -1,6 +1,7 @@
 """One module a table or figure, by paper: a literal `Experiment`, see `dsmoe_jax/study`.
 
 `python -m experiments.FOLDER.NAME --scale=demo` runs one, `--plan` says what it would cost.
+`python -m experiments.ledger` puts every claim of the sources beside what came out.
 
 v1, DeepSeekMoE (arXiv 2401.06066):
     table1             dense, Hash, Switch, GShard, DeepSeekMoE (table 1)

@@ -195,8 +195,8 @@ MODELS: dict[str, Model] = {**V1}  # the models of all papers
 
 
 def value(digits: str) -> float:
-    """The number that a figure such as "16.4B" or "74.4T" stands for."""
-    return float(digits[:-1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[digits[-1]]
+    """The number that a figure such as "16.4B", "74.4T" or "39.6%" stands for; per cent stay so."""
+    return float(digits[:-1]) * {"M": 1e6, "B": 1e9, "T": 1e12, "%": 1.0}[digits[-1]]
 
 
 def deviation(ours: float, digits: str) -> float:
@@ -205,7 +205,18 @@ def deviation(ours: float, digits: str) -> float:
     0 inside the interval: "2.0B" stands for everything from 1.95B to 2.05B.
     """
     printed = value(digits)
-    decimals = len(digits[:-1].partition(".")[2])
-    last_digit = value(f"1{digits[-1]}") * 10.0**-decimals
-    excess = max(abs(ours - printed) - last_digit / 2, 0.0)
+    excess = max(abs(ours - printed) - _last_digit(digits) / 2, 0.0)
     return math.copysign(excess / printed, ours - printed)
+
+
+def accepted(digits: str, tolerance: float = 0.0) -> tuple[float, float]:
+    """Lowest and highest number whose `deviation` from the printed digits is in the tolerance."""
+    printed = value(digits)
+    distance = _last_digit(digits) / 2 + tolerance * printed
+    return printed - distance, printed + distance
+
+
+def _last_digit(digits: str) -> float:
+    """Size of one in the last printed digit: 0.1e9 of "16.4B"."""
+    decimals = len(digits[:-1].partition(".")[2])
+    return value(f"1{digits[-1]}") * 10.0**-decimals

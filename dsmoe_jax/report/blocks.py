@@ -36,9 +36,23 @@ def plain(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """The heading of a section."""
+    """The heading of a section.
+
+    Attributes:
+      text: of the heading.
+      level: 2, or 3 within a section.
+      linked: whether an `Index` links to it; its text must then differ from other headings'.
+    """
 
     text: str
+    level: int = 2
+    linked: bool = False
+
+    @property
+    def anchor(self) -> str:
+        """The name that links use, as code-hosting sites make it: "Claim 8" -> "claim-8"."""
+        kept = re.sub(r"[^\w\- ]", "", self.text.lower())
+        return kept.replace(" ", "-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +71,17 @@ class Table:
       head, rows: cells; the first column names the row.
       best: index of the row in bold; None for none.
       prose: whether the cells are words, which are set flush left.
+      cards: whether the first column is a sentence; on a narrow page each row becomes a card, with
+        the head beside its cells.
+      marks: cells to set off, by their text: "good", "bad", "open" or "none".
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: int | None = None
     prose: bool = False
+    cards: bool = False
+    marks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,4 +115,15 @@ class Pictures:
     pictures: Sequence[Picture]
 
 
-Block = Heading | Text | Table | Facts | Code | Pictures
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Links to headings of the page.
+
+    Attributes:
+      lines: name of a line -> the short texts and the headings that it links to.
+    """
+
+    lines: Mapping[str, Sequence[tuple[str, Heading]]]
+
+
+Block = Heading | Text | Table | Facts | Code | Pictures | Index

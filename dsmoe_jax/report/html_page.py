@@ -6,8 +6,19 @@ import html
 import pathlib
 from collections.abc import Sequence
 
-from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text, spans
+from dsmoe_jax.report.blocks import (
+    Block,
+    Code,
+    Facts,
+    Heading,
+    Index,
+    Pictures,
+    Table,
+    Text,
+    spans,
+)
 from dsmoe_jax.report.names import one_line
+from dsmoe_jax.report.numbers import NONE
 from dsmoe_jax.report.style import PALETTE
 from dsmoe_jax.report.svg import themed_svg
 
@@ -30,8 +41,9 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 def _html(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"<h2>{html.escape(text)}</h2>"
+        case Heading(text, level, linked):
+            anchor = f" id='{html.escape(block.anchor)}'" if linked else ""
+            return f"<h{level}{anchor}>{html.escape(text)}</h{level}>"
         case Text(text, kind):
             return f"<p class='{kind}'>{_inline(text)}</p>" if kind else f"<p>{_inline(text)}</p>"
         case Table():
@@ -48,20 +60,36 @@ def _html(block: Block) -> str:
                 for p in pictures
             )
             return "<div class='pictures'>\n" + "\n".join(items) + "\n</div>"
+        case Index(lines):
+            items = (f"<dt>{_inline(k)}</dt><dd>{_links(v)}</dd>" for k, v in lines.items())
+            return "<dl class='index'>\n" + "\n".join(items) + "\n</dl>"
+
+
+def _links(places: Sequence[tuple[str, Heading]]) -> str:
+    return ", ".join(
+        f"<a href='#{html.escape(heading.anchor)}'>{_cell(text)}</a>" for text, heading in places
+    )
 
 
 def _html_table(table: Table) -> str:
     head = "".join(f"<th>{_cell(cell)}</th>" for cell in table.head)
     rows = []
     for i, row in enumerate(table.rows):
-        cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
+        cells = "".join(_td(table, column, cell) for column, cell in enumerate(row))
         rows.append(f"<tr class='best'>{cells}</tr>" if i == table.best else f"<tr>{cells}</tr>")
-    kind = "wide left" if table.prose else "wide"
+    kind = "wide left" if table.prose else "wide cards" if table.cards else "wide"
     body = "\n".join(rows)
     return (
         f"<div class='{kind}'><table>\n<thead><tr>{head}</tr></thead>\n"
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
+
+
+def _td(table: Table, column: int, cell: str) -> str:
+    kind = "blank" if table.cards and cell == NONE else table.marks.get(cell)
+    mark = f" class='{kind}'" if kind else ""
+    head = f" data-head='{_cell(table.head[column])}'" if table.cards and column else ""
+    return f"<td{mark}{head}>{_cell(cell)}</td>"
 
 
 def _cell(text: str) -> str:

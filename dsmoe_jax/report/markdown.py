@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dsmoe_jax.report.blocks import Block, Code, Facts, Heading, Pictures, Table, Text, spans
+from dsmoe_jax.report.blocks import (
+    Block,
+    Code,
+    Facts,
+    Heading,
+    Index,
+    Pictures,
+    Table,
+    Text,
+    spans,
+)
 from dsmoe_jax.report.names import one_line
 
 
@@ -16,16 +26,16 @@ def to_markdown(title: str, blocks: Sequence[Block], pictures: str) -> str:
 
 def _markdown(block: Block, directory: str) -> str:
     match block:
-        case Heading(text):
-            return f"## {text}"
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
         case Text(text, kind):
             text = _inline(text)
             return {"finding": f"> {text}", "source": f"*{text}*"}.get(kind, text)
-        case Table(head, rows, best, prose):
+        case Table(head, rows, best, prose, cards):
             cells = [[_literal(cell) for cell in row] for row in rows]
             if best is not None:
                 cells[best] = [f"**{cell}**" if cell else cell for cell in cells[best]]
-            rule = [":--"] + [":--" if prose else "--:"] * (len(head) - 1)
+            rule = [":--"] + [":--" if prose or cards else "--:"] * (len(head) - 1)
             lines = [[_literal(cell) for cell in head], rule, *cells]
             return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Facts(pairs):
@@ -38,6 +48,13 @@ def _markdown(block: Block, directory: str) -> str:
                 f"### {p.title}\n\n![{p.title}]({directory}/{p.name}.svg)\n\n{_inline(p.caption)}"
                 for p in pictures
             )
+
+        case Index(lines):
+            return "\n".join(f"- {_inline(key)}: {_links(value)}" for key, value in lines.items())
+
+
+def _links(places: Sequence[tuple[str, Heading]]) -> str:
+    return ", ".join(f"[{_literal(text)}](#{heading.anchor})" for text, heading in places)
 
 
 def _inline(text: str) -> str:

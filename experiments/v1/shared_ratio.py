@@ -3,8 +3,12 @@
 python -m experiments.v1.shared_ratio --scale=demo
 """
 
+import dataclasses
+import itertools
+
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.planning.papers import V1
+from dsmoe_jax.study.claims import Claim, ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment, same_activated, same_total
 from experiments.laws import sizes
 
@@ -15,6 +19,13 @@ ARMS = (
 )
 LABELS = tuple(arm.label for arm in ARMS)
 
+
+def close_to(one: str, other: str) -> Claim:
+    """Claim that an arm is at most a little worse than another one."""
+    claim = ratio_below(one, other, 1.005, source="section 4.4")
+    return dataclasses.replace(claim, text=f"{one} at most 0.5 % above {other}")
+
+
 EXPERIMENT = Experiment(
     module="experiments.v1.shared_ratio",
     title="One, two or four shared experts of 64",
@@ -23,6 +34,8 @@ EXPERIMENT = Experiment(
     " or four. (Arms read: shared + routed experts, routed ones activated.)",
     arms=ARMS,
     equal=(*same_total(*LABELS), *same_activated(*LABELS)),
+    # "Little difference" is read as within 0.5 %: of any two numbers neither is better by more.
+    claims=tuple(close_to(one, other) for one, other in itertools.permutations(LABELS, 2)),
     analyses=("effective_compute",),
     baseline=sizes.GSHARD,
 )

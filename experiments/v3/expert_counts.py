@@ -8,8 +8,10 @@ activated, as in a dense model), 16, 32, ... 512.  So the expert parameters doub
 and the FLOPs are equal but for the router, which has one row an expert.  64 is DeepSeekMoE 2B.
 """
 
+import dataclasses
+
 from dsmoe_jax.commands import experiment
-from dsmoe_jax.study.claims import decreasing, larger_change
+from dsmoe_jax.study.claims import decreasing, larger_change, ratio_below
 from dsmoe_jax.study.experiment import Arm, Equal, Experiment
 from experiments.laws import sizes
 
@@ -40,6 +42,11 @@ EXPERIMENT = Experiment(
             (LABELS[1], LABELS[0]),
             (LABELS[-1], LABELS[-2]),
             source="2202.01169 section 5",
+        ),
+        # Little beyond 256: twice as many are not better by more than 0.5 %.
+        dataclasses.replace(
+            ratio_below(LABELS[-2], LABELS[-1], 1.005, source="2202.01169 section 5"),
+            text=f"{LABELS[-2]} at most 0.5 % above {LABELS[-1]}",
         ),
     ),
     analyses=("effective_compute",),

@@ -95,6 +95,17 @@ def test_docstrings_of_config_files_print_what_the_table_has(name):
     assert own.flops_per_sequence is None or own.flops_per_sequence in found
 
 
+@pytest.mark.parametrize("digits", ["2.0B", "585.6T", "2057.5T", "39.6%", "9%"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.003])
+def test_accepted_numbers_are_those_within_the_tolerance(digits, tolerance):
+    low, high = papers.accepted(digits, tolerance)
+    printed = papers.value(digits)
+    assert (low + high) / 2 == pytest.approx(printed)
+    for end, outwards in ((low, -1), (high, 1)):
+        assert abs(papers.deviation(end - outwards * 1e-6 * printed, digits)) <= tolerance
+        assert abs(papers.deviation(end + outwards * 1e-6 * printed, digits)) > tolerance
+
+
 def test_deviation_is_measured_from_the_printed_digits():
     assert papers.value("24.6T") == 24.6e12
     assert papers.deviation(1.95e9, "2.0B") == 0
@@ -102,3 +113,4 @@ def test_deviation_is_measured_from_the_printed_digits():
     assert papers.deviation(2.15e9, "2.0B") == pytest.approx(0.05)
     assert papers.deviation(1.85e9, "2.0B") == pytest.approx(-0.05)
     assert papers.deviation(2057.65e12, "2057.5T") == pytest.approx(0.1 / 2057.5)
+    assert papers.accepted("39.6%") == pytest.approx((39.55, 39.65))

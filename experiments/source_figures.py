@@ -1,0 +1,274 @@
+"""Numbers of the ledger that need no training: from configs, formulas and pure functions.
+
+Sizes and FLOPs are those of `python -m dsmoe_jax count`.  The sizes of models that no config file
+has, Mixtral 8x7B, DeepSeek-V2 and V3, are those of their released configs.
+
+Shapes: T tokens, D hidden, E routed experts, K activated per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsmoe_jax.config import (
+    AttentionConfig,
+    Config,
+    DropConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    files,
+    from_config_dict,
+    replace,
+)
+from dsmoe_jax.config.frozen import FrozenDict
+from dsmoe_jax.model import size
+from dsmoe_jax.moe import dropping
+from dsmoe_jax.moe.routers import get_router
+from dsmoe_jax.moe.routers.scored import SUB_EXPERTS
+from dsmoe_jax.moe.types import RouterInputs, Routing
+from dsmoe_jax.nn import attention
+from dsmoe_jax.planning import papers
+from dsmoe_jax.study.ledger import Computed
+
+COUNT = "python -m dsmoe_jax count"
+
+
+@functools.cache
+def config(name: str) -> Config:
+    """A model of the paper, at the paper's size."""
+    return from_config_dict(files.load(f"configs/{name}.py"))
+
+
+def figure(name: str, key: str) -> float:
+    """A figure of `papers.TOLERANCE`, of a model that has a config file."""
+    model = config(name)
+    if key == "flops_per_sequence":
+        return size.flops_per_sequence(model)
+    return getattr(size.parameters_by_formula(model.model), key)
+
+
+def flops_percent(name: str, other: str) -> float:
+    """FLOPs of a sequence in per cent of those of another model."""
+    return 100 * figure(name, "flops_per_sequence") / figure(other, "flops_per_sequence")
+
+
+def saved_percent(name: str, other: str) -> float:
+    """FLOPs of a sequence that a model saves of those of another one, in per cent."""
+    return 100 - flops_percent(name, other)
+
+
+TITLES = {
+    "total": "total parameters",
+    "activated": "activated parameters",
+    "expert_total": "expert parameters",
+    "expert_activated": "activated expert parameters",
+    "flops_per_sequence": "FLOPs per sequence",
+}
+
+
+def printed_figures() -> tuple[Computed, ...]:
+    """Every size and FLOPs figure that the papers print, with the tolerance of `count`."""
+    return tuple(
+        _printed(name, key, digits)
+        for name, model in papers.MODELS.items()
+        for key, digits in model.figures.items()
+    )
+
+
+def _printed(name: str, key: str, digits: str) -> Computed:
+    reason = papers.MODELS[name].irreproducible.get(key)
+    return Computed(
+        f"{name}: {TITLES[key]} {digits}",
+        TITLES[key],
+        functools.partial(figure, name, key),
+        papers.accepted(digits, papers.TOLERANCE[key]),
+        papers.value(digits),
+        COUNT,
+        why=f"{name}: {reason}." if reason else "",
+    )
+
+
+def printed_flops_percent(name: str) -> tuple[Computed, ...]:
+    """The FLOPs that the paper prints in per cent of those of other models."""
+    return tuple(
+        Computed(
+            f"{name}: {percent} % of the FLOPs of {other}",
+            "FLOPs per sequence, % of the other model's",
+            functools.partial(flops_percent, name, other),
+            papers.accepted(f"{percent}%", 0.003),  # the tolerance of FLOPs
+            percent,
+            COUNT,
+        )
+        for other, percent in papers.MODELS[name].flops_percent.items()
+    )
+
+
+# Models without a config file here
+
+
+class LatentAttention(NamedTuple):
+    """Sizes of latent attention (V2 section 2.1); no config has it yet."""
+
+    query_rank: int = 1536
+    key_value_rank: int = 512
+    nope_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+
+    def parameters(self, hidden_size: int, heads: int) -> int:
+        """Parameters of one layer, with the norms of the two latent vectors."""
+        d = hidden_size
+        query = d * self.query_rank + self.query_rank
+        query += self.query_rank * heads * (self.nope_dim + self.rope_dim)
+        key_value = d * (self.key_value_rank + self.rope_dim) + self.key_value_rank
+        key_value += self.key_value_rank * heads * (self.nope_dim + self.value_dim)
+        return query + key_value + heads * self.value_dim * d
+
+
+def _experts(total: int, shared: int, activated: int, width: int) -> MoEConfig:
+    return MoEConfig(
+        n_routed_experts=total,
+        n_shared_experts=shared,
+        num_experts_per_tok=activated,
+        moe_intermediate_size=width,
+        balance=FrozenDict(),
+    )
+
+
+MIXTRAL = ModelConfig(
+    vocab_size=32_000,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    attention=AttentionConfig(num_attention_heads=32, num_key_value_heads=8, head_dim=128),
+    moe=_experts(8, 0, 2, 14_336),
+)
+DEEPSEEK_V2 = ModelConfig(
+    vocab_size=102_400,
+    hidden_size=5120,
+    num_hidden_layers=60,
+    first_k_dense_replace=1,
+    intermediate_size=12_288,
+    attention=AttentionConfig(num_attention_heads=128),
+    moe=_experts(160, 2, 6, 1536),
+)
+DEEPSEEK_V3 = ModelConfig(
+    vocab_size=129_280,
+    hidden_size=7168,
+    num_hidden_layers=61,
+    first_k_dense_replace=3,
+    intermediate_size=18_432,
+    attention=AttentionConfig(num_attention_heads=128),
+    moe=_experts(256, 1, 8, 2048),
+)
+
+
+def mixtral(key: str) -> int:
+    """Parameters of Mixtral 8x7B, a field of `size.Parameters`."""
+    return getattr(size.parameters_by_formula(MIXTRAL), key)
+
+
+def with_latent_attention(model: ModelConfig, key: str) -> int:
+    """Parameters of V2 or V3: `total` or `activated`, without multi-token prediction."""
+    d = model.hidden_size
+    grouped = attention.get(model.attention).parameters(d, model.attention)
+    latent = LatentAttention().parameters(d, model.attention.num_attention_heads)
+    counted = getattr(size.parameters_by_formula(model), key)
+    return counted + model.num_hidden_layers * (latent - grouped)
+
+
+def share_of_experts(model: ModelConfig) -> float:
+    """Routed experts that a token activates, in per cent of all routed ones."""
+    return 100 * model.moe.num_experts_per_tok / model.moe.n_routed_experts
+
+
+def fall_of_shares(models: tuple[ModelConfig, ...]) -> float:
+    """The smallest fall of the share of activated experts from a model to the next, in points."""
+    return -float(np.diff([share_of_experts(model) for model in models]).max())
+
+
+def all_experts(model: ModelConfig) -> int:
+    """Routed and shared experts of a layer."""
+    return model.moe.n_routed_experts + model.moe.n_shared_experts
+
+
+# Shares of the work
+
+
+def mixtral_share_of_parameters() -> float:
+    """Activated parameters in per cent of the dense model's that activates all experts."""
+    return 100 * mixtral("activated") / mixtral("total")
+
+
+def mixtral_share_of_flops(sequence_length: int) -> float:
+    """The same for training FLOPs of a token, with those of attention scores."""
+    sparse = dataclasses.replace(config("dsmoe_2b"), model=MIXTRAL)
+    sparse = replace(sparse, **{"data.sequence_length": sequence_length})
+    dense = replace(sparse, **{"model.moe.num_experts_per_tok": MIXTRAL.moe.n_routed_experts})
+    return 100 * size.train_flops_per_token(sparse) / size.train_flops_per_token(dense)
+
+
+def two_of_32_of_the_model() -> float:
+    """FLOPs of V1's GShard with 32 experts, in per cent of those with all of them activated."""
+    wide = {"model.moe.n_routed_experts": 32, "model.moe.router.name": "topk"}
+    sparse = replace(config("gshard_2b"), **wide)
+    dense = replace(sparse, **{"model.moe.num_experts_per_tok": 32})
+    return 100 * size.flops_per_sequence(sparse) / size.flops_per_sequence(dense)
+
+
+# Functions of routing
+
+
+def _route(router: str, e: int, k: int, rows: int, seed: int) -> tuple[jax.Array, Routing]:
+    """Random logits of 64 tokens, (T, rows * E), and their routing."""
+    moe = MoEConfig(
+        n_routed_experts=e,
+        num_experts_per_tok=k,
+        router=RouterConfig(router),
+        balance=FrozenDict(),
+    )
+    tokens = 64
+    logits = np.random.default_rng(seed).normal(0, 2, (tokens, rows * e)).astype(np.float32)
+    entry, settings = get_router(moe)
+    inputs = RouterInputs(jnp.zeros(tokens, jnp.int32))
+    return jnp.asarray(logits), entry.route(jnp.asarray(logits), inputs, settings)
+
+
+def dynamic_router_as_printed() -> float:
+    """The largest difference between the scores of two experts for a token, as the blog prints it.
+
+    A softmax over each expert's own sub-expert logits, then their mean.  To six decimals.
+    """
+    e = 64
+    logits, _ = _route("dynamic_specialised", e, 6, SUB_EXPERTS, seed=0)
+    scores_TE = jax.nn.softmax(logits.reshape(-1, e, SUB_EXPERTS), axis=-1).mean(axis=-1)
+    return round(float(np.ptp(scores_TE, axis=1).max()), 6)
+
+
+def dynamic_router_as_it_works() -> float:
+    """The same of the router `dynamic_specialised`, for the token where it is smallest."""
+    _, routing = _route("dynamic_specialised", 64, 6, SUB_EXPERTS, seed=0)
+    assert routing.affinity_TE is not None
+    return round(float(np.ptp(routing.affinity_TE, axis=1).min()), 6)
+
+
+def fates_that_depend_on_the_batch() -> int:
+    """Assignments of one sequence that are dropped in one batch and kept in another.
+
+    Two batches of four sequences of 16 tokens; the first sequence is the same in both, the others
+    are not.  V2's dropping by device at capacity 1.0, without protected sequences.
+    """
+    sizes = dropping.Sizes(n_experts=16, k=4, n_devices=4)
+    drop = DropConfig(policy="device", capacity_factor=1.0, protected_share=0.0)
+    first, second = (_route("topk", 16, 4, 1, seed)[1] for seed in (0, 1))
+    mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:16], b[16:]]), first, second)
+    kept = [
+        dropping.drop(batch, jnp.arange(4), drop, sizes).ids_TK[:16] for batch in (first, mixed)
+    ]
+    return int((kept[0] != kept[1]).sum())
