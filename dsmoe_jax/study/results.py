@@ -181,6 +181,8 @@ def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
 def _line(row: Row) -> str:
     columns = dataclasses.asdict(row)
     values = columns.pop("measures")
+    if row.failed is None:
+        del columns["failed"]
     assert not values.keys() & columns.keys(), "a measure needs a name of its own"
     return json_files.dumps(columns | values)
 

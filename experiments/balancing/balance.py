@@ -2,9 +2,10 @@
 
     python -m experiments.balancing.balance --scale=demo
 
-Seven DeepSeekMoE models differ only in the balancing of the router.  In one of them the balance
-term starts after half of the steps, to show the recovery.  Routers that balance by the way they
-choose experts are in balanced_routers.py.  The results are in docs/routers_and_losses.md.
+Eight DeepSeekMoE models differ only in the balancing of the router.  In one of them the balance
+term starts after half of the steps, to show the recovery; in another it falls from the start.
+Routers that balance by the way they choose experts are in balanced_routers.py.  The results are in
+docs/routers_and_losses.md.
 """
 
 from dsmoe_jax.commands import experiment
@@ -14,8 +15,9 @@ from experiments.laws import sizes
 
 NONE = {"model.moe.balance.expert": None}
 GLOBAL = {"model.moe.balance.expert.scope": "global_batch"}
-# (share of the steps, multiple of the factor): a jump at half of the steps
+# (share of the steps, multiple of the factor): a jump at half of the steps; a straight fall to 0
 LATE = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0))
+FALLING = ((0.0, 1.0), (1.0, 0.0))
 DEVICES = {"model.moe.expert_groups": 9, "model.moe.balance.device.factor": 0.05}  # 7 experts each
 ARMS = (
     Arm("nothing", "dsmoe_2b", overrides=NONE),
@@ -25,6 +27,7 @@ ARMS = (
     Arm("expert loss", "dsmoe_2b"),  # the config's own: 0.01, by sequence
     Arm("global loss", "dsmoe_2b", overrides=GLOBAL),  # the same over the batch
     Arm("late loss", "dsmoe_2b", overrides={"model.moe.balance.expert.schedule": LATE}),
+    Arm("falling loss", "dsmoe_2b", overrides={"model.moe.balance.expert.schedule": FALLING}),
     Arm("Switch loss", "dsmoe_2b", overrides={**NONE, "model.moe.balance.switch.factor": 0.01}),
     Arm("device loss", "dsmoe_2b", overrides={**NONE, **DEVICES}),  # evens out devices, not experts
 )
@@ -46,6 +49,7 @@ EXPERIMENT = Experiment(
         *(below(label, "nothing") for label in EVEN_OUT),
         # "Without hurting" is read as within 0.5 %, as "as good as" for V1's table 2.
         ratio_below("loss-free bias", "nothing", 1.005),
+        below("falling loss", "expert loss", source="an analysis of V2: balance early"),
         below("expert loss", "device loss", measure="maxvio_running", source="V1 section 3.3"),
     ),
     analyses=("effective_compute",),
