@@ -30,6 +30,7 @@ laws, of the loss:
     granularity        m = 1 to 16 experts of each FFN, at equal FLOPs (2402.07871; 2507.17702)
     granularity_time   the same at equal wall-clock
     sizes              GShard and DeepSeekMoE at four sizes: loss over compute
+    widths             the best learning rate over widths, with and without muP (2203.03466)
 balancing, ways to balance the load of the experts:
     balance            losses and the loss-free bias (V1 section 3.3; V3 section 2.1.2)
     balanced_routers   V2, V3, Sinkhorn, REINFORCE, expert choice, BASE (their papers)

@@ -14,7 +14,15 @@ from dsmoe_jax.config.run import Config, replace
 SHARE = "share"
 # Fixed during a run: the data, the devices, and what the training loop reads once.  Keys of `model`
 # that change the parameters' shapes are refused where those are made, see training/stages.py.
-_FIXED = ("name", "scale", "data.", "mesh.", "train.", "optimizer.rate_changes")
+_FIXED = (
+    "name",
+    "scale",
+    "data.",
+    "mesh.",
+    "train.",
+    "model.mup_base_width",
+    "optimizer.rate_changes",
+)
 _FREE = ("train.global_batch_size", "train.accumulation_steps", "train.eval_batches")
 
 

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model import mup
 from dsmoe_jax.model.transformer import Transformer
 
 
@@ -29,7 +30,10 @@ def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
     Raises:
       ValueError: for an impossible model, naming the key of the config.
     """
-    return Transformer(config, rngs=nnx.Rngs(key))
+    model = Transformer(config, rngs=nnx.Rngs(key))
+    if (ratio := mup.width_ratio(config)) is not None:
+        mup.scale_initial(model, ratio)
+    return model
 
 
 def abstract_model(config: ModelConfig) -> nnx.GraphDef:

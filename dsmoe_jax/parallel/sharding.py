@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,11 +81,8 @@ def axes_of(path: tuple, shape: tuple[int, ...]) -> str:
     """
     if not shape:
         return ""
-    for key in reversed(path):
-        name = str(getattr(key, "key", getattr(key, "name", key)))
-        if (match := re.fullmatch(r"\w+_([A-Z]+)", name)) is None:
-            continue
-        letters = match[1]
+    for name in _named(path):
+        letters = name.rpartition("_")[2]
         if len(letters) + 1 == len(shape):
             letters = f"L{letters}"
         if len(letters) == len(shape):
@@ -94,6 +91,22 @@ def axes_of(path: tuple, shape: tuple[int, ...]) -> str:
         f"{jax.tree_util.keystr(path)} of shape {shape}: its name must end in its logical axes, as"
         " gate_FD does"
     )
+
+
+def parameter_name(path: tuple) -> str | None:
+    """The name of an array in its path: of ("moe", "gate_EFD", "value") it is "gate_EFD".
+
+    None if no part of the path ends in logical axes.
+    """
+    return next(_named(path), None)
+
+
+def _named(path: tuple) -> Iterator[str]:
+    """The parts of a path that end in logical axes, the last one first."""
+    for key in reversed(path):
+        name = str(getattr(key, "key", getattr(key, "name", key)))
+        if re.fullmatch(r"\w+_[A-Z]+", name):
+            yield name
 
 
 def array_spec(path: tuple, shape: tuple[int, ...]) -> P:

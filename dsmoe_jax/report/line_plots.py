@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dsmoe_jax.report.style import ARM_COLOURS, MARKERS, axes, label_ends
+from dsmoe_jax.report.style import ARM_COLOURS, INK, MARKERS, WIDTH, axes, label_ends
 from dsmoe_jax.study.experiment import AnyArm
 from dsmoe_jax.study.measures import MEASURES
 from dsmoe_jax.study.results import Comparison
@@ -32,6 +33,59 @@ def over_x(comparison: Comparison) -> Figure | None:
     if all(arm.x is None for arm in found):
         return None
     figure, ax = axes(right=0.75)
+    _draw_lines(ax, comparison, lines, values)
+    ax.set_xlabel(experiment.x_axis)
+    ax.set_ylabel(MEASURES[experiment.main_measure].label)
+    return figure
+
+
+def panels_over_x(comparison: Comparison) -> Figure | None:
+    """The lines of `Experiment.panels`, a panel below the other; the best of each line is ringed.
+
+    None without panels.
+    """
+    experiment = comparison.experiment
+    measure = MEASURES[experiment.main_measure]
+    values = comparison.by_seed(experiment.main_measure)
+    found = [arm for arm in comparison.arms if arm.label in values]
+    panels = {
+        title: {name: [arm for arm in found if arm.line == name] for name in names}
+        for title, names in experiment.panels.items()
+    }
+    panels = {title: {n: arms for n, arms in p.items() if arms} for title, p in panels.items()}
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return None
+    height = 0.5 + 2.3 * len(panels)
+    figure = Figure(figsize=(WIDTH, height))
+    column = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(0.15, 0.46 / height, 0.75, 1 - 0.22 / height, hspace=0.14)
+    drawn = [arm for lines in panels.values() for arms in lines.values() for arm in arms]
+    every = [value for arm in drawn for value in values[arm.label].values()]
+    margin = 0.06 * (max(every) - min(every)) or 0.01
+    column[0].set_ylim(min(every) - margin, max(every) + margin)  # names are placed by it
+    for (title, lines), ax in zip(panels.items(), column, strict=True):
+        for arms in lines.values():
+            _ring_best(ax, arms, values, highest=measure.lower_is_better is False)
+        _draw_lines(ax, comparison, lines, values)
+        ax.set_title(title, loc="left", pad=3)
+        ax.set_ylabel(measure.label)
+    column[-1].set_xlabel(experiment.x_axis)
+    return figure
+
+
+def _ring_best(ax: Axes, arms: list[AnyArm], values: ByLabel, *, highest: bool) -> None:
+    means = {arm: _mean(values[arm.label]) for arm in arms if arm.x is not None}
+    best = (max if highest else min)(means, key=lambda arm: means[arm])
+    style: dict[str, Any] = {"s": 90, "facecolors": "none", "edgecolors": INK, "linewidths": 1.1}
+    ax.scatter([float(best.x or 0.0)], [means[best]], zorder=4, **style)
+
+
+def _draw_lines(
+    ax: Axes, comparison: Comparison, lines: Mapping[str, list[AnyArm]], values: ByLabel
+) -> None:
+    """Draws lines with their names at the ends, each in its own colour in every picture."""
+    experiment = comparison.experiment
     if experiment.x_scale == LOG:
         ax.set_xscale("log")
     names = dict.fromkeys(arm.line if arm.x is not None else arm.label for arm in experiment.arms)
@@ -42,12 +96,10 @@ def over_x(comparison: Comparison) -> Figure | None:
         last = _draw(ax, arms, values, *styles[name])
         ends[last] = _mean(values[last.label])
         ends_of[last] = name
-    _ticks(ax, sorted({arm.x for arm in found if arm.x is not None}), experiment.x_scale)
-    ax.set_xlabel(experiment.x_axis)
-    ax.set_ylabel(MEASURES[experiment.main_measure].label)
+    drawn = [arm for arms in lines.values() for arm in arms]
+    _ticks(ax, sorted({arm.x for arm in drawn if arm.x is not None}), experiment.x_scale)
     colours = {arm: styles[name][0] for arm, name in ends_of.items()}
     label_ends(comparison, ax, ends, ends_of, colours)
-    return figure
 
 
 def _draw(ax: Axes, arms: list[AnyArm], values: ByLabel, colour: str, marker: str) -> AnyArm:

@@ -40,6 +40,12 @@ PLOTS: dict[str, Plot] = {
         " nothing was done.",
         line_plots.over_x,
     ),
+    "panels_over_x": Plot(
+        "Over what the arms vary, by kind",
+        "Lines join means over seeds, small dots are single runs; a ring is around the best of each"
+        " line. A line may stand in several panels.",
+        line_plots.panels_over_x,
+    ),
     "learning_curves": Plot(
         "Learning curves",
         "Lines: training loss, a running mean over a twentieth of the logged steps and over seeds."

@@ -227,6 +227,7 @@ class Experiment:
       baseline: whose compute the analysis "effective_compute" counts in; None without one.
       x_axis: label of the axis of the arms' `x`.
       x_scale: of that axis, "linear" or "log".
+      panels: title -> names of lines (`Arm.line`), for the picture `panels_over_x`.
       seeds: their default number at each scale.
     """
 
@@ -245,6 +246,7 @@ class Experiment:
     baseline: Baseline | None = None
     x_axis: str = ""
     x_scale: str = "linear"
+    panels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     seeds: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"smoke": 1, "demo": 3, "gpu": 1, "proxy": 1, "paper": 1}
     )
@@ -263,6 +265,12 @@ class Experiment:
         named = [name for rule in self.equal for name in rule.arms]
         for label in (*named, *(label for claim in self.claims for label in claim.weights)):
             self.arm(label)
+        lines = {arm.line for arm in self.arms}
+        for title, inside in self.panels.items():
+            if not set(inside) <= lines:
+                raise ValueError(
+                    f"{self.name}: panels[{title!r}]={inside}: must be lines of arms, {lines}"
+                )
         measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
         if "effective_compute" in self.analyses and self.baseline is None:
             raise ValueError(f"{self.name}: baseline=None: effective_compute needs one")

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsmoe_jax.config import OptimizerConfig
+from dsmoe_jax.config import Config, OptimizerConfig
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.model import mup
 
 
 def multi_step(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -76,19 +77,33 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return SCHEDULES[config.schedule](config, steps)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; norm scales are not decayed."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
-    )
+def make_optimizer(
+    config: OptimizerConfig, steps: int, width_ratio: float | None = None
+) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW; norm scales are not decayed.
+
+    With muP the step that Adam makes is multiplied by kind of parameter, the weight decay is not:
+    in each step a weight loses the share rate x `weight_decay`, at every width.
+
+    Args:
+      config: of the optimizer.
+      steps: of the schedule, see `make_schedule`.
+      width_ratio: the m of `model/mup.py`; None is the standard parametrisation.
+    """
+    adamw = [
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    ]
+    if width_ratio is not None:  # after Adam, which would divide a factor out, and before the decay
+        adamw.insert(1, optax.stateless(lambda adam, _: mup.scale_rates(adam, width_ratio)))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.chain(*adamw))
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """The optimizer of a run (of one stage)."""
+    ratio = mup.width_ratio(config.model)
+    return make_optimizer(config.optimizer, config.train.scheduled_steps, ratio)
 
 
 def decayed(params: Any) -> Any:

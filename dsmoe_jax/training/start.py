@@ -27,7 +27,7 @@ from dsmoe_jax.runs import loading
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints, target
 from dsmoe_jax.training import router_state
-from dsmoe_jax.training.optimizer import make_optimizer
+from dsmoe_jax.training.optimizer import optimizer_of
 
 TRAINING = "training"  # the item of a checkpoint that holds what only training needs
 
@@ -122,9 +122,7 @@ def from_run(config: Config, corpus: Corpus) -> TrainState:
     check_same_tokenizer(corpus, extra["tokenizer"], key)
 
     def begin(params: nnx.State) -> tuple[jax.Array, Any]:
-        return jnp.int32(0), make_optimizer(config.optimizer, config.train.scheduled_steps).init(
-            params
-        )
+        return jnp.int32(0), optimizer_of(config).init(params)
 
     shardings = sharding.shardings(state_shapes(config))
     out_shardings = None if shardings is None else (shardings.step, shardings.opt_state)
@@ -175,7 +173,7 @@ def _first_state(
     _, params, other = nnx.split(build_model(config.model, key), nnx.Param, ...)
     if values:
         other = router_state.fill(other, values)
-    opt_state = make_optimizer(config.optimizer, config.train.scheduled_steps).init(params)
+    opt_state = optimizer_of(config).init(params)
     return TrainState(jnp.int32(0), params, opt_state, other)
 
 

@@ -26,7 +26,7 @@ from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
 from dsmoe_jax.training.micro_batches import BatchGradient
-from dsmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dsmoe_jax.training.optimizer import make_schedule, optimizer_of
 from dsmoe_jax.training.start import TrainState, state_shapes
 
 # Without this a TPU computes nothing while tokens travel to their experts.
@@ -74,7 +74,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
     assert not config.optimizer.rate_changes, "each stage has a peak of its own, see stages_of"
     gradient = BatchGradient(config, bytes_V)
     steps = config.train.scheduled_steps
-    optimizer = make_optimizer(config.optimizer, steps)
+    optimizer = optimizer_of(config)
     schedule = make_schedule(config.optimizer, steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

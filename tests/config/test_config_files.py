@@ -24,6 +24,7 @@ STANDARD_FFNS = {
     "dsmoe_2b": (16, 2),
     "dsmoe_2b_half": (16, 1),
     "dsmoe_2b_staged": (16, 2),
+    "dsmoe_2b_widths": (16, 2),
     "dsmoe_16b": (16.5, 2),
     "dsmoe_145b": (16.5, 2),
     "dsmoe_142b_half": (16.25, 1),

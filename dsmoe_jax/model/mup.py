@@ -1,0 +1,114 @@
+"""Maximal update parametrisation (muP): a learning rate that is right at one width is at others.
+
+A model of hidden size D with `model.mup_base_width` D0 has the width ratio m = D / D0.  Each
+parameter belongs to a kind, by which sides of its matrix grow with the width; the kind says by
+which powers of m its initial deviation and its rate under Adam are multiplied:
+
+    kind     grows            parameters                               deviation   rate
+    input    the output       embedding                                1           1
+    hidden   both             attention, experts, dense FFNs           m^-1/2      m^-1
+    output   the input        head, router                             m^-1        m^-1
+    vector   its length       scales of the norms                      1           1
+
+These are the powers of Tensor Programs V (2203.03466, table 3, Adam).  A mixture adds two kinds of
+matrix (2508.09752): each expert's are hidden, the router's output, since its width is the number of
+experts.  In this form no activation is multiplied by anything: checkpoints, evaluation and
+generation know nothing of it, and at m = 1 it is the standard parametrisation.
+
+It holds for models whose widths (heads, FFNs, experts) are all m times those of the base; the head
+size, and so the scale of the attention scores, and the numbers of experts and layers are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.parallel.sharding import parameter_name
+
+
+class Kind(NamedTuple):
+    """Powers of the width ratio m that multiply what belongs to a parameter.
+
+    Attributes:
+      deviation: of its initial deviation.
+      rate: of its learning rate, for Adam and what divides a gradient by its size as Adam does.
+    """
+
+    deviation: float
+    rate: float
+
+
+INPUT = Kind(deviation=0, rate=0)
+HIDDEN = Kind(deviation=-0.5, rate=-1)
+OUTPUT = Kind(deviation=-1, rate=-1)
+VECTOR = Kind(deviation=0, rate=0)
+
+# By name of the parameter.  A name that is not here is refused: its kind is no matter of its shape
+# alone (embedding and head have the same).
+KINDS: dict[str, Kind] = {
+    "embedding_VD": INPUT,
+    "query_NHD": HIDDEN,
+    "key_MHD": HIDDEN,
+    "value_MHD": HIDDEN,
+    "out_DNH": HIDDEN,
+    "gate_FD": HIDDEN,
+    "up_FD": HIDDEN,
+    "down_DF": HIDDEN,
+    "gate_EFD": HIDDEN,
+    "up_EFD": HIDDEN,
+    "down_EDF": HIDDEN,
+    "router_ED": OUTPUT,
+    "head_VD": OUTPUT,
+    "scale_D": VECTOR,
+}
+
+
+def width_ratio(config: ModelConfig) -> float | None:
+    """The m of a model; None without muP."""
+    if config.mup_base_width is None:
+        return None
+    return config.hidden_size / config.mup_base_width
+
+
+def kind(path: tuple) -> Kind:
+    """The kind of a parameter, from its path.
+
+    Raises:
+      ValueError: for a name that `KINDS` does not have.
+    """
+    name = parameter_name(path)
+    if name not in KINDS:
+        where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        raise ValueError(
+            f"model.mup_base_width: {where} has no kind; KINDS in dsmoe_jax/model/mup.py must say"
+            " whether it is input, hidden, output or vector; without muP it must be None"
+        )
+    return KINDS[name]
+
+
+def scale_rates(updates: Any, ratio: float) -> Any:
+    """The updates of all parameters, each times the power of m of its kind.
+
+    Args:
+      updates: as Adam makes them, in the tree of the parameters.
+      ratio: m.
+
+    Raises:
+      ValueError: as `kind` does.
+    """
+    return jax.tree.map_with_path(lambda path, x: x * ratio ** kind(path).rate, updates)
+
+
+def scale_initial(model: nnx.Module, ratio: float) -> None:
+    """Multiplies freshly drawn parameters in place, each by the power of m of its kind.
+
+    Raises:
+      ValueError: as `kind` does.
+    """
+    params = nnx.state(model, nnx.Param)
+    scaled = jax.tree.map_with_path(lambda path, x: x * ratio ** kind(path).deviation, params)
+    nnx.update(model, scaled)
