@@ -8,8 +8,8 @@ slope of log(change) over log(width) is near 0.  A slope above 0 says that a lea
 right for the narrow model is too large for the wide one; near -1, that a part stops learning.  (The
 test is that of 2203.03466, appendix D.1.)
 
-Layers are run here one by one, without dropping.  Sizes are root mean squares over batch, positions,
-layers and channels.
+Layers are run here one by one.  Sizes are root mean squares over batch, positions, layers and
+channels.
 """
 
 from __future__ import annotations
@@ -151,8 +151,12 @@ def measure(scale: str, widths: Sequence[int] = WIDTHS) -> dict[str, dict[int, S
     for name, by_width in found.items():
         for width in widths:
             config = config_of(scale, width, mup=name == MUP)
-            print(f"{name}, hidden size {config.model.hidden_size}", file=sys.stderr, flush=True)
-            by_width[config.model.hidden_size] = sizes(config)
+            d = config.model.hidden_size
+            if config.model.mup_base_width == d and d in found[STANDARD]:
+                by_width[d] = found[STANDARD][d]  # at the base both are the same model
+                continue
+            print(f"{name}, hidden size {d}", file=sys.stderr, flush=True)
+            by_width[d] = sizes(config)
     return found
 
 
@@ -216,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="directory for size.svg and change.svg")
     parser.add_argument("--json", type=Path, help="write all sizes here")
     args = parser.parse_args(argv)
+    # Nearly all of the time would go into compiling programs that run six times.
+    jax.config.update("jax_disable_most_optimizations", True)
     found = measure(args.scale)
     print(harness.table(rows(found)))
     harness.write(found, args.json)

@@ -1,11 +1,12 @@
 """DeepSeekMoE 2B at other widths and learning rates, with and without muP.
 
-    python -m dsmoe_jax train --config=configs/dsmoe_2b_widths.py:demo,width=200,mup=1 --workdir=DIR
+    python -m dsmoe_jax train --config=configs/dsmoe_2b_widths.py:demo --workdir=DIR
 
-Options are shares of the scale's own settings in per cent: `width` of the hidden size, the heads
-and the experts' width (the head size stays), `rate` of the peak learning rate, `steps` of the
-steps.  Without muP the initial deviation is the scale's times width^-1/2, as between the scales of
-base.py; with `mup=1` the scale's own width is the base (dsmoe_jax/model/mup.py).
+Options (`:demo,width=200,mup=1`) are shares of the scale's own settings in per cent: `width` of
+the hidden size, the heads and the experts' width (the head size stays), `rate` of the peak learning
+rate, `steps` of the steps.  Without muP the initial deviation is the scale's times width^-1/2, as
+between the scales of base.py; with `mup=1` the scale's own width is the base
+(dsmoe_jax/model/mup.py).
 
 2203.03466 (section 7) and 2508.09752 find that with muP the best rate stays where it is over
 widths.

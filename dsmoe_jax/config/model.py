@@ -49,8 +49,8 @@ class ModelConfig:
     nominal_dense_width: float = 1.0  # the same relative to a standard FFN, for the paper's FLOPs
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006  # standard deviation of every matrix at the start
-    # Hidden size of the model whose deviation and learning rate the config has; the other widths are
-    # hidden_size / mup_base_width times that model's: dsmoe_jax/model/mup.py.  None: not scaled.
+    # Hidden size of the model for which the deviation and the learning rate are meant; all widths
+    # are hidden_size / mup_base_width times that model's: dsmoe_jax/model/mup.py.  None: no muP.
     mup_base_width: int | None = None
     compute_dtype: str = "auto"  # float32 on CPU, bfloat16 on accelerators
     remat: str = "none"  # what the backward pass recomputes: dsmoe_jax/model/remat.py

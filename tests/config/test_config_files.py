@@ -203,6 +203,11 @@ def test_the_gpu_scale_keeps_its_promises():
         ("dsmoe_2b", "demo,shared=8", "below the 8 activated"),
         ("dsmoe_2b", "demo,split=0", "split must be > 0"),
         ("dsmoe2b", "demo", "did you mean dsmoe_2b"),
+        ("dsmoe_2b_widths", "demo,width=75", "of the 2 heads that make a whole number"),
+        ("dsmoe_2b_widths", "demo,width=0", "width=0: must be per cent"),
+        ("dsmoe_2b_widths", "demo,rate=0", "peak_learning_rate=0.0: must be > 0"),
+        ("dsmoe_2b_widths", "demo,steps=0", "train.steps=0: must be > 0"),
+        ("dsmoe_2b_widths", "demo,mup=2", "mup=2: must be 0 or 1"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(name, arg, says):
@@ -210,3 +215,24 @@ def test_wrong_arguments_are_refused_in_one_line(name, arg, says):
         configs.load(name, arg)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", base.SCALES)
+def test_other_widths_keep_the_ratios_and_the_head_size(scale):
+    own = load("dsmoe_2b", scale)
+    plain = load("dsmoe_2b_widths", f"{scale},width=200,rate=50,steps=50")
+    scaled = load("dsmoe_2b_widths", f"{scale},width=200,mup=1")
+    for config in (plain, scaled):
+        model = config.model
+        assert model.hidden_size == 2 * own.model.hidden_size
+        assert model.attention.head_dim == own.model.attention.head_dim
+        assert model.attention.num_attention_heads * model.attention.head_dim == model.hidden_size
+        assert relative_experts(config) == pytest.approx(relative_experts(own))
+    assert plain.model.initializer_range == pytest.approx(own.model.initializer_range * 2**-0.5)
+    assert plain.model.mup_base_width is None
+    assert plain.train.steps == own.train.steps // 2
+    rate = own.optimizer.peak_learning_rate
+    assert plain.optimizer.peak_learning_rate == pytest.approx(rate / 2)
+    assert scaled.model.initializer_range == own.model.initializer_range
+    assert scaled.model.mup_base_width == own.model.hidden_size
+    assert (scaled.optimizer, scaled.train) == (own.optimizer, own.train)
