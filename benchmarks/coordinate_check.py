@@ -42,7 +42,7 @@ from dsmoe_jax.training.start import TrainState, init_state
 from dsmoe_jax.training.step import jit_train_step
 
 STEPS = 5
-WIDTHS = (100, 200, 400, 800)  # per cent of the scale's own, which is the base of muP
+WIDTHS = (50, 100, 200, 400)  # per cent of the scale's own, which is the base of muP
 STANDARD, MUP = "standard", "muP"
 PARTS = {
     "embedding": "embedding",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ def over_x(comparison: Comparison) -> Figure | None:
     if all(arm.x is None for arm in found):
         return None
     figure, ax = axes(right=0.75)
-    _draw_lines(ax, comparison, lines, values)
+    names = dict.fromkeys(arm.line if arm.x is not None else arm.label for arm in experiment.arms)
+    _draw_lines(ax, comparison, lines, values, names)
     ax.set_xlabel(experiment.x_axis)
     ax.set_ylabel(MEASURES[experiment.main_measure].label)
     return figure
@@ -47,13 +48,7 @@ def panels_over_x(comparison: Comparison) -> Figure | None:
     experiment = comparison.experiment
     measure = MEASURES[experiment.main_measure]
     values = comparison.by_seed(experiment.main_measure)
-    found = [arm for arm in comparison.arms if arm.label in values]
-    panels = {
-        title: {name: [arm for arm in found if arm.line == name] for name in names}
-        for title, names in experiment.panels.items()
-    }
-    panels = {title: {n: arms for n, arms in p.items() if arms} for title, p in panels.items()}
-    panels = {title: lines for title, lines in panels.items() if lines}
+    panels = _panels(comparison, values)
     if not panels:
         return None
     height = 0.5 + 2.3 * len(panels)
@@ -67,11 +62,24 @@ def panels_over_x(comparison: Comparison) -> Figure | None:
     for (title, lines), ax in zip(panels.items(), column, strict=True):
         for arms in lines.values():
             _ring_best(ax, arms, values, highest=measure.lower_is_better is False)
-        _draw_lines(ax, comparison, lines, values)
+        names = experiment.panels[title]
+        _draw_lines(ax, comparison, lines, values, names, suffix=f", {title}")
         ax.set_title(title, loc="left", pad=3)
         ax.set_ylabel(measure.label)
     column[-1].set_xlabel(experiment.x_axis)
     return figure
+
+
+def _panels(comparison: Comparison, values: ByLabel) -> dict[str, dict[str, list[AnyArm]]]:
+    """The arms with a value by panel and line; no panel or line is empty."""
+    found = [arm for arm in comparison.arms if arm.label in values]
+    panels: dict[str, dict[str, list[AnyArm]]] = {}
+    for title, names in comparison.experiment.panels.items():
+        for name in names:
+            arms = [arm for arm in found if arm.line == name]
+            if arms:
+                panels.setdefault(title, {})[name] = arms
+    return panels
 
 
 def _ring_best(ax: Axes, arms: list[AnyArm], values: ByLabel, *, highest: bool) -> None:
@@ -82,23 +90,31 @@ def _ring_best(ax: Axes, arms: list[AnyArm], values: ByLabel, *, highest: bool) 
 
 
 def _draw_lines(
-    ax: Axes, comparison: Comparison, lines: Mapping[str, list[AnyArm]], values: ByLabel
+    ax: Axes,
+    comparison: Comparison,
+    lines: Mapping[str, list[AnyArm]],
+    values: ByLabel,
+    names: Iterable[str],
+    suffix: str = "",
 ) -> None:
-    """Draws lines with their names at the ends, each in its own colour in every picture."""
+    """Draws lines with their names, less a suffix that the panel's title has, at the ends.
+
+    A line's place in `names`, shown or not, gives its colour and marker.
+    """
     experiment = comparison.experiment
     if experiment.x_scale == LOG:
         ax.set_xscale("log")
-    names = dict.fromkeys(arm.line if arm.x is not None else arm.label for arm in experiment.arms)
     styles = {name: (ARM_COLOURS[i % 7], MARKERS[i % 7]) for i, name in enumerate(names)}
     ends: dict[AnyArm, float] = {}
     ends_of: dict[AnyArm, str] = {}
+    colours: dict[AnyArm, str] = {}
     for name, arms in lines.items():
         last = _draw(ax, arms, values, *styles[name])
         ends[last] = _mean(values[last.label])
-        ends_of[last] = name
+        ends_of[last] = name.removesuffix(suffix)
+        colours[last] = styles[name][0]
     drawn = [arm for arms in lines.values() for arm in arms]
     _ticks(ax, sorted({arm.x for arm in drawn if arm.x is not None}), experiment.x_scale)
-    colours = {arm: styles[name][0] for arm, name in ends_of.items()}
     label_ends(comparison, ax, ends, ends_of, colours)
 
 

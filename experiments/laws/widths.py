@@ -19,7 +19,7 @@ from dsmoe_jax.study.experiment import Arm, Experiment
 
 WIDTHS = (50, 100, 200)  # per cent of the scale's hidden size, heads and experts' width
 RATES = (25, 50, 100, 200, 400)  # per cent of the scale's peak learning rate
-BASE = "standard = muP"
+BASE = "both"
 KINDS = STANDARD, MUP = "standard", "muP"
 BOTH = "2203.03466 figure 1; 2508.09752"
 
@@ -65,7 +65,7 @@ EXPERIMENT = Experiment(
     source="Tensor Programs V (arXiv 2203.03466), figure 1; muP for mixtures (2508.09752)",
     summary="In the standard parametrisation a wider model has a lower best learning rate. With muP"
     " the best rate of a narrow model is that of a wide one, for mixtures of experts too. (Widths"
-    " and rates are relative to the scale's own.)",
+    " and rates are relative to the scale's own; at width 1 both parametrisations are one.)",
     arms=tuple(arm(w, kind, rate) for w in WIDTHS for kind in kinds(w) for rate in RATES),
     claims=(
         Claim(
@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
     ),
     may_differ=("name", "model.", "optimizer.peak_learning_rate"),
     measures=("validation_loss", "validation_bits_per_byte", "total", "activated", "maxvio"),
-    pictures=("panels_over_x", "final_loss"),
+    pictures=("panels_over_x",),
     x_axis="peak learning rate, relative to the scale's",
     x_scale="log",
     panels={kind: tuple(line(w, BASE if w == 100 else kind) for w in WIDTHS) for kind in KINDS},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.report import plots
+from dsmoe_jax.report.style import ARM_COLOURS
 from dsmoe_jax.study.results import Comparison, Row
 from experiments.laws.widths import EXPERIMENT
 from experiments.v1 import table1
@@ -14,10 +15,12 @@ from experiments.v1 import table1
 BEST = {
     "width 0.5, standard": 4.0,
     "width 0.5, muP": 1.0,
-    "width 1, standard = muP": 1.0,
+    "width 1, both": 1.0,
     "width 2, standard": 0.25,
     "width 2, muP": 1.0,
 }
+
+COLOURS = dict(zip(("width 0.5", "width 1", "width 2"), ARM_COLOURS, strict=False))
 
 
 def row(arm, seed):
@@ -38,12 +41,13 @@ def test_a_panel_for_each_parametrisation_with_the_base_in_both():
     assert low < 4 < 8.1 < high
     for ax in figure.axes:
         kind = ax.get_title(loc="left")
-        names = [f"width 0.5, {kind}", "width 1, standard = muP", f"width 2, {kind}"]
-        assert {text.get_text() for text in ax.texts} == set(names)
+        names = [f"width 0.5, {kind}", "width 1, both", f"width 2, {kind}"]
+        assert {t.get_text() for t in ax.texts} == {"width 0.5", "width 1, both", "width 2"}
         rings = [c.get_offsets()[0] for c in ax.collections if not len(c.get_facecolors())]
         np.testing.assert_allclose(rings, [(BEST[name], 4.05) for name in names])
         for line, name in zip(ax.lines, names, strict=True):
             x, y = line.get_data()
+            assert line.get_color() == COLOURS[name.partition(",")[0]]
             np.testing.assert_allclose(x, [0.25, 0.5, 1, 2, 4])
             np.testing.assert_allclose(y, 4.05 + abs(np.log2(x / BEST[name])))
 
