@@ -31,6 +31,7 @@ from matplotlib.ticker import NullLocator
 import configs
 from benchmarks import harness
 from dsmoe_jax.config import Config, from_config_dict, replace
+from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.moe.interventions import Intervention
@@ -85,7 +86,7 @@ def activations(model: Transformer, tokens_BS: jax.Array) -> dict[str, jax.Array
     return {"embedding": embedded_BSD, **stacked, "logits": logits_BSV}
 
 
-def made_up_batch(config: Config) -> dict[str, np.ndarray]:
+def made_up_batch(config: Config) -> Batch:
     """A batch of tokens drawn by Zipf's law, the same for every width."""
     b, s, v = config.train.global_batch_size, config.data.sequence_length, config.model.vocab_size
     share_V = 1 / np.arange(1, v + 1)
