@@ -74,7 +74,7 @@ EXPERIMENT = Experiment(
             source=BOTH,
         ),
         Claim(
-            "and by more than with muP",
+            "that difference is larger without muP than with it",
             {**moves(STANDARD), **{name: -weight for name, weight in moves(MUP).items()}},
             source=BOTH,
         ),
