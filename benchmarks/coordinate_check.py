@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 import configs
 from benchmarks import harness
@@ -190,7 +190,7 @@ def draw(found: Mapping[str, Mapping[int, Sizes]], what: str) -> Figure:
         for (name, by_width), line in zip(found.items(), grid, strict=True):
             for part, ax in zip(PARTS, line, strict=True):
                 _draw_part(ax, {d: sizes[part][what] for d, sizes in by_width.items()}, what)
-            line[0].set_ylabel(f"{name}\nroot mean square of the {what}")
+            line[0].set_ylabel(f"{name}\n{what}, RMS")
         for title, ax in zip(PARTS.values(), grid[0], strict=True):
             ax.set_title(title)
         figure.supxlabel("hidden size; later steps darker", fontsize=8.5)
@@ -208,6 +208,8 @@ def _draw_part(ax: Axes, by_width: Mapping[int, list[float]], what: str) -> None
     ax.set_yscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(widths, [str(d) for d in widths])
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="y", which="both", labelsize=7, colors=AXIS)
 
 
