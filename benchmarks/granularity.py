@@ -29,7 +29,7 @@ from experiments.laws import granularity
 
 UNIT = 4  # the m whose time is 1
 STEPS = 5  # of a model in a round
-WARM_UP = 6  # rounds that do not count
+WARM_UP = 4  # rounds that do not count
 
 
 def training(config: Config) -> Callable[[], Any]:

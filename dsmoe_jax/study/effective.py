@@ -19,7 +19,7 @@ from dsmoe_jax.study import baselines, laws, spread
 from dsmoe_jax.study.baselines import BaselineRuns, NoBaseline
 from dsmoe_jax.study.claims import LOSS
 from dsmoe_jax.study.laws import Estimate
-from dsmoe_jax.study.resampling import RESAMPLES, Interval, interval, resampled_means
+from dsmoe_jax.study.resampling import Interval, interval, resampled_means
 from dsmoe_jax.study.results import Comparison
 from dsmoe_jax.study.spread import BySeed, table_of
 
@@ -64,13 +64,12 @@ class Counted:
     arms: tuple[ArmCompute, ...]
 
 
-def count(comparison: Comparison, results: Path, resamples: int = RESAMPLES) -> Counted:
+def count(comparison: Comparison, results: Path) -> Counted:
     """Effective compute of every finished arm of an experiment with a baseline.
 
     Args:
       comparison: whose arms are trained, not probes.
       results: see `baselines.find`.
-      resamples: R.
 
     Raises:
       NoBaseline: if there are no results of the baseline that compare.
@@ -81,19 +80,16 @@ def count(comparison: Comparison, results: Path, resamples: int = RESAMPLES) -> 
         for row in comparison.finished(arm):
             config = arm.run_config(comparison.scale, row.seed, comparison.overrides)
             own[arm.label] = (baselines.compute_of(row, config) or 0.0) / runs.reference
-    return count_in(runs, comparison.by_seed(LOSS), own, resamples)
+    return count_in(runs, comparison.by_seed(LOSS), own)
 
 
-def count_in(
-    runs: BaselineRuns, losses: BySeed, own: Mapping[str, float], resamples: int = RESAMPLES
-) -> Counted:
+def count_in(runs: BaselineRuns, losses: BySeed, own: Mapping[str, float]) -> Counted:
     """Effective compute of losses in the compute of a baseline.
 
     Args:
       runs: of the baseline.
       losses: label -> seed -> loss, of the arms.
       own: label -> compute of the arm, in units of the reference.
-      resamples: R.
 
     Raises:
       NoBaseline: if no seed is finished in all of them, or the baseline has no law of compute.
@@ -106,12 +102,12 @@ def count_in(
     baseline_SP = table_of(runs.losses, runs.labels, seeds)
     arms_SA = table_of(losses, list(losses), seeds)
     try:
-        law = laws.compute_law(runs.compute_P, baseline_SP, resamples)
+        law = laws.compute_law(runs.compute_P, baseline_SP)
         mean_A = arms_SA.mean(axis=0)
         times_A = [laws.effective_compute(law.fit, loss, runs.reference) for loss in mean_A]
     except ValueError as error:
         raise NoBaseline(f"`{runs.path}` gives no law: {error}.") from error
-    times_RA = _resampled(law, arms_SA, runs.reference, resamples)
+    times_RA = _resampled(law, arms_SA, runs.reference)
     return Counted(
         law,
         runs,
@@ -131,12 +127,9 @@ def count_in(
     )
 
 
-def _resampled(
-    law: Estimate, arms_SA: np.ndarray, reference: float, resamples: int
-) -> np.ndarray | None:
+def _resampled(law: Estimate, arms_SA: np.ndarray, reference: float) -> np.ndarray | None:
     """Effective compute in each resample, (R, A); None with fewer than two seeds."""
-    # The same number of seeds gets the same weights, so arms and law are resampled together.
-    losses_RA = resampled_means(arms_SA, resamples)
+    losses_RA = resampled_means(arms_SA)
     if losses_RA is None:
         return None
     times_RA = np.full(losses_RA.shape, np.inf)  # also where the law does not fall with compute

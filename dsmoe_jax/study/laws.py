@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from dsmoe_jax.study.resampling import RESAMPLES, Interval, interval, resampled_means
+from dsmoe_jax.study.resampling import Interval, interval, resampled_means
 
 EXPONENTS = (0.02, 4.0)  # their range; nearer to 0 a power law is a logarithm
 STARTS = (0.1, 0.4, 1.2)
@@ -280,7 +280,6 @@ def estimate(
     losses_SP: Any,
     *,
     reason: str = "",
-    resamples: int = RESAMPLES,
 ) -> Estimate:
     """Fits a law to the means over seeds, and to resamples of the seeds.
 
@@ -289,14 +288,13 @@ def estimate(
       variables: those of the form, each (P,).
       losses_SP: a row a seed; a seed has all models.
       reason: see `Estimate`.
-      resamples: R.
 
     Raises:
       ValueError: see `fit_law`.
     """
     losses_SP = np.asarray(losses_SP, np.float64)
     fit = fit_law(form, variables, losses_SP.mean(axis=0))
-    means_RP = resampled_means(losses_SP, resamples)
+    means_RP = resampled_means(losses_SP)
     if means_RP is None:
         return Estimate(fit, (), reason)
     middle = STARTS[len(STARTS) // 2]
@@ -343,17 +341,13 @@ def granularity_form(G_P: Any, N_P: Any, D_P: Any) -> tuple[str, str]:
     return form, "G, N and D all vary."
 
 
-def granularity_law(
-    G_P: Any, N_P: Any, D_P: Any, losses_SP: Any, resamples: int = RESAMPLES
-) -> Estimate:
+def granularity_law(G_P: Any, N_P: Any, D_P: Any, losses_SP: Any) -> Estimate:
     """The law of 2402.07871 in the form that the data can tell, see `granularity_form`."""
     form, reason = granularity_form(G_P, N_P, D_P)
-    return estimate(
-        form, {"G": G_P, "N": N_P, "D": D_P}, losses_SP, reason=reason, resamples=resamples
-    )
+    return estimate(form, {"G": G_P, "N": N_P, "D": D_P}, losses_SP, reason=reason)
 
 
-def compute_law(C_P: Any, losses_SP: Any, resamples: int = RESAMPLES) -> Estimate:
+def compute_law(C_P: Any, losses_SP: Any) -> Estimate:
     """The loss of models of growing compute, with E if the data can tell it.
 
     E is fitted from four models and two seeds on, and kept if its interval excludes 0.  Else it is
@@ -363,7 +357,6 @@ def compute_law(C_P: Any, losses_SP: Any, resamples: int = RESAMPLES) -> Estimat
     Args:
       C_P: training FLOPs.
       losses_SP: a row a seed.
-      resamples: R.
 
     Raises:
       ValueError: for fewer than three models, or compute that hardly varies.
@@ -379,13 +372,13 @@ def compute_law(C_P: Any, losses_SP: Any, resamples: int = RESAMPLES) -> Estimat
     n_seeds = len(losses_SP)
     reason = f"E cannot be known from {n_models} models with {n_seeds} seed(s); it is set to 0."
     if n_models >= 4 and n_seeds >= 2:
-        with_floor = estimate("compute", {"C": C_P}, losses_SP, resamples=resamples)
+        with_floor = estimate("compute", {"C": C_P}, losses_SP)
         floor = with_floor.interval("E")
         assert floor is not None, "there are two seeds"
         if floor.low > 0:
             return dataclasses.replace(with_floor, reason="The interval of E excludes 0.")
         reason = "E cannot be told from 0 by these models and seeds; it is set to 0."
-    return estimate("compute, E = 0", {"C": C_P}, losses_SP, reason=reason, resamples=resamples)
+    return estimate("compute, E = 0", {"C": C_P}, losses_SP, reason=reason)
 
 
 def compute_for(fit: Fit, loss: float) -> float:

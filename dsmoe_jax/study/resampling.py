@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from dsmoe_jax.study.spread import CONFIDENCE
 
@@ -28,23 +29,25 @@ class Interval(NamedTuple):
     high: float
 
 
-def resampled_means(
-    losses_SP: np.ndarray, count: int = RESAMPLES, seed: int = 0
-) -> np.ndarray | None:
+def resampled_means(losses_SP: np.ndarray) -> np.ndarray | None:
     """Mean losses as other seeds might have given them, (R, P); None with fewer than two seeds.
+
+    The random weights are the same for every table of as many seeds, so that what is fitted to
+    parts of a table, one after the other, is resampled together.
 
     Args:
       losses_SP: a row a seed, a column an arm.
-      count: R.
-      seed: of the random weights.
     """
     losses_SP = np.asarray(losses_SP, np.float64)
     n_seeds = len(losses_SP)
     if n_seeds < 2:
         return None
-    rng = np.random.default_rng(seed)
+    count = RESAMPLES
+    rng = np.random.default_rng(0)
     weights_RS = rng.standard_normal((count, n_seeds))
-    spread_R = np.sqrt(rng.chisquare(n_seeds - 1, count) / (n_seeds - 1))
+    # Evenly spread over their distribution: its small values make the tails.
+    shares_R = rng.permutation((np.arange(count) + 0.5) / count)
+    spread_R = np.sqrt(stats.chi2.ppf(shares_R, n_seeds - 1) / (n_seeds - 1))
     weights_RS /= spread_R[:, None] * np.sqrt(n_seeds * (n_seeds - 1))
     mean_P = losses_SP.mean(axis=0)
     return mean_P + weights_RS @ (losses_SP - mean_P)
