@@ -91,8 +91,9 @@ def effective_compute(comparison: Comparison, results: Path) -> list[Block]:
         f"Compute in units of the run of {reference}, trained as these arms are. {name} needs: the"
         f" compute at which the law of its own sizes reaches the arm's loss. Its sizes span"
         f" {number(low)} to {number(high)} of the unit; * is beyond them, and more than"
-        f" {laws.FAR:g} times beyond them no number is given. Means over the seeds"
-        f" {', '.join(map(str, counted.seeds))}, which all have."
+        f" {laws.FAR:g} times beyond them no number is given. The law is shifted so that"
+        f" {reference} counts as 1. Intervals hold the spread over seeds, not the error of the form"
+        f" of the law. Seeds, which all have: {', '.join(map(str, counted.seeds))}."
     )
     return [
         Heading(EFFECTIVE),

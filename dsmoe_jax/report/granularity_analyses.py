@@ -78,7 +78,7 @@ def _law_picture(comparison: Comparison, found: Sweep, estimate: laws.Estimate) 
         estimate.fit.predict(G=x_X),
         estimate.band(G=x_X),
     )
-    figure = curves([curve], comparison.experiment.x_axis, MEASURES["validation_loss"].label, True)
+    figure = curves([curve], comparison.experiment.x_axis, MEASURES["validation_loss"].label)
     caption = "Large dots are means over seeds, small ones single runs; the band holds 95 %."
     return [Pictures([Picture("granularity_law", "The law over the sweep", caption, figure)])]
 
@@ -164,7 +164,7 @@ def _u_picture(
         low_X, high_X = np.quantile(losses_RX, (0.025, 0.975), axis=0)
         band = low_X, high_X
     curve = Curve("quadratic in log m", found.x_P, found.losses_SP, x_X, -shape.predict(x_X), band)
-    figure = curves([curve], comparison.experiment.x_axis, MEASURES["validation_loss"].label, True)
+    figure = curves([curve], comparison.experiment.x_axis, MEASURES["validation_loss"].label)
     caption = "Large dots are means over seeds, small ones single runs; the band holds 95 %."
     return Pictures([Picture("granularity_u_shape", "The U-shape", caption, figure)])
 

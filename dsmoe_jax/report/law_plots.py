@@ -42,23 +42,13 @@ def places(low: float, high: float) -> np.ndarray:
     return np.geomspace(low, high, 80)
 
 
-def curves(found: list[Curve], x_label: str, y_label: str, ticks: bool = False) -> Figure:
-    """Curves over a logarithmic axis.
-
-    Args:
-      found: in the order of the legend.
-      x_label, y_label: of the axes.
-      ticks: whether each point has its own tick.
-    """
+def curves(found: list[Curve], x_label: str, y_label: str) -> Figure:
+    """Curves over a logarithmic axis, in the order of the legend."""
     figure, ax = axes(top_lines=1)
     for i, curve in enumerate(found):
         _draw(ax, curve, ARM_COLOURS[(1 + i) % 7], MARKERS[i % 7])
     _cut(ax, found, [])
-    _label(ax, x_label, y_label)
-    if ticks:
-        values = sorted({float(x) for curve in found for x in curve.x_P})
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xticks(values, [f"{value:g}" for value in values])
+    _label(ax, found, x_label, y_label)
     figure.legend(loc="upper center", ncols=len(found), frameon=False, borderpad=0)
     return figure
 
@@ -76,7 +66,7 @@ def arms_over(
     for arm, (x, y) in arms.items():
         ax.plot([x], [y], marker(comparison, arm), ms=6, color=colour(comparison, arm), zorder=4)
     _cut(ax, [curve], [y for _, y in arms.values()])
-    _label(ax, x_label, y_label)
+    _label(ax, [curve], x_label, y_label)
     figure.legend(loc="upper center", frameon=False, borderpad=0)
     label_ends(comparison, ax, {arm: y for arm, (_, y) in arms.items()})
     return figure
@@ -100,7 +90,11 @@ def _cut(ax: Axes, found: list[Curve], others: list[float]) -> None:
     ax.set_ylim(values.min() - margin, values.max() + margin)
 
 
-def _label(ax: Axes, x_label: str, y_label: str) -> None:
+def _label(ax: Axes, found: list[Curve], x_label: str, y_label: str) -> None:
+    """Labels of the axes, and a tick at every point."""
     ax.set_xscale("log")
+    values = sorted({float(x) for curve in found for x in curve.x_P})
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(values, [f"{value:.3g}" for value in values])
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)

@@ -1,8 +1,10 @@
 """Differences of losses as compute: how much more training the baseline would need.
 
 An arm's effective compute is the compute at which the law of the baseline, fitted to its own sizes,
-reaches the arm's loss, over the compute of the baseline's reference model.  Its leverage is the
-same over the arm's own compute (arXiv 2507.17702 counts so, with a dense baseline).
+reaches the arm's loss, over the compute of the baseline's reference model.  The law is shifted so
+that the reference model itself counts as 1: what the law leaves over there is no difference of
+arms.  The leverage of an arm is the same over its own compute (arXiv 2507.17702 counts so, with a
+dense baseline).
 
 Shapes: P baseline models, A arms, S seeds, R resamples.
 """
@@ -18,7 +20,7 @@ import numpy as np
 from dsmoe_jax.study import baselines, laws, spread
 from dsmoe_jax.study.baselines import BaselineRuns, NoBaseline
 from dsmoe_jax.study.claims import LOSS
-from dsmoe_jax.study.laws import Estimate
+from dsmoe_jax.study.laws import Estimate, Fit
 from dsmoe_jax.study.resampling import Interval, interval, resampled_means
 from dsmoe_jax.study.results import Comparison
 from dsmoe_jax.study.spread import BySeed, table_of
@@ -104,10 +106,10 @@ def count_in(runs: BaselineRuns, losses: BySeed, own: Mapping[str, float]) -> Co
     try:
         law = laws.compute_law(runs.compute_P, baseline_SP)
         mean_A = arms_SA.mean(axis=0)
-        times_A = [laws.effective_compute(law.fit, loss, runs.reference) for loss in mean_A]
+        times_A = _times(law.fit, mean_A, baseline_SP.mean(axis=0), runs)
     except ValueError as error:
         raise NoBaseline(f"`{runs.path}` gives no law: {error}.") from error
-    times_RA = _resampled(law, arms_SA, runs.reference)
+    times_RA = _resampled(law, arms_SA, baseline_SP, runs)
     return Counted(
         law,
         runs,
@@ -127,13 +129,23 @@ def count_in(runs: BaselineRuns, losses: BySeed, own: Mapping[str, float]) -> Co
     )
 
 
-def _resampled(law: Estimate, arms_SA: np.ndarray, reference: float) -> np.ndarray | None:
+def _times(fit: Fit, loss_A: np.ndarray, baseline_P: np.ndarray, runs: BaselineRuns) -> list[float]:
+    """Effective compute of each arm; inf where the law never gets there."""
+    at = int(np.argmin(np.abs(np.log(runs.compute_P / runs.reference))))
+    shift = float(fit.predict(C=runs.reference)) - float(baseline_P[at])
+    return [laws.effective_compute(fit, loss + shift, runs.reference) for loss in loss_A]
+
+
+def _resampled(
+    law: Estimate, arms_SA: np.ndarray, baseline_SP: np.ndarray, runs: BaselineRuns
+) -> np.ndarray | None:
     """Effective compute in each resample, (R, A); None with fewer than two seeds."""
     losses_RA = resampled_means(arms_SA)
-    if losses_RA is None:
+    baseline_RP = resampled_means(baseline_SP)
+    if losses_RA is None or baseline_RP is None:
         return None
     times_RA = np.full(losses_RA.shape, np.inf)  # also where the law does not fall with compute
-    for fit, losses_A, times_A in zip(law.resampled, losses_RA, times_RA, strict=True):
+    for r, fit in enumerate(law.resampled):
         if fit.constants["A"]:
-            times_A[:] = [laws.effective_compute(fit, loss, reference) for loss in losses_A]
+            times_RA[r] = _times(fit, losses_RA[r], baseline_RP[r], runs)
     return times_RA

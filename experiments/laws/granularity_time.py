@@ -11,14 +11,15 @@ The times hold for one machine and one scale: for another, measure them there fi
 """
 
 from dsmoe_jax.commands import experiment
-from dsmoe_jax.study.experiment import Experiment
+from dsmoe_jax.study.experiment import Arm, Experiment
 from experiments.laws import granularity
 
-# Time of a training step over that at m = 4.
-STEP_TIMES = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}
+# Time of a training step over that at m = 4: `python -m benchmarks.granularity --scale=demo
+# --repeats=5`, two cores, while other jobs took most of them.  To be measured again on quiet ones.
+STEP_TIMES = {1: 0.74, 2: 0.87, 4: 1.0, 8: 1.63, 16: 2.07}
 
 
-def timed(m: int):
+def timed(m: int) -> Arm:
     """The model of 16 m experts, for the time of m = 4."""
     return granularity.split(m, f",steps_percent={round(100 / STEP_TIMES[m])}")
 

@@ -57,7 +57,7 @@ EXPERIMENT = Experiment(
         "train.steps",
     ),
     measured_may_differ=("tokens",),
-    pictures=("over_x", "final_loss", "learning_curves", "maxvio_running"),
+    pictures=("over_x",),
     analyses=("compute_law",),
     x_axis="hidden size, % of the scale's; tokens grow as its square",
     x_scale="log",

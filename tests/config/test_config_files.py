@@ -236,3 +236,28 @@ def test_other_widths_keep_the_ratios_and_the_head_size(scale):
     assert scaled.model.initializer_range == own.model.initializer_range
     assert scaled.model.mup_base_width == own.model.hidden_size
     assert (scaled.optimizer, scaled.train) == (own.optimizer, own.train)
+
+
+@pytest.mark.parametrize("scale", base.SCALES)
+def test_a_wider_model_keeps_its_ratios_and_a_longer_run_its_schedule(scale):
+    small = load("dsmoe_2b", scale)
+    large = load("dsmoe_2b", f"{scale},width_percent=150,steps_percent=225")
+    assert large.name == "dsmoe_2b_width150_steps225"
+    attention = large.model.attention
+    assert large.model.hidden_size == 1.5 * small.model.hidden_size
+    assert attention.num_attention_heads * attention.head_dim == large.model.hidden_size
+    assert relative_experts(large) == pytest.approx(relative_experts(small), rel=1e-3)
+    assert large.train.steps == 2.25 * small.train.steps
+    warm_up = large.optimizer.warmup_steps / large.train.steps
+    assert warm_up == pytest.approx(small.optimizer.warmup_steps / small.train.steps, rel=0.15)
+    change = large.optimizer.peak_learning_rate / small.optimizer.peak_learning_rate
+    assert change == pytest.approx(1.5**-0.5)
+    assert load("gshard_2b", f"{scale},width_percent=100,steps_percent=100") == load(
+        "gshard_2b", scale
+    )
+
+
+@pytest.mark.parametrize("option", ["width_percent=51", "width_percent=0", "steps_percent=0"])
+def test_impossible_sizes_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option}: must "):
+        load("gshard_2b", f"demo,{option}")

@@ -54,6 +54,14 @@ def test_a_loss_made_by_k_times_the_compute_counts_as_k():
     assert high / low < 1.1
 
 
+def test_the_reference_counts_as_one_whatever_the_law_leaves_over():
+    losses_SP = law(COMPUTE) + np.array([0.03, -0.05, 0.04, 0.0])
+    own = dict(enumerate(losses_SP[None, 2]))
+    found = effective.count_in(runs(losses_SP[None]), {"A": own}, {"A": 1.0})
+    assert found.law.fit.error > 0.01
+    assert found.arms[0].times == pytest.approx(1)
+
+
 def test_only_seeds_of_all_are_compared_and_one_has_no_interval():
     found = effective.count_in(runs(), {"A": {0: law(2e13), 1: 99.0}}, {"A": 1.0})
     assert found.arms[0].loss == law(2e13)
