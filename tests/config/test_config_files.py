@@ -198,7 +198,7 @@ def test_the_gpu_scale_keeps_its_promises():
         ("dsmoe_2b", "dmo", "did you mean demo"),
         ("dsmoe_2b", "", "must be one of paper, proxy, gpu, demo, smoke"),
         ("dsmoe_2b", "demo,sharde=2", "known: split, shared"),
-        ("gshard_2b", "demo,shared=2", "known: none"),
+        ("gshard_2b_x1_5", "demo,shared=2", "known: none"),
         ("dsmoe_2b", "demo,shared=two", "WHOLE NUMBER"),
         ("dsmoe_2b", "demo,shared=8", "below the 8 activated"),
         ("dsmoe_2b", "demo,split=0", "split must be > 0"),
