@@ -79,9 +79,9 @@ SMALL = {
     # compile and start are 3.3 more.  An estimate: nothing was timed on a GPU, and a backend that
     # multiplies every row with every expert (`ragged_dot` without a kernel for it) takes many times
     # as long.  Experts of 256 to 1024 and heads of 128 are whole tiles of the kernels for it.
-    # The rate is the proxy's times the square root of how much wider that is; the demo's lies on
-    # the same line.  A micro-batch is 32 sequences: the planner says 28 GB, without attention
-    # scores.  39M tokens are 1.22 passes over the corpus's training text.
+    # The rate is the proxy's times the square root of how much wider that is; the demo's, which a
+    # sweep found, is 0.7 of what that line gives.  A micro-batch is 32 sequences: the planner says
+    # 28 GB, without attention scores.  39M tokens are 1.22 passes over the corpus's training text.
     "gpu": Scale(
         Settings(
             hidden_size=384, num_hidden_layers=9, num_attention_heads=3, head_dim=128,
@@ -93,12 +93,13 @@ SMALL = {
     ),
     # Two CPU cores, less than a minute a model and seed.  As narrow as this because a narrow
     # model runs out of capacity within the million tokens that fit: at a hidden size of 96 the same
-    # minutes did not tell a dense model from a mixture of experts (experiments/LOG.md).
+    # minutes did not tell a dense model from a mixture of experts (experiments/LOG.md).  The rate
+    # has the lowest loss, mean over the models of table 1 (experiments/recipe/rates.py).
     "demo": Scale(
         Settings(
             hidden_size=48, num_hidden_layers=4, num_attention_heads=2, head_dim=24,
             vocab_size=2048, sequence_length=128, global_batch_size=16, steps=480,
-            peak_learning_rate=6e-3, warmup_steps=48, initializer_range=0.03,
+            peak_learning_rate=4.2e-3, warmup_steps=48, initializer_range=0.03,
         ),
         corpus="demo", remat="none",
         checkpoint_every=240, eval_every=240, eval_batches=80,

@@ -25,6 +25,13 @@ def signed(value: float | None, digits: int | None = 3) -> str:
     return sign + fixed(abs(value), digits)
 
 
+def p_value(value: float | None) -> str:
+    """A p with three decimals, or "< 0.001"."""
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def short(value: float | None) -> str:
     """Three digits and a unit: 5.66M, 2.04G."""
     if value is None:

@@ -111,7 +111,7 @@ def claims_note(comparison: Comparison, found: list[Finding]) -> str:
         f"Differences in the unit of the measure (loss: nats per token), mean over the {len(seeds)}"
         f" seeds that all arms have, ± half a {CONFIDENCE:.0%} interval: the noise left after each"
         " arm's and each seed's mean, Student's t. A claim holds, or is reversed, when the interval"
-        " excludes 0; each is judged by itself."
+        " excludes 0; each is judged by itself. p is two-sided, of a true difference of 0."
     )
     if not all(finding.claim.is_ordering for finding in found):
         note += (

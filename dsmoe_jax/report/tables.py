@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsmoe_jax.report.blocks import Table
-from dsmoe_jax.report.numbers import NONE, fixed, mean_of, signed
+from dsmoe_jax.report.numbers import NONE, fixed, mean_of, p_value, signed
 from dsmoe_jax.study.claims import LOSS
 from dsmoe_jax.study.experiment import AnyArm, Equal, Experiment
 from dsmoe_jax.study.measures import LOAD, MEASURES, RESULTS
@@ -87,10 +87,11 @@ def claims_table(found: list[Finding]) -> Table:
         known = finding.half_width is not None
         tail = f" ± {fixed(finding.half_width, digits)}" if known else ""
         ours = signed(finding.ours, digits) + tail
-        rows.append([text + source, finding.verdict, ours, signed(finding.paper, digits)])
+        paper = signed(finding.paper, digits)
+        rows.append([text + source, finding.verdict, ours, p_value(finding.p), paper])
     orderings = all(f.claim.is_ordering and f.claim.measure == LOSS for f in found)
     head = "the paper's ordering" if orderings else "the claim"
-    return Table([head, "here it", "here: by", "paper: by"], rows)
+    return Table([head, "here it", "here: by", "p", "paper: by"], rows)
 
 
 def domains_table(comparison: Comparison) -> Table | None:

@@ -39,13 +39,31 @@ def table_of(values: BySeed, labels: Sequence[str], seeds: Sequence[int]) -> np.
 def difference_half_width(values: BySeed) -> float | None:
     """Half the 95 % interval of a difference of two arms; None with one arm or one seed."""
     seeds = common_seeds(values)
-    if len(values) < 2 or len(seeds) < 2:
+    degrees = difference_degrees(values)
+    if not degrees:
         return None
-    degrees = (len(values) - 1) * (len(seeds) - 1)
     table = np.array([[by_seed[seed] for seed in seeds] for by_seed in values.values()])
     noise = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     variance = float((noise**2).sum()) / degrees
     return _quantile(degrees) * math.sqrt(2 * variance / len(seeds))
+
+
+def difference_degrees(values: BySeed) -> int:
+    """Degrees of freedom of a difference of two arms; 0 with one arm or one seed."""
+    return max(len(values) - 1, 0) * max(len(common_seeds(values)) - 1, 0)
+
+
+def p_value(value: float, half_width: float, degrees: int) -> float:
+    """Two-sided p of a true value of 0 (Student's t).
+
+    Args:
+      value: found.
+      half_width: of its 95 % interval.
+      degrees: of freedom.
+    """
+    if half_width == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * stats.t.sf(abs(value) / half_width * _quantile(degrees), degrees))
 
 
 def mean_half_width(values: Sequence[float]) -> float | None:

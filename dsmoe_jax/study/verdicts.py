@@ -26,6 +26,7 @@ class Finding:
       half_width: of the 95 % interval of `ours`; None with a single seed or a single pair of runs.
       verdict: HOLDS, REVERSED, UNDECIDED (the interval contains 0, or the value is 0) or MISSING.
         Without an interval only the sign decides.
+      p: two-sided, of a true value of 0; None without an interval.
     """
 
     claim: Claim
@@ -33,6 +34,7 @@ class Finding:
     ours: float | None
     half_width: float | None
     verdict: str
+    p: float | None = None
 
 
 def judge(comparison: Comparison) -> list[Finding]:
@@ -52,10 +54,13 @@ def _judge(comparison: Comparison, claim: Claim) -> Finding:
     ours = float(np.mean(by_seed))
     if claim.is_ordering and not _is_about_probes(comparison, claim):
         half_width = spread.difference_half_width(values)
+        degrees = spread.difference_degrees(values)
     else:
         # Seed by seed: the seed's effect may not cancel, and probes of one model share its noise.
         half_width = spread.mean_half_width(by_seed)
-    return Finding(claim, paper, ours, half_width, _verdict(ours, half_width or 0.0))
+        degrees = len(by_seed) - 1
+    p = None if half_width is None else spread.p_value(ours, half_width, degrees)
+    return Finding(claim, paper, ours, half_width, _verdict(ours, half_width or 0.0), p)
 
 
 def _left_side(claim: Claim, values: dict[str, float]) -> float:

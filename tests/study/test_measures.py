@@ -35,7 +35,7 @@ def test_a_new_measure_is_an_entry_in_the_registry(fake_run, tmp_path, monkeypat
     finding = judge(comparison)[-1]
     assert (finding.ours, finding.verdict) == (3.0, "holds")
     report = (tmp_path / "runs/table1-smoke/report.md").read_text()
-    assert "| steps made: Dense above 5 | holds | +3.0 | – |" in report
+    assert "| steps made: Dense above 5 | holds | +3.0 | – | – |" in report
 
 
 def test_a_measure_that_is_best_when_high_ranks_the_other_way_round(fake_run, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.report import numbers
 from dsmoe_jax.study.claims import below, bounded, decreasing, larger_change, ratio_below
 from dsmoe_jax.study.experiment import Arm, Experiment, ProbeArm
 from dsmoe_jax.study.results import Comparison, Row
@@ -218,3 +219,20 @@ def test_a_true_claim_is_hardly_ever_reversed(simulated, i):
     verdicts = [found.verdict for found in simulated[i]]
     assert verdicts.count(REVERSED) / N < 0.01
     assert verdicts.count(HOLDS) > 5 * verdicts.count(REVERSED)
+
+
+def test_p_is_that_of_a_t_test():
+    """Two arms and S seeds: the paired t-test of scipy."""
+    a = [3.00, 3.10, 3.07, 2.95]
+    b = [2.90, 3.02, 3.01, 2.93]
+    found = judged(below("B", "A"), {"A": a, "B": b})
+    assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    bound = judged(bounded("A", above=2.98), {"A": a, "B": b})
+    assert bound.p == pytest.approx(stats.ttest_1samp(a, 2.98).pvalue)
+    assert judged(below("B", "A"), {"A": [3.0], "B": [2.0]}).p is None
+    assert judged(below("B", "A"), {"A": [3.0, 4.0], "B": [2.0, 3.0]}).p == 0
+
+
+@pytest.mark.parametrize(("p", "shown"), [(None, "–"), (0.0004, "< 0.001"), (0.0123, "0.012")])
+def test_p_is_shown_with_three_decimals(p, shown):
+    assert numbers.p_value(p) == shown
