@@ -18,6 +18,7 @@ Letters: n sequence length, L layers, D hidden, V vocabulary, F activated FFN pa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -39,6 +40,7 @@ class Parameters:
     expert_activated: int
 
 
+@functools.cache  # an experiment asks for each model many times: with every seed, rate and batch
 def count_parameters(model: ModelConfig) -> Parameters:
     """Counts the parameters of the real module, by abstract initialisation.
 

@@ -77,12 +77,8 @@ class Measure:
 
 @functools.cache
 def sizes(config: Config) -> dict[str, Any]:
-    """Parameters and FLOPs of a config, see `model/size.py`; computed once for all seeds."""
-    train = dataclasses.replace(config.train, seed=0)
-    return _account(dataclasses.replace(config, train=train))
-
-
-_account = functools.cache(size.account)
+    """Parameters and FLOPs of a config, see `model/size.py`."""
+    return size.account(config)
 
 
 def _size(key: str, title: str, heading: str = "", note: str = "") -> Measure:

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 import experiments
+from configs import base
 from dsmoe_jax.study import fairness
 from dsmoe_jax.study.cells import Options, make_cells
 from dsmoe_jax.study.experiment import Experiment
@@ -53,7 +54,7 @@ def test_an_experiment_says_what_it_is(module):
         assert claim.measure in MEASURES
 
 
-@pytest.mark.parametrize("scale", ["smoke", "demo", "gpu"])
+@pytest.mark.parametrize("scale", base.SCALES)
 @pytest.mark.parametrize("module", MODULES)
 def test_all_arms_can_be_made_and_are_fair(module, scale):
     experiment = load(module)

@@ -449,14 +449,6 @@ def test_overrides_reach_every_arm_and_the_report(fake_run, tmp_path):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=MODULES)
-@pytest.mark.parametrize("scale", ["smoke", "demo", "gpu", "proxy", "paper"])
-def test_every_experiment_is_fair_at_every_scale(fake_run, experiment, scale):
-    train = FakeTrain()
-    fake_run(train, experiment, scale=scale, seeds=1, report_only=True)
-    assert train.calls == []
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=MODULES)
 def test_every_experiment_has_its_pictures(experiment):
     for name in experiment.pictures:
         plots.plot(name)
