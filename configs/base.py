@@ -78,13 +78,14 @@ SMALL = {
     # FLOPs for the five (`--plan`): 4 minutes at 15 % of 989 TFLOP/s bfloat16, and 40 s a model to
     # compile and start are 3.3 more.  An estimate: nothing was timed on a GPU, and a backend that
     # multiplies every row with every expert (`ragged_dot` without a kernel for it) takes many times
-    # as long.  Experts of 256 to 1024 and heads of 128 are whole tiles of the kernels for it.
-    # The rate is the proxy's times the square root of how much wider that is; the demo's, which a
-    # sweep found, is 0.7 of what that line gives.  A micro-batch is 32 sequences: the planner says
-    # 28 GB, without attention scores.  39M tokens are 1.22 passes over the corpus's training text.
+    # as long.  Experts of 256 to 1024 are whole tiles of the kernels for it, and half the width has
+    # three heads.  The rate is the proxy's times the square root of how much wider that is; the
+    # demo's, which a sweep found, is 0.7 of what that line gives.  A micro-batch is 32 sequences:
+    # the planner says 28 GB, without attention scores.  39M tokens are 1.22 passes over the
+    # corpus's training text.
     "gpu": Scale(
         Settings(
-            hidden_size=384, num_hidden_layers=9, num_attention_heads=3, head_dim=128,
+            hidden_size=384, num_hidden_layers=9, num_attention_heads=6, head_dim=64,
             vocab_size=8192, sequence_length=1024, global_batch_size=64, steps=600,
             peak_learning_rate=2.1e-3, warmup_steps=60, initializer_range=0.011,
         ),

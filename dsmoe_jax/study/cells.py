@@ -1,9 +1,9 @@
 """The runs of an experiment: their arms, seeds, configs and workdirs.
 
 A model is trained once for all experiments that have it: the workdir of a run follows from its
-config, RESULTS/models-SCALE/CONFIG/seedN, where CONFIG is the name of the config file and, if the
-arm or `--set` changes keys of it, a digest of the changes.  RESULTS/NAME-SCALE has the results of
-one experiment, and the measurements of its probes.
+config, RESULTS/models-SCALE/CONFIG/seedN, where CONFIG is the config's name and, if options, the
+arm or `--set` change keys of the plain config file, a digest of the changes.  RESULTS/NAME-SCALE
+has the results of one experiment, and the measurements of its probes.
 """
 
 from __future__ import annotations
@@ -119,22 +119,23 @@ def _cell(experiment: Experiment, arm: AnyArm, seed: int, options: Options) -> C
 
 
 def _model(arm: Arm, scale: str, config: Config) -> str:
-    """Directory name of a model: of its config file, with a digest of the keys that differ.
+    """Directory name of a model: of its config, with a digest of what differs from the plain file.
 
     Keys that may change while a run is on its way make no other model, nor does a corpus that has
     moved.
     """
-    file = config_lib.from_config_dict(files.load(arm.config_file(scale)))
+    plain = dataclasses.replace(arm, options="").config_file(scale)
+    file = config_lib.from_config_dict(files.load(plain))
     there, here = map(workdir.with_absolute_paths, (file, config))
     changes = {
         key: value
         for key, (_, value) in config_lib.differences(there, here).items()
-        if key not in ("train.seed", workdir.MOVED) and not workdir.may_change(key, config)
+        if key not in ("name", "train.seed", workdir.MOVED) and not workdir.may_change(key, config)
     }
     if not changes:
-        return file.name
+        return config.name
     text = json.dumps(changes, sort_keys=True)
-    return f"{file.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def chosen(experiment: Experiment, names: tuple[str, ...]) -> list[AnyArm]:

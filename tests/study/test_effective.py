@@ -1,6 +1,7 @@
 """Effective compute: the baseline is found, is the same experiment's, and counts right."""
 
 import dataclasses
+import shutil
 import math
 import pathlib
 
@@ -123,7 +124,9 @@ def test_results_of_other_runs_are_refused(trained):
     comparison = run_made_up(trained, FakeTrain(noise=0), fig6.EXPERIMENT)
     with pytest.raises(NoBaseline, match=r"no results of GShard at several sizes; `python -m"):
         baselines.find(comparison, trained)
-    run_made_up(trained, FakeTrain(noise=0), sizes.EXPERIMENT, fingerprint="cd" * 32)
+    other = trained.with_name("other")
+    run_made_up(other, FakeTrain(noise=0), sizes.EXPERIMENT, fingerprint="cd" * 32)
+    shutil.copytree(other / "sizes-smoke", trained / "sizes-smoke")
     with pytest.raises(NoBaseline, match="is of other text than these runs"):
         baselines.find(comparison, trained)
     changed = dataclasses.replace(comparison, overrides={"train.log_every": 2})
