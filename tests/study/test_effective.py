@@ -1,9 +1,9 @@
 """Effective compute: the baseline is found, is the same experiment's, and counts right."""
 
 import dataclasses
-import shutil
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
