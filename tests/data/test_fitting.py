@@ -71,7 +71,8 @@ def test_a_corpus_fills_its_budget(text: Path, tmp_path: Path):
     assert found == sorted(set(found))
     made = prepare(str(text), tmp_path / "None", **SIZES)
     longest = max(sum(domain["bytes"].values()) for domain in made.manifest["domains"])
-    assert fit(str(text), whole + 100, **SIZES) == longest  # the manifest names the cap
+    # The manifest names the cap, which moves the size a little.
+    assert fit(str(text), whole + 1000, **SIZES) == longest
     with pytest.raises(ValueError, match=r"budget 10 bytes: too small"):
         fit(str(text), 10, **SIZES)
 
