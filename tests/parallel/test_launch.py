@@ -1,5 +1,6 @@
 """The files in launch/ parse, and start commands that exist with flags that exist."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -16,26 +17,32 @@ REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "launch").iterdir())
 THEIR_OWN = {  # flags of gcloud, sbatch, srun and xpk
     "zone", "worker", "command", "nodes", "job-name", "ntasks-per-node", "gpus-per-node", "signal",
-    "requeue", "kill-on-bad-exit", "cluster", "workload", "tpu-type", "docker-image",
+    "requeue", "kill-on-bad-exit", "cluster", "workload", "tpu-type", "docker-image", "array",
+    "ntasks", "gpus-per-task",
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def known_flags():
-    """Those of the training command, by its manual."""
-    command = [sys.executable, "-m", "dsmoe_jax", "train", "--help"]
+@functools.cache
+def known_flags(*module: str) -> set[str]:
+    """Those of a module, by its manual."""
+    command = [sys.executable, "-m", *module, "--help"]
     manual = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return set(re.findall(r"^ +--(?:\[no\])?(\w+)", manual, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_modules_flags_and_configs_exist(path, known_flags):
+def test_modules_flags_and_configs_exist(path):
     text = path.read_text()
-    assert set(re.findall(r"-m,? dsmoe_jax,? (\w+)", text)) == {"train"}
+    experiments = re.findall(r"experiments\.[\w.]+", text)
+    if experiments:
+        (module,) = map(str.split, set(experiments))
+    else:
+        assert set(re.findall(r"-m,? dsmoe_jax,? (\w+)", text)) == {"train"}
+        module = ["dsmoe_jax", "train"]
     used = set(re.findall(r"--([a-z][\w-]*)", text)) - THEIR_OWN
     assert used
     for flag in used:
-        assert flag in known_flags, flag
+        assert flag in known_flags(*module), flag
     for config in re.findall(r"configs/\w+\.py", text):
         assert (REPOSITORY / config).is_file()
     assert f"launch/{path.name}" in (REPOSITORY / "docs/pods.md").read_text()
