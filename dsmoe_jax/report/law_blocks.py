@@ -63,7 +63,7 @@ def constants_table(estimate: Estimate) -> Table:
 
 
 def remarks(estimate: Estimate) -> list[Block]:
-    """What must be known before a law is believed."""
+    """Facts that must be known before a law is believed."""
     said = [estimate.reason, *estimate.fit.remarks()]
     if not estimate.resampled:
         said.append(NO_INTERVAL)

@@ -1,4 +1,4 @@
-"""What is on disk from earlier calls: refused where it is of other configs, data or models."""
+"""Runs and measurements of earlier calls: refused where it is of other configs, data or models."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Fit:
         return loss_X
 
     def remarks(self) -> list[str]:
-        """What must be known before the numbers are believed, a sentence each."""
+        """Facts that must be known before the numbers are believed, a sentence each."""
         form = FORMS[self.form]
         said = [] if self.converged else ["The search for the exponents did not converge."]
         if self.spare <= 0:
@@ -238,7 +238,7 @@ def _log(name: str, values: Any, n_points: int) -> np.ndarray:
 
 
 def _columns(form: Form, logs: Variables, powers: Mapping[str, float], n: int) -> np.ndarray:
-    """What each coefficient is multiplied with, (P, T)."""
+    """Factor of each coefficient, (P, T)."""
     columns = []
     for term in form.terms:
         log_P = np.zeros(n)

@@ -99,7 +99,7 @@ def test_the_interval_of_a_mean_is_students(monkeypatch):
 
 
 def test_seeds_are_resampled_with_all_their_arms():
-    """What all arms of a seed share leaves no trace in a difference."""
+    """An effect that all arms of a seed share leaves no trace in a difference."""
     losses_SP = np.array([[4.0], [5.0], [7.0]]) + np.array([0.0, 0.1])
     means_RP = resampled_means(losses_SP)
     np.testing.assert_allclose(means_RP[:, 1] - means_RP[:, 0], 0.1)
