@@ -1,7 +1,8 @@
 """The decoder-only Transformer around the MoE layer.
 
 Leading dense layers are separate modules; the MoE layers are one module whose parameters carry a
-leading layer axis, run by `jax.lax.scan`, so compile time does not grow with depth.
+leading layer axis, run by `jax.lax.scan`, so compile time does not grow with depth.  On a CPU a few
+layers are unrolled: see `_layers_at_once`.
 
 Shapes: B sequences, S positions, L key positions, D hidden, V vocabulary.
 """
@@ -27,6 +28,8 @@ from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear_to_float32
 from dsmoe_jax.parallel.sharding import constrain, gathered
+
+UNROLLED_LAYERS = 8  # at most, on a CPU
 
 
 class _EveryLayer(NamedTuple):
@@ -192,7 +195,8 @@ class Transformer(nnx.Module):
             None if inputs.rng is None else jax.random.split(inputs.rng, self.n_scanned),
             jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
         )
-        x_BSD, (report, stacked) = jax.lax.scan(layer, x_BSD, (params, per_layer))
+        unroll = _layers_at_once(self.n_scanned)
+        x_BSD, (report, stacked) = jax.lax.scan(layer, x_BSD, (params, per_layer), unroll=unroll)
         return x_BSD, report, stacked
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
@@ -202,6 +206,16 @@ class Transformer(nnx.Module):
         one = empty(config, batch, max_length, compute_dtype(self.config))
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.n_scanned, *x.shape)), one)
         return Cache((one,) * len(self.leading), stacked, jnp.int32(0))
+
+
+def _layers_at_once(n_layers: int) -> int:
+    """Layers in one iteration of the scan: all of a shallow model on a CPU, else one.
+
+    A scan keeps what the backward pass needs in stacked arrays, which XLA's CPU backend zeroes,
+    fills and copies out again: a sixth of the demo's step.  Unrolled, the numbers are the same to
+    the bit, and a shallow model compiles no slower.
+    """
+    return n_layers if platform() == "cpu" and n_layers <= UNROLLED_LAYERS else 1
 
 
 def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:

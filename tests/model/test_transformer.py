@@ -1,5 +1,6 @@
 """The Transformer against Hugging Face, and by its behaviour."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,25 @@ def test_layers_draw_different_noise():
     output = model.forward(ModelInputs(TOKENS, rng=jax.random.key(0)))
     first, second = output.report.logged.load_E
     assert (first != second).any()
+
+
+def test_unrolled_layers_give_what_scanned_ones_give(model, monkeypatch):
+    graph, params = nnx.split(model)
+    inputs = ModelInputs(TOKENS, rng=jax.random.key(1))
+
+    def loss(params):
+        output = nnx.merge(graph, params).forward(inputs)
+        return jnp.square(output.logits_BSV).mean(), output.report
+
+    def results(most_layers: int, at_once: int):
+        monkeypatch.setattr(transformer, "UNROLLED_LAYERS", most_layers)
+        step = jax.value_and_grad(lambda params: loss(params), has_aux=True)
+        assert f"unroll={at_once}\n" in str(jax.make_jaxpr(step)(params))
+        return jax.jit(step)(params)
+
+    n = model.n_scanned
+    scanned, unrolled = results(n - 1, at_once=1), results(n, at_once=n)
+    chex.assert_trees_all_close(unrolled, scanned, rtol=1e-5, atol=1e-7)
 
 
 def test_cache_gives_the_same_logits(model):
