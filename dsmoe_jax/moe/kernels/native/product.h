@@ -1,8 +1,9 @@
 // Products of float32 matrices on CPU, `C_mn (+)= A_mk B_kn`, for a narrow B and an A that is read
 // once: A stays where it lies (a weight of an expert, far larger than its rows), only B is packed.
 //
-// A tile of C, 8 x 24, is kept in registers while k runs. Where A is read by columns its tiles are
-// gathered first, a block at a time; the next block is fetched into the cache meanwhile.
+// A tile of C, 8 x 24 (4 x 24 where there are 16 registers), is kept in registers while k runs.
+// Where A is read by columns its tiles are gathered first, a block at a time; the next block is
+// fetched into the cache meanwhile.
 
 #ifndef DSMOE_JAX_MOE_NATIVE_PRODUCT_H_
 #define DSMOE_JAX_MOE_NATIVE_PRODUCT_H_
@@ -17,7 +18,13 @@ namespace dsmoe {
 
 constexpr int64_t kLane = 8;           // floats of a vector
 constexpr int64_t kPanel = 3 * kLane;  // columns of a panel of B
-constexpr int64_t kTile = 8;           // rows of a tile of C: 8 x 3 accumulators
+// Rows of a tile of C, each of 3 vectors: its sums, a row of B and a number of A fill the registers.
+// With more than there are, sums are stored and loaded again for every k, at half of the speed.
+#ifdef __AVX512VL__
+constexpr int64_t kTile = 8;  // 32 registers of a vector each
+#else
+constexpr int64_t kTile = 4;  // 16 of them (AVX2), or 32 of half a vector (NEON)
+#endif
 constexpr int64_t kDepth = 256;        // of one pass over k: a tile of A and a panel of B fit L1
 constexpr int64_t kBlock = 4 * kTile;  // rows of A whose tiles are packed together
 constexpr int64_t kLine = 16;          // floats of a cache line
@@ -27,14 +34,22 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLane), aligned(4)));
 
 inline int64_t RoundUp(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
 
+// A whole vector: by memcpy it would pass through the stack.
+using Whole = std::integral_constant<int64_t, kLane>;
+
+inline Vec Load(const float* from, Whole) { return *reinterpret_cast<const Vec*>(from); }
+
+inline void Store(float* to, Vec v, Whole) { *reinterpret_cast<Vec*>(to) = v; }
+
 // Calls body(i, number of floats) for each vector of n floats; the last may be shorter.
 template <typename Body>
 inline void ForEachVector(int64_t n, const Body& body) {
   int64_t i = 0;
-  for (; i + kLane <= n; i += kLane) body(i, std::integral_constant<int64_t, kLane>());
+  for (; i + kLane <= n; i += kLane) body(i, Whole());
   if (i < n) body(i, n - i);
 }
 
+// The first n floats of a vector, the others 0.
 inline Vec Load(const float* from, int64_t n) {
   Vec v{};
   std::memcpy(&v, from, 4 * n);
@@ -162,15 +177,19 @@ inline TileFunction ChooseTile(int64_t rows, int64_t vectors) {
     case 1: return TileOfHeight<1>(vectors);
     case 2: return TileOfHeight<2>(vectors);
     case 3: return TileOfHeight<3>(vectors);
-    case 4: return TileOfHeight<4>(vectors);
-    case 5: return TileOfHeight<5>(vectors);
-    case 6: return TileOfHeight<6>(vectors);
-    case 7: return TileOfHeight<7>(vectors);
-    default: return TileOfHeight<kTile>(vectors);
   }
+  if constexpr (kTile > 4) {
+    switch (rows) {
+      case 4: return TileOfHeight<4>(vectors);
+      case 5: return TileOfHeight<5>(vectors);
+      case 6: return TileOfHeight<6>(vectors);
+      case 7: return TileOfHeight<7>(vectors);
+    }
+  }
+  return TileOfHeight<kTile>(vectors);
 }
 
-// Some rows of A as tiles of eight, each (depth, 8): a column of A is spread over as many pages.
+// Some rows of A as tiles of kTile, each (depth, kTile): a column of A is spread over as many pages.
 inline void PackTiles(View a, int64_t rows, int64_t depth, float* packed) {
   for (int64_t p = 0; p < depth; ++p) {
     const float* from = a.at + p * a.column;
