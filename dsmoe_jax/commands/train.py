@@ -25,6 +25,9 @@ A new run begins with the parameters of another one, with an optimizer and a sch
 any text of the same tokenizer: --config.train.start_from=OTHER_WORKDIR.  Checkpoints that are never
 pruned: --config.train.keep_every=1000, --config.train.keep_best=1.  More in docs/going_on.md.
 
+Where the time of a step goes, by the parts of the model: --profile=5 traces five steps, see
+docs/profiles.md.
+
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
 for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
@@ -42,6 +45,7 @@ from dsmoe_jax.training.loop import train
 command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
 _GO_BACK = flags.DEFINE_bool("go_back", False, "Leave the steps that another config changes.")
+_PROFILE = flags.DEFINE_integer("profile", None, "Trace so many steps for xprof.", lower_bound=1)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "Join the processes on other hosts; by default if Slurm or GKE say so."
 )
@@ -57,7 +61,7 @@ def main() -> None:
     config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-    result = train(config, _WORKDIR.value, go_back=_GO_BACK.value)
+    result = train(config, _WORKDIR.value, go_back=_GO_BACK.value, profile=_PROFILE.value)
     held_out = result.evaluation
     if hosts.is_first():
         print(

@@ -4,7 +4,7 @@ config.json       the run's config
 tokenizer.json    of its corpus: text can be generated where the corpus is not
 metrics.jsonl     one JSON object a line, see metrics_log.py
 checkpoints/      one directory a kept step, see checkpoint.py
-tensorboard/      event files
+tensorboard/      event files, and traces of --profile
 history/          what was there before the config changed on the way, see going_on.py
 routing/          with train.record_routing: the experts of every token, see routing_records.py
 evaluation.json   held-out results after the last step: the run is finished

@@ -29,6 +29,7 @@ from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.optimizer import make_schedule
+from dsmoe_jax.training.profiling import Profiler
 from dsmoe_jax.training.rows import (
     RunningLoad,
     first_non_finite,
@@ -64,7 +65,12 @@ class Result:
 
 
 def train(
-    config: Config, workdir: str | Path, *, progress: bool = True, go_back: bool = False
+    config: Config,
+    workdir: str | Path,
+    *,
+    progress: bool = True,
+    go_back: bool = False,
+    profile: int | None = None,
 ) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
@@ -76,6 +82,7 @@ def train(
       workdir: where everything is kept, see runs/workdir.py.
       progress: whether to show a progress line on stderr.
       go_back: whether steps that have been made may be left for the last one before the change.
+      profile: how many steps to trace, see profiling.py; None is none.
 
     Raises:
       ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
@@ -97,7 +104,7 @@ def train(
             return Result(**finished)
         corpus = _open_corpus(config, directory, moved=moved)
         with Interrupts() as interrupts, hosts.one_line_if_another_ends():
-            trainer = _Trainer(config, directory, corpus, line, interrupts)
+            trainer = _Trainer(config, directory, corpus, line, interrupts, profile)
             try:
                 return trainer.run()
             finally:
@@ -152,12 +159,15 @@ class _Trainer:
         corpus: Corpus,
         line: ProgressLine,
         interrupts: Interrupts,
+        profile: int | None,
     ):
         self.config = config
         self.corpus = corpus
         self.directory = directory
         self.line = line
         self.interrupts = interrupts
+        self.profile = profile
+        self.profiler: Profiler | None = None
         self.recorder, self.recording = routing_records.of_run(
             config, directory, corpus.fingerprint
         )
@@ -172,6 +182,8 @@ class _Trainer:
 
     def close(self) -> None:
         """Lets everything go; a checkpoint that is being written is finished first."""
+        if self.profiler is not None:
+            self.profiler.close()
         self.line.close()
         self.clock.close()
         if self.log is not None:
@@ -181,6 +193,13 @@ class _Trainer:
     def run(self) -> Result:
         """Trains to the last step and evaluates."""
         state, first, resumed_from = self._start()  # and the stage that it belongs to
+        self.profiler = Profiler(
+            self.directory / workdirs.TENSORBOARD,
+            self.profile,
+            first,
+            self.config.train.steps,
+            self.line.message,
+        )
         self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
         self.logged_step = self.saved_step = first
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
@@ -190,7 +209,9 @@ class _Trainer:
         for step in range(first + 1, self.config.train.steps + 1):
             if step > self.now.stage.end:
                 self._next_stage(step)
-            state, metrics = self.now.train_step(state, self.now.next_batch(step))
+            with self.profiler.step(step, state):
+                state, metrics = self.now.train_step(state, self.now.next_batch(step))
+            self.profiler.after(step, state)
             self.clock.dispatched(metrics.loss)
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
