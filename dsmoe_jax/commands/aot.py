@@ -1,6 +1,7 @@
 """Compiles the train step of a config for a TPU slice, without a TPU.
 
-Prints memory, traffic between chips, and bounds of the time of a step.  Takes a minute or two for a
+Prints memory, traffic of the chip's memory by scope of the model, traffic between chips, and bounds
+of the time of a step.  Takes a minute or two for a
 model of any size.
 
 python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
@@ -26,7 +27,8 @@ from dsmoe_jax.commands import command_line
 from dsmoe_jax.config import replace
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
-from dsmoe_jax.planning.ahead_of_time import Proof, prove
+from dsmoe_jax.planning import memory_traffic
+from dsmoe_jax.planning.ahead_of_time import Proof, parts_of_step, prove
 from dsmoe_jax.planning.plan_report import stage_to_plan
 
 command_line.define_config()
@@ -54,13 +56,15 @@ def describe(proof: Proof) -> str:
         f"received  {sum(proof.collectives.values()):.2f} GB a chip and step:"
         f" {_listing(proof.collectives) or 'nothing'}",
         f"overlap   {_overlap(proof)}",
+        f"traffic   {sum(proof.traffic.values()):.0f} GB of HBM a chip and step, by scope:",
+        *_traffic_table(proof),
         f"at least  compute {roof.compute:.3g} s, memory {roof.memory:.3g} s, network"
         f" {roof.network:.3g} s a step",
         f"estimate  {roof.overlapped:.3g} s (all of them at once, MFU {fast:.0%}) to"
-        f" {roof.serial:.3g} s (one after the other, MFU {slow:.0%})",
+        f" {roof.serial:.3g} s (the chip waits for the network, MFU {slow:.0%})",
         f"assumed   {chip.peak_flops / 1e12:.0f} TFLOP/s, HBM {chip.hbm_bandwidth / 1e9:.0f} GB/s,"
         f" links {chip.link_bandwidth / 1e9:.0f} GB/s a chip, each fully used; ragged exchanges as"
-        " large as they can be; experts compute no padding; memory: only state and weights",
+        " large as they can be; experts compute no padding",
         f"compiled  in {proof.seconds:.0f} s",
     ]
     return "\n".join(lines)
@@ -75,6 +79,22 @@ def _overlap(proof: Proof) -> str:
         f" {o.with_compute} of them with computation in between,"
         f" {o.with_shared_experts} with the shared experts'"
     )
+
+
+def _traffic_table(proof: Proof) -> list[str]:
+    """Lines of GB by scope: a step, and its parts."""
+    parts = parts_of_step(proof.config, proof.moves)
+    columns = {
+        "a step": proof.traffic,
+        "layer x micro-batch": parts["layer"],
+        "rest of micro-batch": parts["micro-batch"],
+        "rest of step": parts["step"],
+    }
+    lines = [" " * 10 + f"{'':14}" + "".join(f"{name:>20}" for name in columns)]
+    for scope in memory_traffic.ALL_SCOPES:
+        numbers = "".join(f"{column[scope]:20.2f}" for column in columns.values())
+        lines.append(" " * 10 + f"{scope:14}{numbers}")
+    return lines
 
 
 def _memory_and_exchange(proof: Proof | str) -> str:
@@ -106,6 +126,9 @@ def as_json(proof: Proof) -> dict[str, Any]:
         "gradients_gb": proof.gradients,
         "flops": proof.flops,
         "collectives_gb": proof.collectives,
+        "traffic_gb": sum(proof.traffic.values()),
+        "traffic_gb_by_scope": proof.traffic,
+        "traffic_gb_of_parts": parts_of_step(proof.config, proof.moves),
         "overlap": proof.overlap._asdict(),
         "roofline": {
             "compute_s": roof.compute,
@@ -114,6 +137,7 @@ def as_json(proof: Proof) -> dict[str, Any]:
             "step_s": [roof.overlapped, roof.serial],
             "mfu": list(roof.mfu),
         },
+        "mfu": list(roof.mfu),
         "compile_s": proof.seconds,
     }
 

@@ -92,7 +92,8 @@ class Block(nnx.Module):
         normed_BSD = self.ffn_norm(x_BSD)
         report = None
         if self.dense:
-            y_BSD = self.ffn(normed_BSD)
+            with jax.named_scope("dense_ffn"):
+                y_BSD = self.ffn(normed_BSD)
         else:
             moe_inputs = MoEInputs(
                 every.token_ids_BS,
@@ -155,9 +156,10 @@ class Transformer(nnx.Module):
         """
         inputs.assert_shapes(self.n_scanned)
         every = _every_layer(inputs, cache)
-        table_VD = gathered(self.embedding_VD[...], "VD")
-        x_BSD = table_VD[inputs.tokens_BS].astype(compute_dtype(self.config))
-        x_BSD = constrain(x_BSD, "BSD")
+        with jax.named_scope("embedding"):
+            table_VD = gathered(self.embedding_VD[...], "VD")
+            x_BSD = table_VD[inputs.tokens_BS].astype(compute_dtype(self.config))
+            x_BSD = constrain(x_BSD, "BSD")
         leading = []
         for i, block in enumerate(self.leading):
             one = _OneLayer(cache.leading[i] if cache else None)

@@ -124,27 +124,31 @@ class MoELayer(nnx.Module):
             drop = None
         k = intervention.num_experts_per_tok or moe.num_experts_per_tok
         sizes = dropping.sizes_of(moe)._replace(k=k)
-        kept, max_kept = self._drop(assigned, valid_BS, sequence_ids_B, drop, sizes)
+        with jax.named_scope("router"):
+            kept, max_kept = self._drop(assigned, valid_BS, sequence_ids_B, drop, sizes)
         with jax.named_scope("dispatch"):
             weights = experts.ExpertWeights(
                 self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
             )
             y_TD, dispatch_report = routed_experts(x_TD, kept, weights, moe, row_kernels, max_kept)
-        ledger = dropping.ledger(
-            assigned.ids_TK,
-            kept.ids_TK,
-            dispatch_report.computed_E,
-            len(x_BSD),
-            drop,
-            sizes,
-            row_kernels.count,
-        )
-        segment_ids_BS = valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
-        report = LayerReport(
-            loss_inputs(routing, segment_ids_BS, moe),
-            logged_sums(routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe),
-            _recorded(routing, kept, valid_BS, e),
-        )
+        with jax.named_scope("router"):
+            ledger = dropping.ledger(
+                assigned.ids_TK,
+                kept.ids_TK,
+                dispatch_report.computed_E,
+                len(x_BSD),
+                drop,
+                sizes,
+                row_kernels.count,
+            )
+            segment_ids_BS = valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
+            report = LayerReport(
+                loss_inputs(routing, segment_ids_BS, moe),
+                logged_sums(
+                    routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe
+                ),
+                _recorded(routing, kept, valid_BS, e),
+            )
         return y_TD.reshape(x_BSD.shape), report
 
     def route(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
@@ -28,14 +28,13 @@ from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
 from dsmoe_jax.model import remat, size
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.planning import hlo, planner
+from dsmoe_jax.planning import collectives, memory_traffic, planner
+from dsmoe_jax.planning.collectives import Overlap
+from dsmoe_jax.planning.memory_traffic import Move
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.start import TrainState, abstract_state
 from dsmoe_jax.training.step import jit_train_step
 
-_COMPUTE = 2  # bytes: the model computes in bfloat16
-# Bytes of float32 a parameter: it and two moments read and written, the gradient written and read.
-_STATE_TRAFFIC = 32
 # libtpu asks which machine it is on, complains where there is none, and lets only one process use
 # its TPUs.
 _NO_TPU_MACHINE = {
@@ -56,7 +55,7 @@ class Roofline:
 
     Attributes:
       compute: the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included.
-      memory: the state once, gradients once a micro-batch, the weights once a pass.
+      memory: what the program reads from HBM and writes to it (`memory_traffic`) at the bandwidth.
       network: bytes of the program's collectives at the bandwidth of all links together.
       model_compute: the part of `compute` that MFU counts.
     """
@@ -73,12 +72,15 @@ class Roofline:
 
     @property
     def serial(self) -> float:
-        """Seconds of a step in which nothing overlaps."""
-        return self.compute + self.memory + self.network
+        """Seconds of a step in which the chip waits for the network.
+
+        Computation and HBM overlap even then: a kernel loads its next tiles while it multiplies.
+        """
+        return max(self.compute, self.memory) + self.network
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Model FLOPs utilisation, with no overlap and with perfect overlap."""
+        """Model FLOPs utilisation, waiting for the network and with perfect overlap."""
         return self.model_compute / self.serial, self.model_compute / self.overlapped
 
 
@@ -97,6 +99,7 @@ class Proof:
       gradients: GB of one chip's part of all gradients in float32.
       flops: of a step, by our accounting.
       collectives: GB that a chip receives in a step, by kind.
+      moves: what each instruction of the program moves in one chip's HBM.
       overlap: of exchanges and computation.
       roofline: lower bounds of the time of a step.
       seconds: of lowering and compiling.
@@ -112,7 +115,8 @@ class Proof:
     gradients: float
     flops: float
     collectives: dict[str, float]
-    overlap: hlo.Overlap
+    moves: list[Move]
+    overlap: Overlap
     roofline: Roofline
     seconds: float
 
@@ -120,6 +124,33 @@ class Proof:
     def used(self) -> float:
         """GB of one chip, all categories together."""
         return sum(self.memory.values())
+
+    @property
+    def traffic(self) -> dict[str, float]:
+        """GB that a step moves in one chip's HBM, by scope."""
+        return memory_traffic.by_scope(self.moves)
+
+
+def parts_of_step(config: Config, moves: list[Move]) -> dict[str, dict[str, float]]:
+    """GB of HBM traffic of each part of a step, by scope.
+
+    The parts: "layer", one micro-batch in one scanned layer, forward and backward; "micro-batch",
+    one of them outside of those layers; "step", the rest.  With one micro-batch the rest counts as
+    its own.
+    """
+    model = config.model
+    n_micro = config.train.accumulation_steps
+    outer = (n_micro,) if n_micro > 1 else ()
+    layers = (*outer, model.num_hidden_layers - model.first_k_dense_replace)
+    parts: dict[str, list[Move]] = {"layer": [], "micro-batch": [], "step": []}
+    for move in moves:
+        if move.loops[: len(layers)] == layers:
+            parts["layer"].append(move._replace(loops=move.loops[len(layers) :]))
+        elif move.loops[: len(outer)] == outer:
+            parts["micro-batch"].append(move._replace(loops=move.loops[len(outer) :]))
+        else:
+            parts["step"].append(move)
+    return {name: memory_traffic.by_scope(part) for name, part in parts.items()}
 
 
 def slice_devices(topology: str) -> tuple[str, list[Any]]:
@@ -188,7 +219,8 @@ def prove(config: Config, topology: str) -> Proof:
         compiled = _compile(lowered, f"{config.name} on {topology}", config, dict(mesh.shape))
         seconds = time.perf_counter() - start
     text = compiled.as_text()
-    collectives = hlo.by_kind(hlo.traffic(text))
+    received = collectives.by_kind(collectives.traffic(text))
+    moves = memory_traffic.moves(text)
     flops = size.train_flops_per_token(config) * config.tokens_per_step
     return Proof(
         config=config,
@@ -200,9 +232,16 @@ def prove(config: Config, topology: str) -> Proof:
         memory=_memory(compiled.memory_analysis(), state, batch),
         gradients=local_bytes(state.params) / 1e9,
         flops=flops,
-        collectives=collectives,
-        overlap=hlo.overlap(text),
-        roofline=roofline(config, state.params, mesh, CHIPS[chip], sum(collectives.values())),
+        collectives=received,
+        moves=moves,
+        overlap=collectives.overlap(text),
+        roofline=roofline(
+            config,
+            len(devices),
+            CHIPS[chip],
+            moved_gb=sum(memory_traffic.by_scope(moves).values()),
+            received_gb=sum(received.values()),
+        ),
         seconds=seconds,
     )
 
@@ -268,36 +307,28 @@ def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]
 
 
 def roofline(
-    config: Config, params: Any, mesh: Mesh | AbstractMesh, chip: Chip, received_gb: float
+    config: Config, chips: int, chip: Chip, *, moved_gb: float, received_gb: float
 ) -> Roofline:
-    """Lower bounds of the time of a step in which a chip receives `received_gb`."""
-    tokens = config.tokens_per_step / mesh.size
+    """Lower bounds of the time of a step.
+
+    Args:
+      config: of the model and its batch.
+      chips: their number.
+      chip: one of them.
+      moved_gb: GB that a step moves in the HBM of one chip.
+      received_gb: GB that one chip receives in a step.
+    """
+    tokens = config.tokens_per_step / chips
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
-    passes = 2  # forward and backward
     recomputed = 1.0
     if remat.get(config.model.remat).whole_layers:
-        passes = 3
         recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
-    local = local_bytes(params) / 4
-    per_micro_batch = 8 * local + passes * _COMPUTE * _in_use(params, mesh)
-    moved = _STATE_TRAFFIC * local + config.train.accumulation_steps * per_micro_batch
     return Roofline(
         compute=model_compute * recomputed,
-        memory=moved / chip.hbm_bandwidth,
+        memory=moved_gb * 1e9 / chip.hbm_bandwidth,
         network=received_gb * 1e9 / chip.link_bandwidth,
         model_compute=model_compute,
     )
-
-
-def _in_use(params: Any, mesh: Mesh | AbstractMesh) -> float:
-    """Elements of the weights with which one chip computes, after FSDP has gathered them."""
-    total = 0.0
-    for path, x in jax.tree.leaves_with_path(params):
-        letters = sharding.axes_of(path, x.shape)
-        axes = {axis for axes in sharding.split(letters) for axis in axes}
-        axes &= {"tensor", "expert" if "E" in letters else "tensor"}  # FSDP gathers from the rest
-        total += x.size / math.prod(mesh.shape[axis] for axis in axes)
-    return total
 
 
 def _line(error: Exception) -> str:

@@ -1,38 +1,33 @@
-"""Reads the text of a compiled program: traffic between devices, and computation meanwhile.
+"""Reads the text of a compiled program: its instructions, its loops, the bytes of its arrays.
 
 The text is that of `jax.stages.Compiled.as_text()`: computations of one instruction a line, in the
 order in which they run.  The condition of a `while` (the layers, the micro-batches) compares a
 counter that starts at 0 with a constant: the number of times that its body runs.
-
-Bytes that a chip receives in a collective over g devices, whose operand has b bytes:
-
-    all-gather          b (g - 1)          reduce-scatter, all-to-all   b (g - 1) / g
-    all-reduce          2 b (g - 1) / g    collective-permute           b
-    ragged-all-to-all   at most m (g - 1) / g, m the smaller of what can be sent and received
 """
 
 from __future__ import annotations
 
-import collections
+import functools
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+# bf16[8,128]{1,0:T(8,128)(2,1)S(1)}: dtype, shape, dimensions from minor to major, tiles and space
+_ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_TILE = re.compile(r"T\(([\d,]+)\)")
+_SPACE = re.compile(r"\bS\(\d+\)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCH_LIST = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-# {{0,1},{2,3}} or [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'}: groups over the axis a
-_GROUPS = re.compile(
-    r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})"
-)
-_AXIS = re.compile(r"('\w+')=(\d+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
+_WORD = re.compile(r"\w+")
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
 
 COLLECTIVES = (
@@ -43,9 +38,25 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-EXCHANGES = ("all-to-all", "ragged-all-to-all")
-_PRODUCTS = ("dot", "convolution")  # on a TPU a dot is a convolution
-_COMPUTE = ("fusion", *_PRODUCTS, "custom-call", "while", "call")
+# `jax.named_scope` of work that is done only when the exchange's buffers are too small.
+RETRY = "retry"
+
+
+class Array(NamedTuple):
+    """An array of a type.
+
+    Attributes:
+      elements: their number.
+      bytes: without padding.
+      padded: bytes of whole tiles, if the layout has tiles.
+      in_hbm: whether it lives in the chip's main memory: its layout names no other space (`S(1)` is
+        a TPU's VMEM).
+    """
+
+    elements: int
+    bytes: float
+    padded: float
+    in_hbm: bool
 
 
 class Instruction(NamedTuple):
@@ -56,45 +67,79 @@ class Instruction(NamedTuple):
     opcode: str
     arguments: str
     attributes: str
+    is_root: bool = False
 
     @property
     def operands(self) -> list[str]:
         """Names of the instructions whose results are its arguments."""
         return _OPERAND.findall(self.arguments)
 
+    @property
+    def called(self) -> str:
+        """The computation that a fusion or a call runs; "" without one."""
+        called = _CALLED.search(self.attributes)
+        return called[1] if called else ""
 
-class Traffic(NamedTuple):
-    """A collective of the program.
+    @property
+    def body(self) -> str:
+        """The computation that a `while` repeats."""
+        body = _BODY.search(self.attributes)
+        return body[1] if body else ""
+
+    @property
+    def words(self) -> list[str]:
+        """The words of its `op_name`, outermost first: names of scopes and of operations."""
+        name = _OP_NAME.search(self.attributes)
+        return _WORD.findall(name[1]) if name else []
+
+
+class Program:
+    """A program.
 
     Attributes:
-      kind: one of `COLLECTIVES`.
-      bytes: received by a chip each time (see the module's docstring).
-      times: number of its runs in one run of the program.
+      computations: lists of instructions by name.
+      entry: the name of the computation that runs first.
     """
 
-    kind: str
-    bytes: float
-    times: int
+    def __init__(self, computations: dict[str, list[Instruction]], entry: str):
+        self.computations = computations
+        self.entry = entry
+
+    def trips(self, loop: Instruction) -> int:
+        """The number of times that a loop runs: n of its condition `counter < n`.
+
+        Raises:
+          ValueError: for any other condition.
+        """
+        if known := _TRIP_COUNT.search(loop.attributes):
+            return int(known[1])
+        condition = _CONDITION.search(loop.attributes)
+        instructions = self.computations.get(condition[1], []) if condition else []
+        constants = {i.name: i.arguments for i in instructions if i.opcode == "constant"}
+        for i in instructions:
+            if i.opcode == "compare" and "direction=LT" in i.attributes:
+                for name in i.operands:
+                    if name in constants:
+                        return int(constants[name])
+        raise ValueError(f"{loop.name}: its condition does not say how often it runs")
+
+    def normal_branches(self, conditional: Instruction) -> list[str]:
+        """The branches of a conditional but those with work of the scope `RETRY`.
+
+        All of them, if every branch has such work.
+        """
+        if listed := _BRANCH_LIST.search(conditional.attributes):
+            branches = _OPERAND.findall(listed[1])
+        else:
+            branches = _BRANCHES.findall(conditional.attributes)
+        return [b for b in branches if not self._is_retry(b)] or branches
+
+    def _is_retry(self, name: str) -> bool:
+        return any(RETRY in i.words for i in self.computations.get(name, []))
 
 
-class Overlap(NamedTuple):
-    """Numbers of exchanges of tokens, by the instructions between their start and their end.
-
-    Attributes:
-      exchanges: all in the program; one in a loop counts once.
-      asynchronous: those that have a start and an end.
-      with_compute: those with computations in between.
-      with_shared_experts: those with matrix products of the shared experts in between.
-    """
-
-    exchanges: int
-    asynchronous: int
-    with_compute: int
-    with_shared_experts: int
-
-
-def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of a program by name, and the name of its entry computation."""
+def parse(text: str) -> Program:
+    """The program of a text."""
     computations: dict[str, list[Instruction]] = {}
     current = None
     entry = ""
@@ -104,10 +149,12 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             computations[header[1]] = current
             entry = header[1] if line.startswith("ENTRY") else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            name, kind, opcode, rest = match.groups()
+            root, name, kind, opcode, rest = match.groups()
             end = _closing(rest)
-            current.append(Instruction(name, kind, opcode, rest[:end], rest[end:]))
-    return computations, entry
+            current.append(
+                Instruction(name, kind, opcode, rest[:end], rest[end:], is_root=root is not None)
+            )
+    return Program(computations, entry)
 
 
 def _closing(text: str) -> int:
@@ -120,143 +167,33 @@ def _closing(text: str) -> int:
     return len(text)
 
 
+@functools.cache
+def arrays(kind: str) -> list[Array]:
+    """The arrays of a type: one, or those of a tuple, nested ones after each other."""
+    return list(_arrays(kind))
+
+
+def _arrays(kind: str) -> Iterator[Array]:
+    for dtype, shape, order, layout in _ARRAY.findall(kind):
+        lengths = [int(n) for n in shape.split(",") if n]
+        n = math.prod(lengths)
+        bits = _BITS.get(dtype, int(re.sub(r"\D", "", dtype) or 0))
+        padded = math.prod(_whole_tiles(lengths, order, layout))
+        yield Array(n, bits / 8 * n, bits / 8 * padded, _SPACE.search(layout) is None)
+
+
+def _whole_tiles(lengths: list[int], order: str, layout: str) -> list[int]:
+    """The lengths from major to minor, rounded up to whole tiles."""
+    tile = _TILE.search(layout)
+    if tile is None or not order:
+        return lengths
+    major_to_minor = [lengths[int(d)] for d in reversed(order.split(","))]
+    sides = [int(n) for n in tile[1].split(",")]
+    for i, side in enumerate(sides[::-1][: len(lengths)], 1):
+        major_to_minor[-i] += -major_to_minor[-i] % side
+    return major_to_minor
+
+
 def n_bytes(kind: str) -> float:
     """Bytes of a type, without padding: `bf16[8,128]{1,0}` or a tuple of such."""
-    total = 0.0
-    for dtype, shape in _ARRAY.findall(kind):
-        bits = _BITS.get(dtype, int(re.sub(r"\D", "", dtype) or 0))
-        total += bits / 8 * math.prod(int(n) for n in shape.split(",") if n)
-    return total
-
-
-def traffic(text: str) -> list[Traffic]:
-    """Every collective of a program.
-
-    In a conditional only the branch that moves least is counted: the other branch exchanges in
-    chunks, and runs only when the buffer of `buffer_factor` is too small.
-
-    Raises:
-      ValueError: for a loop around a collective whose condition gives no number of times.
-    """
-    computations, entry = parse(text)
-
-    def collectives_in(name: str) -> Iterator[Traffic]:
-        instructions = computations.get(name, [])
-        types = {i.name: i.type for i in instructions}
-        for i in instructions:
-            kind = i.opcode.removesuffix("-start")
-            called = _CALLED.search(i.attributes)
-            if kind in COLLECTIVES:
-                if name.startswith("all-reduce-scatter"):  # a TPU's name of a reduce-scatter
-                    kind = "reduce-scatter"
-                yield Traffic(kind, _received(kind, i, types), times=1)
-            elif i.opcode == "while" and (body := _BODY.search(i.attributes)):
-                inside = list(collectives_in(body[1]))
-                trips = _trips(i, computations) if inside else 0
-                yield from (t._replace(times=t.times * trips) for t in inside)
-            elif i.opcode == "conditional":
-                branches = [list(collectives_in(branch)) for branch in _branches(i)]
-                yield from min(branches, key=lambda b: sum(t.bytes * t.times for t in b))
-            elif called and not _is_continued(i, called[1]):
-                yield from collectives_in(called[1])
-
-    return list(collectives_in(entry))
-
-
-def _is_continued(i: Instruction, called: str) -> bool:
-    """Whether a fusion continues a collective that `async-collective-start` has begun."""
-    return i.name.startswith("async-collective-done") or called.startswith(
-        "async_collective_fusion"
-    )
-
-
-def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """The number of times that a loop runs: n of its condition `counter < n`.
-
-    Raises:
-      ValueError: for any other condition.
-    """
-    condition = _CONDITION.search(loop.attributes)
-    instructions = computations.get(condition[1], []) if condition else []
-    constants = {i.name: i.arguments for i in instructions if i.opcode == "constant"}
-    for i in instructions:
-        if i.opcode == "compare" and "direction=LT" in i.attributes:
-            for name in i.operands:
-                if name in constants:
-                    return int(constants[name])
-    raise ValueError(f"{loop.name}: its condition does not say how often it runs")
-
-
-def _branches(conditional: Instruction) -> list[str]:
-    if listed := _BRANCH_LIST.search(conditional.attributes):
-        return _OPERAND.findall(listed[1])
-    return _BRANCHES.findall(conditional.attributes)
-
-
-def _received(kind: str, i: Instruction, types: dict[str, str]) -> float:
-    """Bytes that a chip receives in one collective."""
-    g = _group_size(i.attributes)
-    sizes = [n_bytes(types[name]) for name in i.operands if name in types]
-    share = (g - 1) / g
-    if kind == "ragged-all-to-all":
-        return min(sizes[:2]) * share
-    if kind == "collective-permute":
-        return sizes[0]
-    factor = {"all-gather": g - 1, "all-reduce": 2 * share}.get(kind, share)
-    return sum(sizes) * factor
-
-
-def _group_size(attributes: str) -> int:
-    """Number of devices in a group of a collective."""
-    if (groups := _GROUPS.search(attributes)) is None:
-        return 1
-    listed, counted, axes, chosen = groups.groups()
-    if listed is not None:
-        return len(listed.split(","))
-    if counted is not None:
-        return int(counted)
-    sizes = {name: int(n) for name, n in _AXIS.findall(axes)}
-    return math.prod(sizes[name] for name in chosen.split(","))
-
-
-def by_kind(all_traffic: list[Traffic]) -> dict[str, float]:
-    """GB that a chip receives in one run of the program, by kind of collective."""
-    total: dict[str, float] = collections.defaultdict(float)
-    for t in all_traffic:
-        total[t.kind] += t.bytes * t.times / 1e9
-    return {kind: total[kind] for kind in COLLECTIVES if kind in total}
-
-
-def overlap(text: str, scope: str = "shared_experts") -> Overlap:
-    """Counts the exchanges, and those that the schedule overlaps with computation.
-
-    Args:
-      text: of a scheduled program.
-      scope: `jax.named_scope` of the shared experts.
-    """
-    computations, _ = parse(text)
-    exchanges = 0
-    asynchronous = 0
-    with_compute = 0
-    with_shared_experts = 0
-    for instructions in computations.values():
-        ends = {o: n for n, i in enumerate(instructions) if "-done" in i.opcode for o in i.operands}
-        for n, i in enumerate(instructions):
-            if i.opcode.removesuffix("-start") not in EXCHANGES:
-                continue
-            between = instructions[n + 1 : ends[i.name]] if i.name in ends else []
-            compute = [b for b in between if b.opcode in _COMPUTE]
-            exchanges += 1
-            asynchronous += i.opcode.endswith("-start")
-            with_compute += bool(compute)
-            with_shared_experts += any(_multiplies(b, scope, computations) for b in compute)
-    return Overlap(exchanges, asynchronous, with_compute, with_shared_experts)
-
-
-def _multiplies(i: Instruction, scope: str, computations: dict[str, list[Instruction]]) -> bool:
-    """Whether an instruction is a matrix product of a scope, or a fusion around one."""
-    if i.opcode in _PRODUCTS and f"/{scope}/" in i.attributes:
-        return True
-    called = _CALLED.search(i.attributes)
-    inside = computations.get(called[1], []) if called else []
-    return any(_multiplies(j, scope, computations) for j in inside)
+    return sum(array.bytes for array in arrays(kind))

@@ -124,8 +124,10 @@ class BatchGradient:
     def _loss(self, params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
         """Share of a micro-batch in the training loss; its `Totals` and recorded routing."""
         output = self._forward(params, other, micro, rng)
-        nll_BS, sums = token_sums(output.logits_BSV, micro.batch, self._bytes_V)
-        terms = balance_terms(output, whole)
+        with jax.named_scope("head"):
+            nll_BS, sums = token_sums(output.logits_BSV, micro.batch, self._bytes_V)
+        with jax.named_scope("router"):
+            terms = balance_terms(output, whole)
         loss, parts = training_loss(
             LossContext(self._config, micro.batch, output, nll_BS, sums, terms, weights, all_tokens)
         )
@@ -191,6 +193,7 @@ def add_up(part_of: Callable[[Any], tuple[Any, Any]], micros: Any) -> tuple[Any,
 
     def add(total, micro):
         part, each = part_of(micro)
-        return jax.tree.map(jnp.add, total, part), each
+        with jax.named_scope("add_up"):
+            return jax.tree.map(jnp.add, total, part), each
 
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)

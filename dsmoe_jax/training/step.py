@@ -83,8 +83,10 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         progress = Progress(state.step, steps)
         weights = losses.weights_at(config.model.moe.balance, progress)
         totals, grads, recorded = gradient(state.params, state.other, batch, rng, weights)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = cast(nnx.State, optax.apply_updates(state.params, updates))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = cast(nnx.State, optax.apply_updates(state.params, updates))
+            grad_norm = optax.tree.norm(grads)
         sums = totals.sums
         metrics = StepMetrics(
             loss=sums.nll / sums.tokens,
@@ -92,7 +94,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             parts=totals.parts,
             tokens=sums.tokens,
             bytes=sums.bytes,
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             terms=totals.terms,
             router=totals.router,

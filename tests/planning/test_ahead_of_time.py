@@ -17,10 +17,11 @@ from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.model import size
 from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts
-from dsmoe_jax.planning import ahead_of_time
-from dsmoe_jax.training.start import state_shapes
+from dsmoe_jax.planning import ahead_of_time, memory_traffic
+from dsmoe_jax.planning.memory_traffic import Move
 from tests.tools.patience import PATIENCE
 
 
@@ -87,29 +88,49 @@ def test_code_asks_the_mesh_what_it_will_run_on(smoke):
 
 
 def test_bounds_of_a_step(smoke):
-    """By hand for two chips of `fsdp`, on which everything but norms is split in two."""
-    mesh = jax.sharding.AbstractMesh((1, 2, 1, 1), ("data", "fsdp", "expert", "tensor"))
-    chip, params = CHIPS["v5e"], state_shapes(smoke).params
-    split = ahead_of_time.sharding.specs(params)
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, s)
-        ),
-        params,
-        split,
-    )
-    whole = sum(x.size for x in jax.tree.leaves(params))
-    norms = sum(x.size for x in jax.tree.leaves(params) if max(x.shape) == x.size or x.ndim == 1)
-    config = replace(smoke, **{"model.remat": "full", "train.accumulation_steps": 2})
-    bounds = ahead_of_time.roofline(config, params, mesh, chip, received_gb=3.0)
+    """By hand for two chips: the network is waited for, or all three overlap."""
+    config = replace(smoke, **{"model.remat": "full"})
+    chip = CHIPS["v5e"]
+    bounds = ahead_of_time.roofline(config, 2, chip, moved_gb=4.1, received_gb=3.0)
     assert bounds.network == pytest.approx(3e9 / 200e9)
+    assert bounds.memory == pytest.approx(4.1e9 / 0.82e12)
     assert bounds.compute == pytest.approx(4 / 3 * bounds.model_compute)
-    local = whole / 2  # norms, which are whole on both, are 1 % of this model
-    assert norms < 0.02 * whole
-    moved = 32 * local + 2 * (8 * local + 3 * 2 * whole)
-    assert bounds.memory == pytest.approx(moved / chip.hbm_bandwidth, rel=0.02)
-    assert bounds.overlapped <= bounds.serial
-    assert bounds.mfu[0] <= bounds.mfu[1] <= 0.75
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    flops = size.train_flops_per_token(config) * tokens
+    assert bounds.model_compute == pytest.approx(flops / 2 / 197e12)
+    assert bounds.compute < bounds.memory < bounds.network
+    assert bounds.overlapped == bounds.network
+    assert bounds.serial == bounds.memory + bounds.network
+    busy = dataclasses.replace(bounds, compute=1.0, model_compute=0.75)
+    assert busy.mfu == pytest.approx((0.75 / 1.015, 0.75))
+
+
+def test_parts_of_a_step():
+    """Micro-batches around layers: what one of each moves, and what is left."""
+    model = {"num_hidden_layers": 4, "first_k_dense_replace": 1}
+    values = {f"model.{key}": value for key, value in model.items()}
+    config = replace(
+        from_config_dict(dsmoe_2b.get_config("smoke")), **values, **{"train.accumulation_steps": 2}
+    )
+    in_layer = Move("product", "experts", 1e9, 1e9, (2, 3))
+    moves = [
+        in_layer,
+        in_layer._replace(scope="attention", loops=(2, 3, 5)),
+        in_layer._replace(scope="head", loops=(2,)),
+        in_layer._replace(scope="other", loops=(2, 7)),
+        in_layer._replace(scope="optimizer", loops=()),
+    ]
+    parts = ahead_of_time.parts_of_step(config, moves)
+    found = {name: {k: v for k, v in part.items() if v} for name, part in parts.items()}
+    assert found == {
+        "layer": {"attention": 10.0, "experts": 2.0},
+        "micro-batch": {"head": 2.0, "other": 14.0},
+        "step": {"optimizer": 2.0},
+    }
+    one = replace(config, **{"train.accumulation_steps": 1})
+    moves = [in_layer._replace(loops=(3,)), in_layer._replace(loops=())]
+    parts = ahead_of_time.parts_of_step(one, moves)
+    assert [part["experts"] for part in parts.values()] == [2.0, 2.0, 0.0]
 
 
 # `make test` puts libtpu there and not among the packages: JAX would look for TPUs all the time.
@@ -141,6 +162,12 @@ def test_a_small_step_compiles_for_a_slice():
     )
     assert report["collectives_gb"]["ragged-all-to-all"] > 0
     assert report["collectives_gb"]["all-gather"] > 0
+    by_scope = report["traffic_gb_by_scope"]
+    assert tuple(by_scope) == memory_traffic.ALL_SCOPES
+    assert all(gb > 0 for gb in by_scope.values())
+    assert report["traffic_gb"] == pytest.approx(sum(by_scope.values()))
+    assert report["roofline"]["memory_s"] == pytest.approx(report["traffic_gb"] * 1e9 / 0.82e12)
+    assert report["mfu"][0] <= report["mfu"][1] <= 1
     overlap = report["overlap"]
     assert overlap["exchanges"] == overlap["asynchronous"] == overlap["with_compute"] == 6
     assert overlap["with_shared_experts"] > 0
