@@ -2,10 +2,11 @@
 
     python -m benchmarks.slices                     # what benchmarks/results/slices.jsonl lacks
     python -m benchmarks.slices --only=dsmoe_16b    # the same for one model
-    python -m benchmarks.slices --table             # print the table of what is there
+    python -m benchmarks.slices --table             # print the tables of what is there
 
 Each case is one `python -m dsmoe_jax aot --json` at the paper's sizes and global batch, on the
-mesh that the planner proposes (or the one given below).  Needs pip install 'dsmoe_jax[tpu]'.
+mesh that the planner proposes (or the one given below).  A line without traffic of HBM is an older
+one, and compiled again.  Needs pip install 'dsmoe_jax[tpu]'.
 """
 
 import argparse
@@ -36,7 +37,8 @@ CASES: list[tuple[str, str, dict[str, int], int]] = [
 ]
 COLUMNS: tuple[str, ...] = (
     "model", "slice", "mesh", "micro-batches", "memory, GB", "state, GB", "temporaries, GB",
-    "planner said, GB", "received, GB", "ragged at most, GB", "exchanges with a start and an end /"
+    "planner said, GB", "HBM traffic, TB", "received, GB", "ragged at most, GB",
+    "exchanges with a start and an end /"
     " beside computation / beside shared experts", "step, s", "MFU", "compiled, s",
 )  # fmt: skip
 
@@ -81,7 +83,15 @@ def row(report: dict) -> dict[str, str]:
     roof = r["roofline"]
     overlap = r["overlap"]
     planned = planned_gb(r)
-    slow, fast = roof["mfu"]
+    is_old = "traffic_gb" not in r  # its bounds were made from weights and state alone
+    bounds = ("-", "-", "-")
+    if not is_old:
+        slow, fast = r["mfu"]
+        bounds = (
+            f"{r['traffic_gb'] / 1e3:.1f}",
+            f"{roof['step_s'][0]:.2f} to {roof['step_s'][1]:.2f}",
+            f"{slow:.0%} to {fast:.0%}",
+        )
     found = (
         r["config"],
         f"{r['topology']} ({r['chips']} chips)",
@@ -91,15 +101,49 @@ def row(report: dict) -> dict[str, str]:
         f"{memory['parameters'] + memory['moments']:.1f}",
         f"{memory['gradients and temporaries']:.1f}",
         f"{planned:.1f} ({planned / r['used_gb'] - 1:+.0%})",
+        bounds[0],
         f"{sum(r['collectives_gb'].values()):.0f}",
         f"{r['collectives_gb'].get('ragged-all-to-all', 0):.0f}",
         f"{overlap['asynchronous']} / {overlap['with_compute']} / {overlap['with_shared_experts']}"
         f" of {overlap['exchanges']}",
-        f"{roof['step_s'][0]:.2f} to {roof['step_s'][1]:.2f}",
-        f"{slow:.0%} to {fast:.0%}",
+        *bounds[1:],
         f"{r['compile_s']:.0f}",
     )
     return dict(zip(COLUMNS, found, strict=True))
+
+
+def scope_row(report: dict, part: str) -> dict[str, str]:
+    """GB of HBM traffic of a part of a step by scope, as a row of a table."""
+    by_scope = report["traffic_gb_of_parts"][part]
+    return {
+        "model": report["config"],
+        "slice": report["topology"],
+        "all": f"{sum(by_scope.values()):.1f}",
+        **{scope: f"{gb:.1f}" for scope, gb in by_scope.items()},
+    }
+
+
+PARTS = {
+    "layer": "one micro-batch in one MoE layer",
+    "micro-batch": "one micro-batch outside of the MoE layers",
+    "step": "the rest of a step",
+}
+
+
+def print_tables(reports: list[dict]) -> None:
+    """The table of all cases, and one of HBM traffic for each part of a step."""
+    order = [case[:2] for case in CASES]
+    reports = sorted(reports, key=lambda r: order.index((r["config"], r["topology"])))
+    print(harness.table([row(r) for r in reports]))
+    for part, meaning in PARTS.items():
+        rows = [scope_row(r, part) for r in reports if "traffic_gb_of_parts" in r]
+        if rows:
+            print(f"\nHBM traffic of {meaning}, GB:\n\n{harness.table(rows)}")
+
+
+def key(report: dict) -> tuple[str, str, str]:
+    """The case of a report."""
+    return report["config"], report["topology"], " ".join(report["flags"])
 
 
 def main() -> None:
@@ -111,17 +155,21 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
     text = RESULTS.read_text() if RESULTS.exists() else ""
-    reports = [json.loads(line) for line in text.splitlines()]
+    reports = {key(r): r for r in map(json.loads, text.splitlines())}
+    done = {case for case, r in reports.items() if "traffic_gb" in r or "error" in r}
     cases = [(config, on, mesh_flags(sizes, n)) for config, on, sizes, n in CASES]
-    done = [(r["config"], r["topology"], r["flags"]) for r in reports]
-    todo = [c for c in cases if args.only in f"{c[0]} {c[1]}" and c not in done]
+    todo = [
+        c for c in cases if args.only in f"{c[0]} {c[1]}" and (*c[:2], " ".join(c[2])) not in done
+    ]
     for n, (config, topology, flags) in enumerate([] if args.table else todo, 1):
         print(f"{n}/{len(todo)}: {config} on {topology}", file=sys.stderr, flush=True)
-        reports.append(prove(config, topology, flags))
-        RESULTS.open("a").write(json.dumps(reports[-1]) + "\n")
-    order = [case[:2] for case in CASES]
-    reports.sort(key=lambda r: order.index((r["config"], r["topology"])))
-    print(harness.table([row(r) for r in reports]) if reports else f"nothing in {RESULTS}")
+        report = prove(config, topology, flags)
+        reports[key(report)] = report
+        RESULTS.write_text("".join(json.dumps(r) + "\n" for r in reports.values()))
+    if reports:
+        print_tables(list(reports.values()))
+    else:
+        print(f"nothing in {RESULTS}")
 
 
 if __name__ == "__main__":

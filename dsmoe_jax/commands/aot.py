@@ -56,7 +56,8 @@ def describe(proof: Proof) -> str:
         f"received  {sum(proof.collectives.values()):.2f} GB a chip and step:"
         f" {_listing(proof.collectives) or 'nothing'}",
         f"overlap   {_overlap(proof)}",
-        f"traffic   {sum(proof.traffic.values()):.0f} GB of HBM a chip and step, by scope:",
+        f"traffic   {sum(proof.traffic.values()):.0f} GB of HBM a chip and step"
+        f"{_counted_once(proof)}, by scope:",
         *_traffic_table(proof),
         f"at least  compute {roof.compute:.3g} s, memory {roof.memory:.3g} s, network"
         f" {roof.network:.3g} s a step",
@@ -79,6 +80,13 @@ def _overlap(proof: Proof) -> str:
         f" {o.with_compute} of them with computation in between,"
         f" {o.with_shared_experts} with the shared experts'"
     )
+
+
+def _counted_once(proof: Proof) -> str:
+    once = sum(m.total for m in proof.moves if m.counted_once) / 1e9
+    if not once:
+        return ""
+    return f" ({once:.2g} GB in loops that run as often as the data want, counted once)"
 
 
 def _traffic_table(proof: Proof) -> list[str]:
@@ -128,6 +136,7 @@ def as_json(proof: Proof) -> dict[str, Any]:
         "collectives_gb": proof.collectives,
         "traffic_gb": sum(proof.traffic.values()),
         "traffic_gb_by_scope": proof.traffic,
+        "traffic_gb_counted_once": sum(m.total for m in proof.moves if m.counted_once) / 1e9,
         "traffic_gb_of_parts": parts_of_step(proof.config, proof.moves),
         "overlap": proof.overlap._asdict(),
         "roofline": {

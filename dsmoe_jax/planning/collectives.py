@@ -79,8 +79,10 @@ def traffic(text: str) -> list[Traffic]:
                 yield Traffic(kind, _received(kind, i, types), times=1)
             elif i.opcode == "while":
                 inside = list(collectives_in(i.body))
-                trips = program.trips(i) if inside else 0
-                yield from (t._replace(times=t.times * trips) for t in inside)
+                trips = program.trips(i)
+                if inside and trips is None:
+                    raise ValueError(f"{i.name}: its condition does not say how often it runs")
+                yield from (t._replace(times=t.times * (trips or 0)) for t in inside)
             elif i.opcode == "conditional":
                 branches = [list(collectives_in(b)) for b in program.normal_branches(i)]
                 yield from max(branches, key=lambda b: sum(t.bytes * t.times for t in b))

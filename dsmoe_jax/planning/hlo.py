@@ -105,23 +105,26 @@ class Program:
         self.computations = computations
         self.entry = entry
 
-    def trips(self, loop: Instruction) -> int:
+    def trips(self, loop: Instruction) -> int | None:
         """The number of times that a loop runs: n of its condition `counter < n`.
 
-        Raises:
-          ValueError: for any other condition.
+        None for any other condition.
         """
         if known := _TRIP_COUNT.search(loop.attributes):
             return int(known[1])
         condition = _CONDITION.search(loop.attributes)
         instructions = self.computations.get(condition[1], []) if condition else []
-        constants = {i.name: i.arguments for i in instructions if i.opcode == "constant"}
+        constants = {
+            i.name: i.arguments
+            for i in instructions
+            if i.opcode == "constant" and i.type.startswith(("s", "u"))
+        }
         for i in instructions:
             if i.opcode == "compare" and "direction=LT" in i.attributes:
                 for name in i.operands:
                     if name in constants:
                         return int(constants[name])
-        raise ValueError(f"{loop.name}: its condition does not say how often it runs")
+        return None
 
     def normal_branches(self, conditional: Instruction) -> list[str]:
         """The branches of a conditional but those with work of the scope `RETRY`.

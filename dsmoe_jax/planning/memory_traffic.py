@@ -3,7 +3,8 @@
 Every instruction that the chip executes reads its operands and writes its result, each once:
 
 - a fusion reads and writes what crosses its border; what is inside stays on the chip;
-- a `while` moves what its body moves, times its trips; a conditional what its normal branch moves
+- a `while` moves what its body moves, times its trips (once, if the data decide how often it runs:
+  `Move.counted_once`); a conditional what its normal branch moves
   (`Program.normal_branches`: not the one for buffers that are too small), of several the one that
   moves most;
 - a dynamic-slice, a slice or a gather reads what it takes, also inside a fusion that does nothing
@@ -55,6 +56,7 @@ _BY_ELEMENT = frozenset({
     "subtract", "multiply", "divide", "maximum", "minimum", "and", "or", "xor", "select",
     "compare", "clamp", "get-tuple-element",
 })  # fmt: skip
+_COUNTED_AT_START = ("async-start", "async-update", "call-start", "ragged-all-to-all-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 
@@ -68,6 +70,7 @@ class Move(NamedTuple):
       read: bytes each time.
       written: bytes each time.
       loops: trips of the loops around it, the outermost first.
+      counted_once: whether one of them runs as often as the data wants, and counts as one trip.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Move(NamedTuple):
     read: float
     written: float
     loops: tuple[int, ...] = ()
+    counted_once: bool = False
 
     @property
     def total(self) -> float:
@@ -86,11 +90,7 @@ class Move(NamedTuple):
 
 
 def moves(text: str) -> list[Move]:
-    """The traffic of every instruction of a program that moves something.
-
-    Raises:
-      ValueError: for a loop whose condition gives no number of times.
-    """
+    """The traffic of every instruction of a program that moves something."""
     reader = _Reader(parse(text))
     return list(reader.moves_in(reader.program.entry, ()))
 
@@ -145,18 +145,18 @@ class _Reader:
         here = self.computation(name)
         for i in here.by_name.values():
             if i.opcode == "while":
-                inside = list(self.moves_in(i.body, ()))
-                trips = self.program.trips(i) if inside else 0
-                yield from (m._replace(loops=(*loops, trips, *m.loops)) for m in inside)
+                trips = self.program.trips(i)
+                for m in self.moves_in(i.body, (*loops, trips or 1)):
+                    yield m._replace(counted_once=m.counted_once or trips is None)
             elif i.opcode == "conditional":
                 branches = [list(self.moves_in(b, loops)) for b in self.program.normal_branches(i)]
                 yield from max(branches, key=lambda b: sum(m.total for m in b))
-            elif i.opcode == "call":
+            elif i.opcode in ("call", "call-start"):
                 yield from self.moves_in(i.called, loops)
             else:
                 read, written = self._moved(i, here)
                 if read or written:
-                    yield Move(i.name, self._scope(i, name), read, written, loops)
+                    yield Move(i.name, self._scope(i, here), read, written, loops)
 
     def _moved(self, i: Instruction, here: _Computation) -> tuple[float, float]:
         """Bytes that an instruction reads and writes."""
@@ -169,7 +169,7 @@ class _Reader:
             return self._moved_by_fusion(i, here)
         if i.opcode.endswith("-done"):
             pair = here.by_name[operands[0]] if operands else i
-            counted = pair.opcode in ("async-start", "async-update", "ragged-all-to-all-start")
+            counted = pair.opcode in _COUNTED_AT_START
             return 0.0, 0.0 if counted else _hbm(i.type)
         if i.opcode.endswith("-update"):
             return 0.0, 0.0
@@ -258,19 +258,22 @@ class _Reader:
             elements += self._updated(here, target)
         return elements
 
-    def _scope(self, i: Instruction, computation: str) -> str:
+    def _scope(self, i: Instruction, here: _Computation) -> str:
         """The scope of an instruction.
 
         That of its own `op_name`, which for a fusion is its root's; else the one with most bytes
-        inside of the fusion; else that of the first instruction that uses the result, then of one
-        that made an operand.
+        inside of the fusion; else that of the neighbour with which it shares the largest array:
+        one that uses its result, or made an operand.
         """
-        here = self.computation(computation)
-        found = self._own_scope(i)
-        for others in (_after, _before):
-            if not found:
-                found = next(filter(None, map(self._own_scope, others(here, i))), "")
-        return found or OTHER
+        if named := self._own_scope(i):
+            return named
+        shared: dict[str, float] = {}
+        neighbours = [*_users(here, i, i.type), *_makers(here, i)]
+        for kind, neighbour in neighbours:
+            if named := self._own_scope(neighbour):
+                largest = max((a.bytes for a in arrays(kind)), default=0.0)
+                shared[named] = max(shared.get(named, 0.0), largest)
+        return max(shared, key=lambda s: shared[s], default=OTHER)
 
     def _own_scope(self, i: Instruction) -> str:
         if named := scope_of(i.words):
@@ -351,20 +354,20 @@ def _is_continuation(computation: str) -> bool:
     return computation.startswith("async_collective_fusion")
 
 
-def _after(here: _Computation, i: Instruction) -> Iterator[Instruction]:
-    """The instructions that use a result, through those that move nothing."""
+def _users(here: _Computation, i: Instruction, kind: str) -> Iterator[tuple[str, Instruction]]:
+    """The instructions that use a result, with its type, through those that move nothing."""
     for user in here.users[i.name]:
         if user.opcode in ("bitcast", "get-tuple-element") or user.opcode.endswith("-done"):
-            yield from _after(here, user)
+            yield from _users(here, user, user.type)
         elif user.opcode not in ("tuple", "while", "conditional"):
-            yield user
+            yield kind, user
 
 
-def _before(here: _Computation, i: Instruction) -> Iterator[Instruction]:
-    """The instructions that made the operands, through those that move nothing."""
+def _makers(here: _Computation, i: Instruction) -> Iterator[tuple[str, Instruction]]:
+    """The instructions that made the operands, with their types; see `_users`."""
     for name in i.operands:
         if (made := here.by_name.get(name)) is None:
             continue
-        yield made
+        yield made.type, made
         if made.opcode in ("bitcast", "get-tuple-element") or made.opcode.endswith("-start"):
-            yield from _before(here, made)
+            yield from _makers(here, made)

@@ -53,7 +53,6 @@ def test_a_loop_runs_as_often_as_its_condition_says():
     assert program.trips(loop._replace(attributes=known)) == 7
 
 
-def test_a_loop_must_say_how_often_it_runs():
+def test_a_loop_that_the_data_end_says_nothing():
     program = hlo.parse(LOOP.replace("direction=LT", "direction=NE"))
-    with pytest.raises(ValueError, match="loop: its condition does not say"):
-        program.trips(program.computations[program.entry][-1])
+    assert program.trips(program.computations[program.entry][-1]) is None

@@ -54,6 +54,16 @@ def test_loops_in_loops():
     assert found == approx(3 * 4 * (5 * (8 * 64 + 64 * 64) + 8 * 64), 3 * 4 * (5 + 1) * 8 * 64)
 
 
+def test_a_loop_that_the_data_end_counts_once_and_says_so():
+    def until(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ w, x)
+
+    text = jax.jit(until).lower(array(64, 64), array(64, 64)).compile().as_text()
+    assert text is not None
+    inside = [m for m in moves(text) if m.counted_once and m.read > 4 * 64 * 64]
+    assert [m.total for m in inside] == [3 * 4 * 64 * 64]
+
+
 def test_a_layer_of_stacked_weights_is_read_alone():
     """The slice of seven layers reads one and writes it, and the product reads it."""
 
@@ -188,6 +198,33 @@ def test_a_collective_that_other_work_carries_on_counts_once():
         "meanwhile": (SIZE, SIZE),
         "kernel": (2 * SIZE, SIZE),
     }
+
+
+def test_asynchronous_calls_move_what_they_call():
+    """A scatter on another core, and a slice that is fetched meanwhile."""
+    whole = f"bf16[64,128]{TILES}"
+    row = f"bf16[16,128]{TILES}"
+    text = entry(
+        f"""
+  %p = {whole} parameter(0)
+  %x = {row} parameter(1)
+  %far = (({whole}, {row}), {whole}) call-start(%p, %x), to_apply=%sums
+  %near = (({whole}), {row}, u32[]) async-start(%p), calls=%part
+  %y = {row} async-done(%near)
+  ROOT %z = {whole} call-done(%far)
+""",
+        f"""
+%sums (p: bf16[64,128], x: bf16[16,128]) -> bf16[64,128] {{
+  %p.1 = {whole} parameter(0)
+  %x.1 = {row} parameter(1)
+  ROOT %added = {whole} scatter(%p.1, %i, %x.1), to_apply=%add
+}}
+%part (p: bf16[64,128]) -> bf16[16,128] {{
+  %p.2 = {whole} parameter(0)
+  ROOT %s = {row} slice(%p.2), slice={{[0:16], [0:128]}}
+}}""",
+    )
+    assert moved(text) == {"added": (2 * SIZE, SIZE), "near": (SIZE, SIZE)}
 
 
 def test_a_ragged_exchange_fills_its_room_in_place():
