@@ -24,13 +24,14 @@ from jax.sharding import Mesh
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.hardware.chips import CHIPS, TPUS, Chip
-from dsmoe_jax.model import remat, size
+from dsmoe_jax.hardware.chips import CHIPS, TPUS
+from dsmoe_jax.model import size
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import collectives, memory_traffic, planner
 from dsmoe_jax.planning.collectives import Overlap
 from dsmoe_jax.planning.memory_traffic import Move
+from dsmoe_jax.planning.roofline import Roofline, roofline
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.start import TrainState, abstract_state
 from dsmoe_jax.training.step import jit_train_step
@@ -47,41 +48,6 @@ _NO_TPU_MACHINE = {
 _OUT_OF_MEMORY = re.compile(
     r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w) hbm"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Lower bounds of the time of a step on a chip, in seconds, one for each resource.
-
-    Attributes:
-      compute: the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included.
-      memory: what the program reads from HBM and writes to it (`memory_traffic`) at the bandwidth.
-      network: bytes of the program's collectives at the bandwidth of all links together.
-      model_compute: the part of `compute` that MFU counts.
-    """
-
-    compute: float
-    memory: float
-    network: float
-    model_compute: float
-
-    @property
-    def overlapped(self) -> float:
-        """Seconds of a step in which the three overlap perfectly."""
-        return max(self.compute, self.memory, self.network)
-
-    @property
-    def serial(self) -> float:
-        """Seconds of a step in which the chip waits for the network.
-
-        Computation and HBM overlap even then: a kernel loads its next tiles while it multiplies.
-        """
-        return max(self.compute, self.memory) + self.network
-
-    @property
-    def mfu(self) -> tuple[float, float]:
-        """Model FLOPs utilisation, waiting for the network and with perfect overlap."""
-        return self.model_compute / self.serial, self.model_compute / self.overlapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,31 +270,6 @@ def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]
         "program": allocated.generated_code_size_in_bytes,
     }
     return {name: n_bytes / 1e9 for name, n_bytes in categories.items()}
-
-
-def roofline(
-    config: Config, chips: int, chip: Chip, *, moved_gb: float, received_gb: float
-) -> Roofline:
-    """Lower bounds of the time of a step.
-
-    Args:
-      config: of the model and its batch.
-      chips: their number.
-      chip: one of them.
-      moved_gb: GB that a step moves in the HBM of one chip.
-      received_gb: GB that one chip receives in a step.
-    """
-    tokens = config.tokens_per_step / chips
-    model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
-    recomputed = 1.0
-    if remat.get(config.model.remat).whole_layers:
-        recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
-    return Roofline(
-        compute=model_compute * recomputed,
-        memory=moved_gb * 1e9 / chip.hbm_bandwidth,
-        network=received_gb * 1e9 / chip.link_bandwidth,
-        model_compute=model_compute,
-    )
 
 
 def _line(error: Exception) -> str:

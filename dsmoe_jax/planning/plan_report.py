@@ -9,6 +9,7 @@ from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
 from dsmoe_jax.planning import planner
+from dsmoe_jax.planning.roofline import Roofline
 from dsmoe_jax.training.start import state_shapes
 
 
@@ -35,18 +36,25 @@ def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip
         f"flags    {' '.join(planner.flags(plan))}",
         f"memory   {plan.used:.1f} of {hbm_gb} GB a chip: {planner.listing(plan.memory)}",
         f"traffic  {plan.moved:.1f} GB a chip and step: {planner.listing(plan.traffic) or 'none'}",
+        f"HBM      {sum(plan.hbm.values()):.0f} GB a chip and step: {planner.listing(plan.hbm)}",
+        f"at least {_seconds(plan.bounds(config, chip))}",
     ]
     if not plans:
         return "\n".join([*lines, "why      it is the mesh of the config"])
-    lines.append(
-        f"why      it moves the fewest bytes of the meshes that take at most {limit:.1f} GB"
-    )
-    lines += [f"         {_instead(config, axis, plan, plans, limit)}" for axis in AXES]
+    lines.append(f"why      it takes the least time of the meshes that take at most {limit:.1f} GB")
+    lines += [f"         {_instead(config, axis, plan, plans, chip)}" for axis in AXES]
     return "\n".join(lines)
 
 
+def _seconds(bounds: Roofline) -> str:
+    return (
+        f"{bounds.serial:.3g} s a step: compute {bounds.compute:.3g}, or HBM {bounds.memory:.3g} if"
+        f" longer, then network {bounds.network:.3g}"
+    )
+
+
 def _instead(
-    config: Config, axis: str, plan: planner.Plan, plans: list[planner.Plan], limit: float
+    config: Config, axis: str, plan: planner.Plan, plans: list[planner.Plan], chip: str
 ) -> str:
     """The cost of the best mesh without an axis that the plan uses, or with one it does not."""
     change = f"without {axis}" if plan.sizes[axis] > 1 else f"with {axis}"
@@ -55,9 +63,11 @@ def _instead(
         sizes, divided = planner.possible(config, state_shapes(config), axis)
         can_be = ", ".join(map(str, sizes))
         return f"{change}: no such mesh; it must divide {', '.join(divided)}, so can be {can_be}"
-    fitting = [p for p in others if p.used <= limit]
-    if not fitting:
+    best = planner.best_that_fits(config, others, chip)
+    if best is None:
         least = min(others, key=lambda p: p.used)
         return f"{change}: does not fit, at least {least.used:.1f} GB a chip"
-    best = min(fitting, key=lambda p: (p.moved, p.used))
-    return f"{change}: {best.moved:.1f} GB of traffic ({planner.shape(best.sizes)})"
+    seconds = best.bounds(config, chip).serial
+    return (
+        f"{change}: {seconds:.3g} s, {best.moved:.1f} GB of traffic ({planner.shape(best.sizes)})"
+    )

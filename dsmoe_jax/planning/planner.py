@@ -1,13 +1,15 @@
 """Proposes a mesh for a config on a number of chips, by arithmetic alone: nothing is compiled.
 
-It is the mesh that moves the fewest bytes, among those that divide the model and the batch and
-whose memory fits.  Counted are:
+It is the mesh of least time, among those that divide the model and the batch and whose memory fits:
+the longer of computation and HBM, and the network after it (`roofline`).  Counted are:
 
 - state, exact: float32 parameters, two moments and gradients, split as sharding.py does;
 - weights in use: those that FSDP gathers for a layer, twice (the next layer arrives meanwhile), and
   the embedding and the head;
 - activations, an estimate: those that rematerialisation keeps of every layer, and the larger of one
   running layer and the logits;
+- bytes that the chip's own memory moves, by `hbm_estimate`: every row of the experts' buffers is
+  written and read many times, so that room for the worst case costs time;
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
@@ -35,6 +37,8 @@ from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
+from dsmoe_jax.planning import hbm_estimate
+from dsmoe_jax.planning.roofline import Roofline, roofline
 from dsmoe_jax.training.start import TrainState, state_shapes
 
 USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and bytes not counted here
@@ -54,12 +58,14 @@ class Plan:
       accumulation_steps: number of micro-batches of a step.
       memory: GB by category.
       traffic: GB that each chip receives in one step, by category.
+      hbm: GB that one step moves in the memory of each chip, by category.
     """
 
     sizes: dict[str, int]
     accumulation_steps: int
     memory: dict[str, float]
     traffic: dict[str, float]
+    hbm: dict[str, float]
 
     @property
     def used(self) -> float:
@@ -70,6 +76,12 @@ class Plan:
     def moved(self) -> float:
         """GB received in a step."""
         return sum(self.traffic.values())
+
+    def bounds(self, config: Config, chip: str) -> Roofline:
+        """Bounds of the time of a step."""
+        chips = math.prod(self.sizes.values())
+        hbm = sum(self.hbm.values())
+        return roofline(config, chips, CHIPS[chip], moved_gb=hbm, received_gb=self.moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +102,7 @@ class _Array:
 
 
 def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
-    """The plan that moves the fewest bytes among those that fit, and all plans considered.
+    """The plan of least time among those that fit, and all plans considered.
 
     Raises:
       ValueError: for an unknown chip, or if no mesh fits, with the numbers of the closest one.
@@ -102,7 +114,7 @@ def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
         raise ValueError(_no_mesh(config, state, chips))
     smallest = min(plans, key=lambda plan: plan.used)
     _refuse_unless_it_fits(config, chip, smallest, "the least is", "take more chips")
-    best = _best_that_fits(plans, chip)
+    best = best_that_fits(config, plans, chip)
     assert best is not None
     return best, plans
 
@@ -116,7 +128,7 @@ def propose_fewest(config: Config, chip: str) -> Plan:
     check_chip(chip)
     state = state_shapes(config)
     for power in range(17):
-        best = _best_that_fits(_considered(config, state, chip, 2**power), chip)
+        best = best_that_fits(config, _considered(config, state, chip, 2**power), chip)
         if best is not None:
             return best
     raise ValueError(
@@ -137,9 +149,10 @@ def _considered(config: Config, state: TrainState, chip: str, chips: int) -> lis
     return plans
 
 
-def _best_that_fits(plans: list[Plan], chip: str) -> Plan | None:
+def best_that_fits(config: Config, plans: list[Plan], chip: str) -> Plan | None:
+    """The plan of least time, then of least memory; None if none fits."""
     fitting = [plan for plan in plans if plan.used <= USABLE * CHIPS[chip].hbm_gb]
-    return min(fitting, key=lambda plan: (plan.moved, plan.used), default=None)
+    return min(fitting, key=lambda p: (p.bounds(config, chip).serial, p.used), default=None)
 
 
 def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
@@ -256,7 +269,10 @@ def estimate(
         "replicas": 2 * 4 * weights.local * (1 - 1 / sizes["data"]),
         **_exchange(config, micro_batch, sizes, accumulation_steps),
     }
-    return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic))
+    hbm = hbm_estimate.moved(
+        config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
+    )
+    return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm)
 
 
 def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:
@@ -275,11 +291,13 @@ class _Weights(NamedTuple):
       in_use: gathered at the same time: two layers (the next one arrives meanwhile), and what is
         not in a layer.
       gathered: received to gather each parameter once.
+      whole: with which it computes, all layers together.
     """
 
     local: float
     in_use: float
     gathered: float
+    whole: float
 
 
 def _weights(state: TrainState, sizes: dict[str, int]) -> _Weights:
@@ -287,6 +305,7 @@ def _weights(state: TrainState, sizes: dict[str, int]) -> _Weights:
     stacked = 0.0
     unstacked = 0.0
     gathered = 0.0
+    whole = 0.0
     for path, x in jax.tree.leaves_with_path(state.params):
         array = _array(path, x.shape)
         shards = _n_shards(sizes, array.axes)
@@ -294,11 +313,12 @@ def _weights(state: TrainState, sizes: dict[str, int]) -> _Weights:
         in_use = array.size / shards_in_use
         local += array.size / shards
         gathered += in_use * (1 - shards_in_use / shards)
+        whole += in_use
         if array.layers > 1:
             stacked += in_use / array.layers
         else:
             unstacked += in_use
-    return _Weights(local, 2 * stacked + unstacked, gathered)
+    return _Weights(local, 2 * stacked + unstacked, gathered, whole)
 
 
 def _array(path: tuple, shape: tuple[int, ...]) -> _Array:

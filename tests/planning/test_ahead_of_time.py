@@ -22,6 +22,7 @@ from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts
 from dsmoe_jax.planning import ahead_of_time, memory_traffic
 from dsmoe_jax.planning.memory_traffic import Move
+from dsmoe_jax.planning.roofline import roofline
 from tests.tools.patience import PATIENCE
 
 
@@ -91,7 +92,7 @@ def test_bounds_of_a_step(smoke):
     """By hand for two chips: the network is waited for, or all three overlap."""
     config = replace(smoke, **{"model.remat": "full"})
     chip = CHIPS["v5e"]
-    bounds = ahead_of_time.roofline(config, 2, chip, moved_gb=4.1, received_gb=3.0)
+    bounds = roofline(config, 2, chip, moved_gb=4.1, received_gb=3.0)
     assert bounds.network == pytest.approx(3e9 / 200e9)
     assert bounds.memory == pytest.approx(4.1e9 / 0.82e12)
     assert bounds.compute == pytest.approx(4 / 3 * bounds.model_compute)

@@ -1,0 +1,112 @@
+"""Bytes that a step moves in a chip's HBM, by arithmetic: numbers, times bytes for each.
+
+Bytes for each number were read off the step of 16B compiled for v5p (`aot`, four layers, experts on
+eight chips; docs/scale.md): the array of every kind of number, times how often XLA reads and writes
+it and in which dtype.  They change when the model's code does, and are somewhat different on other
+chips and meshes: docs/scale.md has the estimates beside what `aot` finds.
+
+Shapes: T tokens of a micro-batch on one chip, D hidden, F expert width, K activated experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.model import remat
+from dsmoe_jax.moe.dispatch import volume
+from dsmoe_jax.nn import attention
+
+
+class _Bytes(NamedTuple):
+    """Bytes of HBM for each number, in a forward and in a backward pass of a layer."""
+
+    forward: float
+    backward: float
+
+
+_SCORE = _Bytes(16, 24)  # of attention: a head, a query and a key
+_ROW_D = _Bytes(22, 38)  # of the rows that experts compute, padding included
+_ROW_F = _Bytes(20, 34)
+_EXCHANGED = _Bytes(
+    68, 94
+)  # of the buffer of received vectors, and of the smaller one of sent ones
+_TOKEN_D = _Bytes(150, 250)  # projections, norms, residuals, the choices of its router
+_DENSE_F = _Bytes(8, 20)  # of experts that every token visits
+_LOGIT = 16
+_WEIGHT = 18  # gathered and read once a pass, its gradient written and scattered
+_STATE_OF_MICRO_BATCH = 19  # of a parameter's shard: its gradient, and the sum of those so far
+_STATE_OF_STEP = 48  # of a parameter's shard: it, two moments, the sum of gradients and its norm
+
+
+def moved(
+    config: Config,
+    sizes: dict[str, int],
+    accumulation_steps: int,
+    *,
+    local: float,
+    in_use: float,
+) -> dict[str, float]:
+    """GB that a step moves in the HBM of one chip, by category.
+
+    Args:
+      config: of the model and its batch.
+      sizes: of the mesh's axes.
+      accumulation_steps: number of micro-batches.
+      local: number of parameters on the chip.
+      in_use: number of parameters with which it computes, after FSDP has gathered them.
+    """
+    model = config.model
+    t = (
+        config.tokens_per_step
+        / accumulation_steps
+        / math.prod(n for axis, n in sizes.items() if axis != "tensor")
+    )
+    layer = _layer(config, t, sizes["tensor"])
+    width = model.intermediate_size / sizes["tensor"]
+    dense = [*layer, (t * width, _DENSE_F)]
+    forward_passes = 2 if remat.get(model.remat).whole_layers else 1
+    moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+    rows = _rows(config, t, sizes)
+    costs = {
+        # The leading dense layers are never rematerialised.
+        "tokens": moe_layers * _of(layer, forward_passes)
+        + model.first_k_dense_replace * _of(dense, 1),
+        "experts and dispatch": moe_layers * _of(rows, forward_passes),
+        "logits": t * model.vocab_size / sizes["tensor"] * _LOGIT,
+        "weights": in_use * _WEIGHT + local * _STATE_OF_MICRO_BATCH,
+    }
+    step = {name: accumulation_steps * n_bytes / 1e9 for name, n_bytes in costs.items()}
+    return {**step, "state": local * _STATE_OF_STEP / 1e9}
+
+
+def _layer(config: Config, t: float, tensor: int) -> list[tuple[float, _Bytes]]:
+    """Numbers of what every layer has."""
+    model = config.model
+    attended = attention.get(model.attention).activations(
+        model.attention, config.data.sequence_length
+    )
+    return [(t * attended.scores / tensor, _SCORE), (t * model.hidden_size, _TOKEN_D)]
+
+
+def _rows(config: Config, t: float, sizes: dict[str, int]) -> list[tuple[float, _Bytes]]:
+    """Numbers of the experts of a MoE layer, and of the exchange of their rows."""
+    model = config.model
+    d = model.hidden_size
+    f = model.moe.moe_intermediate_size / sizes["tensor"]
+    shared = (t * model.moe.n_shared_experts * f, _DENSE_F)
+    if not model.moe.n_routed_experts:
+        return [shared]
+    rows = volume(model.moe, round(t), sizes["expert"])
+    return [
+        shared,
+        (rows.computed * d, _ROW_D),
+        (rows.computed * f, _ROW_F),
+        (rows.buffered * d, _EXCHANGED),
+    ]
+
+
+def _of(numbers: list[tuple[float, _Bytes]], forward_passes: int) -> float:
+    """Bytes of a layer in all passes."""
+    return sum(n * (forward_passes * each.forward + each.backward) for n, each in numbers)

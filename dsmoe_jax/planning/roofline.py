@@ -1,0 +1,69 @@
+"""Lower bounds of the time of a step by the data sheet of a chip."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.hardware.chips import Chip
+from dsmoe_jax.model import remat, size
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Lower bounds of the time of a step on a chip, in seconds, one for each resource.
+
+    Attributes:
+      compute: the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included.
+      memory: what the program reads from HBM and writes to it (`memory_traffic`) at the bandwidth.
+      network: bytes of the program's collectives at the bandwidth of all links together.
+      model_compute: the part of `compute` that MFU counts.
+    """
+
+    compute: float
+    memory: float
+    network: float
+    model_compute: float
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of a step in which the three overlap perfectly."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step in which the chip waits for the network.
+
+        Computation and HBM overlap even then: a kernel loads its next tiles while it multiplies.
+        """
+        return max(self.compute, self.memory) + self.network
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs utilisation, waiting for the network and with perfect overlap."""
+        return self.model_compute / self.serial, self.model_compute / self.overlapped
+
+
+def roofline(
+    config: Config, chips: int, chip: Chip, *, moved_gb: float, received_gb: float
+) -> Roofline:
+    """Lower bounds of the time of a step.
+
+    Args:
+      config: of the model and its batch.
+      chips: their number.
+      chip: one of them.
+      moved_gb: GB that a step moves in the HBM of one chip.
+      received_gb: GB that one chip receives in a step.
+    """
+    tokens = config.tokens_per_step / chips
+    model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
+    recomputed = 1.0
+    if remat.get(config.model.remat).whole_layers:
+        recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
+    return Roofline(
+        compute=model_compute * recomputed,
+        memory=moved_gb * 1e9 / chip.hbm_bandwidth,
+        network=received_gb * 1e9 / chip.link_bandwidth,
+        model_compute=model_compute,
+    )
