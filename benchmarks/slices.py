@@ -37,7 +37,7 @@ CASES: list[tuple[str, str, dict[str, int], int]] = [
 ]
 COLUMNS: tuple[str, ...] = (
     "model", "slice", "mesh", "micro-batches", "memory, GB", "state, GB", "temporaries, GB",
-    "planner said, GB", "HBM traffic, TB", "received, GB", "ragged at most, GB",
+    "planner said, GB", "HBM traffic, TB", "planner said, TB", "received, GB", "ragged at most, GB",
     "exchanges with a start and an end /"
     " beside computation / beside shared experts", "step, s", "MFU", "compiled, s",
 )  # fmt: skip
@@ -64,13 +64,13 @@ def prove(config: str, topology: str, flags: list[str]) -> dict:
     return case | json.loads(done.stdout.splitlines()[-1])
 
 
-def planned_gb(report: dict) -> float:
-    """Memory of the compiled step by the planner's arithmetic."""
+def planned(report: dict) -> planner.Plan:
+    """The compiled step by the planner's arithmetic."""
     config = from_config_dict(configs.load(report["config"]))
     factor = report["buffer_factor"] or None  # older results have 0 for the worst case
     config = replace(config, **{"model.moe.dispatch.buffer_factor": factor})
     state = state_shapes(config)
-    return planner.estimate(config, state, report["mesh"], report["accumulation_steps"]).used
+    return planner.estimate(config, state, report["mesh"], report["accumulation_steps"])
 
 
 def row(report: dict) -> dict[str, str]:
@@ -82,13 +82,15 @@ def row(report: dict) -> dict[str, str]:
     memory = r["memory_gb"]
     roof = r["roofline"]
     overlap = r["overlap"]
-    planned = planned_gb(r)
+    plan = planned(r)
     is_old = "traffic_gb" not in r  # its bounds were made from weights and state alone
-    bounds = ("-", "-", "-")
+    bounds = ("-", "-", "-", "-")
     if not is_old:
         slow, fast = r["mfu"]
+        said = sum(plan.hbm.values())
         bounds = (
             f"{r['traffic_gb'] / 1e3:.1f}",
+            f"{said / 1e3:.1f} ({said / r['traffic_gb'] - 1:+.0%})",
             f"{roof['step_s'][0]:.2f} to {roof['step_s'][1]:.2f}",
             f"{slow:.0%} to {fast:.0%}",
         )
@@ -100,13 +102,13 @@ def row(report: dict) -> dict[str, str]:
         f"{r['used_gb']:.1f} of {r['hbm_gb']}",
         f"{memory['parameters'] + memory['moments']:.1f}",
         f"{memory['gradients and temporaries']:.1f}",
-        f"{planned:.1f} ({planned / r['used_gb'] - 1:+.0%})",
-        bounds[0],
+        f"{plan.used:.1f} ({plan.used / r['used_gb'] - 1:+.0%})",
+        *bounds[:2],
         f"{sum(r['collectives_gb'].values()):.0f}",
         f"{r['collectives_gb'].get('ragged-all-to-all', 0):.0f}",
         f"{overlap['asynchronous']} / {overlap['with_compute']} / {overlap['with_shared_experts']}"
         f" of {overlap['exchanges']}",
-        *bounds[1:],
+        *bounds[2:],
         f"{r['compile_s']:.0f}",
     )
     return dict(zip(COLUMNS, found, strict=True))

@@ -65,7 +65,7 @@ def describe(proof: Proof) -> str:
         f" {roof.serial:.3g} s (the chip waits for the network, MFU {slow:.0%})",
         f"assumed   {chip.peak_flops / 1e12:.0f} TFLOP/s, HBM {chip.hbm_bandwidth / 1e9:.0f} GB/s,"
         f" links {chip.link_bandwidth / 1e9:.0f} GB/s a chip, each fully used; ragged exchanges as"
-        " large as they can be; experts compute no padding",
+        " large as they can be; experts compute no padding, but move it",
         f"compiled  in {proof.seconds:.0f} s",
     ]
     return "\n".join(lines)

@@ -92,7 +92,7 @@ class Move(NamedTuple):
 def moves(text: str) -> list[Move]:
     """The traffic of every instruction of a program that moves something."""
     reader = _Reader(parse(text))
-    return list(reader.moves_in(reader.program.entry, ()))
+    return list(reader.moves_in(reader.program.entry, (), OTHER))
 
 
 def by_scope(found: Iterable[Move]) -> dict[str, float]:
@@ -140,23 +140,31 @@ class _Reader:
             self._computations[name] = _Computation(self.program.computations.get(name, []))
         return self._computations[name]
 
-    def moves_in(self, name: str, loops: tuple[int, ...]) -> Iterator[Move]:
-        """The traffic of a computation that runs inside of loops of these trips."""
+    def moves_in(self, name: str, loops: tuple[int, ...], scope: str) -> Iterator[Move]:
+        """The traffic of a computation.
+
+        Args:
+          name: of the computation.
+          loops: trips of the loops around it.
+          scope: of instructions that nothing else tells the scope of.
+        """
         here = self.computation(name)
         for i in here.by_name.values():
+            inside = scope_of(i.words) or scope
             if i.opcode == "while":
                 trips = self.program.trips(i)
-                for m in self.moves_in(i.body, (*loops, trips or 1)):
+                for m in self.moves_in(i.body, (*loops, trips or 1), inside):
                     yield m._replace(counted_once=m.counted_once or trips is None)
             elif i.opcode == "conditional":
-                branches = [list(self.moves_in(b, loops)) for b in self.program.normal_branches(i)]
+                names = self.program.normal_branches(i)
+                branches = [list(self.moves_in(b, loops, inside)) for b in names]
                 yield from max(branches, key=lambda b: sum(m.total for m in b))
             elif i.opcode in ("call", "call-start"):
-                yield from self.moves_in(i.called, loops)
+                yield from self.moves_in(i.called, loops, inside)
             else:
                 read, written = self._moved(i, here)
                 if read or written:
-                    yield Move(i.name, self._scope(i, here), read, written, loops)
+                    yield Move(i.name, self._scope(i, here) or scope, read, written, loops)
 
     def _moved(self, i: Instruction, here: _Computation) -> tuple[float, float]:
         """Bytes that an instruction reads and writes."""
@@ -176,6 +184,9 @@ class _Reader:
         if i.opcode in (*_SLICES, *_UPDATES):
             return _moved_by_slice(i, here)
         read = sum(_hbm(here.by_name[name].type) for name in operands)
+        if i.opcode.removesuffix("-start") in _SLICES:
+            taken = sum(here.one(u.name).elements for u in here.users[i.name])  # its end
+            read *= taken / max(here.one(operands[0]).elements, 1)
         return read, 0.0 if i.opcode.endswith("-start") else _hbm(i.type)
 
     def _moved_by_fusion(self, i: Instruction, here: _Computation) -> tuple[float, float]:
@@ -263,7 +274,7 @@ class _Reader:
 
         That of its own `op_name`, which for a fusion is its root's; else the one with most bytes
         inside of the fusion; else that of the neighbour with which it shares the largest array:
-        one that uses its result, or made an operand.
+        one that uses its result, or made an operand.  "" if none of them has one.
         """
         if named := self._own_scope(i):
             return named
@@ -273,7 +284,7 @@ class _Reader:
             if named := self._own_scope(neighbour):
                 largest = max((a.bytes for a in arrays(kind)), default=0.0)
                 shared[named] = max(shared.get(named, 0.0), largest)
-        return max(shared, key=lambda s: shared[s], default=OTHER)
+        return max(shared, key=lambda s: shared[s], default="")
 
     def _own_scope(self, i: Instruction) -> str:
         if named := scope_of(i.words):

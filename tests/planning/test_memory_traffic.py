@@ -211,6 +211,8 @@ def test_asynchronous_calls_move_what_they_call():
   %far = (({whole}, {row}), {whole}) call-start(%p, %x), to_apply=%sums
   %near = (({whole}), {row}, u32[]) async-start(%p), calls=%part
   %y = {row} async-done(%near)
+  %early = (({whole}), {row}, u32[]) slice-start(%p), slice={{[0:16], [0:128]}}
+  %w = {row} slice-done(%early)
   ROOT %z = {whole} call-done(%far)
 """,
         f"""
@@ -224,7 +226,12 @@ def test_asynchronous_calls_move_what_they_call():
   ROOT %s = {row} slice(%p.2), slice={{[0:16], [0:128]}}
 }}""",
     )
-    assert moved(text) == {"added": (2 * SIZE, SIZE), "near": (SIZE, SIZE)}
+    assert moved(text) == {
+        "added": (2 * SIZE, SIZE),
+        "near": (SIZE, SIZE),
+        "early": (SIZE, 0),
+        "w": (0, SIZE),
+    }
 
 
 def test_a_ragged_exchange_fills_its_room_in_place():
@@ -274,7 +281,7 @@ def test_updates_in_place_and_not():
 
 
 def test_scopes():
-    """Its own scope; that inside of a fusion; that of the user; that of the operand."""
+    """Its own; that inside of a fusion, of the user, of the operand, of the loop around it."""
     x = f"bf16[16,128]{TILES}"
 
     def name(path):
@@ -289,9 +296,20 @@ def test_scopes():
   %user = {x} negate(%for_user), {name("transpose(jvp(head))/neg")}
   %of_operand = {x} copy(%user)
   %again = {x} negate(%p), {name("while/body/add_up/add")}
+  %loop = ({x}) while(%c), condition=%until, body=%body, {name("attention/dot_general")}
   ROOT %t = ({x}, {x}) tuple(%of_operand, %again)
 """,
         f"""
+%body (c: (bf16[16,128])) -> (bf16[16,128]) {{
+  %c = ({x}) parameter(0)
+  %g = {x} get-tuple-element(%c), index=0
+  %in_loop = {x} copy(%g)
+  ROOT %t = ({x}) tuple(%in_loop)
+}}
+%until (c: (bf16[16,128])) -> pred[] {{
+  %c = ({x}) parameter(0)
+  ROOT %go = pred[] compare(%c, %c), direction=LT
+}}
 %fused (p: bf16[16,128]) -> bf16[16,128] {{
   %p.1 = {x} parameter(0), {name("router/add")}
   %y = {x} add(%p.1, %p.1), {name("attention/add")}
@@ -305,6 +323,7 @@ def test_scopes():
         "for_user": "head",
         "user": "head",
         "of_operand": "head",
+        "in_loop": "attention",
         "again": "optimizer",
     }
     by_scope = memory_traffic.by_scope(moves(text))
