@@ -280,6 +280,32 @@ def test_updates_in_place_and_not():
     }
 
 
+def test_a_slice_after_work_element_by_element():
+    """Only the elements of the slice are converted; a sum of all reads all."""
+    whole = f"bf16[64,128]{TILES}"
+    row = f"bf16[16,128]{TILES}"
+    text = entry(
+        f"""
+  %p = {whole} parameter(0)
+  %part = {row} fusion(%p), kind=kLoop, calls=%slice_of_product
+  ROOT %both = ({row}, bf16[128]{{0:T(256)}}) fusion(%p), kind=kLoop, calls=%slice_and_sum
+""",
+        f"""
+%slice_of_product (p: bf16[64,128]) -> bf16[16,128] {{
+  %p.1 = {whole} parameter(0)
+  %square = {whole} multiply(%p.1, %p.1)
+  ROOT %s = {row} slice(%square), slice={{[0:16], [0:128]}}
+}}
+%slice_and_sum (p: bf16[64,128]) -> (bf16[16,128], bf16[128]) {{
+  %p.2 = {whole} parameter(0)
+  %s.1 = {row} slice(%p.2), slice={{[0:16], [0:128]}}
+  %sum = bf16[128]{{0:T(256)}} reduce(%p.2, %zero), dimensions={{0}}, to_apply=%add
+  ROOT %t = ({row}, bf16[128]{{0:T(256)}}) tuple(%s.1, %sum)
+}}""",
+    )
+    assert moved(text) == {"part": (SIZE, SIZE), "both": (4 * SIZE, SIZE + 2 * 256)}
+
+
 def test_scopes():
     """Its own; that inside of a fusion, of the user, of the operand, of the loop around it."""
     x = f"bf16[16,128]{TILES}"
