@@ -17,6 +17,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.model import remat
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention
+from dsmoe_jax.parallel.mesh import BATCH_AXES
 
 
 class _Bytes(NamedTuple):
@@ -29,9 +30,7 @@ class _Bytes(NamedTuple):
 _SCORE = _Bytes(16, 24)  # of attention: a head, a query and a key
 _ROW_D = _Bytes(22, 38)  # of the rows that experts compute, padding included
 _ROW_F = _Bytes(20, 34)
-_EXCHANGED = _Bytes(
-    68, 94
-)  # of the buffer of received vectors, and of the smaller one of sent ones
+_EXCHANGED = _Bytes(68, 94)  # of the buffer of received vectors; includes that of sent ones
 _TOKEN_D = _Bytes(150, 250)  # projections, norms, residuals, the choices of its router
 _DENSE_F = _Bytes(8, 20)  # of experts that every token visits
 _LOGIT = 16
@@ -58,11 +57,8 @@ def moved(
       in_use: number of parameters with which it computes, after FSDP has gathered them.
     """
     model = config.model
-    t = (
-        config.tokens_per_step
-        / accumulation_steps
-        / math.prod(n for axis, n in sizes.items() if axis != "tensor")
-    )
+    n_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    t = config.tokens_per_step / accumulation_steps / n_shards
     layer = _layer(config, t, sizes["tensor"])
     width = model.intermediate_size / sizes["tensor"]
     dense = [*layer, (t * width, _DENSE_F)]
@@ -71,7 +67,7 @@ def moved(
     rows = _rows(config, t, sizes)
     costs = {
         # The leading dense layers are never rematerialised.
-        "tokens": moe_layers * _of(layer, forward_passes)
+        "attention and projections": moe_layers * _of(layer, forward_passes)
         + model.first_k_dense_replace * _of(dense, 1),
         "experts and dispatch": moe_layers * _of(rows, forward_passes),
         "logits": t * model.vocab_size / sizes["tensor"] * _LOGIT,

@@ -71,7 +71,8 @@ def test_room_for_the_worst_case_costs_hbm():
     two_more = hbm(4.0)[rows] - hbm(2.0)[rows]
     assert two_more > 0
     assert hbm(None)[rows] - hbm(4.0)[rows] == pytest.approx(2 * two_more, rel=0.001)
-    assert hbm(None)["tokens"] == pytest.approx(hbm(None, 72)["tokens"])
+    attention = "attention and projections"
+    assert hbm(None)[attention] == pytest.approx(hbm(None, 72)[attention])
     assert hbm(None, 72)["weights"] == pytest.approx(2 * hbm(None)["weights"])
 
 
