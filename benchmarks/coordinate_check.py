@@ -36,6 +36,7 @@ from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.types import MoEInputs
+from dsmoe_jax.nn.attention import CausalMask
 from dsmoe_jax.nn.layers import linear_to_float32
 from dsmoe_jax.report.style import AXIS, PALETTE, styled
 from dsmoe_jax.report.svg import standalone_svg
@@ -65,7 +66,6 @@ def activations(model: Transformer, tokens_BS: jax.Array) -> dict[str, jax.Array
     """
     b, s = tokens_BS.shape
     positions_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
-    mask_BSL = jnp.broadcast_to(jnp.tril(jnp.ones((s, s), bool)), (b, s, s))
     moe_inputs = MoEInputs(tokens_BS, jnp.ones((b, s), bool))
     graph, params = nnx.split(model.layers)
     x_BSD = model.embedding_VD[...][tokens_BS]
@@ -73,7 +73,7 @@ def activations(model: Transformer, tokens_BS: jax.Array) -> dict[str, jax.Array
     embedded_BSD = x_BSD
     for i in range(model.n_scanned):
         block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params))
-        y_BSD, _ = block.attention(block.attention_norm(x_BSD), positions_BS, mask_BSL)
+        y_BSD, _ = block.attention(block.attention_norm(x_BSD), positions_BS, CausalMask())
         x_BSD = x_BSD + y_BSD
         normed_BSD = block.ffn_norm(x_BSD)
         routed_BSD, _ = block.moe(normed_BSD, moe_inputs, ONLY_ROUTED)

@@ -22,12 +22,16 @@ REGISTRIES = {
     experts: experts.BACKENDS,
     kernels: kernels.ROW_KERNELS,
     attention: attention.ATTENTION,
+    attention.kernels: attention.kernels.KERNELS,
 }
 
 
 def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
-    tables = {"ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"}
+    tables = {
+        *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
+        "KERNELS",
+    }
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Compare():

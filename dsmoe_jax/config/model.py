@@ -22,6 +22,7 @@ class AttentionConfig:
     num_key_value_heads: int | None = None  # fewer is grouped-query attention; None: as many
     head_dim: int = 128
     rope_theta: float = 10_000.0
+    kernel: str = "auto"  # in dsmoe_jax/nn/attention/kernels, or the best for device and shape
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
@@ -54,6 +55,9 @@ class ModelConfig:
     mup_base_width: int | None = None
     compute_dtype: str = "auto"  # float32 on CPU, bfloat16 on accelerators
     remat: str = "none"  # what the backward pass recomputes: dsmoe_jax/model/remat.py
+    # Tokens whose logits a device has at once in training and evaluation (dsmoe_jax/nn/head.py).
+    # None: all of them if they take no more than 1 GiB in float32, else as many as do.
+    head_block_tokens: int | None = None
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
 
@@ -72,6 +76,7 @@ class ModelConfig:
             "rms_norm_eps",
             "initializer_range",
             "mup_base_width",
+            "head_block_tokens",
         )
         check(
             "first_k_dense_replace",

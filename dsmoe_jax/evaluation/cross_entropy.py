@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dsmoe_jax.data.pipeline import Batch
 
@@ -22,16 +21,15 @@ class Sums(NamedTuple):
     bytes: jax.Array
 
 
-def token_sums(logits_BSV: jax.Array, batch: Batch, bytes_V: Any) -> tuple[jax.Array, Sums]:
-    """Negative log-likelihood of every target (B x S, 0 where masked) and the sums of a batch.
+def token_sums(nll_BS: jax.Array, batch: Batch, bytes_V: Any) -> tuple[jax.Array, Sums]:
+    """The negative log-likelihoods with 0 where they are masked, and the sums of a batch.
 
     Args:
-      logits_BSV: float32.
+      nll_BS: of every target, float32.
       batch: has the targets.
       bytes_V: UTF-8 bytes of each token.
     """
     mask_BS = batch["loss_mask_BS"].astype(jnp.float32)
-    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["targets_BS"])
     nll_BS = nll_BS * mask_BS
     bytes_V = jnp.asarray(bytes_V)  # in here: a traced function may not close over global arrays
     n_bytes = (bytes_V[batch["targets_BS"]].astype(jnp.float32) * mask_BS).sum()

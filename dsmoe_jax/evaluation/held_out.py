@@ -70,9 +70,10 @@ class HeldOut:
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
             model = nnx.merge(graph, params, other)
-            output = model.forward(ModelInputs.of_batch(batch), intervention=intervention)
+            targets_BS = jnp.asarray(batch["targets_BS"])
+            output = model.score(ModelInputs.of_batch(batch), targets_BS, intervention)
             bytes_V = jnp.asarray(corpus.bytes_per_token_V)
-            nll_BS, _ = token_sums(output.logits_BSV, batch, bytes_V)
+            nll_BS, _ = token_sums(output.nll_BS, batch, bytes_V)
             mask_BS = batch["loss_mask_BS"]
             bytes_BS = bytes_V[batch["targets_BS"]] * mask_BS
             assert "domain_BS" in batch, "held-out batches say their domain"

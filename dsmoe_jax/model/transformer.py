@@ -14,19 +14,21 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model import remat
-from dsmoe_jax.model.types import Cache, ModelInputs, Output
+from dsmoe_jax.model.types import Cache, ModelInputs, Output, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
-from dsmoe_jax.nn import attention
-from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix, linear_to_float32
+from dsmoe_jax.nn import attention, head
+from dsmoe_jax.nn.attention import CausalMask
+from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 UNROLLED_LAYERS = 8  # at most, on a CPU
@@ -37,7 +39,7 @@ class _EveryLayer(NamedTuple):
 
     token_ids_BS: jax.Array
     positions_BS: jax.Array
-    mask_BSL: jax.Array
+    mask: CausalMask
     valid_BS: jax.Array
     segment_ids_BS: jax.Array | None
     sequence_ids_B: jax.Array | None
@@ -85,7 +87,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             normed_BSD = self.attention_norm(x_BSD)
             y_BSD, cache = self.attention(
-                normed_BSD, every.positions_BS, every.mask_BSL, one.cache, every.cache_length
+                normed_BSD, every.positions_BS, every.mask, one.cache, every.cache_length
             )
         chex.assert_equal_shape([x_BSD, y_BSD])
         x_BSD = x_BSD + y_BSD
@@ -154,6 +156,44 @@ class Transformer(nnx.Module):
           cache: to continue after the positions it holds (single-document sequences only).
           intervention: a change to how the MoE layers are used, for probes.
         """
+        x_BSD, report, cache = self._layers(inputs, cache, intervention)
+        with jax.named_scope("head"):
+            logits_BSV = head.logits(self.final_norm(x_BSD), self.head_VD)
+        chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
+        return Output(logits_BSV, report, cache)
+
+    def score(
+        self,
+        inputs: ModelInputs,
+        targets_BS: jax.Array,
+        intervention: Intervention = interventions.NONE,
+        *,
+        whole_logits: bool = False,
+    ) -> Scored:
+        """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
+
+        Args:
+          inputs: a batch; see `ModelInputs`.
+          targets_BS: int32, the token after each one.
+          intervention: a change to how the MoE layers are used, for probes.
+          whole_logits: whether the logits are wanted, whatever they take.
+        """
+        x_BSD, report, _ = self._layers(inputs, None, intervention)
+        n_tokens = inputs.tokens_BS.size
+        n_blocks = head.n_blocks(n_tokens, self.config.vocab_size, self.config.head_block_tokens)
+        with jax.named_scope("head"):
+            normed_BSD = self.final_norm(x_BSD)
+            if n_blocks > 1 and not whole_logits:
+                nll_BS = head.nll_in_blocks(normed_BSD, self.head_VD, targets_BS, n_blocks)
+                return Scored(nll_BS, None, report)
+            logits_BSV = head.logits(normed_BSD, self.head_VD)
+        nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
+        return Scored(nll_BS, logits_BSV, report)
+
+    def _layers(
+        self, inputs: ModelInputs, cache: Cache | None, intervention: Intervention
+    ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
+        """The last layer's output, the report of the MoE layers, and the updated cache."""
         inputs.assert_shapes(self.n_scanned)
         every = _every_layer(inputs, cache)
         with jax.named_scope("embedding"):
@@ -166,13 +206,9 @@ class Transformer(nnx.Module):
             x_BSD, _, layer_cache = block(x_BSD, every, one)
             leading.append(layer_cache)
         x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache, intervention)
-        with jax.named_scope("head"):
-            logits_BSV = linear_to_float32(self.final_norm(x_BSD), self.head_VD)
-            logits_BSV = constrain(logits_BSV, "BSV")
-        chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
         if cache is not None:
             cache = Cache(tuple(leading), stacked, cache.length + inputs.tokens_BS.shape[1])
-        return Output(logits_BSV, report, cache)
+        return x_BSD, report, cache
 
     def _scan(
         self,
@@ -227,18 +263,15 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
     positions_BS = inputs.positions_BS
     start = 0 if cache is None else cache.length
     index_S = start + jnp.arange(s)
-    keys_L = index_S if cache is None else jnp.arange(cache.max_length)
-    mask_BSL = jnp.broadcast_to(index_S[:, None] >= keys_L, (b, s, keys_L.size))
-    if segment_ids_BS is not None:
-        assert cache is None, "a cache continues single documents"
-        mask_BSL &= segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    assert cache is None or segment_ids_BS is None, "a cache continues single documents"
+    mask = CausalMask(segment_ids_BS, start, None if cache is None else cache.max_length)
     if positions_BS is None:
         positions_BS = jnp.broadcast_to(index_S, (b, s))
     valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
     return _EveryLayer(
         inputs.tokens_BS,
         positions_BS,
-        mask_BSL,
+        mask,
         valid_BS,
         segment_ids_BS,
         inputs.sequence_ids_B,

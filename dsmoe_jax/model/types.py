@@ -116,3 +116,17 @@ class Output(NamedTuple):
     logits_BSV: jax.Array
     report: LayerReport | None
     cache: Cache | None
+
+
+class Scored(NamedTuple):
+    """Results of a forward pass over text whose next tokens are known.
+
+    Attributes:
+      nll_BS: negative log-likelihood of every target in nats, float32.
+      logits_BSV: float32; None where they were computed in blocks and never whole.
+      report: as in `Output`.
+    """
+
+    nll_BS: jax.Array
+    logits_BSV: jax.Array | None
+    report: LayerReport | None

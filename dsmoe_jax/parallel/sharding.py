@@ -171,14 +171,19 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     Without a mesh nothing happens; a dimension that its axes do not divide (one prompt on eight
     devices) stays whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
+    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, letters))
+
+
+def spec_of(shape: tuple[int, ...], letters: str) -> P:
+    """The partition of an activation on the ambient mesh, as `constrain` asks for it."""
+    mesh = jax.sharding.get_abstract_mesh()
     parts = []
-    for axes, length in zip(split(letters), x.shape, strict=True):
+    for axes, length in zip(split(letters), shape, strict=True):
         n_shards = math.prod(mesh.shape[axis] for axis in axes)
         parts.append(axes if axes and length % n_shards == 0 else None)
-    return jax.lax.with_sharding_constraint(x, P(*parts))
+    return P(*parts)
 
 
 def gathered(weight: jax.Array, letters: str) -> jax.Array:

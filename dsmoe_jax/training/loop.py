@@ -38,7 +38,7 @@ from dsmoe_jax.training.rows import (
     training_row,
     validation_row,
 )
-from dsmoe_jax.training.stages import StageRun, check_stages
+from dsmoe_jax.training.stages import StageRun, attention_kernel, check_kernels, check_stages
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
 
@@ -94,7 +94,10 @@ def train(
     speaks = progress and hosts.is_first()
     line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
     go_on = functools.partial(going_on.prepare, go_back=go_back)
-    with jax.set_mesh(open_mesh(config)), workdirs.claim(workdir, config, go_on) as directory:
+    mesh = open_mesh(config)
+    with jax.set_mesh(mesh):
+        check_kernels(config)  # before anything is written
+    with jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
         if finished is not None:
@@ -204,6 +207,8 @@ class _Trainer:
         self.logged_step = self.saved_step = first
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
+        if kernel := attention_kernel(self.now.stage.config):
+            self.line.message(f"{self.config.name}: attention kernel {kernel}")
         self.line.note("compiling the training step")
         pending: tuple[int, StepMetrics, jax.Array | int] | None = None
         for step in range(first + 1, self.config.train.steps + 1):

@@ -20,12 +20,17 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import Sums, token_sums
 from dsmoe_jax.model.build import abstract_model
-from dsmoe_jax.model.types import ModelInputs, Output
+from dsmoe_jax.model.types import ModelInputs, Scored
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.training.objective import LossContext, balance_terms, training_loss
+from dsmoe_jax.training.objective import (
+    LossContext,
+    balance_terms,
+    needs_logits,
+    training_loss,
+)
 
 
 class MicroBatch(NamedTuple):
@@ -117,15 +122,17 @@ class BatchGradient:
         (totals, grads), recorded = add_up(part_of, micros)
         return Gradients(totals, grads, None if recorded is None else join(recorded))
 
-    def _forward(self, params, other, micro: MicroBatch, rng) -> Output:
+    def _score(self, params, other, micro: MicroBatch, rng) -> Scored:
         model = nnx.merge(self._graph, params, other)
-        return model.forward(ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng))
+        inputs = ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng)
+        targets_BS = jnp.asarray(micro.batch["targets_BS"])
+        return model.score(inputs, targets_BS, whole_logits=needs_logits(self._config))
 
     def _loss(self, params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
         """Share of a micro-batch in the training loss; its `Totals` and recorded routing."""
-        output = self._forward(params, other, micro, rng)
+        output = self._score(params, other, micro, rng)
         with jax.named_scope("head"):
-            nll_BS, sums = token_sums(output.logits_BSV, micro.batch, self._bytes_V)
+            nll_BS, sums = token_sums(output.nll_BS, micro.batch, self._bytes_V)
         with jax.named_scope("router"):
             terms = balance_terms(output, whole)
         loss, parts = training_loss(
@@ -147,7 +154,7 @@ class BatchGradient:
             return None
 
         def sent(micro: MicroBatch):
-            report = self._forward(params, other, micro, rng).report
+            report = self._score(params, other, micro, rng).report
             assert report is not None
             return {name: report.loss_inputs.terms[name].sent_G for name in self._counted}, None
 

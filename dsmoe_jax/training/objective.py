@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import Sums
-from dsmoe_jax.model.types import Output
+from dsmoe_jax.model.types import Scored
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.policy import policy_loss
@@ -46,7 +46,7 @@ class LossContext(NamedTuple):
 
     config: Config
     batch: Batch
-    output: Output
+    output: Scored
     nll_BS: jax.Array
     sums: Sums
     terms: dict[str, jax.Array]
@@ -61,11 +61,13 @@ class LossPart(NamedTuple):
       active: whether a run of a config has the part.
       value: share of a micro-batch in the part, a float32 scalar with all weights applied.
       logged_as: its key in metrics.jsonl; None for a part that other keys tell of.
+      logits: whether it looks at `output.logits_BSV`, which are whole then, whatever they take.
     """
 
     active: Callable[[Config], bool]
     value: Callable[[LossContext], jax.Array]
     logged_as: str | None = None
+    logits: bool = False
 
 
 def cross_entropy(context: LossContext) -> jax.Array:
@@ -109,6 +111,11 @@ LOSS_PARTS: dict[str, LossPart] = {
 }
 
 
+def needs_logits(config: Config) -> bool:
+    """Whether a part of a run's loss looks at the logits."""
+    return any(part.logits and part.active(config) for part in LOSS_PARTS.values())
+
+
 def training_loss(context: LossContext) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Share of a micro-batch in the training loss, and in each active part by name."""
     values = {
@@ -119,7 +126,7 @@ def training_loss(context: LossContext) -> tuple[jax.Array, dict[str, jax.Array]
     return functools.reduce(operator.add, values.values()), values
 
 
-def balance_terms(output: Output, whole: losses.WholeBatch) -> dict[str, jax.Array]:
+def balance_terms(output: Scored, whole: losses.WholeBatch) -> dict[str, jax.Array]:
     """Share of a micro-batch in each balance term that has a weight, without it, (L,)."""
     if output.report is None:
         return {}

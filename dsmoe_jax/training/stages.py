@@ -13,6 +13,8 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.build import abstract_model
+from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.routing_records import Recorder, Recording
@@ -43,6 +45,26 @@ def check_stages(config: Config) -> None:
             f"train.stages.{key}={columns[key]}: changes the shape of {path} from that of"
             f" {key}={outside!r} outside the stages, cannot change during a run"
         )
+
+
+def attention_kernel(config: Config) -> str | None:
+    """The attention kernel of a stage on the ambient mesh; None if its attention calls none.
+
+    Raises:
+      ValueError: for a kernel that cannot compute it, saying which one can.
+    """
+    dtype = compute_dtype(config.model)
+    return attention.kernel_of(config.model.attention, config.data.sequence_length, dtype)
+
+
+def check_kernels(config: Config) -> None:
+    """Refuses a run with a kernel that the platform, or a stage's sequences, do not allow.
+
+    Raises:
+      ValueError: as `attention_kernel`.
+    """
+    for stage in stages_of(config):
+        attention_kernel(stage.config)
 
 
 def _changes(config: Config, key: str, value: Any, wanted: dict[str, Any]) -> bool:

@@ -130,8 +130,9 @@ def test_a_last_batch_that_is_filled_up_drops_as_if_it_were_not(corpus, result):
 
     @jax.jit
     def step(params, other, batch):
-        output = nnx.merge(graph, params, other).forward(ModelInputs.of_batch(batch))
-        sums = token_sums(output.logits_BSV, batch, corpus.bytes_per_token_V)[1]
+        model = nnx.merge(graph, params, other)
+        output = model.score(ModelInputs.of_batch(batch), batch["targets_BS"])
+        sums = token_sums(output.nll_BS, batch, corpus.bytes_per_token_V)[1]
         return sums.nll, output.report.logged.ledger.dropped_E.sum()
 
     nll = dropped = 0

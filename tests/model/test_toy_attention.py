@@ -42,12 +42,13 @@ class MeanAttention(nnx.Module):
         self.down_HD = init_matrix(rngs, (rank(config), hidden_size), initializer_range)
         self.up_DH = init_matrix(rngs, (hidden_size, rank(config)), initializer_range)
 
-    def __call__(self, x_BSD, positions_BS, mask_BSL, cache=None, cache_length=0):
+    def __call__(self, x_BSD, positions_BS, mask, cache=None, cache_length=0):
         latent_BLH = linear(x_BSD, self.down_HD)
         if cache is not None:
             at = (0, cache_length, 0)
             latent_BLH = jax.lax.dynamic_update_slice(cache.latent_BLH, latent_BLH, at)
             cache = MeanCache(latent_BLH)
+        mask_BSL = mask.dense(*x_BSD.shape[:2])
         sums_BSH = jnp.einsum("bsl,blh->bsh", mask_BSL.astype(x_BSD.dtype), latent_BLH)
         return linear(sums_BSH / mask_BSL.sum(axis=-1, keepdims=True), self.up_DH), cache
 

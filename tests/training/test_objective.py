@@ -68,7 +68,8 @@ def test_a_new_part_is_one_line(monkeypatch, micro_batches):
     """It is differentiated, adds up over micro-batches, and is logged; nothing else knows of it."""
     overrides = {"train.accumulation_steps": micro_batches}
     before, without = first_step(**overrides)
-    monkeypatch.setitem(LOSS_PARTS, "large_logits", LossPart(is_wide, large_logits, "logit_size"))
+    part = LossPart(is_wide, large_logits, "logit_size", logits=True)
+    monkeypatch.setitem(LOSS_PARTS, "large_logits", part)
     after, metrics = first_step(**overrides)
     model = tiny().model
     state = initial_state()

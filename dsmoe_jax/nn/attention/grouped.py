@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import AttentionConfig
+from dsmoe_jax.nn.attention import kernels
+from dsmoe_jax.nn.attention.mask import CausalMask
 from dsmoe_jax.nn.attention.rope import rotate
 from dsmoe_jax.nn.attention.types import Activations
 from dsmoe_jax.nn.layers import init_matrix
@@ -37,7 +38,7 @@ class GroupedAttention(nnx.Module):
     Args:
       hidden_size: D.
       initializer_range: standard deviation of every matrix at the start.
-      config: heads, head size and rotation.
+      config: heads, head size, rotation and kernel.
       rngs: for the parameters.
     """
 
@@ -53,6 +54,7 @@ class GroupedAttention(nnx.Module):
         h = config.head_dim
         n, m = _heads(config)
         self.theta = config.rope_theta
+        self.kernel = config.kernel
         self.query_NHD = init_matrix(rngs, (n, h, d), initializer_range)
         self.key_MHD = init_matrix(rngs, (m, h, d), initializer_range)
         self.value_MHD = init_matrix(rngs, (m, h, d), initializer_range)
@@ -62,7 +64,7 @@ class GroupedAttention(nnx.Module):
         self,
         x_BSD: jax.Array,
         positions_BS: jax.Array,
-        mask_BSL: jax.Array,
+        mask: CausalMask,
         cache: KVCache | None = None,
         cache_length: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -75,13 +77,10 @@ class GroupedAttention(nnx.Module):
             key_BLMH = jax.lax.dynamic_update_slice(cache.keys_BLMH, key_BLMH, at)
             value_BLMH = jax.lax.dynamic_update_slice(cache.values_BLMH, value_BLMH, at)
             cache = KVCache(key_BLMH, value_BLMH)
-        chex.assert_shape(mask_BSL, (*x_BSD.shape[:2], key_BLMH.shape[1]))
         query_BSNH = constrain(query_BSNH, "BSNH")
         key_BLMH = constrain(key_BLMH, "BSMH")
         value_BLMH = constrain(value_BLMH, "BSMH")
-        y_BSNH = jax.nn.dot_product_attention(
-            query_BSNH, key_BLMH, value_BLMH, mask=mask_BSL[:, None]
-        )
+        y_BSNH = kernels.attend(self.kernel, query_BSNH, key_BLMH, value_BLMH, mask)
         out_DNH = self.out_DNH[...].astype(x_BSD.dtype)
         return jnp.einsum("bsnh,dnh->bsd", y_BSNH, out_DNH), cache
 
@@ -108,6 +107,11 @@ def parameters(hidden_size: int, config: AttentionConfig) -> int:
     """Parameters of one layer: queries and output, keys and values."""
     n, m = _heads(config)
     return 2 * hidden_size * config.head_dim * (n + m)
+
+
+def head_sizes(config: AttentionConfig) -> tuple[int, int]:
+    """Sizes of a query or key, and of a value."""
+    return config.head_dim, config.head_dim
 
 
 def train_flops(config: AttentionConfig, length: int) -> int:

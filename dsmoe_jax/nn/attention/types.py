@@ -26,10 +26,10 @@ class Attention(NamedTuple):
 
     Attributes:
       module: `(hidden_size, initializer_range, config, *, rngs) -> nnx.Module`, a layer.  It is
-        called as `(x_BSD, positions_BS, mask_BSL, cache, cache_length) -> (y_BSD, cache)`:
-        activations; int32, the position of each token in its document; bool, the keys that each
-        query may see (causal, within the document); the cache of this layer or None, into which
-        the S new positions are written at `cache_length`, and which is returned with them.
+        called as `(x_BSD, positions_BS, mask, cache, cache_length) -> (y_BSD, cache)`:
+        activations; int32, the position of each token in its document; the `CausalMask` of the
+        keys that each query may see; the cache of this layer or None, into which the S new
+        positions are written at `cache_length`, and which is returned with them.
       empty_cache: `(config, batch, max_length, dtype) -> cache` of one layer: a pytree of arrays
         (at least one) whose shapes all begin with (B, L).
       parameters: `(hidden_size, config) -> int`, the parameters of one layer.
@@ -37,6 +37,8 @@ class Attention(NamedTuple):
         sequence of `length` tokens, besides the 6 for each parameter: scores and values.  Without
         a causal discount, as is usual (PaLM, 2204.02311, appendix B).
       activations: `(config, length) -> Activations` of one layer.
+      head_sizes: `(config) -> (size of queries and keys, size of values)` as its kernel gets them;
+        None: it calls none of `attention/kernels`.
       options: names and defaults of the settings that only this attention has
         (`model.attention.options`).
     """
@@ -46,4 +48,5 @@ class Attention(NamedTuple):
     parameters: Callable[..., int]
     train_flops: Callable[..., int]
     activations: Callable[..., Activations]
+    head_sizes: Callable[..., tuple[int, int]] | None = None
     options: Mapping[str, bool | int | float | str] = {}

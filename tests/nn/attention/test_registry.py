@@ -37,8 +37,8 @@ def test_a_cache_begins_with_its_sequences_and_positions(config):
         cache = attention.get(config).empty_cache(config, 2, 5, jnp.dtype("bfloat16"))
         x_BSD = jnp.ones((2, 3, 8), jnp.bfloat16)
         positions_BS = jnp.tile(jnp.arange(3), (2, 1))
-        mask_BSL = jnp.ones((2, 3, 5), bool)
-        return cache, build(config)(x_BSD, positions_BS, mask_BSL, cache, 1)[1]
+        mask = attention.CausalMask(start=1, n_keys=5)
+        return cache, build(config)(x_BSD, positions_BS, mask, cache, 1)[1]
 
     cache, filled = map(jax.device_get, fill())
     for before, after in zip(cache, filled, strict=True):
