@@ -155,3 +155,16 @@ def test_what_is_dropped_is_counted(corpus, result):
     cut = HeldOut(graph, corpus, batch_size=8, max_batches=2).measure(params, other)
     sent = np.sum(cut["load"])
     assert 0.5 * sent <= cut["dropped"][0] + len(cut["load"][0]) * 2, "one more for each expert"
+
+
+def test_the_loss_in_blocks_is_the_same(corpus, result):
+    """By domain too; 8 sequences of 64 tokens in blocks of 100."""
+    config = replace(CONFIG, **{"model.head_block_tokens": 100})
+    model = build_model(config.model, jax.random.key(CONFIG.train.seed))
+    graph, params, other = nnx.split(model, nnx.Param, ...)
+    found = HeldOut(graph, corpus, batch_size=8).measure(params, other)
+    np.testing.assert_allclose(found["loss"], result["loss"], rtol=1e-6)
+    for name in corpus.domains:
+        domain = found["domains"][name], result["domains"][name]
+        for got, want in zip(*map(dict.values, domain), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5)
