@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from dsmoe_jax.report.style import axes, colour, label_ends, marker, smooth, tok
 from dsmoe_jax.study.experiment import AnyArm
 from dsmoe_jax.study.measures import MEASURES
 from dsmoe_jax.study.results import Comparison
+
+LETTERS = 60  # of a line of a legend
+MARKER = 4  # and the room around it, in letters
 
 
 def final(comparison: Comparison) -> Figure | None:
@@ -118,7 +122,11 @@ def domains(comparison: Comparison) -> Figure | None:
     others = [arm for arm in others if means[arm]]
     if not names or not others:
         return None
-    figure, ax = axes(height=1.0 + 0.24 * len(names), left=0.26, right=0.97, top_lines=1)
+    labels = [short(arm.label) for arm in others]
+    columns = min(4, max(1, LETTERS // (max(map(len, labels)) + MARKER)))
+    lines = math.ceil(len(labels) / columns)
+    height = 0.74 + 0.26 * lines + 0.24 * len(names)
+    figure, ax = axes(height=height, left=0.26, right=0.97, top_lines=lines)
     ax.axvline(0, color=colour(comparison, base), lw=1.1)
     handles: list[Line2D] = []
     for arm in others:
@@ -130,9 +138,8 @@ def domains(comparison: Comparison) -> Figure | None:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(f"bits per byte minus {short(base.label)}'s (left is better)")
     figure.legend(
-        handles, [short(arm.label) for arm in others],
-        loc="upper center", ncols=4, frameon=False, handletextpad=0.1, columnspacing=1.2,
-        borderpad=0,
+        handles, labels, loc="upper center", ncols=columns,
+        frameon=False, handletextpad=0.1, columnspacing=1.2, borderpad=0,
     )  # fmt: skip
     return figure
 

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from made_up_runs import FakeTrain, run_made_up
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsmoe_jax.report import blocks, plots, tables
 from dsmoe_jax.report.html_page import to_html
@@ -20,6 +21,7 @@ from dsmoe_jax.report.style import PALETTE
 from dsmoe_jax.report.text import to_text
 from dsmoe_jax.study import verdicts
 from dsmoe_jax.study.claims import bounded
+from experiments.recipe import batches
 from experiments.v1.table1 import EXPERIMENT
 
 VOID = {"meta", "br"}
@@ -109,6 +111,16 @@ def test_an_experiment_chooses_its_pictures_and_a_measure_is_one(fake_run):
     assert [line.get_xdata()[0] for line in ax.lines[1::2]] == [v[0] for v in found.values()]
     with pytest.raises(ValueError, match=r"picture 'los': must be a measure or one of final_loss,"):
         plots.plot("los")
+
+
+def test_a_legend_of_many_long_names_stays_in_its_picture(fake_run):
+    experiment = dataclasses.replace(batches.EXPERIMENT, pictures=("domains",))
+    figure = plots.draw(fake_run(experiment=experiment))["domains"]
+    FigureCanvasAgg(figure).draw()
+    legend = figure.legends[0].get_window_extent()
+    assert len(figure.legends[0].texts) == 14
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert figure.axes[0].get_window_extent().y1 <= legend.y0 < legend.y1 <= figure.bbox.y1
 
 
 def dots(measure):
