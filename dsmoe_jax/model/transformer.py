@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
                 nll_BS = head.nll_in_blocks(normed_BSD, self.head_VD, targets_BS, n_blocks)
                 return Scored(nll_BS, None, report)
             logits_BSV = head.logits(normed_BSD, self.head_VD)
-        nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
+            nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
         return Scored(nll_BS, logits_BSV, report)
 
     def _layers(
