@@ -12,40 +12,19 @@ uniform choice with which they begin.  Validation, checkpoints and compilation a
 
 import statistics
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from benchmarks import harness
+from benchmarks.train_step import STEPS, WARM_UP, Training
 from configs.base import SCALES
-from dsmoe_jax.config import Config, replace, stages_of
-from dsmoe_jax.data.opening import open_corpus
+from dsmoe_jax.config import replace
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
 from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.stages import StageRun
-from dsmoe_jax.training.start import init_state
 from experiments.laws import granularity
 
 UNIT = 4  # the m whose time is 1
-STEPS = 5  # of a model in a round
-WARM_UP = 4  # rounds that do not count
-
-
-def training(config: Config) -> Callable[[], Any]:
-    """A call that trains a model for `STEPS` more steps and waits for them."""
-    corpus = open_corpus(config.data)
-    run = StageRun(stages_of(config)[0], corpus)
-    state = init_state(config, lambda: corpus.token_counts_V)
-    batches = [run.next_batch(step) for step in range(1, STEPS + 1)]
-
-    def train() -> None:
-        nonlocal state
-        for batch in batches:
-            state, _ = run.train_step(state, batch)
-        jax.block_until_ready(state)
-
-    return train
 
 
 def rows_of(seconds: dict[int, list[float]]) -> list[dict[str, Any]]:
@@ -81,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = {}
         for m, config in configs.items():
             print(f"preparing m = {m}", file=sys.stderr)
-            runs[m] = training(config)
+            runs[m] = Training(config)
         rows = rows_of(harness.interleaved(runs, flags.repeats, WARM_UP))
     report = {
         **harness.device_header(),

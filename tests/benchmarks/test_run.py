@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import moe_layer, parallel, router_metrics, routers
+from benchmarks import moe_layer, parallel, router_metrics, routers, train_step
 from dsmoe_jax.moe.kernels import native
 
 
@@ -14,7 +14,7 @@ from dsmoe_jax.moe.kernels import native
 def written(tmp_path, monkeypatch):
     """`written(benchmark, *flags)`: the report of one round, from its file."""
     # Freed memory that a process keeps would stay with all other tests.
-    for benchmark in (moe_layer, parallel, router_metrics, routers):
+    for benchmark in (moe_layer, parallel, router_metrics, routers, train_step):
         monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: False)
 
     def run(benchmark, *flags):
@@ -50,6 +50,29 @@ def test_moe_layer_beside_hugging_face():
     theirs_BSD, (theirs_dx_BSD, *_) = found["hf"]
     np.testing.assert_allclose(ours_TD, theirs_BSD[0], atol=1e-5)
     np.testing.assert_allclose(ours_dx_TD, theirs_dx_BSD[0], atol=1e-5)
+
+
+def test_train_step(written, monkeypatch):
+    monkeypatch.setattr(train_step, "STEPS", 2)
+    monkeypatch.setattr(train_step, "WARM_UP", 0)
+    report = written(train_step, "--scale=smoke", "--arms=Dense,DeepSeekMoE")
+    dense, mixture = report["rows"]
+    assert (dense["model"], dense["per FLOP / dense"]) == ("Dense", 1)
+    assert mixture["model"] == "DeepSeekMoE"
+    assert mixture["per FLOP / dense"] > 0
+    dense, mixture = report["ms_by_part"]
+    of_a_mixture = ("router", "dispatch", "experts")
+    assert all(dense[part] == 0 < mixture[part] for part in of_a_mixture)
+    assert all(dense[part] > 0 for part in ("attention", "shared_experts", "head", "optimizer"))
+    assert dense["sum"] == pytest.approx(
+        sum(v for k, v in dense.items() if k not in ("model", "sum"))
+    )
+
+
+def test_train_step_needs_the_dense_model(capsys):
+    with pytest.raises(SystemExit):
+        train_step.parse(["--arms=GShard"])
+    assert "--arms: must be Dense and others of Dense, Hash Layer" in capsys.readouterr().err
 
 
 @pytest.mark.eight_devices
