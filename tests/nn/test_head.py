@@ -127,7 +127,7 @@ def step_gradients(block_tokens, micro_batches, sampled):
     [(256, 1, False), (100, 1, False), (17, 2, False), (100, 1, True)],
 )
 def test_a_steps_gradients_and_sums(block_tokens, micro_batches, sampled):
-    """Of packed documents with padding; the policy's reward is the loss of each token."""
+    """Packed documents with padding; the policy's reward is the loss of each token."""
     want = step_gradients(None, 1, sampled)
     got = step_gradients(block_tokens, micro_batches, sampled)
     assert_all_below(relative_errors(by_path(got.params), by_path(want.params)), REORDERED)

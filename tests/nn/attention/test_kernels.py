@@ -101,7 +101,7 @@ def test_values_and_gradients(name, m, h, i, documents):
 
 
 def test_a_sequence_of_many_blocks(monkeypatch):
-    """Of 3 x 3 blocks the causal mask empties three, and cuts the three of the diagonal."""
+    """The causal mask empties three of 3 x 3 blocks, and cuts the three of the diagonal."""
     monkeypatch.setattr(splash, "_LARGEST_BLOCK", 128)
     check("splash", inputs(2, 16, 16, s=384), segments(384))
 

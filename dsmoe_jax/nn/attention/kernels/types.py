@@ -20,7 +20,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, CausalMask], jax.Array]
 
 
 class Task(NamedTuple):
-    """What decides which kernels can compute an attention; known before anything runs.
+    """A computation as kernels are asked about it, known before anything runs.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
