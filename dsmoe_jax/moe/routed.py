@@ -34,6 +34,9 @@ from dsmoe_jax.moe.types import Routing, count_load
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import spec
 
+# `jax.named_scope` of work that is done only when the exchange's buffers are too small.
+RETRY = "retry"
+
 WEIGHT_SPECS = ExpertWeights._make(spec(letters) for letters in ("EFD", "EFD", "EDF"))
 
 
@@ -196,7 +199,7 @@ def _in_buffers(
     smaller = next((n for n in divisors if exact_max_rows(n) <= max_rows), t)
 
     def again(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        with jax.named_scope("retry"):  # planning counts the traffic of the other branch
+        with jax.named_scope(RETRY):  # planning counts the traffic of the other branch
             return in_chunks(smaller, exact_max_rows(smaller), tokens)
 
     once = functools.partial(in_chunks, n_chunks, max_rows)

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dsmoe_jax.moe.routed import RETRY
+
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 # bf16[8,128]{1,0:T(8,128)(2,1)S(1)}: dtype, shape, dimensions from minor to major, tiles and space
@@ -38,8 +40,6 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-# `jax.named_scope` of work that is done only when the exchange's buffers are too small.
-RETRY = "retry"
 
 
 class Array(NamedTuple):
