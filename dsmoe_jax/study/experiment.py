@@ -23,8 +23,13 @@ _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def _product(value: int | float, by: float) -> int | float:
-    """A whole number stays one; others have two digits, as one writes a learning rate."""
+def _product(value: int | float | None, by: float) -> int | float | None:
+    """A whole number stays one; others have two digits, as one writes a learning rate.
+
+    None, which stands for all there is, has no multiple.
+    """
+    if value is None:
+        return None
     return round(value * by) if isinstance(value, int) else float(f"{value * by:.2g}")
 
 
@@ -44,7 +49,7 @@ class Arm:
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       overrides: dotted config keys to change, for settings that no config file has.
       multiples: dotted keys and the number by which the value of the scale is multiplied; the
-        product is rounded to two digits, or to a whole number where the value is one.
+        product is rounded to two digits, or to a whole number where the value is one; None stays.
       x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
       line: name of the line that joins arms with `x` in a picture.
     """

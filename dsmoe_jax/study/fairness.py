@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsmoe_jax.config import differences
+from dsmoe_jax.config import Config, differences, stages_of, tokens_after
 from dsmoe_jax.runs import workdir
 from dsmoe_jax.study import results
 from dsmoe_jax.study.cells import Cell
@@ -15,7 +15,7 @@ from dsmoe_jax.study.results import Row
 
 
 def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
-    """Checks that arms differ only where they may, and agree in size where they must.
+    """Checks that arms differ only where they may, and agree in size and tokens where they must.
 
     Args:
       experiment: whose rules are checked.
@@ -33,9 +33,35 @@ def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
                     f" {cell.arm.label}; arms may differ only in"
                     f" {', '.join(experiment.may_differ)}"
                 )
+    _check_tokens(experiment, cells)
     outcomes = {cell.arm.label: Outcome(cell.config, cell.measured) for cell in cells}
     for rule in experiment.equal:
         _check_rule(experiment, rule, outcomes)
+
+
+def _check_tokens(experiment: Experiment, cells: Sequence[Cell]) -> None:
+    """What `check_measured` looks at after the runs, as far as the configs say it."""
+    columns = {
+        "tokens": [tokens_after(cell.config, cell.config.train.steps) for cell in cells],
+        "validation_tokens": [_validation_tokens(cell.config) for cell in cells],
+    }
+    for key, values in columns.items():
+        if key in experiment.measured_may_differ:
+            continue
+        for cell, value in zip(cells[1:], values[1:], strict=True):
+            if value != values[0]:
+                raise ValueError(
+                    f"{experiment.name}: unfair: {key} would be {values[0] or 'all'} in"
+                    f" {cells[0].arm.label} and {value or 'all'} in {cell.arm.label}"
+                )
+
+
+def _validation_tokens(config: Config) -> int | None:
+    """Tokens that a validation may take at most; None is the whole split."""
+    last = stages_of(config)[-1].config
+    if last.train.eval_batches is None:
+        return None
+    return last.train.eval_batches * last.train.global_batch_size * last.data.sequence_length
 
 
 def _may_differ(key: str, experiment: Experiment) -> bool:

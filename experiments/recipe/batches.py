@@ -11,7 +11,12 @@ from dsmoe_jax.study.experiment import Experiment
 from experiments.recipe import _sweep as sweep
 
 BATCHES = (0.5, 1.0, 2.0)
-MULTIPLES = {"train.global_batch_size": 1, "train.steps": -1, "optimizer.warmup_steps": -1}
+MULTIPLES = {
+    "train.global_batch_size": 1,
+    "train.steps": -1,
+    "optimizer.warmup_steps": -1,
+    "train.eval_batches": -1,  # the same held-out text
+}
 
 EXPERIMENT = Experiment(
     module="experiments.recipe.batches",

@@ -101,6 +101,30 @@ def test_unfair_arms_are_refused_before_training(fake_run, tmp_path, change, mes
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train.steps": 9}, r"tokens would be 2048 in Dense and 2304 in DeepSeekMoE"),
+        ({"train.global_batch_size": 2}, r"tokens would be 2048 in Dense and 1024"),
+        ({"train.eval_batches": 3}, r"validation_tokens would be 512 in Dense and 768 in"),
+        ({"train.eval_batches": None}, r"validation_tokens would be 512 in Dense and all in"),
+    ],
+)
+def test_other_numbers_of_tokens_are_refused_before_training(fake_run, change, message):
+    """Even in experiments whose arms may differ in the settings from which they follow."""
+    *others, last = table1.EXPERIMENT.arms
+    may_differ = (*table1.EXPERIMENT.may_differ, *change)
+    unfair = dataclasses.replace(
+        table1.EXPERIMENT,
+        arms=(*others, dataclasses.replace(last, overrides=change)),
+        may_differ=may_differ,
+    )
+    train = FakeTrain()
+    with pytest.raises(ValueError, match="table1: unfair: " + message):
+        fake_run(train, unfair)
+    assert train.calls == []
+
+
 @pytest.mark.parametrize(("later", "fair"), [(11, True), (12, False)])
 def test_arms_in_stages_are_compared_by_means_over_their_tokens(fake_run, later, fair):
     """Half of the steps with 3 experts and half with 11 are as fair as 7 throughout."""
