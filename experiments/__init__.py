@@ -26,6 +26,7 @@ recipe, the training settings of a scale:
     batches            the batch size at the same number of tokens
     deviations         the standard deviation of the initial weights
     lengths            half to four times the steps
+    stages             three stages of training beside constant settings
 laws, of the loss:
     granularity        m = 1 to 16 experts of each FFN, at equal FLOPs (2402.07871; 2507.17702)
     granularity_time   the same at equal wall-clock
@@ -34,5 +35,7 @@ laws, of the loss:
 balancing, ways to balance the load of the experts:
     balance            losses and the loss-free bias (V1 section 3.3; V3 section 2.1.2)
     balanced_routers   V2, V3, Sinkhorn, REINFORCE, expert choice, BASE (their papers)
+    capacity           GShard with experts that take 1 to 2 times their mean load (2006.16668)
+    router_stability   a float32 router and the z-loss at a high rate (2101.03961; 2202.08906)
     learned_routers    noisy top-k, Sinkhorn, REINFORCE, BASE beside top-k and Hash (their papers)
 """

@@ -30,6 +30,7 @@ from dsmoe_jax.config import (
 from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.model import size
 from dsmoe_jax.moe import dropping
+from dsmoe_jax.moe.dispatch.volume import of_fixed_slots
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.scored import SUB_EXPERTS
 from dsmoe_jax.moe.types import RouterInputs, Routing
@@ -62,6 +63,27 @@ def flops_percent(name: str, other: str) -> float:
 def saved_percent(name: str, other: str) -> float:
     """FLOPs of a sequence that a model saves of those of another one, in per cent."""
     return 100 - flops_percent(name, other)
+
+
+def of_twice_the_capacity(rows: str) -> float:
+    """Rows of a layer of `gshard_2b` with fixed slots at capacity 2, times those at capacity 1.
+
+    Args:
+      rows: a field of `Volume`.
+    """
+    tokens = 8192
+    chips = 8
+    once, twice = (
+        of_fixed_slots(
+            dataclasses.replace(
+                config("gshard_2b").model.moe, drop=DropConfig(capacity_factor=factor)
+            ),
+            tokens,
+            chips,
+        )
+        for factor in (1.0, 2.0)
+    )
+    return getattr(twice, rows) / getattr(once, rows)
 
 
 TITLES = {

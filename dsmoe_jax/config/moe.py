@@ -40,6 +40,8 @@ class RouterConfig:
     # 14.8 T tokens: ((0, 1), (0.966, 1), (0.966, 0), (1, 0)).
     bias_update_schedule: Schedule | None = None
     jitter: float | None = None  # in training the router's input times U(1 - x, 1 + x) (Switch)
+    # Of the logits and of the product that they are; bfloat16 is for comparison (Switch 2.4).
+    logits_dtype: str = "float32"
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class RouterConfig:
         for name, names in (
             ("scoring_func", ("softmax", "sigmoid")),
             ("group_score", ("max", "top2_sum")),
+            ("logits_dtype", ("float32", "bfloat16")),
         ):
             check(name, getattr(self, name) in names, f"must be one of {names}")
         check(

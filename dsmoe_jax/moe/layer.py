@@ -158,7 +158,7 @@ class MoELayer(nnx.Module):
         row_kernels: RowKernels = kernels.JAX_ROWS,
         intervention: Intervention = interventions.NONE,
     ) -> tuple[Routing, jax.Array | None]:
-        """The routing of activations, always in float32.
+        """The routing of activations, in float32 but for logits of another `logits_dtype`.
 
         Args:
           x_TD: activations.
@@ -190,7 +190,9 @@ class MoELayer(nnx.Module):
                 x_TD, inputs = _jitter(x_TD, inputs, self.config.router.jitter)
             # At highest precision: an accelerator's default would round to bfloat16.
             product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-            logits = product("td,ed->te", x_TD, self.router_ED[...])
+            dtype = jnp.dtype(self.config.router.logits_dtype)
+            logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
+            logits = logits.astype(jnp.float32)
             if not router.alters_logits:
                 # The mean of the logits themselves would make XLA on CPU store the logits.
                 mean_D = self.router_ED[...].mean(axis=0)

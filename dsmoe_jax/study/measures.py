@@ -15,6 +15,7 @@ import numpy as np
 
 from dsmoe_jax.config import Config, tokens_after
 from dsmoe_jax.model import size
+from dsmoe_jax.study import load_readings
 
 # The tables of a report that have a column for each of their measures.
 RESULTS, LOAD = "results", "load"
@@ -104,6 +105,47 @@ def _held_out(key: str, over_layers: Callable[[Any], Any] | None = None):
         return over_layers(value).item()
 
     return read
+
+
+def _load(reading: Callable[[np.ndarray, Outcome], float | None]):
+    """Reads a number from the load on the held-out text."""
+
+    def read(outcome: Outcome) -> float | None:
+        load = (outcome.evaluation or {}).get("load")
+        return None if load is None else reading(np.array(load, np.float64), outcome)
+
+    return read
+
+
+def _busiest_percent(load_LE: np.ndarray, outcome: Outcome) -> float:
+    del outcome
+    return 100 * load_readings.busiest_share(load_LE, 3)
+
+
+def _device_maxvio(load_LE: np.ndarray, outcome: Outcome) -> float | None:
+    return load_readings.device_maxvio(load_LE, outcome.measured.model.moe.expert_groups)
+
+
+def _by_language(outcome: Outcome) -> float | None:
+    return load_readings.by_language(outcome.evaluation or {})
+
+
+def _by_kind(outcome: Outcome) -> float | None:
+    return load_readings.by_kind(outcome.evaluation or {})
+
+
+def _language_over_kind(outcome: Outcome) -> float | None:
+    language = _by_language(outcome)
+    kind = _by_kind(outcome)
+    return None if language is None or kind is None else language - kind
+
+
+def _loss_rise(outcome: Outcome) -> float | None:
+    """How far a logged training loss was above the lowest one before it, at most."""
+    losses = [row["loss"] for row in outcome.rows if "loss" in row]
+    if not losses:
+        return None
+    return (np.array(losses) - np.minimum.accumulate(losses)).max().item()
 
 
 def _tokens(outcome: Outcome) -> int | None:
@@ -242,6 +284,45 @@ MEASURES: dict[str, Measure] = {
         note="Domain specialisation: how much a chosen expert says about the domain of its token on"
         " the held-out text: 0 where all domains use the same experts, 1 where every expert serves"
         " one domain; mean over layers.",
+    ),
+    "language_specialisation": Measure(
+        "specialisation by language",
+        _by_language,
+        note="Specialisation by language: the domain specialisation between languages, of the kind"
+        " of text that most languages have.",
+    ),
+    "kind_specialisation": Measure(
+        "specialisation by kind of text",
+        _by_kind,
+        note="Specialisation by kind of text: the domain specialisation between kinds of text, in"
+        " the language that has most kinds.",
+    ),
+    "language_over_kind": Measure(
+        "specialisation by language over that by kind of text", _language_over_kind
+    ),
+    "busiest_three": Measure(
+        "share of the three busiest experts",
+        _load(_busiest_percent),
+        "%",
+        digits=1,
+        lower_is_better=True,
+        note="Share of the three busiest experts: of all assignments on the held-out text; mean"
+        " over layers.",
+    ),
+    "device_maxvio": Measure(
+        "MaxVio of devices on held-out text",
+        _load(_device_maxvio),
+        digits=2,
+        lower_is_better=True,
+        note="MaxVio of devices: that of the assignments that devices get, not experts.",
+    ),
+    "loss_rise": Measure(
+        "largest rise of the training loss",
+        _loss_rise,
+        "nats per token",
+        lower_is_better=True,
+        note="Largest rise of the training loss: how far a logged loss was above the lowest one"
+        " before it, at most; it is never 0, since some batches are harder than others.",
     ),
     # A token once to each of the `expert_groups` devices that have experts of it, one way.
     "device_megabytes": Measure(

@@ -8,7 +8,7 @@ than once.
 """
 
 from dsmoe_jax.commands import experiment
-from dsmoe_jax.study.claims import larger_change
+from dsmoe_jax.study.claims import below, larger_change
 from dsmoe_jax.study.experiment import Experiment
 from experiments.recipe import _sweep as sweep
 
@@ -37,6 +37,11 @@ EXPERIMENT = Experiment(
     equal=sweep.equal(LENGTHS),
     claims=(
         *sweep.main_claims(LENGTHS),
+        below(
+            sweep.label("Switch", LENGTHS[0]),
+            sweep.label("Dense", LENGTHS[-1]),
+            source="Switch (2101.03961), figure 1: the same loss in 1/7 of the time",
+        ),
         gains_on_hash_layers("GShard"),
         gains_on_hash_layers("DeepSeekMoE"),
     ),

@@ -8,7 +8,7 @@ arms of experiments/balancing/balance.py, V3's recipe is that of balanced_router
 """
 
 from dsmoe_jax.commands import experiment
-from dsmoe_jax.study.claims import below
+from dsmoe_jax.study.claims import below, bounded
 from dsmoe_jax.study.experiment import Experiment, same_activated, same_total
 from experiments.balancing import balance, balanced_routers
 from experiments.laws import sizes
@@ -39,11 +39,15 @@ EXPERIMENT = Experiment(
         # Its "micro-batch" of few sequences is here a single one.
         below(SEQUENCE, GLOBAL, measure="domain_specialisation", source="2501.11873"),
         below(SEQUENCE, BIAS, measure="domain_specialisation", source="V3 section 4.5.3"),
+        # "Not by language" is read as less than by kind of text.
+        bounded(SEQUENCE, below=0, measure="language_over_kind", source="slides on mixtures"),
     ),
     measures=(
         "validation_loss",
         "validation_bits_per_byte",
         "domain_specialisation",
+        "language_specialisation",
+        "kind_specialisation",
         "maxvio",
         "maxvio_running",
         "dead_experts",

@@ -194,6 +194,21 @@ def test_router_is_float32_even_when_activations_are_bfloat16():
     )
 
 
+def test_bfloat16_logits_are_for_comparison():
+    """Switch trains its router in float32 and everything else in bfloat16 (2101.03961, 2.4)."""
+    x = jax.random.normal(jax.random.key(1), (50, 8))
+    inputs = RouterInputs(jnp.zeros(50, jnp.int32))
+    layer = make_layer(router__logits_dtype="bfloat16")
+    routing, _ = layer.route(x, inputs)
+    rounded = routing.logits_TE.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(routing.logits_TE, rounded.astype(jnp.float32))
+    exact = np.asarray(x, np.float64) @ np.asarray(layer.router_ED[...], np.float64).T
+    np.testing.assert_allclose(routing.logits_TE, exact, atol=0.02 * np.abs(exact).max())
+    assert routing.gates_TK.dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"router.logits_dtype='bfloat16': the hash router does"):
+        make_layer(router__name="hash", num_experts_per_tok=1, router__logits_dtype="bfloat16")
+
+
 def test_jitter_is_for_training_only():
     """The router's input is scaled by U(1 - x, 1 + x) (2101.03961 section 2.2)."""
     layer = make_layer(router__name="switch", num_experts_per_tok=1, router__jitter=0.3)

@@ -3,7 +3,7 @@
 A new router is a function (in `scored` if it chooses by affinity, `balanced` or `assignment` if
 experts choose or are filled evenly, `policy` if it draws them, `fixed` if it learns nothing) and a
 line in `ROUTERS`, which says all that others must know of it.  A router knows no devices and owns
-no parameters; the logits `u_t . e_i` are computed by the layer, in float32.
+no parameters; the logits `u_t . e_i` are computed by the layer, in float32 or as `logits_dtype` says.
 
 Shapes: T tokens, E routed experts, K activated ones per token, L MoE layers, V vocabulary.
 """
@@ -67,7 +67,7 @@ class Router(NamedTuple):
     Attributes:
       route: `(logits, inputs, settings) -> Routing`.
       reads: the fields of `RouterConfig` that this router uses; the others must have their
-        defaults.
+        defaults.  What the layer reads, `settings_read` adds.
       options: settings that this router alone has, with their defaults.
       logits_per_expert: rows that the layer's router matrix has for each expert, so that `logits`
         are (T, rows x E); 0: nothing is learned, `logits` are None.
@@ -105,6 +105,11 @@ class Router(NamedTuple):
     def learned(self) -> bool:
         """Whether the layer has a router matrix, and so the router has affinities."""
         return self.logits_per_expert > 0
+
+    @property
+    def settings_read(self) -> frozenset[str]:
+        """All fields of `RouterConfig` that have a meaning for this router."""
+        return self.reads | {"logits_dtype"} if self.learned else self.reads
 
     def columns(self, n_experts: int, k: int) -> int:
         """Columns of its routings, unassigned ones included."""
@@ -212,10 +217,10 @@ def get_router(moe: MoEConfig) -> tuple[Router, RouterSettings]:
 def _refuse_unread(config: RouterConfig, router: Router) -> None:
     """Refuses settings that the router would ignore, and options that it does not have."""
     for field in dataclasses.fields(RouterConfig):
-        if field.name in ("name", "options") or field.name in router.reads:
+        if field.name in ("name", "options") or field.name in router.settings_read:
             continue
         value = getattr(config, field.name)
-        readers = sorted(name for name, r in ROUTERS.items() if field.name in r.reads)
+        readers = sorted(name for name, r in ROUTERS.items() if field.name in r.settings_read)
         require(
             value == field.default,
             f"model.moe.router.{field.name}",
