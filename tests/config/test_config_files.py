@@ -1,6 +1,5 @@
 """Every config file builds at every scale and keeps the paper's ratios there."""
 
-
 import pytest
 
 import configs

@@ -3,7 +3,8 @@
 A new router is a function (in `scored` if it chooses by affinity, `balanced` or `assignment` if
 experts choose or are filled evenly, `policy` if it draws them, `fixed` if it learns nothing) and a
 line in `ROUTERS`, which says all that others must know of it.  A router knows no devices and owns
-no parameters; the logits `u_t . e_i` are computed by the layer, in float32 or as `logits_dtype` says.
+no parameters; the logits `u_t . e_i` are computed by the layer, in float32 unless `logits_dtype`
+says otherwise.
 
 Shapes: T tokens, E routed experts, K activated ones per token, L MoE layers, V vocabulary.
 """
