@@ -52,7 +52,7 @@ from dsmoe_jax.data.prepare import prepare
 from dsmoe_jax.model.size import Parameters, count_parameters
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import experts, kernels, losses, reference, routed, routers
-from dsmoe_jax.moe.dispatch import DISPATCHERS
+from dsmoe_jax.moe.dispatch import DISPATCHERS, local
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs, count_load
@@ -230,14 +230,14 @@ assert slope_E[0] > 0 > slope_E[-1]
 # expert 0 come first, then those of expert 1, and so on, and the group sizes say how many each has.
 # Nothing is padded and no token is dropped.
 #
-# A dispatcher is a pair of functions: `dispatch` does this, `combine` brings the results back.  It
-# knows neither how experts are chosen nor how they compute.  To watch it we give each of the six
-# tokens a row that holds its number:
+# `local.dispatch` does this, `local.combine` brings the results back.  (With experts on several
+# devices a dispatcher first sends each token's row to the devices of its experts.)  Neither knows
+# how experts are chosen or how they compute.  To watch them we give each of the six tokens a row
+# that holds its number:
 
 # %%
-dispatcher = DISPATCHERS["local"]  # on one device; the others send rows between devices
 numbers_TD = jnp.arange(T, dtype=jnp.float32)[:, None]  # D = 1
-there = dispatcher.dispatch(numbers_TD, routing, E, None, kernels.JAX_ROWS)
+there = local.dispatch(numbers_TD, routing, E, kernels.JAX_ROWS)
 token_of_row_N = np.asarray(there.rows_ND[:, 0], int)
 start = 0
 for e, size in enumerate(there.group_sizes_e):
@@ -246,7 +246,7 @@ for e, size in enumerate(there.group_sizes_e):
 assert start == T * K
 
 # Experts that change nothing: each token gets its own row back, times the sum of its gates.
-y_TD = dispatcher.combine(there.rows_ND, there.state, kernels.JAX_ROWS)
+y_TD = local.combine(there.rows_ND, there.state, kernels.JAX_ROWS)
 np.testing.assert_allclose(y_TD, numbers_TD * routing.gates_TK.sum(axis=1)[:, None], rtol=1e-6)
 
 # %%
@@ -282,7 +282,7 @@ plt.show()
 # all compute the same.
 
 # %%
-there = dispatcher.dispatch(u_TD, routing, E, None, kernels.JAX_ROWS)
+there = local.dispatch(u_TD, routing, E, kernels.JAX_ROWS)
 run_experts = experts.BACKENDS["blocked"].run
 out_ND = jax.jit(run_experts)(there.rows_ND, there.group_sizes_e, weights)
 
@@ -297,7 +297,7 @@ np.testing.assert_allclose(out_ND, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-
 # the shared expert this is the layer, and equal to the loop of part 1:
 
 # %%
-y_TD = dispatcher.combine(out_ND, there.state, kernels.JAX_ROWS)
+y_TD = local.combine(out_ND, there.state, kernels.JAX_ROWS)
 np.testing.assert_allclose(y_TD + reference.ffn(u_TD, *shared), h_TD, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
@@ -305,7 +305,7 @@ np.testing.assert_allclose(y_TD + reference.ffn(u_TD, *shared), h_TD, rtol=1e-4,
 # front of it, the shared experts beside it, and a report of what happened:
 
 # %%
-parts = routed.Parts(dispatcher, run_experts, kernels.JAX_ROWS)
+parts = routed.Parts(DISPATCHERS["local"], run_experts, kernels.JAX_ROWS)
 tokens = routed.Tokens(u_TD, routing.ids_TK, routing.gates_TK)
 composed_TD, computed_E = routed.dispatch_compute_combine(parts, weights, None, tokens)
 np.testing.assert_allclose(composed_TD, y_TD, rtol=1e-5, atol=1e-6)

@@ -67,7 +67,7 @@ def ragged_dot(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeig
 
     def grouped_matmul(x_NI, w_EOI):
         w_EIO = w_EOI.swapaxes(1, 2)
-        return jax.lax.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=jnp.float32)
+        return jax.lax.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=x_NI.dtype)
 
     return _grouped_swiglu(grouped_matmul, rows_ND, group_sizes_E, weights)
 
@@ -86,7 +86,7 @@ def tokamax(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights
 
     def grouped_matmul(x_NI, w_EOI):
         w_EIO = w_EOI.swapaxes(1, 2)
-        return library.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=jnp.float32)
+        return library.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=x_NI.dtype)
 
     return _grouped_swiglu(grouped_matmul, rows_ND, group_sizes_E, weights)
 
@@ -98,6 +98,8 @@ def expert_of_row(group_sizes_E: jax.Array, n_rows: int) -> jax.Array:
 
 
 def _grouped_swiglu(grouped_matmul, rows_ND, group_sizes_E, weights: ExpertWeights) -> jax.Array:
+    # The products are accumulated in float32 and rounded to the dtype of the rows: between two of
+    # them a bfloat16 has half the bytes to move.
     # A kernel may skip rows past the last group, leaving whatever memory held, or multiply them.
     # So they are masked on the way into and out of each matmul: 0 * NaN is NaN in a gradient too.
     in_a_group_N1 = (jnp.arange(rows_ND.shape[0]) < group_sizes_E.sum())[:, None]
@@ -108,8 +110,9 @@ def _grouped_swiglu(grouped_matmul, rows_ND, group_sizes_E, weights: ExpertWeigh
     x_ND = mask(rows_ND)
     gate_NF = mask(grouped_matmul(x_ND, weights.gate_EFD))
     up_NF = mask(grouped_matmul(x_ND, weights.up_EFD))
-    hidden_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_ND.dtype)
-    return mask(grouped_matmul(hidden_NF, weights.down_EDF)).astype(x_ND.dtype)
+    silu_NF = jax.nn.silu(gate_NF.astype(jnp.float32))
+    hidden_NF = (silu_NF * up_NF.astype(jnp.float32)).astype(x_ND.dtype)
+    return mask(grouped_matmul(hidden_NF, weights.down_EDF))
 
 
 def _matmul_f32(x_NI: jax.Array, w_OI: jax.Array) -> jax.Array:

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsmoe_jax.config import DispatchConfig, MoEConfig
-from dsmoe_jax.moe import dispatch
-from dsmoe_jax.moe.dispatch import Dispatcher, DispatchReport
+from dsmoe_jax.moe import blocks, dispatch
+from dsmoe_jax.moe.dispatch import Arrived, Dispatcher, DispatchReport, local
 from dsmoe_jax.moe.dispatch.expert_parallel import exchanged_rows
 from dsmoe_jax.moe.experts import ExpertWeights, RunExperts, choose_backend
 from dsmoe_jax.moe.kernels import JAX_ROWS, RowKernels
@@ -116,13 +116,33 @@ def dispatch_compute_combine(
     if parts.dispatcher.needs_mesh:
         n_experts *= jax.lax.axis_size("expert")
     routing = Routing(tokens.ids_TK, tokens.gates_TK, None)
-    dispatched = parts.dispatcher.dispatch(tokens.x_TD, routing, n_experts, max_rows, parts.kernels)
-    chex.assert_shape(dispatched.group_sizes_e, (weights.gate_EFD.shape[0],))
+    arrived = parts.dispatcher.dispatch(tokens.x_TD, routing, n_experts, max_rows, parts.kernels)
+    chex.assert_equal_shape_prefix([arrived.rows_RD, arrived.routing.ids_TK], 1)
+    if max_rows is None:
+        out_RD, computed_e = _on_all_rows(parts, arrived, weights)
+    else:
+        n_devices = n_experts // weights.gate_EFD.shape[0]
+        usual = blocks.usual(*tokens.ids_TK.shape, n_experts, n_devices)
+        out_RD, computed_e = blocks.weighted_sums(
+            parts.run_experts, arrived.rows_RD, arrived.routing, weights, max_rows, usual
+        )
+    chex.assert_equal_shape([out_RD, arrived.rows_RD])
+    return parts.dispatcher.combine(out_RD, arrived.state, parts.kernels), computed_e
+
+
+def _on_all_rows(
+    parts: Parts, arrived: Arrived, weights: ExpertWeights
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of each row's experts, all rows at once, and the rows of each expert.
+
+    On one device as many rows come as there are assignments, so no room is empty.
+    """
+    n_experts = weights.gate_EFD.shape[0]
+    grouped = local.dispatch(arrived.rows_RD, arrived.routing, n_experts, parts.kernels)
     with jax.named_scope("experts"):
-        out_ND = parts.run_experts(dispatched.rows_ND, dispatched.group_sizes_e, weights)
-    chex.assert_equal_shape([out_ND, dispatched.rows_ND])
-    y_tD = parts.dispatcher.combine(out_ND, dispatched.state, parts.kernels)
-    return y_tD, dispatched.computed()
+        out_ND = parts.run_experts(grouped.rows_ND, grouped.group_sizes_e, weights)
+    chex.assert_equal_shape([out_ND, grouped.rows_ND])
+    return local.combine(out_ND, grouped.state, parts.kernels), grouped.computed()
 
 
 def _on_mesh(

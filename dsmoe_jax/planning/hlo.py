@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dsmoe_jax.moe.blocks import USUAL_TRIPS
 from dsmoe_jax.moe.routed import RETRY
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
@@ -108,7 +109,8 @@ class Program:
     def trips(self, loop: Instruction) -> int | None:
         """The number of times that a loop runs: n of its condition `counter < n`.
 
-        None for any other condition.
+        Of a loop whose data decide it, that of a balanced load, if its scope says so
+        (`blocks.USUAL_TRIPS`); None for any other.
         """
         if known := _TRIP_COUNT.search(loop.attributes):
             return int(known[1])
@@ -124,7 +126,8 @@ class Program:
                 for name in i.operands:
                     if name in constants:
                         return int(constants[name])
-        return None
+        usual = [word for word in loop.words if word.startswith(USUAL_TRIPS)]
+        return int(usual[-1].removeprefix(USUAL_TRIPS)) if usual else None
 
     def normal_branches(self, conditional: Instruction) -> list[str]:
         """The branches of a conditional but those with work of the scope `RETRY`.

@@ -102,7 +102,7 @@ def test_agrees_with_the_dense_loop(router, backend):
 
 def by_dispatch(x, gates, ids, n_experts):
     """Local dispatch to experts that multiply by their number: any misplaced row shows."""
-    there = local.dispatch(x, Routing(ids, gates, None), n_experts, None, kernels.JAX_ROWS)
+    there = local.dispatch(x, Routing(ids, gates, None), n_experts, kernels.JAX_ROWS)
     number = jnp.arange(1.0, n_experts + 1)
     rows = there.rows_ND
     factor = jnp.repeat(number, there.group_sizes_e, total_repeat_length=len(rows))

@@ -76,7 +76,7 @@ def test_local_dispatch_is_that_of_jax(t, d):
 
     def run(x_TD, gates_TK, kernels):
         routing = Routing(jnp.asarray(ids_TK), gates_TK, None)
-        there = local.dispatch(x_TD, routing, e, None, kernels)
+        there = local.dispatch(x_TD, routing, e, kernels)
         mine_N1 = (jnp.arange(t * k) < there.group_sizes_e.sum())[:, None]
         out_ND = jnp.where(mine_N1, there.rows_ND * scale_N1, 0)
         return local.combine(out_ND, there.state, kernels), there.computed()

@@ -1,8 +1,9 @@
 """Dispatch, the second seam: moves token rows to their experts and brings the results back.
 
-`types` says what a dispatcher is; read `local` next; `expert_parallel` does the same between
-devices, by `exchange`.  `volume` counts what travels.  moe/routed.py puts dispatch, experts and
-combine together.
+`types` says what a dispatcher is; read `local` next, which groups rows by expert on one device;
+`expert_parallel` moves them between devices, by `exchange`.  `volume` counts what travels.
+moe/routed.py puts dispatch, experts and combine together; moe/blocks.py is what it does with the
+rows that arrive on a device of a mesh.
 
 A new dispatcher is two functions and a line in `DISPATCHERS`.
 """
@@ -13,14 +14,15 @@ from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.moe.dispatch import expert_parallel, local
 from dsmoe_jax.moe.dispatch import volume as volumes
-from dsmoe_jax.moe.dispatch.types import Dispatched, Dispatcher, DispatchReport
+from dsmoe_jax.moe.dispatch.types import Arrived, Dispatcher, DispatchReport, Grouped
 from dsmoe_jax.moe.dispatch.volume import Volume
 
 __all__ = [
     "DISPATCHERS",
+    "Arrived",
     "DispatchReport",
-    "Dispatched",
     "Dispatcher",
+    "Grouped",
     "Volume",
     "check_dispatcher",
     "choose_dispatcher",
@@ -33,8 +35,8 @@ ON_A_MESH = "all_to_all"
 
 DISPATCHERS: dict[str, Dispatcher] = {
     "local": Dispatcher(
-        local.dispatch,
-        local.combine,
+        local.stay,
+        local.back,
         volumes.on_one_chip,
         needs_mesh=False,
         splits_experts=False,

@@ -1,10 +1,9 @@
 """Dispatch between the devices of the mesh axis `expert`, each of which holds some experts.
 
-These functions run on every shard, inside of `shard_map`; `local` does the last step of each.  A
-token's row travels to a device at most once, however many of its experts are there: it carries the
-choices there and their gates, and their weighted sum comes back.  A router limited to M devices
-(V2 section 2.1.2) therefore sends at most M rows a token, and a device receives each token at most
-once.
+These functions run on every shard, inside of `shard_map`.  A token's row travels to a device at
+most once, however many of its experts are there: it carries the choices there and their gates, and
+their weighted sum comes back.  A router limited to M devices (V2 section 2.1.2) therefore sends at
+most M rows a token, and a device receives each token at most once.
 
 Shapes: t tokens of this shard, D hidden, E experts of which e on each device, K activated per
 token, P devices, R rows received, W = min(K, e) choices of a token on one device, C slots for what
@@ -18,9 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.moe.dispatch import local
 from dsmoe_jax.moe.dispatch.exchange import exchange
-from dsmoe_jax.moe.dispatch.types import Dispatched
+from dsmoe_jax.moe.dispatch.types import Arrived
 from dsmoe_jax.moe.kernels import RowKernels
 from dsmoe_jax.moe.types import Routing, count_load
 
@@ -31,14 +29,12 @@ class Trip(NamedTuple):
     """Record of the rows sent to other devices, to return their results.
 
     Attributes:
-      arrived: the received rows as sorted by expert.
       travels_tK: float32, 1 for the assignments whose row is sent.
       rank_tK: int32, assignment -> row sent.
       order_N: int32, row sent -> assignment.
       sent_PP: int32, rows from source (first axis) to destination; None for slots of fixed size.
     """
 
-    arrived: local.Sorted
     travels_tK: jax.Array
     rank_tK: jax.Array
     order_N: jax.Array
@@ -54,7 +50,7 @@ class Parcels(NamedTuple):
 
 def all_to_all(
     x_tD: jax.Array, routing: Routing, n_experts: int, max_rows: int, kernels: RowKernels
-) -> Dispatched:
+) -> Arrived:
     """Ragged exchange: only the rows needed are sent, without padding.
 
     Args:
@@ -72,24 +68,22 @@ def all_to_all(
     sent_PP = jax.lax.all_gather(sizes_P, AXIS)
     n_received = min(n_devices * t, max_rows)
     parcels = _pack(x_tD, routing, n_experts, device_tK, order_N, rank_tK, kernels)
-    arrived = jax.tree.map(lambda a: exchange(a, sent_PP, n_received, AXIS), parcels)
-    dispatched = _sort_arrived(arrived, n_experts // n_devices, max_rows, kernels)
+    parcels = jax.tree.map(lambda a: exchange(a, sent_PP, n_received, AXIS), parcels)
     travels_tK = _travels(device_tK, rank_tK, order_N.size)
-    trip = Trip(dispatched.state, travels_tK, rank_tK, order_N, sent_PP)
-    return dispatched._replace(state=trip)
+    trip = Trip(travels_tK, rank_tK, order_N, sent_PP)
+    return _unpack(parcels, n_experts // n_devices, trip)
 
 
-def combine_all_to_all(out_ND: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
-    """Weighs the results at their experts, returns them and sums those of each token: y_tD."""
+def combine_all_to_all(out_RD: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
+    """Sends the results home and sums those of each token: y_tD."""
     assert trip.sent_PP is not None
-    out_RD = local.combine(out_ND, trip.arrived, kernels)
     home_ND = exchange(out_RD, trip.sent_PP.T, trip.order_N.size, AXIS)
     return kernels.combine_rows(home_ND, trip.travels_tK, trip.rank_tK, trip.order_N)
 
 
 def fixed_slots(
     x_tD: jax.Array, routing: Routing, n_experts: int, max_rows: int, kernels: RowKernels
-) -> Dispatched:
+) -> Arrived:
     """Exchange of fixed size: each device has `max_rows / P` slots for each other one.
 
     moe/dropping.py has dropped what would not fit.  The arguments are those of `all_to_all`.
@@ -109,38 +103,38 @@ def fixed_slots(
     slot_tK = jnp.where(device_tK < n_devices, slot_tK, n_devices * n_slots)
     order_N = order_PC.reshape(-1)
     parcels = _pack(x_tD, routing, n_experts, device_tK, order_N, slot_tK, kernels)
-    arrived = jax.tree.map(_swap, parcels)
-    dispatched = _sort_arrived(arrived, n_experts // n_devices, max_rows, kernels)
     travels_tK = _travels(device_tK, slot_tK, order_N.size)
-    return dispatched._replace(state=Trip(dispatched.state, travels_tK, slot_tK, order_N, None))
+    trip = Trip(travels_tK, slot_tK, order_N, None)
+    return _unpack(jax.tree.map(_swap, parcels), n_experts // n_devices, trip)
 
 
-def combine_fixed_slots(out_ND: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
+def combine_fixed_slots(out_RD: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
     """Same as `combine_all_to_all`, slot for slot."""
-    home_ND = _swap(local.combine(out_ND, trip.arrived, kernels))
+    home_ND = _swap(out_RD)
     return kernels.combine_rows(home_ND, trip.travels_tK, trip.rank_tK, trip.order_N)
 
 
 def all_gather(
     x_tD: jax.Array, routing: Routing, n_experts: int, max_rows: int, kernels: RowKernels
-) -> Dispatched:
+) -> Arrived:
     """Every device sees all tokens and computes its own experts.
 
     The arguments are those of `all_to_all`.
     """
+    del max_rows, kernels
     e = n_experts // jax.lax.axis_size(AXIS)
     x_TD, ids_TK, gates_TK = (
         jax.lax.all_gather(a, AXIS, tiled=True) for a in (x_tD, routing.ids_TK, routing.gates_TK)
     )
     here_T = jnp.full(x_TD.shape[0], jax.lax.axis_index(AXIS))
     choices_TW, gates_TW = choices_on(here_T, ids_TK, gates_TK, e)
-    return local.dispatch(x_TD, _routing_here(choices_TW, gates_TW, e), e, max_rows, kernels)
+    return Arrived(x_TD, _routing_here(choices_TW, gates_TW, e))
 
 
-def combine_all_gather(out_ND: jax.Array, state: local.Sorted, kernels: RowKernels) -> jax.Array:
+def combine_all_gather(out_TD: jax.Array, state: None, kernels: RowKernels) -> jax.Array:
     """Sums the results of all devices; each device keeps its own tokens: y_tD."""
-    y_TD = local.combine(out_ND, state, kernels)
-    return jax.lax.psum_scatter(y_TD, AXIS, tiled=True)
+    del state, kernels
+    return jax.lax.psum_scatter(out_TD, AXIS, tiled=True)
 
 
 def _swap(rows: jax.Array) -> jax.Array:
@@ -170,13 +164,13 @@ def _pack(
     return Parcels(rows_ND, labels_NW2)
 
 
-def _sort_arrived(arrived: Parcels, e: int, max_rows: int, kernels: RowKernels) -> Dispatched:
-    """Sorts the received rows by the experts of this device."""
-    rows_RD, labels_RW2 = arrived
+def _unpack(received: Parcels, e: int, trip: Trip) -> Arrived:
+    """The received rows with their choices on this device."""
+    rows_RD, labels_RW2 = received
     w = labels_RW2.shape[1] // 2
     gates_RW = labels_RW2[:, :w]
     choices_RW = labels_RW2[:, w:].astype(jnp.int32)
-    return local.dispatch(rows_RD, _routing_here(choices_RW, gates_RW, e), e, max_rows, kernels)
+    return Arrived(rows_RD, _routing_here(choices_RW, gates_RW, e), trip)
 
 
 def _routing_here(choices_RW: jax.Array, gates_RW: jax.Array, e: int) -> Routing:

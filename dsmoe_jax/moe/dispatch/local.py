@@ -1,7 +1,8 @@
-"""Dispatch on one shard that holds all experts: sorts rows by expert, sums weighted results.
+"""Rows and experts on one device: groups rows by expert, sums weighted results.
 
-Shapes: T tokens, D hidden, E experts, K activated per token, N = T*K assignments (or
-`max_rows` of them).
+`stay` and `back` are the dispatcher of a shard that holds all experts: nothing travels.
+
+Shapes: T tokens, D hidden, E experts, K activated per token, N = T*K assignments.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from dsmoe_jax.moe.dispatch.types import Dispatched
+from dsmoe_jax.moe.dispatch.types import Arrived, Grouped
 from dsmoe_jax.moe.kernels import RowKernels
 from dsmoe_jax.moe.types import Routing
 
@@ -29,9 +30,21 @@ class Sorted(NamedTuple):
     order_N: jax.Array
 
 
-def dispatch(
+def stay(
     x_TD: jax.Array, routing: Routing, n_experts: int, max_rows: int | None, kernels: RowKernels
-) -> Dispatched:
+) -> Arrived:
+    """The tokens as they are."""
+    del n_experts, max_rows, kernels
+    return Arrived(x_TD, routing)
+
+
+def back(out_TD: jax.Array, state: None, kernels: RowKernels) -> jax.Array:
+    """The sums as they are."""
+    del state, kernels
+    return out_TD
+
+
+def dispatch(x_TD: jax.Array, routing: Routing, n_experts: int, kernels: RowKernels) -> Grouped:
     """Sorts the assignments by expert and gathers their tokens' rows.
 
     Nothing is dropped.  The sort is stable, so equal inputs give equal bits.
@@ -40,13 +53,11 @@ def dispatch(
       x_TD: tokens.
       routing: of those tokens.
       n_experts: E.
-      max_rows: the most assignments that are not unassigned; None: all T*K.
       kernels: row kernels in use.
     """
     order_N, rank_TK, group_sizes_E = kernels.group(routing.ids_TK, n_experts)
-    order_N = order_N[:max_rows]
     rows_ND = kernels.gather_tokens(x_TD, order_N, rank_TK)
-    return Dispatched(rows_ND, group_sizes_E, Sorted(routing.gates_TK, rank_TK, order_N))
+    return Grouped(rows_ND, group_sizes_E, Sorted(routing.gates_TK, rank_TK, order_N))
 
 
 def combine(out_ND: jax.Array, state: Sorted, kernels: RowKernels) -> jax.Array:

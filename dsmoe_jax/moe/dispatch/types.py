@@ -1,14 +1,16 @@
 """Interface of a dispatcher: two functions with the experts between them, and its costs.
 
-    dispatch(x_tD, routing, n_experts, max_rows, kernels) -> Dispatched
-    combine(out_ND, state, kernels) -> y_tD
+    dispatch(x_tD, routing, n_experts, max_rows, kernels) -> Arrived
+    combine(out_RD, state, kernels) -> y_tD
 
-`dispatch` moves each token's row to its experts; `combine` returns the results and sums those of
-each token, weighted by its gates (V1 eq. 9).  A dispatcher owns no parameters, and knows neither
-how experts are chosen nor how they compute.  Both functions run on one shard of the mesh, inside of
-`shard_map` if there is one.
+`dispatch` moves the row of each token to the devices of its experts.  There each row gets the sum
+of its experts' results, weighted by its gates; `combine` brings the sums home and adds those of
+each token (V1 eq. 9).  A dispatcher owns no parameters, and knows neither how experts are chosen
+nor how they compute.  Both functions run on one shard of the mesh, inside of `shard_map` if there
+is one.
 
-Shapes: t tokens of one shard, D hidden, K activated per token, e experts of this device, N rows.
+Shapes: t tokens of one shard, D hidden, K activated per token, e experts of this device, R rows
+that it receives, W choices of one of them here, N assignments.
 """
 
 from __future__ import annotations
@@ -21,15 +23,30 @@ import jax.numpy as jnp
 
 from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe.dispatch.volume import Volume
+from dsmoe_jax.moe.types import Routing
 
 
-class Dispatched(NamedTuple):
-    """Rows at their experts.
+class Arrived(NamedTuple):
+    """Rows at the device of some of their experts.
+
+    Attributes:
+      rows_RD: in any order.
+      routing: of those rows over the e experts of this device, (R, W); id e is no choice.
+      state: for `combine`, to bring the sums home.
+    """
+
+    rows_RD: jax.Array
+    routing: Routing
+    state: Any = None
+
+
+class Grouped(NamedTuple):
+    """Rows at their experts, one for each assignment.
 
     Attributes:
       rows_ND: grouped by expert; rows past the last group are padding.
       group_sizes_e: int32, rows of each of this device's experts.
-      state: for `combine`, to return the results.
+      state: for `local.combine`.
     """
 
     rows_ND: jax.Array
@@ -64,7 +81,7 @@ class Dispatcher(NamedTuple):
     Attributes:
       dispatch: see the head of this file; `max_rows` is the most assignments that this device
         receives, None: unbounded.
-      combine: returns the results of the experts to their tokens.
+      combine: brings the sums of this device's experts back to the tokens.
       volume: `(moe, t, p) -> Volume`, what t tokens a chip cost on p chips.
       needs_mesh: works between the devices of a mesh.
       splits_experts: the experts may lie on several devices.
@@ -72,7 +89,7 @@ class Dispatcher(NamedTuple):
         itself; `buffer_factor` does not apply.
     """
 
-    dispatch: Callable[..., Dispatched]
+    dispatch: Callable[..., Arrived]
     combine: Callable[..., jax.Array]
     volume: Callable[[MoEConfig, int, int], Volume]
     needs_mesh: bool = True

@@ -45,12 +45,12 @@ def group(ids_TK: jax.Array, n_groups: int) -> tuple[jax.Array, jax.Array, jax.A
 
 @jax.custom_vjp
 def gather_tokens(x_TD: jax.Array, order_N: jax.Array, rank_TK: jax.Array) -> jax.Array:
-    """The row of each sorted assignment's token; 0 where there is no such token.
+    """The row of each sorted assignment's token; any row where there is no such token.
 
     `rank_TK` says where the K copies of a token are, past the last row for none; the gradient is
     their sum.
     """
-    return _take(x_TD, order_N // rank_TK.shape[1])
+    return take_any(x_TD, order_N // rank_TK.shape[1])
 
 
 def _gather_tokens_fwd(x_TD, order_N, rank_TK):
@@ -84,10 +84,10 @@ def _combine_rows_fwd(out_ND, gates_TK, rank_TK, order_N):
 
 def _combine_rows_bwd(saved, dy_TD):
     out_ND, gates_TK, rank_TK, order_N = saved
-    dy_ND = _take(dy_TD, order_N // gates_TK.shape[1]).astype(jnp.float32)
+    dy_ND = take_any(dy_TD, order_N // gates_TK.shape[1]).astype(jnp.float32)
     dgates_N = (out_ND.astype(jnp.float32) * dy_ND).sum(axis=1)
-    dgates_TK = _take(dgates_N, rank_TK).astype(gates_TK.dtype)
-    dout_ND = _take(gates_TK.reshape(-1), order_N)[:, None] * dy_ND
+    dgates_TK = take(dgates_N, rank_TK).astype(gates_TK.dtype)
+    dout_ND = take(gates_TK.reshape(-1), order_N)[:, None] * dy_ND
     return dout_ND.astype(out_ND.dtype), dgates_TK, None, None
 
 
@@ -99,11 +99,19 @@ def _sum_rows(rows_ND: jax.Array, rank_TK: jax.Array, gates_TK=None) -> jax.Arra
     total_TD = jnp.zeros((rank_TK.shape[0], rows_ND.shape[1]), jnp.float32)
     # One k at a time, so that there is never an array of K rows for every token.
     for k in range(rank_TK.shape[1]):
-        row_TD = _take(rows_ND, rank_TK[:, k]).astype(jnp.float32)
+        row_TD = take(rows_ND, rank_TK[:, k]).astype(jnp.float32)
         total_TD += row_TD if gates_TK is None else gates_TK[:, k, None] * row_TD
     return total_TD
 
 
-def _take(array: jax.Array, index: jax.Array) -> jax.Array:
+def take(array: jax.Array, index: jax.Array) -> jax.Array:
     """`array[index]` along the first axis, 0 past its end."""
     return array.at[index].get(mode="fill", fill_value=0)
+
+
+def take_any(array: jax.Array, index: jax.Array) -> jax.Array:
+    """`array[index]` along the first axis, some element of it past its end.
+
+    Zeros there would cost an accelerator a pass over the result.
+    """
+    return array.at[index].get(mode="clip")
