@@ -85,7 +85,9 @@ def row(report: dict) -> dict[str, str]:
     plan = planned(r)
     is_old = "traffic_gb" not in r  # its bounds were made from weights and state alone
     bounds = ("-", "-", "-", "-")
+    memory_said = "-"  # the planner's arithmetic is of today's program
     if not is_old:
+        memory_said = f"{plan.used:.1f} ({plan.used / r['used_gb'] - 1:+.0%})"
         slow, fast = r["mfu"]
         said = sum(plan.hbm.values())
         bounds = (
@@ -102,7 +104,7 @@ def row(report: dict) -> dict[str, str]:
         f"{r['used_gb']:.1f} of {r['hbm_gb']}",
         f"{memory['parameters'] + memory['moments']:.1f}",
         f"{memory['gradients and temporaries']:.1f}",
-        f"{plan.used:.1f} ({plan.used / r['used_gb'] - 1:+.0%})",
+        memory_said,
         *bounds[:2],
         f"{sum(r['collectives_gb'].values()):.0f}",
         f"{r['collectives_gb'].get('ragged-all-to-all', 0):.0f}",

@@ -43,9 +43,16 @@ def n_blocks(tokens: int, vocab_size: int, block_tokens: int | None) -> int:
       block_tokens: the most in a block; None: as many as have `WHOLE_LOGITS` bytes.
     """
     on_device = -(-tokens // math.prod(_size(axis) for axis in BATCH_AXES))
+    return n_blocks_of_one_device(on_device, vocab_size, _size("tensor"), block_tokens)
+
+
+def n_blocks_of_one_device(
+    tokens: int, vocab_size: int, tensor: int, block_tokens: int | None
+) -> int:
+    """As `n_blocks`, for the tokens of one device; `tensor` devices share the vocabulary."""
     if block_tokens is None:
-        block_tokens = max(1, WHOLE_LOGITS // (4 * vocab_size // _size("tensor")))
-    return -(-on_device // block_tokens)
+        block_tokens = max(1, WHOLE_LOGITS // (4 * vocab_size // tensor))
+    return -(-tokens // block_tokens)
 
 
 def nll_in_blocks(

@@ -1,7 +1,7 @@
 """Bytes that a step moves in a chip's HBM, by arithmetic: numbers, times bytes for each.
 
-Bytes for each number were read off the step of 16B compiled for v5p (`aot`, four layers, experts on
-eight chips; docs/scale.md): the array of every kind of number, times how often XLA reads and writes
+Bytes for each number were read off the step of 16B compiled for v5p (`aot`, experts on eight chips;
+docs/scale.md): the array of every kind of number, times how often XLA reads and writes
 it and in which dtype.  They change when the model's code does, and are somewhat different on other
 chips and meshes: docs/scale.md has the estimates beside what `aot` finds.
 
@@ -27,13 +27,18 @@ class _Bytes(NamedTuple):
     backward: float
 
 
-_SCORE = _Bytes(16, 24)  # of attention: a head, a query and a key
-_ROW_D = _Bytes(22, 38)  # of the rows that experts compute, padding included
-_ROW_F = _Bytes(20, 34)
-_EXCHANGED = _Bytes(68, 94)  # of the buffer of received vectors; includes that of sent ones
-_TOKEN_D = _Bytes(150, 250)  # projections, norms, residuals, the choices of its router
+# Of attention, a head, a query and a key, where a kernel keeps them in HBM; as XLA compiled it.
+_SCORE = _Bytes(16, 24)
+_ROW_D = _Bytes(12, 18)  # of the rows that experts compute
+_ROW_F = _Bytes(12, 22)
+# Of the buffer of received vectors; includes that of sent ones, and the sums of gradients that
+# blocks of rows add to.
+_EXCHANGED = _Bytes(60, 65)
+_TOKEN_D = _Bytes(
+    140, 230
+)  # attention without scores, projections, norms, residuals, the choices of its router
 _DENSE_F = _Bytes(8, 20)  # of experts that every token visits
-_LOGIT = 16
+_LOGIT = 26  # of the loss in blocks of tokens
 _WEIGHT = 18  # gathered and read once a pass, its gradient written and scattered
 _STATE_OF_MICRO_BATCH = 19  # of a parameter's shard: its gradient, and the sum of those so far
 _STATE_OF_STEP = 48  # of a parameter's shard: it, two moments, the sum of gradients and its norm
@@ -83,7 +88,10 @@ def _layer(config: Config, t: float, tensor: int) -> list[tuple[float, _Bytes]]:
     attended = attention.get(model.attention).activations(
         model.attention, config.data.sequence_length
     )
-    return [(t * attended.scores / tensor, _SCORE), (t * model.hidden_size, _TOKEN_D)]
+    layer = [(t * model.hidden_size, _TOKEN_D)]
+    if attention.kernels.keeps_scores(model.attention.kernel):
+        layer.append((t * attended.scores / tensor, _SCORE))
+    return layer
 
 
 def _rows(config: Config, t: float, sizes: dict[str, int]) -> list[tuple[float, _Bytes]]:

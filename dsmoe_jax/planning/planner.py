@@ -8,8 +8,8 @@ the longer of computation and HBM, and the network after it (`roofline`).  Count
   the embedding and the head;
 - activations, an estimate: those that rematerialisation keeps of every layer, and the larger of one
   running layer and the logits;
-- bytes that the chip's own memory moves, by `hbm_estimate`: every row of the experts' buffers is
-  written and read many times, so that room for the worst case costs time;
+- bytes that the chip's own memory moves, by `hbm_estimate`: those of the rows that come if all
+  choices are equally likely, not of the room for the worst case;
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
   tokens between experts, the sums of `tensor`.
 
@@ -33,8 +33,9 @@ from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import remat
+from dsmoe_jax.moe import blocks
 from dsmoe_jax.moe.dispatch import volume
-from dsmoe_jax.nn import attention
+from dsmoe_jax.nn import attention, head
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning import hbm_estimate
@@ -44,9 +45,13 @@ from dsmoe_jax.training.start import TrainState, state_shapes
 USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and bytes not counted here
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
 # Bytes for each number in a row of D and of F that the experts' backward pass holds at once: fitted
-# to what the compiler allocates (docs/scale.md).  Most are results of grouped products, in float32.
+# to what the compiler allocates (docs/scale.md).
 _ROW_D = 19
 _ROW_F = 19
+# Arrays at once of the room for results, and of the size of the buffer of received vectors; the
+# same, fitted to 16B and 145B on v5p.
+_ROOM = 2
+_BUFFERED = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,17 +346,28 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     d = model.hidden_size
     tensor = sizes["tensor"]
     attended = attention.get(model.attention).activations(model.attention, s)
-    scores = t * attended.scores / tensor * (4 + _COMPUTE)
+    kept_scores = attention.kernels.keeps_scores(model.attention.kernel)
+    scores = kept_scores * t * attended.scores / tensor * (4 + _COMPUTE)
     rows = volume(moe, t, sizes["expert"])
     f = moe.moe_intermediate_size / tensor
-    # A running layer: activations of attention and as many gradients, then rows of the experts.
+    # A running layer: activations of attention and as many gradients, then room for the results of
+    # the experts, one block of their rows, and sums of their gradients over blocks.
     layer = 2 * (_COMPUTE * (4 * t * d + t * attended.projected / tensor) + scores)
-    layer += rows.computed * (_ROW_D * d + _ROW_F * f) + _COMPUTE * rows.buffered * d
+    layer += _COMPUTE * (_ROOM * rows.room + _BUFFERED * rows.buffered) * d
+    layer += blocks.SHARE * rows.computed * (_ROW_D * d + _ROW_F * f)
+    layer += 4 * 3 * moe.n_routed_experts / sizes["expert"] * f * d
     layer += t * moe.n_shared_experts * _ROW_F * f
     kept = model.num_hidden_layers * _COMPUTE * t * d
     if not remat.get(model.remat).whole_layers:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
-    logits = 3 * 4 * t * model.vocab_size / tensor
+    logits = (
+        3
+        * 4
+        * t
+        * model.vocab_size
+        / tensor
+        / head.n_blocks_of_one_device(t, model.vocab_size, tensor, model.head_block_tokens)
+    )
     # The larger of the two: logits are freed before the backward pass reaches the layers.
     return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
 

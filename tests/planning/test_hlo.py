@@ -1,7 +1,12 @@
 """The text of a program: bytes of types, and loops that say how often they run."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dsmoe_jax.moe import blocks
+from dsmoe_jax.moe.experts import ExpertWeights, loop
+from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.planning import hlo
 
 LOOP = """\
@@ -45,14 +50,43 @@ def test_whole_tiles_and_spaces(kind, padded, in_hbm):
 
 def test_a_loop_runs_as_often_as_its_condition_says():
     program = hlo.parse(LOOP)
-    (loop,) = (i for i in program.computations[program.entry] if i.opcode == "while")
-    assert loop.is_root
-    assert program.trips(loop) == 3
+    (found,) = (i for i in program.computations[program.entry] if i.opcode == "while")
+    assert found.is_root
+    assert program.trips(found) == 3
     assert program.computations["condition"][-1].words == ["a", "b", "c", "lt"]
     known = 'backend_config={"known_trip_count":{"n":"7"}}'  # a CPU's compiler says it
-    assert program.trips(loop._replace(attributes=known)) == 7
+    assert program.trips(found._replace(attributes=known)) == 7
 
 
 def test_a_loop_that_the_data_end_says_nothing():
     program = hlo.parse(LOOP.replace("direction=LT", "direction=NE"))
     assert program.trips(program.computations[program.entry][-1]) is None
+
+
+def test_a_loop_that_the_data_end_runs_as_often_as_its_scope_expects():
+    """A scope in a scope: the innermost counts.  Where the program knows the trips, it is right."""
+    program = hlo.parse(LOOP.replace("direction=LT", "direction=NE"))
+    data_ends = program.computations[program.entry][-1]
+    named = ', metadata={op_name="jit(f)/usual_trips_9/dispatch/usual_trips_4/while"}'
+    expected = data_ends._replace(attributes=data_ends.attributes + named)
+    assert program.trips(expected) == 4
+    known = hlo.parse(LOOP)
+    counted = known.computations[known.entry][-1]
+    assert known.trips(counted._replace(attributes=counted.attributes + named)) == 3
+
+
+def test_blocks_of_rows_name_their_trips():
+    """The loops of moe/blocks.py, in a program compiled here."""
+    usual = blocks.Usual(32, 4.0)
+    weights = ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
+
+    @jax.jit
+    def run(ids, x, gates):
+        return blocks.weighted_sums(loop, x, Routing(ids, gates, None), weights, 128, usual)
+
+    arguments = jnp.zeros((64, 2), jnp.int32), jnp.ones((64, 4)), jnp.ones((64, 2))
+    program = hlo.parse(run.lower(*arguments).compile().as_text())
+    loops = [i for lines in program.computations.values() for i in lines if i.opcode == "while"]
+    trips = {program.trips(i) for i in loops}
+    assert {2, 1} <= trips  # blocks of 16 of the usual 32 assignments; of 8 for the usual 4 rows
+    assert None not in trips

@@ -56,27 +56,46 @@ def test_the_proposal_fits_and_no_other_that_fits_is_faster(small):
     assert "without" in text
 
 
-def test_room_for_the_worst_case_costs_hbm():
-    """16B with experts on eight chips: what the buffers move is as large as they are."""
+def test_room_for_the_worst_case_costs_memory_and_no_traffic():
+    """16B with experts on eight chips: the rows that come are moved, not the room for others."""
     config = from_config_dict(dsmoe_16b.get_config())
     sizes = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
     state = state_shapes(config)
 
-    def hbm(buffer_factor, n_micro=36):
+    def plan(buffer_factor, n_micro=36):
         other = replace(config, **{"model.moe.dispatch.buffer_factor": buffer_factor})
-        return planner.estimate(other, state, sizes, n_micro).hbm
+        return planner.estimate(other, state, sizes, n_micro)
 
     rows = "experts and dispatch"
+    assert plan(None).hbm[rows] == pytest.approx(plan(4.0).hbm[rows])
+    # Of each of 8192 x 6 rows 42 numbers of D and 46 of F, in three passes; 185 of each vector that
+    # eight chips may send; and of the shared experts' F, 36.
+    t = 8192
+    in_bytes = t * 6 * (42 * 2048 + 46 * 1408) + 8 * t * 185 * 2048 + t * 2 * 1408 * 36
+    assert plan(None).hbm[rows] == pytest.approx(27 * 36 * in_bytes / 1e9)
     # The worst case is eight times the mean: six chosen experts, all of them on one of the chips.
-    two_more = hbm(4.0)[rows] - hbm(2.0)[rows]
-    # 82 and 74 bytes for each number of a row, as docs/scale.md reads off the compiled program.
-    mean_rows = 8192 * 6
-    in_bytes = 27 * 36 * 2 * mean_rows * (82 * 2048 + 74 * 1408)
-    assert two_more == pytest.approx(in_bytes / 1e9)
-    assert hbm(None)[rows] - hbm(4.0)[rows] == pytest.approx(2 * two_more, rel=0.001)
+    at_work = "a layer at work or logits"
+    two_more = plan(4.0).memory[at_work] - plan(2.0).memory[at_work]
+    assert plan(None).memory[at_work] - plan(4.0).memory[at_work] == pytest.approx(2 * two_more)
+    assert two_more >= 2 * t * 6 * 2 * 2048 / 1e9
     attention = "attention and projections"
-    assert hbm(None)[attention] == pytest.approx(hbm(None, 72)[attention])
-    assert hbm(None, 72)["weights"] == pytest.approx(2 * hbm(None)["weights"])
+    assert plan(None).hbm[attention] == pytest.approx(plan(None, 72).hbm[attention])
+    assert plan(None, 72).hbm["weights"] == pytest.approx(2 * plan(None).hbm["weights"])
+
+
+def test_scores_count_where_a_kernel_keeps_them():
+    """24 bytes and twice 16 for each head, query and key of 16B: 16 heads and 4096 keys."""
+    config = from_config_dict(dsmoe_16b.get_config())
+    state = state_shapes(config)
+    sizes = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
+
+    def attended(kernel):
+        other = replace(config, **{"model.attention.kernel": kernel})
+        return planner.estimate(other, state, sizes, 36).hbm["attention and projections"]
+
+    scores = 8192 * 16 * 4096 * (27 * (2 * 16 + 24) + (16 + 24))
+    assert attended("xla") - attended("auto") == pytest.approx(36 * scores / 1e9)
+    assert attended("splash") == attended("auto")
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers():

@@ -22,19 +22,22 @@ class Volume(NamedTuple):
         choices are equally likely.
       label_bytes: of the gates and choices that travel with each of them on the way out.
       buffered: in the buffer of received rows.
-      computed: in the arrays that the experts compute, padding included.
+      room: assignments for whose results there is room.
+      computed: assignments that experts compute, if all choices are equally likely.
     """
 
     received: float
     label_bytes: int
     buffered: float
+    room: float
     computed: float
 
 
 def on_one_chip(moe: MoEConfig, t: int, p: int) -> Volume:
     """One chip holds all experts: nothing travels."""
     del p
-    return Volume(0.0, 0, 0.0, float(t * moe.num_experts_per_tok))
+    assignments = float(t * moe.num_experts_per_tok)
+    return Volume(0.0, 0, 0.0, assignments, assignments)
 
 
 def of_all_to_all(moe: MoEConfig, t: int, p: int) -> Volume:
@@ -42,14 +45,17 @@ def of_all_to_all(moe: MoEConfig, t: int, p: int) -> Volume:
     max_rows = _max_rows(moe, t, p)
     received = chips_of_a_token(moe, p) * (p - 1) / p * t
     chunk = t / moe.dispatch.chunks
-    return Volume(received, _label_bytes(moe, p), min(p * chunk, max_rows), max_rows)
+    buffered = min(p * chunk, max_rows)
+    return Volume(received, _label_bytes(moe, p), buffered, max_rows, t * moe.num_experts_per_tok)
 
 
 def of_all_gather(moe: MoEConfig, t: int, p: int) -> Volume:
     """Every row travels to every chip, with all its K choices and gates."""
     chunk = t / moe.dispatch.chunks
     label_bytes = 8 * moe.num_experts_per_tok
-    return Volume(float((p - 1) * t), label_bytes, p * chunk, _max_rows(moe, t, p))
+    received = float((p - 1) * t)
+    room = _max_rows(moe, t, p)
+    return Volume(received, label_bytes, p * chunk, room, t * moe.num_experts_per_tok)
 
 
 def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
@@ -58,7 +64,9 @@ def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
     if moe.drop is not None:
         slots = min(t, math.ceil(moe.drop.capacity_factor * t * moe.num_experts_per_tok / p))
     received = float((p - 1) * slots)
-    return Volume(received, _label_bytes(moe, p), p * slots, float(p * slots))
+    room = float(p * slots)
+    computed = min(room, t * moe.num_experts_per_tok)
+    return Volume(received, _label_bytes(moe, p), p * slots, room, computed)
 
 
 def _max_rows(moe: MoEConfig, t: int, p: int) -> float:

@@ -29,7 +29,7 @@ from dsmoe_jax.parallel.sharding import spec_of
 KERNELS: dict[str, Kernel] = {
     "splash": Kernel(splash.attend, splash.refuse, per_shard=True),
     "cudnn": Kernel(cudnn.attend, cudnn.refuse, per_shard=True),
-    "xla": Kernel(xla.attend, xla.refuse),
+    "xla": Kernel(xla.attend, xla.refuse, keeps_scores=True),
 }
 _KEY = "model.attention.kernel"
 
@@ -38,6 +38,15 @@ def check_name(name: str) -> None:
     """Refuses an unknown `model.attention.kernel`."""
     names = ["auto", *sorted(KERNELS)]
     require(name in names, _KEY, name, f"must be one of {names}")
+
+
+def keeps_scores(name: str) -> bool:
+    """Whether an accelerator keeps scores in memory with this `model.attention.kernel`.
+
+    "auto" is taken for a kernel that does not, which every accelerator has for one document a
+    sequence.
+    """
+    return name in KERNELS and KERNELS[name].keeps_scores
 
 
 def choose(name: str, task: Task) -> str:

@@ -48,8 +48,10 @@ class Kernel(NamedTuple):
       attend: the function.
       refuse: says why it cannot compute a task and what would be right; "" if it can.
       per_shard: whether it must be called on each shard of a mesh, since XLA cannot split it.
+      keeps_scores: whether scores are arrays in the device's memory.
     """
 
     attend: Attend
     refuse: Callable[[Task], str]
     per_shard: bool = False
+    keeps_scores: bool = False
