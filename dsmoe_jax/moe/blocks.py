@@ -108,7 +108,7 @@ def weighted_sums(
     n_blocks = math.ceil(n / max(1, math.ceil(SHARE * usual.assignments)))
     block = math.ceil(n / n_blocks)
     work = _sort(routing.ids_TK, e, n_blocks * block)
-    y_RD = _sums(_Static(run, block, usual), work, x_RD, routing.gates_TK, weights)
+    y_RD: Any = _sums(_Static(run, block, usual), work, x_RD, routing.gates_TK, weights)
     end_e = jnp.minimum(jnp.cumsum(work.sizes_e), work.order_N.size)
     return y_RD, jnp.diff(end_e, prepend=0)
 
@@ -235,8 +235,10 @@ def _sum_choices(out_ND: jax.Array, work: _Work, usual: Usual) -> jax.Array:
     def one_more(i: jax.Array, rest_RD: jax.Array) -> jax.Array:
         row_B = jax.lax.dynamic_slice_in_dim(several_R, i * block, block)
         rank_BW = work.rank_RW.at[row_B].get(mode="fill", fill_value=work.order_N.size)
-        others = (rows.take_any(out_ND, rank_BW[:, j]).astype(jnp.float32) for j in range(1, w))
-        return _put(rest_RD, sum(others).astype(rest_RD.dtype), i)
+        sum_BD = jnp.zeros((block, out_ND.shape[1]), jnp.float32)
+        for j in range(1, w):
+            sum_BD += rows.take_any(out_ND, rank_BW[:, j])
+        return _put(rest_RD, sum_BD.astype(rest_RD.dtype), i)
 
     n_several = (work.several_R < r).sum()
     room_RD = _empty(several_R.size, out_ND)

@@ -122,7 +122,8 @@ def dispatch_compute_combine(
         out_RD, computed_e = _on_all_rows(parts, arrived, weights)
     else:
         n_devices = n_experts // weights.gate_EFD.shape[0]
-        usual = blocks.usual(*tokens.ids_TK.shape, n_experts, n_devices)
+        t, k = tokens.ids_TK.shape
+        usual = blocks.usual(t, k, n_experts, n_devices)
         out_RD, computed_e = blocks.weighted_sums(
             parts.run_experts, arrived.rows_RD, arrived.routing, weights, max_rows, usual
         )
