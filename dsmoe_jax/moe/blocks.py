@@ -48,7 +48,7 @@ class Usual(NamedTuple):
 
 
 def usual(t: int, k: int, n_experts: int, n_devices: int) -> Usual:
-    """What a device expects from `n_devices` shards of t tokens, each with k of the experts."""
+    """Expectations of a device that `n_devices` shards of t tokens send to, each with k choices."""
     others = n_experts - n_experts // n_devices
     ways = math.comb(n_experts, k)
     none = math.comb(others, k) / ways
@@ -75,7 +75,7 @@ class _Work(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What is known when the loops are traced."""
+    """Values that are known when the loops are traced."""
 
     run: RunExperts
     block: int

@@ -40,7 +40,7 @@ def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
 
 
 def _check_tokens(experiment: Experiment, cells: Sequence[Cell]) -> None:
-    """What `check_measured` looks at after the runs, as far as the configs say it."""
+    """Refuses what `check_measured` would refuse after the runs, as far as the configs say it."""
     columns = {
         "tokens": [tokens_after(cell.config, cell.config.train.steps) for cell in cells],
         "validation_tokens": [_validation_tokens(cell.config) for cell in cells],

@@ -1,4 +1,4 @@
-"""What the loads of evaluation.json say: the busiest experts, devices, languages and kinds of text.
+"""Readings of the loads in evaluation.json: busiest experts, devices, languages, kinds of text.
 
 Shapes: L MoE layers, E routed experts, D devices of the config (`expert_groups`), G domains.
 """

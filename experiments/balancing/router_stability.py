@@ -1,4 +1,4 @@
-"""What the float32 router and the z-loss are for: training at a rate that is too high.
+"""Purpose of the float32 router and the z-loss: training at a rate that is too high.
 
     python -m experiments.balancing.router_stability --scale=demo
 
