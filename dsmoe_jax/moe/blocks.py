@@ -4,7 +4,8 @@ A device must have room for any load, many times the usual one.  What passed ove
 would take the time and the memory traffic of the worst case every time.  Here the assignments,
 sorted by expert, are taken one block after the other: gather the rows of a block, run the experts,
 weigh the results; and stop after the last assignment.  So time and traffic follow the load, and
-what is between two products takes the memory of one block.  Nothing is dropped.
+what is between two products takes the memory of one block.  Nothing is dropped.  (The room for
+received rows, of which each comes at most once, is passed over whole.)
 
 The gradient runs each block again: only the arguments are saved.
 

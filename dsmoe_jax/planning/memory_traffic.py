@@ -3,10 +3,10 @@
 Every instruction that the chip executes reads its operands and writes its result, each once:
 
 - a fusion reads and writes what crosses its border; what is inside stays on the chip;
-- a `while` moves what its body moves, times its trips (once, if the data decide how often it runs:
-  `Move.counted_once`); a conditional what its normal branch moves
-  (`Program.normal_branches`: not the one for buffers that are too small), of several the one that
-  moves most;
+- a `while` moves what its body moves, times its trips; where the data decide how often it runs,
+  those that its scope expects (`blocks.USUAL_TRIPS`), else once (`Move.counted_once`);
+- a conditional moves what its normal branch moves (`Program.normal_branches`: not the one for
+  buffers that are too small), of several the one that moves most;
 - a dynamic-slice, a slice or a gather reads what it takes, also inside a fusion that does nothing
   else with the operand but element by element;
 - a dynamic-update-slice or a scatter of an operand is in place: it reads and writes the update's
