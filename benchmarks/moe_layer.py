@@ -106,7 +106,7 @@ def parts_for(backend: str, dtype: jnp.dtype) -> routed.Parts:
     """The parts of the layer on one device, with a backend and its row kernels."""
     return routed.Parts(
         dispatch.DISPATCHERS["local"],
-        experts.choose_backend(backend, dtype).run,
+        experts.choose_backend(backend, dtype),
         kernels.choose_rows(ROW_KERNELS.get(backend, "jax"), dtype),
     )
 
@@ -118,7 +118,7 @@ def moe_layer(x_TD, router_ED, weights, offsets_TE, k: int, parts: routed.Parts)
     _, ids_TK = parts.kernels.top_k(logits_TE + offsets_TE, k)
     gates_TK = jnp.take_along_axis(affinity_TE, ids_TK, axis=1)
     tokens = routed.Tokens(x_TD, ids_TK, gates_TK)
-    y_TD, _ = routed.dispatch_compute_combine(parts, weights, None, tokens)
+    y_TD, _ = routed.on_one_device(parts, weights, tokens)
     return y_TD
 
 

@@ -60,7 +60,6 @@ class Case(NamedTuple):
 ONE_DEVICE = "one device"
 CASES = {
     "all_to_all": Case(DispatchConfig("all_to_all")),
-    "all_to_all, buffers of 2 x the mean": Case(DispatchConfig("all_to_all", buffer_factor=2.0)),
     "all_to_all, 4 chunks": Case(DispatchConfig("all_to_all", chunks=4)),
     # Named as in the committed results; nothing is dropped, so each device has a slot for all.
     "capacity, worst case": Case(DispatchConfig("fixed_slots"), fixed_rows=True),
@@ -186,13 +185,12 @@ def placed_arguments(meshes: tuple[Mesh, ...], chosen: dict, dtype: str) -> dict
 def traffic(case: str, ids_TK: np.ndarray, did: DispatchReport, itemsize: int) -> dict:
     """Megabytes that travel, beside the least possible; None on one device."""
     if did.exchanged_rows is None:
-        return dict.fromkeys(("retries", "sent_mb", "least_mb", "per_choice_mb"))
+        return dict.fromkeys(("sent_mb", "least_mb", "per_choice_mb"))
     n_devices = jax.device_count()
     least, per_choice = least_rows(ids_TK, n_devices)
     sent = sent_bytes(CASES[case], n_devices, float(did.exchanged_rows), itemsize)
     there_and_back_mb = 2 * D * itemsize / 1e6
     return {
-        "retries": None if did.retries is None else float(did.retries),
         "sent_mb": sent / 1e6,
         "least_mb": least * there_and_back_mb,
         "per_choice_mb": per_choice * there_and_back_mb,

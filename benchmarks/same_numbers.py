@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsmoe_jax.progress import ProgressLine
+from dsmoe_jax.runs.metrics_log import KERNELS
 from dsmoe_jax.runs.workdir import EVALUATION, METRICS
 from dsmoe_jax.study.experiment import Arm
 from experiments.v1.table1 import EXPERIMENT
@@ -188,7 +189,7 @@ def compare_row(old: dict[str, Any], new: dict[str, Any], keys: Keys) -> list[Di
     names = [*renamed, *(key for key in new if key not in renamed and key not in keys.added)]
     found = []
     for name in names:
-        if name in SPEEDS:
+        if name in {*SPEEDS, KERNELS}:
             continue
         place, *values = first_unequal(renamed.get(name, MISSING), new.get(name, MISSING))
         if values:

@@ -19,7 +19,7 @@ import jax
 
 import configs
 from benchmarks import harness
-from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.config import from_config_dict
 from dsmoe_jax.planning import planner
 from dsmoe_jax.training.start import state_shapes
 
@@ -67,8 +67,6 @@ def prove(config: str, topology: str, flags: list[str]) -> dict:
 def planned(report: dict) -> planner.Plan:
     """The compiled step by the planner's arithmetic."""
     config = from_config_dict(configs.load(report["config"]))
-    factor = report["buffer_factor"] or None  # older results have 0 for the worst case
-    config = replace(config, **{"model.moe.dispatch.buffer_factor": factor})
     state = state_shapes(config)
     return planner.estimate(config, state, report["mesh"], report["accumulation_steps"])
 

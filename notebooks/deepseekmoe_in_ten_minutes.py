@@ -283,8 +283,8 @@ plt.show()
 
 # %%
 there = local.dispatch(u_TD, routing, E, kernels.JAX_ROWS)
-run_experts = experts.BACKENDS["blocked"].run
-out_ND = jax.jit(run_experts)(there.rows_ND, there.group_sizes_e, weights)
+backend = experts.BACKENDS["blocked"]
+out_ND = jax.jit(backend.run)(there.rows_ND, there.group_sizes_e, weights)
 
 by_hand = [
     reference.ffn(there.rows_ND[n : n + 1], *(matrix[e] for matrix in weights))
@@ -301,13 +301,13 @@ y_TD = local.combine(out_ND, there.state, kernels.JAX_ROWS)
 np.testing.assert_allclose(y_TD + reference.ffn(u_TD, *shared), h_TD, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# `routed.dispatch_compute_combine` is these three calls.  The layer of the package is the router in
+# `routed.on_one_device` is these three calls.  The layer of the package is the router in
 # front of it, the shared experts beside it, and a report of what happened:
 
 # %%
-parts = routed.Parts(DISPATCHERS["local"], run_experts, kernels.JAX_ROWS)
+parts = routed.Parts(DISPATCHERS["local"], backend, kernels.JAX_ROWS)
 tokens = routed.Tokens(u_TD, routing.ids_TK, routing.gates_TK)
-composed_TD, computed_E = routed.dispatch_compute_combine(parts, weights, None, tokens)
+composed_TD, computed_E = routed.on_one_device(parts, weights, tokens)
 np.testing.assert_allclose(composed_TD, y_TD, rtol=1e-5, atol=1e-6)
 np.testing.assert_array_equal(computed_E, there.group_sizes_e)
 

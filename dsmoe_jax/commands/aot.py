@@ -1,13 +1,11 @@
 """Compiles the train step of a config for a TPU slice, without a TPU.
 
 Prints memory, traffic of the chip's memory by scope of the model, traffic between chips, and bounds
-of the time of a step.  Takes a minute or two for a
-model of any size.
+of the time of a step.  Takes some minutes for a model of any size.
 
 python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
 python -m dsmoe_jax aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
     --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
-python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v6e:8x8 --buffers
 
 The mesh is that of the config; if the config has none, the command `plan` proposes it.  Of a run in
 stages it is the step with the most FLOPs.  Needs pip install 'dsmoe_jax[tpu]'.  A step that does
@@ -17,14 +15,12 @@ not fit is an error that gives the numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import flags
 
 from dsmoe_jax.commands import command_line
-from dsmoe_jax.config import replace
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning import memory_traffic
@@ -33,11 +29,7 @@ from dsmoe_jax.planning.plan_report import stage_to_plan
 
 command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4, v5e, v5p or v6e, colon, shape.")
-_BUFFERS = flags.DEFINE_bool("buffers", False, "Also with exchange buffers for MaxVio 0, 1 and 4.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text.")
-
-# MaxVio over devices -> model.moe.dispatch.buffer_factor that holds the rows of the busiest device.
-BUFFERS = {"MaxVio 0": 1.0, "MaxVio 1": 2.0, "MaxVio 4": 5.0, "worst case": None}
 
 
 def describe(proof: Proof) -> str:
@@ -105,13 +97,6 @@ def _traffic_table(proof: Proof) -> list[str]:
     return lines
 
 
-def _memory_and_exchange(proof: Proof | str) -> str:
-    if isinstance(proof, str):
-        return proof
-    ragged = proof.collectives.get("ragged-all-to-all", 0.0)
-    return f"{proof.used:.2f} GB, ragged exchanges at most {ragged:.2f} GB"
-
-
 def _listing(costs: dict[str, float]) -> str:
     return ", ".join(f"{name} {gb:.2f}" for name, gb in costs.items())
 
@@ -127,7 +112,6 @@ def as_json(proof: Proof) -> dict[str, Any]:
         "mesh": {axis: proof.sizes[axis] for axis in AXES},
         "planned": proof.planned,
         "accumulation_steps": proof.config.train.accumulation_steps,
-        "buffer_factor": proof.config.model.moe.dispatch.buffer_factor,
         "hbm_gb": CHIPS[proof.chip].hbm_gb,
         "used_gb": proof.used,
         "memory_gb": proof.memory,
@@ -151,19 +135,6 @@ def as_json(proof: Proof) -> dict[str, Any]:
     }
 
 
-def other_buffers(proof: Proof) -> Iterator[tuple[str, Proof | str]]:
-    """Proofs of the same step with other exchange buffers; the error where one does not fit."""
-    for name, factor in BUFFERS.items():
-        if factor == proof.config.model.moe.dispatch.buffer_factor:
-            yield name, proof
-            continue
-        other = replace(proof.config, **{"model.moe.dispatch.buffer_factor": factor})
-        try:
-            yield name, prove(other, proof.topology)
-        except ValueError as error:
-            yield name, str(error)
-
-
 def main() -> None:
     """Runs the command."""
     if not _TOPOLOGY.value:
@@ -171,14 +142,4 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
     config, note = stage_to_plan(command_line.config())
     proof = prove(config, _TOPOLOGY.value)
-    report: dict[str, Any] = as_json(proof)
-    if not _JSON.value:
-        print(note + describe(proof), flush=True)
-    if _BUFFERS.value:
-        report["buffers"] = {}
-        for name, other in other_buffers(proof):
-            report["buffers"][name] = as_json(other) if isinstance(other, Proof) else other
-            if not _JSON.value:
-                print(f"buffers   {name}: {_memory_and_exchange(other)}", flush=True)
-    if _JSON.value:
-        print(json.dumps(report))
+    print(json.dumps(as_json(proof)) if _JSON.value else note + describe(proof))

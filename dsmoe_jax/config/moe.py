@@ -103,19 +103,10 @@ class DispatchConfig:
 
     # A name in dsmoe_jax/moe/dispatch, or "auto": "all_to_all" where a mesh splits the experts.
     name: str = "auto"
-    # Rows of a device's buffers, relative to the mean load; where they are too few, smaller chunks
-    # are used.  None: buffers that fit any load.
-    buffer_factor: float | None = None
     chunks: int = 1  # parts in which the tokens of a shard are dispatched; more take less memory
 
     def __post_init__(self) -> None:
-        check = checker(self, "model.moe.dispatch.")
         positive(self, "model.moe.dispatch.", "chunks")
-        check(
-            "buffer_factor",
-            self.buffer_factor is None or self.buffer_factor >= 1,
-            "must be at least 1, room for the mean, or None for the worst case",
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,10 @@ def from_config_dict(tree: Any) -> Config:
     return trees.build(Config, tree)
 
 
+# Keys of older runs that are no more; no number depended on them.
+_WITHOUT_EFFECT = ("model.moe.dispatch.buffer_factor",)
+
+
 def from_saved(tree: Any) -> tuple[Config, dict[str, Any]]:
     """The config of a run, which may have begun before some keys were added.
 
@@ -92,8 +96,19 @@ def from_saved(tree: Any) -> tuple[Config, dict[str, Any]]:
     _refuse_old_form(tree)
     for section in ("model", "data", "train"):  # every run has had them: it is something else
         require(section in tree, section, None, "missing")
+    for key in _WITHOUT_EFFECT:
+        tree = _without(tree, key)
     filled, added = trees.with_defaults(Config, tree)
     return from_config_dict(filled), added
+
+
+def _without(tree: Any, key: str) -> Any:
+    """A tree without a dotted key, if it has it."""
+    first, _, rest = key.partition(".")
+    if not isinstance(tree, dict) or first not in tree:
+        return tree
+    others = {name: value for name, value in tree.items() if name != first}
+    return {**others, first: _without(tree[first], rest)} if rest else others
 
 
 def _refuse_old_form(tree: Any) -> None:

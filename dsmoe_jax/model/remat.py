@@ -7,24 +7,31 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dsmoe_jax.nn import kept
+
 
 class Remat(NamedTuple):
     """A kind of rematerialisation.
 
     Attributes:
       policy: says what `jax.checkpoint` keeps of a layer; None: no checkpoint, all is kept.
-      whole_layers: whether a layer is computed again from its input alone, the exchange of tokens
-        included.
+      again: whether the backward pass computes a layer again from its input and what is `kept`.
+      kept: names of values (nn/kept.py) that are not computed again.
     """
 
     policy: Callable[..., Any] | None
-    whole_layers: bool = False
+    again: bool = False
+    kept: tuple[str, ...] = ()
 
 
 REMAT: dict[str, Remat] = {
     "none": Remat(None),
     "dots": Remat(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),  # keep matmul results
-    "full": Remat(jax.checkpoint_policies.nothing_saveable, whole_layers=True),
+    # The exchange of tokens and the scores are not repeated; the rest of a layer is.
+    "named": Remat(
+        jax.checkpoint_policies.save_only_these_names(*kept.NAMES), again=True, kept=kept.NAMES
+    ),
+    "full": Remat(jax.checkpoint_policies.nothing_saveable, again=True),
 }
 
 

@@ -2,7 +2,7 @@
 
 `dispatch_compute_combine` is the composition.  On one device it runs once, on all tokens.  On a
 mesh it runs inside each shard, and inside each chunk of a shard's tokens; the rest of this file
-prepares that: specs, weights, buffers, chunks.
+prepares that: specs, weights, chunks.
 
 The mesh is the ambient one (`jax.set_mesh`) with the axes data, fsdp, expert, tensor.  Tokens are
 split over data x fsdp x expert.  The experts' weights are split too: E over `expert`, F over
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -28,14 +29,11 @@ from dsmoe_jax.config import DispatchConfig, MoEConfig
 from dsmoe_jax.moe import blocks, dispatch
 from dsmoe_jax.moe.dispatch import Arrived, Dispatcher, DispatchReport, local
 from dsmoe_jax.moe.dispatch.expert_parallel import exchanged_rows
-from dsmoe_jax.moe.experts import ExpertWeights, RunExperts, choose_backend
+from dsmoe_jax.moe.experts import Backend, ExpertWeights, JoinedWeights, choose_backend, join
 from dsmoe_jax.moe.kernels import JAX_ROWS, RowKernels
-from dsmoe_jax.moe.types import Routing, count_load
+from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import spec
-
-# `jax.named_scope` of work that is done only when the exchange's buffers are too small.
-RETRY = "retry"
 
 WEIGHT_SPECS = ExpertWeights._make(spec(letters) for letters in ("EFD", "EFD", "EDF"))
 
@@ -44,8 +42,11 @@ class Parts(NamedTuple):
     """The chosen parts of the composition; all of them are static."""
 
     dispatcher: Dispatcher
-    run_experts: RunExperts
+    backend: Backend
     kernels: RowKernels
+
+
+Compute = Callable[[Arrived], tuple[jax.Array, jax.Array]]
 
 
 class Tokens(NamedTuple):
@@ -87,61 +88,59 @@ def routed_experts(
     mesh = jax.sharding.get_abstract_mesh()
     dispatch.check_mesh(moe.dispatch.name, expert_devices(), has_mesh=not mesh.empty)
     dispatcher = dispatch.choose_dispatcher(moe.dispatch.name, expert_devices())
-    parts = Parts(dispatcher, choose_backend(moe.expert_backend, x_TD.dtype).run, kernels)
+    parts = Parts(dispatcher, choose_backend(moe.expert_backend, x_TD.dtype), kernels)
     tokens = Tokens(x_TD, routing.ids_TK, routing.gates_TK)
     if dispatcher.needs_mesh or math.prod(mesh.axis_sizes) > 1:
         # The compiled row kernels support neither empty slots nor cut-off rows.
         parts = parts._replace(kernels=JAX_ROWS)
         return _on_mesh(parts, tokens, weights, moe.dispatch, max_kept)
     weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
-    y_TD, computed_E = dispatch_compute_combine(parts, weights, None, tokens)
+    y_TD, computed_E = on_one_device(parts, weights, tokens)
     return y_TD, DispatchReport(computed_E.astype(jnp.float32))
 
 
 def dispatch_compute_combine(
-    parts: Parts, weights: ExpertWeights, max_rows: int | None, tokens: Tokens
+    parts: Parts, n_experts: int, compute: Compute, max_rows: int | None, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array]:
     """Dispatch, experts and combine for the tokens of one shard or chunk.
 
     Args:
       parts: dispatcher, backend and row kernels.
-      weights: of this device's experts, in the dtype of the tokens.
+      n_experts: E.
+      compute: the weighted sums of this device's experts, for each row that arrives.
       max_rows: the most assignments that this device receives; None: unbounded.
       tokens: with a routing over all E experts.
 
     Returns:
       y_tD, and the rows that each of this device's experts computed, int32 (e,).
     """
-    n_experts = weights.gate_EFD.shape[0]
-    if parts.dispatcher.needs_mesh:
-        n_experts *= jax.lax.axis_size("expert")
     routing = Routing(tokens.ids_TK, tokens.gates_TK, None)
     arrived = parts.dispatcher.dispatch(tokens.x_TD, routing, n_experts, max_rows, parts.kernels)
     chex.assert_equal_shape_prefix([arrived.rows_RD, arrived.routing.ids_TK], 1)
-    if max_rows is None:
-        out_RD, computed_e = _on_all_rows(parts, arrived, weights)
-    else:
-        n_devices = n_experts // weights.gate_EFD.shape[0]
-        t, k = tokens.ids_TK.shape
-        usual = blocks.usual(t, k, n_experts, n_devices)
-        out_RD, computed_e = blocks.weighted_sums(
-            parts.run_experts, arrived.rows_RD, arrived.routing, weights, max_rows, usual
-        )
+    out_RD, computed_e = compute(arrived)
     chex.assert_equal_shape([out_RD, arrived.rows_RD])
     return parts.dispatcher.combine(out_RD, arrived.state, parts.kernels), computed_e
 
 
-def _on_all_rows(
-    parts: Parts, arrived: Arrived, weights: ExpertWeights
+def on_one_device(
+    parts: Parts, weights: ExpertWeights, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of each row's experts, all rows at once, and the rows of each expert.
+    """The composition for a device that holds all experts; weights in the dtype of the tokens."""
+    compute = functools.partial(_all_at_once, parts, weights)
+    return dispatch_compute_combine(parts, weights.gate_EFD.shape[0], compute, None, tokens)
+
+
+def _all_at_once(
+    parts: Parts, weights: ExpertWeights, arrived: Arrived
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of each row's experts, and the rows of each expert.
 
     On one device as many rows come as there are assignments, so no room is empty.
     """
     n_experts = weights.gate_EFD.shape[0]
     grouped = local.dispatch(arrived.rows_RD, arrived.routing, n_experts, parts.kernels)
     with jax.named_scope("experts"):
-        out_ND = parts.run_experts(grouped.rows_ND, grouped.group_sizes_e, weights)
+        out_ND = parts.backend.run(grouped.rows_ND, grouped.group_sizes_e, weights)
     chex.assert_equal_shape([out_ND, grouped.rows_ND])
     return local.combine(out_ND, grouped.state, parts.kernels), grouped.computed()
 
@@ -158,17 +157,17 @@ def _on_mesh(
     n_experts = weights.gate_EFD.shape[0]
 
     def on_shard(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, DispatchReport]:
-        weights = _gather_weights(weights, tokens.x_TD.dtype)
+        whole = _gather_weights(weights, tokens.x_TD.dtype)
         filled = _fill_up(tokens, config.chunks, n_experts)
-        y_tD, computed_e, retries = _in_buffers(parts, weights, filled, n_experts, config, max_kept)
+        y_tD, computed_e = _in_chunks(parts, whole, filled, n_experts, config.chunks, max_kept)
         computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
         rows = jax.lax.psum(exchanged_rows(tokens.ids_TK, n_experts), BATCH_AXES)
         y_tD = jax.lax.psum(y_tD[: tokens.x_TD.shape[0]], "tensor")
-        return y_tD, DispatchReport(computed_e, rows, retries)
+        return y_tD, DispatchReport(computed_e, rows)
 
     replicated = PartitionSpec()
     by_token = spec("TD")
-    report: Any = DispatchReport(PartitionSpec("expert"), replicated, replicated)  # pyright: ignore
+    report: Any = DispatchReport(PartitionSpec("expert"), replicated)  # pyright: ignore
     # Without check_vma, which would take the zeros that the backends' loops start from for
     # replicated.
     y_TD, report = jax.shard_map(
@@ -180,59 +179,34 @@ def _on_mesh(
     return y_TD[: tokens.x_TD.shape[0]], jax.lax.stop_gradient(report)
 
 
-def _in_buffers(
+def _in_chunks(
     parts: Parts,
-    weights: ExpertWeights,
+    weights: JoinedWeights,
     tokens: Tokens,
     n_experts: int,
-    config: DispatchConfig,
+    n_chunks: int,
     max_kept: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The composition with buffers that fit any load, or `buffer_factor` times the mean load.
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one chunk of the tokens after the other; the backward pass recomputes each.
 
-    If the latter are too small on any device of the mesh, all devices use smaller chunks, so small
-    that any load fits: slower, but exact and in the same memory.
+    Each has room for any load: all tokens may choose the experts of one device.
 
     Returns:
-      y_tD, the rows that each expert of this device computed, and 1.0 if smaller chunks were used.
+      y_tD, and the rows that each expert of this device computed.
     """
     n_devices = jax.lax.axis_size("expert")
     t, k = tokens.ids_TK.shape
-    choices = min(k, n_experts // n_devices)  # of a token on one device
+    usual = blocks.usual(t // n_chunks, k, n_experts, n_devices)
+    per_shard = t // n_chunks * min(k, n_experts // n_devices)
+    if max_kept is not None:
+        per_shard = min(per_shard, max_kept)
+    max_rows = n_devices * per_shard
 
-    def exact_max_rows(n_chunks: int) -> int:
-        per_shard = t // n_chunks * choices
-        return n_devices * (per_shard if max_kept is None else min(per_shard, max_kept))
+    def compute(arrived: Arrived) -> tuple[jax.Array, jax.Array]:
+        run = parts.backend.run_weighted
+        return blocks.weighted_sums(run, arrived, weights, max_rows, usual)
 
-    in_chunks = functools.partial(_in_chunks, parts, weights)
-    n_chunks = config.chunks
-    max_rows = exact_max_rows(n_chunks)
-    if config.buffer_factor is not None:
-        max_rows = math.ceil(config.buffer_factor * (t // n_chunks) * k)
-    if max_rows >= exact_max_rows(n_chunks):
-        return *in_chunks(n_chunks, exact_max_rows(n_chunks), tokens), jnp.float32(0)
-    # Assignments that each device receives from all shards of its group, by chunk.
-    device_QTK = tokens.ids_TK.reshape(n_chunks, -1, k) // (n_experts // n_devices)
-    load_QP = jax.vmap(lambda device_TK: count_load(device_TK, n_devices))(device_QTK)
-    load_QP = jax.lax.psum(load_QP, "expert")
-    retry = jax.lax.pmax((load_QP > max_rows).any().astype(jnp.float32), BATCH_AXES)
-    divisors = (n for n in range(n_chunks, t + 1) if t % n == 0)
-    smaller = next((n for n in divisors if exact_max_rows(n) <= max_rows), t)
-
-    def again(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        with jax.named_scope(RETRY):  # planning counts the traffic of the other branch
-            return in_chunks(smaller, exact_max_rows(smaller), tokens)
-
-    once = functools.partial(in_chunks, n_chunks, max_rows)
-    y_tD, computed_e = jax.lax.cond(retry > 0, again, once, tokens)
-    return y_tD, computed_e, retry
-
-
-def _in_chunks(
-    parts: Parts, weights: ExpertWeights, n_chunks: int, max_rows: int, tokens: Tokens
-) -> tuple[jax.Array, jax.Array]:
-    """Runs one chunk of the tokens after the other; the backward pass recomputes each."""
-    one = functools.partial(dispatch_compute_combine, parts, weights, max_rows)
+    one = functools.partial(dispatch_compute_combine, parts, n_experts, compute, max_rows)
     if n_chunks == 1:
         return one(tokens)
     chunks = jax.tree.map(lambda a: a.reshape(n_chunks, -1, *a.shape[1:]), tokens)
@@ -241,16 +215,16 @@ def _in_chunks(
     return y_QtD.reshape(tokens.x_TD.shape), computed_Qe.sum(axis=0)
 
 
-def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
-    """The weights of this device's experts, gathered over `fsdp`."""
+def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> JoinedWeights:
+    """The weights of this device's experts, joined and gathered over `fsdp`."""
 
     def whole(w: jax.Array, axis: int) -> jax.Array:
         # Cast before the gather: bfloat16 has half the bytes of float32.
         return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
-    return ExpertWeights(
-        whole(weights.gate_EFD, 2), whole(weights.up_EFD, 2), whole(weights.down_EDF, 1)
-    )
+    # Joined before: a device's part is small.
+    gate_up_EGD, down_EDF = join(weights)
+    return JoinedWeights(whole(gate_up_EGD, 2), whole(down_EDF, 1))
 
 
 def _fill_up(tokens: Tokens, multiple: int, n_experts: int) -> Tokens:

@@ -60,8 +60,7 @@ class Overlap(NamedTuple):
 def traffic(text: str) -> list[Traffic]:
     """Every collective of a program.
 
-    In a conditional only the branch that runs normally is counted, see `Program.normal_branch`;
-    of several the one that moves most.
+    Of the branches of a conditional the one that moves most is counted.
 
     Raises:
       ValueError: for a loop around a collective whose condition gives no number of times.
@@ -84,7 +83,7 @@ def traffic(text: str) -> list[Traffic]:
                     raise ValueError(f"{i.name}: its condition does not say how often it runs")
                 yield from (t._replace(times=t.times * (trips or 0)) for t in inside)
             elif i.opcode == "conditional":
-                branches = [list(collectives_in(b)) for b in program.normal_branches(i)]
+                branches = [list(collectives_in(b)) for b in program.branches(i)]
                 yield from max(branches, key=lambda b: sum(t.bytes * t.times for t in b))
             elif i.called and not _is_continued(i):
                 yield from collectives_in(i.called)

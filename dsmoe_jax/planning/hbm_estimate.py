@@ -17,6 +17,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.model import remat
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention
+from dsmoe_jax.nn.kept import RECEIVED
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 
 
@@ -29,11 +30,12 @@ class _Bytes(NamedTuple):
 
 # Of attention, a head, a query and a key, where a kernel keeps them in HBM; as XLA compiled it.
 _SCORE = _Bytes(16, 24)
-_ROW_D = _Bytes(12, 18)  # of the rows that experts compute
-_ROW_F = _Bytes(12, 22)
-# Of the buffer of received vectors; includes that of sent ones, and the sums of gradients that
-# blocks of rows add to.
-_EXCHANGED = _Bytes(60, 65)
+# Of the rows that experts compute.  Blocks of rows compute the forward pass again by themselves, so
+# that these are not recomputed with the layer.
+_ROW_D = _Bytes(22, 34)
+_ROW_F = _Bytes(17, 38)
+_EXCHANGED = _Bytes(42, 61)  # of the vectors sent, received, and summed where they are received
+_EXPERT = 45  # of an expert's weights: the sums of gradients that blocks of rows add to
 _TOKEN_D = _Bytes(
     140, 230
 )  # attention without scores, projections, norms, residuals, the choices of its router
@@ -67,14 +69,19 @@ def moved(
     layer = _layer(config, t, sizes["tensor"])
     width = model.intermediate_size / sizes["tensor"]
     dense = [*layer, (t * width, _DENSE_F)]
-    forward_passes = 2 if remat.get(model.remat).whole_layers else 1
+    recomputed = remat.get(model.remat)
+    forward_passes = 2 if recomputed.again else 1
+    exchanges = 1 if RECEIVED in recomputed.kept else forward_passes
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
-    rows = _rows(config, t, sizes)
+    rows, exchanged = _rows(config, t, sizes)
+    width = model.moe.n_shared_experts * model.moe.moe_intermediate_size / sizes["tensor"]
+    shared = [(t * width, _DENSE_F)]
     costs = {
         # The leading dense layers are never rematerialised.
         "attention and projections": moe_layers * _of(layer, forward_passes)
         + model.first_k_dense_replace * _of(dense, 1),
-        "experts and dispatch": moe_layers * _of(rows, forward_passes),
+        "experts and dispatch": moe_layers
+        * (_of(rows, 1) + _of(exchanged, exchanges) + _of(shared, forward_passes)),
         "logits": t * model.vocab_size / sizes["tensor"] * _LOGIT,
         "weights": in_use * _WEIGHT + local * _STATE_OF_MICRO_BATCH,
     }
@@ -94,21 +101,23 @@ def _layer(config: Config, t: float, tensor: int) -> list[tuple[float, _Bytes]]:
     return layer
 
 
-def _rows(config: Config, t: float, sizes: dict[str, int]) -> list[tuple[float, _Bytes]]:
-    """Numbers of the experts of a MoE layer, and of the exchange of their rows."""
+def _rows(
+    config: Config, t: float, sizes: dict[str, int]
+) -> tuple[list[tuple[float, _Bytes]], list[tuple[float, _Bytes]]]:
+    """Numbers of the routed experts of a MoE layer, and of the exchange of their rows."""
     model = config.model
     d = model.hidden_size
     f = model.moe.moe_intermediate_size / sizes["tensor"]
-    shared = (t * model.moe.n_shared_experts * f, _DENSE_F)
     if not model.moe.n_routed_experts:
-        return [shared]
+        return [], []
     rows = volume(model.moe, round(t), sizes["expert"])
-    return [
-        shared,
+    weights = model.moe.n_routed_experts / sizes["expert"] * 3 * d * f
+    experts = [
         (rows.computed * d, _ROW_D),
         (rows.computed * f, _ROW_F),
-        (rows.buffered * d, _EXCHANGED),
+        (weights, _Bytes(0, _EXPERT)),
     ]
+    return experts, [(rows.visits * d, _EXCHANGED)]
 
 
 def _of(numbers: list[tuple[float, _Bytes]], forward_passes: int) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dsmoe_jax.moe.blocks import USUAL_TRIPS
-from dsmoe_jax.moe.routed import RETRY
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -129,19 +128,11 @@ class Program:
         usual = [word for word in loop.words if word.startswith(USUAL_TRIPS)]
         return int(usual[-1].removeprefix(USUAL_TRIPS)) if usual else None
 
-    def normal_branches(self, conditional: Instruction) -> list[str]:
-        """The branches of a conditional but those with work of the scope `RETRY`.
-
-        All of them, if every branch has such work.
-        """
+    def branches(self, conditional: Instruction) -> list[str]:
+        """The names of a conditional's branches."""
         if listed := _BRANCH_LIST.search(conditional.attributes):
-            branches = _OPERAND.findall(listed[1])
-        else:
-            branches = _BRANCHES.findall(conditional.attributes)
-        return [b for b in branches if not self._is_retry(b)] or branches
-
-    def _is_retry(self, name: str) -> bool:
-        return any(RETRY in i.words for i in self.computations.get(name, []))
+            return _OPERAND.findall(listed[1])
+        return _BRANCHES.findall(conditional.attributes)
 
 
 def parse(text: str) -> Program:

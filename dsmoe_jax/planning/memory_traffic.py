@@ -5,8 +5,7 @@ Every instruction that the chip executes reads its operands and writes its resul
 - a fusion reads and writes what crosses its border; what is inside stays on the chip;
 - a `while` moves what its body moves, times its trips; where the data decide how often it runs,
   those that its scope expects (`blocks.USUAL_TRIPS`), else once (`Move.counted_once`);
-- a conditional moves what its normal branch moves (`Program.normal_branches`: not the one for
-  buffers that are too small), of several the one that moves most;
+- a conditional moves what the branch moves that moves most;
 - a dynamic-slice, a slice or a gather reads what it takes, also inside a fusion that does nothing
   else with the operand but element by element;
 - a dynamic-update-slice or a scatter of an operand is in place: it reads and writes the update's
@@ -156,7 +155,7 @@ class _Reader:
                 for m in self.moves_in(i.body, (*loops, trips or 1), inside):
                     yield m._replace(counted_once=m.counted_once or trips is None)
             elif i.opcode == "conditional":
-                names = self.program.normal_branches(i)
+                names = self.program.branches(i)
                 branches = [list(self.moves_in(b, loops, inside)) for b in names]
                 yield from max(branches, key=lambda b: sum(m.total for m in b))
             elif i.opcode in ("call", "call-start"):

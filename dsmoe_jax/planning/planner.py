@@ -36,6 +36,7 @@ from dsmoe_jax.model import remat
 from dsmoe_jax.moe import blocks
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention, head
+from dsmoe_jax.nn.kept import ATTENDED, RECEIVED
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning import hbm_estimate
@@ -357,8 +358,14 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     layer += blocks.SHARE * rows.computed * (_ROW_D * d + _ROW_F * f)
     layer += 4 * 3 * moe.n_routed_experts / sizes["expert"] * f * d
     layer += t * moe.n_shared_experts * _ROW_F * f
+    recomputed = remat.get(model.remat)
     kept = model.num_hidden_layers * _COMPUTE * t * d
-    if not remat.get(model.remat).whole_layers:  # `dots` keeps less than `none`; counted as `none`
+    if ATTENDED in recomputed.kept:
+        kept += model.num_hidden_layers * _COMPUTE * t * attended.result / tensor
+    if RECEIVED in recomputed.kept:
+        moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+        kept += moe_layers * rows.buffered * (_COMPUTE * d + rows.label_bytes)
+    if not recomputed.again:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
     logits = (
         3
@@ -384,7 +391,8 @@ def _exchange(
     # Rows go out and back, in the forward and in the backward pass; labels go out only.
     row_trips = 4
     label_trips = 2
-    if remat.get(model.remat).whole_layers:  # out again in the recomputed forward pass
+    recomputed = remat.get(model.remat)
+    if recomputed.again and RECEIVED not in recomputed.kept:  # out again
         row_trips += 1
         label_trips += 1
     bytes_a_row = row_trips * _COMPUTE * d + label_trips * rows.label_bytes

@@ -59,7 +59,7 @@ def roofline(
     tokens = config.tokens_per_step / chips
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
     recomputed = 1.0
-    if remat.get(config.model.remat).whole_layers:
+    if remat.get(config.model.remat).again:
         recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
     return Roofline(
         compute=model_compute * recomputed,

@@ -8,6 +8,8 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     loss, total_loss                 nats per token: cross-entropy; sum of all parts of the loss
     bits_per_byte, grad_norm, learning_rate
     tokens_per_second, flops_per_second, flops_utilization    since the last row
+    kernels                          {attention, experts, rows: name}, in the first row of a start
+                                     and of a stage
     overhead                         share of that time in which the device had nothing to do
     load                             [layer][expert]: assignments of the step's batch
     maxvio, gini, dead_experts       [layer]: how uneven it is, see summaries.py
@@ -21,7 +23,7 @@ one that is not finite is null, and `read_rows` gives NaN for it.
                                      [layer][...]: the same, with `model.moe.drop`
     device_rows, device_megabytes    [layer][device]: rows sent to each of `expert_groups` devices,
                                      a token once, one way (none with one device)
-    exchange_rows, exchange_retries  [layer]: on a mesh, see `dispatch.Exchange`
+    exchange_rows                    [layer]: on a mesh, see `dispatch.DispatchReport`
     validation_loss, validation_bits_per_byte, validation_tokens
     validation_maxvio, validation_dropped    [layer]
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
@@ -40,6 +42,8 @@ from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.board import Board
 from dsmoe_jax.runs.workdir import METRICS, TENSORBOARD
+
+KERNELS = "kernels"  # the one key whose values are names
 
 
 class MetricsLog:
@@ -116,7 +120,7 @@ def _parse(path: Path) -> list[dict[str, Any]]:
         place = f"{path}: line {number} is not a row of metrics"
         row = json_files.parse(line, place, null_is_nan=True)
         for key, value in row.items():
-            if not _is_numeric(value):
+            if not (_are_names(value) if key == KERNELS else _is_numeric(value)):
                 raise ValueError(f"{place}: {key}={value!r}")
         if type(row.get("step")) is not int:
             raise ValueError(f"{place}: it has no step")
@@ -132,6 +136,10 @@ def _is_numeric(value: Any) -> bool:
         return np.asarray(value).dtype.kind in "if"
     except ValueError:  # lists of several lengths
         return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
 
 
 def _line(row: dict[str, Any]) -> bytes:

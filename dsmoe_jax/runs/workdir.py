@@ -55,7 +55,6 @@ MOVED = "data.corpus"
 # other micro-batches and buffers: to divide the batch, and to fit.
 _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "model.remat",
-    "model.moe.dispatch.buffer_factor",
     "model.moe.dispatch.chunks",
     "train.accumulation_steps",
     "train.log_every",

@@ -24,7 +24,7 @@ from dsmoe_jax.progress import ProgressLine, Silent
 from dsmoe_jax.runs import going_on, json_files, loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
-from dsmoe_jax.runs.metrics_log import MetricsLog, NoLog, read_rows
+from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
@@ -38,7 +38,7 @@ from dsmoe_jax.training.rows import (
     training_row,
     validation_row,
 )
-from dsmoe_jax.training.stages import StageRun, attention_kernel, check_kernels, check_stages
+from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
 
@@ -179,6 +179,7 @@ class _Trainer:
             directory / workdirs.CHECKPOINTS, train.keep_checkpoints, train.keep_every
         )
         self.log: MetricsLog | None = None
+        self.kernels: dict[str, str] = {}  # not in the log yet
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
         self.vote = hosts.Vote(jax.sharding.get_mesh())
@@ -207,8 +208,7 @@ class _Trainer:
         self.logged_step = self.saved_step = first
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
-        if kernel := attention_kernel(self.now.stage.config):
-            self.line.message(f"{self.config.name}: attention kernel {kernel}")
+        self._name_kernels()
         self.line.note("compiling the training step")
         pending: tuple[int, StepMetrics, jax.Array | int] | None = None
         for step in range(first + 1, self.config.train.steps + 1):
@@ -234,8 +234,16 @@ class _Trainer:
 
     def _next_stage(self, step: int) -> None:
         self.now = self._stage(step, self.now.position())
+        self._name_kernels()
         self.line.note(f"compiling the training step of the stage from step {step}")
         self.clock.restart()
+
+    def _name_kernels(self) -> None:
+        """Says which kernels the stage uses, now and in the next row."""
+        self.kernels = kernels_of(self.now.stage.config)
+        names = ", ".join(f"{what} {name}" for what, name in self.kernels.items())
+        if names:
+            self.line.message(f"{self.config.name}: kernels: {names}")
 
     def _start(self) -> tuple[TrainState, int, int | None]:
         """The state to go on from, its step, and the checkpoint that it came from."""
@@ -267,6 +275,8 @@ class _Trainer:
             row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step)
+            if self.kernels:
+                row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)
             self.logged_step = step
         self.line.update(step, loss=f"{float(metrics.loss):.4f}", **shown(self.log.rows))

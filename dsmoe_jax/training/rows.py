@@ -76,7 +76,6 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
         row["device_megabytes"] = as_list(stats.device_rows_D * (bytes_of_row / 1e6))
     if stats.dispatch.exchanged_rows is not None:
         row["exchange_rows"] = as_list(stats.dispatch.exchanged_rows, int)
-        row["exchange_retries"] = as_list(stats.dispatch.retries, int)
     return row
 
 

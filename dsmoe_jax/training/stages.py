@@ -14,6 +14,7 @@ from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.moe import experts, kernels
 from dsmoe_jax.nn import attention
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import routing_records
@@ -55,6 +56,19 @@ def attention_kernel(config: Config) -> str | None:
     """
     dtype = compute_dtype(config.model)
     return attention.kernel_of(config.model.attention, config.data.sequence_length, dtype)
+
+
+def kernels_of(config: Config) -> dict[str, str]:
+    """The kernels that a stage uses on the ambient mesh, by what they compute."""
+    dtype = compute_dtype(config.model)
+    moe = config.model.moe
+    found = {}
+    if (attends := attention_kernel(config)) is not None:
+        found["attention"] = attends
+    if moe.n_routed_experts:
+        found["experts"] = experts.choose_name(moe.expert_backend, dtype)
+        found["rows"] = kernels.choose_rows_name(moe.row_kernels, dtype)
+    return found
 
 
 def check_kernels(config: Config) -> None:

@@ -32,7 +32,7 @@ FLAGS = {
     "generate": ("--prompt", "--top_p", "--num_samples", "--mesh", "an empty prompt"),
     "count": ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--[no]all"),
     "plan": ("--chip", "--chips", "--config"),
-    "aot": ("--topology", "--[no]buffers"),
+    "aot": ("--topology", "--[no]json"),
     "prepare_data": ("--corpus", "--vocab_size", "--domains"),
     "plot_load": ("--workdir", "--out"),
 }

@@ -54,7 +54,6 @@ def hints(cls=Config, prefix=""):
         ("model.moe.balance.expert.factor", -0.1, ">= 0"),
         ("model.moe.drop.capacity_factor", 0.0, "> 0"),
         ("model.moe.drop.protected_share", 1.5, "at most 1"),
-        ("model.moe.dispatch.buffer_factor", 0.5, "or None for the worst case"),
         ("model.moe.router.jitter", 1.0, "below 1"),
         ("model.moe.router.scoring_func", "tanh", "sigmoid"),
         ("model.moe.moe_intermediate_size", 0, "> 0"),

@@ -68,3 +68,13 @@ def test_what_cannot_be_right_is_refused(tree, message):
     with pytest.raises(ValueError, match=message) as caught:
         from_saved(tree)
     assert len(str(caught.value)) < 400
+
+
+def test_a_key_that_is_no_more_is_left_out_if_no_number_depended_on_it():
+    tree = saved()
+    tree["model"]["moe"]["dispatch"]["buffer_factor"] = 2.0
+    before = copy.deepcopy(tree)
+    assert from_saved(tree) == (tiny(), {})
+    assert tree == before
+    with pytest.raises(ValueError, match=r"buffer_factor=2\.0: no such key"):
+        from_config_dict(tree)

@@ -60,7 +60,7 @@ MEAN = Attention(
     ),
     parameters=lambda hidden_size, config: 2 * hidden_size * rank(config),
     train_flops=lambda config, length: 6 * length * rank(config),
-    activations=lambda config, length: Activations(rank(config), length),
+    activations=lambda config, length: Activations(rank(config), length, rank(config)),
     options=OPTIONS,
 )
 

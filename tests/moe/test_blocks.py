@@ -13,24 +13,26 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.moe import blocks, reference
-from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights
+from dsmoe_jax.moe.dispatch import Arrived
+from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, JoinedWeights, join
+from dsmoe_jax.moe.kernels import rows
 from dsmoe_jax.moe.types import Routing
 
 R, W, E, D, F = 40, 3, 4, 6, 5
 NONE = E
 
 
-def arrays(dtype=jnp.float32):
+def arrays(dtype=jnp.float32, d=D):
     rng = np.random.default_rng(0)
-    shapes = ((R, D), (R, W), (E, F, D), (E, F, D), (E, D, F), (R, D))
+    shapes = ((R, d), (R, W), (E, F, d), (E, F, d), (E, d, F), (R, d))
     x, gates, *weights, dy = (jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
     return x, gates.astype(jnp.float32), ExpertWeights(*weights), dy
 
 
-def routing(rows):
+def routing(chosen):
     """Choices of the first rows; the others, as those not received, have none."""
     ids = np.full((R, W), NONE)
-    for row, choices in enumerate(rows):
+    for row, choices in enumerate(chosen):
         ids[row, : len(choices)] = choices
     return ids
 
@@ -51,10 +53,10 @@ def in_blocks(ids, x, gates, weights, dy, backend="loop", usual=16):
     """Values, gradients, and the rows of each expert."""
 
     def run(x, gates, weights):
-        expected = blocks.Usual(usual, 5.0)
-        return blocks.weighted_sums(
-            BACKENDS[backend].run, x, Routing(ids, gates, None), weights, R * W, expected
-        )
+        expected = blocks.Usual(usual, R / 2, 5.0)
+        arrived = Arrived(x, Routing(ids, gates, None))
+        run_weighted = BACKENDS[backend].run_weighted
+        return blocks.weighted_sums(run_weighted, arrived, join(weights), R * W, expected)
 
     y, transpose, computed = jax.vjp(run, x, gates, weights, has_aux=True)
     return y, transpose(dy), computed
@@ -82,15 +84,24 @@ def test_blocks_are_the_dense_loop(loads, backend):
     assert_close(in_blocks(ids, *arrays(), backend=backend), expected(ids, *arrays()))
 
 
+def test_rows_of_whole_tiles():
+    """Wide rows are moved as tiles of a TPU, which changes no number."""
+    ids = jnp.asarray(LOADS["all choices"], jnp.int32)
+    x, gates, weights, dy = arrays(d=2048)
+    wide = x, gates, jax.tree.map(lambda w: w / 50, weights), dy
+    assert rows.as_tiles(x).shape == (R, 16, 128)
+    assert_close(in_blocks(ids, *wide), expected(ids, *wide), 1e-4)
+
+
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=25)
 def test_any_routing(data):
     choice = st.permutations(range(E)).flatmap(
         lambda order: st.integers(0, W).map(lambda n: order[:n])
     )
-    rows = data.draw(st.lists(choice, max_size=R))
+    chosen = data.draw(st.lists(choice, max_size=R))
     usual = data.draw(st.sampled_from((3, 24, 1000)))
-    ids = jnp.asarray(routing(rows), jnp.int32)
+    ids = jnp.asarray(routing(chosen), jnp.int32)
     assert_close(in_blocks(ids, *arrays(), usual=usual), expected(ids, *arrays()))
 
 
@@ -106,49 +117,79 @@ def test_what_no_assignment_asks_for_is_not_read():
     np.testing.assert_array_equal(gradients[0][5:], 0)
 
 
-@pytest.mark.parametrize(("n", "runs"), [(0, 0), (1, 1), (8, 1), (9, 2), (40, 5)])
+def test_rows_that_did_not_come_are_not_passed_over():
+    """Rows after the last that came are undefined: no sum is stored for them."""
+    ids = jnp.asarray(LOADS["few rows, few with several"], jnp.int32)
+    x, gates, weights, dy = arrays()
+
+    def run(n_rows):
+        arrived = Arrived(x, Routing(ids, gates, None), n_rows=jnp.int32(n_rows))
+        usual = blocks.Usual(16, 5, 5.0)
+        run_weighted = BACKENDS["loop"].run_weighted
+        return blocks.weighted_sums(run_weighted, arrived, join(weights), R * W, usual)[0]
+
+    trips = []
+    real = jax.lax.fori_loop
+
+    def counting(first, last, body, start):
+        trips.append(int(last))
+        return real(first, last, body, start)
+
+    wanted, _, _ = expected(ids, x, gates, weights, dy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "fori_loop", counting)
+        np.testing.assert_allclose(run(5)[:5], wanted[:5], rtol=2e-5, atol=2e-5)
+        # 7 assignments in blocks of 9, 2 rows with several and 5 rows in blocks of 3.
+        assert trips == [1, 1, 2]
+        trips.clear()
+        np.testing.assert_allclose(run(40), wanted, rtol=2e-5, atol=2e-5)
+        assert trips == [1, 1, 14]
+
+
+@pytest.mark.parametrize(("n", "runs"), [(0, 0), (1, 1), (9, 1), (10, 2), (40, 5)])
 def test_as_many_blocks_run_as_have_assignments(n, runs):
     counted = []
 
-    def run(rows_BD, sizes_e, weights):
+    def run(rows_BD, gates_B, sizes_e, weights):
         del sizes_e
         jax.debug.callback(lambda: counted.append(len(rows_BD)))
-        return rows_BD * weights.gate_EFD[0, 0]
+        return rows_BD * gates_B[:, None] * weights.gate_up_EGD[0, 0]
 
     x, gates, weights, dy = arrays()
     ids = jnp.asarray(routing([[i % E] for i in range(n)]), jnp.int32)
 
     def total(x):
-        usual = blocks.Usual(16, 5.0)
-        at = Routing(ids, gates, None)
-        return blocks.weighted_sums(run, x, at, weights, R * W, usual)[0]
+        usual = blocks.Usual(16, R, 5.0)
+        arrived = Arrived(x, Routing(ids, gates, None))
+        return blocks.weighted_sums(run, arrived, join(weights), R * W, usual)[0]
 
     _, transpose = jax.vjp(total, x)
     jax.effects_barrier()
-    assert counted == [8] * runs
+    assert counted == [9] * runs
     transpose(dy)
     jax.effects_barrier()
-    assert counted == [8] * 2 * runs
+    assert counted == [9] * 2 * runs
 
 
 def test_sums_over_blocks_keep_what_bfloat16_would_lose():
     """400 rows, each with a gradient of 1: bfloat16 counts one by one to 256 only."""
 
-    def run(rows_BD, sizes_e, weights):
-        del sizes_e
-        return rows_BD * weights.gate_EFD[0, 0, 0]
+    def run(rows_BD, gates_B, sizes_e, weights):
+        del gates_B, sizes_e
+        return rows_BD * weights.gate_up_EGD[0, 0, 0]
 
     ones = jnp.ones((400, 1), jnp.bfloat16)
-    weights = ExpertWeights(*(jnp.ones((1, 1, 1), jnp.bfloat16) for _ in range(3)))
+    weights = JoinedWeights(jnp.ones((1, 2, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16))
     at = Routing(jnp.zeros((400, 1), jnp.int32), jnp.ones((400, 1)), None)
 
     def total(weights):
-        return blocks.weighted_sums(run, ones, at, weights, 400, blocks.Usual(2, 0.0))[0]
+        usual = blocks.Usual(2, 400, 0.0)
+        return blocks.weighted_sums(run, Arrived(ones, at), weights, 400, usual)[0]
 
     _, transpose = jax.vjp(total, weights)
     (gradients,) = transpose(ones)
-    assert gradients.gate_EFD.dtype == jnp.bfloat16
-    assert gradients.gate_EFD[0, 0, 0] == 400
+    assert gradients.gate_up_EGD.dtype == jnp.bfloat16
+    assert gradients.gate_up_EGD[0, 0, 0] == 400
 
 
 @pytest.mark.parametrize(("n_experts", "n_devices", "k"), [(64, 8, 6), (8, 8, 3), (16, 1, 2)])
@@ -159,4 +200,5 @@ def test_expectations_are_those_of_random_choices(n_experts, n_devices, k):
     here = (ids < n_experts // n_devices).sum(axis=1)
     found = blocks.usual(t, k, n_experts, n_devices)
     assert found.assignments == pytest.approx(here.sum(), rel=0.03)
+    assert found.received == pytest.approx((here > 0).sum(), rel=0.03)
     assert found.several == pytest.approx((here > 1).sum(), rel=0.05, abs=1e-6)

@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden, F expert width, E experts, K activated.
 """
 
 import contextlib
+import functools
 
 import chex
 import jax
@@ -20,9 +21,7 @@ from test_dispatch_product import (
     K,
     T,
     arrays,
-    compare,
     config,
-    dispatched,
     routed,
     routings,
     set_mesh,
@@ -30,9 +29,11 @@ from test_dispatch_product import (
 
 from dsmoe_jax.config import DispatchConfig, DropConfig, MoEConfig
 from dsmoe_jax.config.mesh import AXES
-from dsmoe_jax.moe import dropping, experts, reference
+from dsmoe_jax.model.remat import REMAT
+from dsmoe_jax.moe import dispatch, dropping, experts, reference
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs, Routing, unassign
+from dsmoe_jax.nn import kept
 
 pytestmark = pytest.mark.eight_devices
 EXPERT_8, DATA_2_EXPERT_4 = (1, 1, 8, 1), (2, 1, 4, 1)
@@ -57,6 +58,41 @@ def test_accelerators_get_the_ragged_exchange():
         assert text.count("@ragged_all_to_all") == calls, platform
 
 
+def test_rematerialisation_by_name_exchanges_nothing_again():
+    """Rows and labels come once more in "full"; in all kinds the gradients are the same."""
+    x, _, gates, weights, _ = arrays()
+    arguments = (x, gates, weights)
+
+    def gradients(kind):
+        def total(x, gates, weights):
+            routing = Routing(jnp.asarray(routings()["uniform"], jnp.int32), gates, None)
+            return routed(config("all_to_all", "ragged_dot"))(x, routing, weights)[0].sum()
+
+        if (policy := REMAT[kind].policy) is not None:
+            total = jax.checkpoint(total, policy=policy)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    device = jax.sharding.AbstractDevice("any", 1, "tpu")
+    for kind, calls in (("none", 6), ("named", 6), ("full", 8)):
+        mesh = jax.sharding.AbstractMesh(EXPERT_8, AXES, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            text = gradients(kind).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("@ragged_all_to_all") == calls, kind
+    with set_mesh(EXPERT_8):
+        wanted, found = gradients("none")(*arguments), gradients("named")(*arguments)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("name", [n for n, d in dispatch.DISPATCHERS.items() if d.needs_mesh])
+def test_what_comes_from_other_devices_has_its_name(name):
+    x, _, gates, weights, _ = arrays()
+    routing = Routing(jnp.asarray(routings()["uniform"], jnp.int32), gates, None)
+    with set_mesh(EXPERT_8):
+        text = str(jax.make_jaxpr(routed(config(name)))(x, routing, weights))
+    assert text.count(f"name[name={kept.RECEIVED}]") >= 2
+
+
 def test_tokens_that_do_not_divide_evenly():
     """One prompt on eight devices."""
     x, _, gates, weights, _ = arrays()
@@ -68,19 +104,7 @@ def test_tokens_that_do_not_divide_evenly():
     np.testing.assert_array_equal(report.computed_E, np.bincount(ids[:5].ravel(), minlength=E))
 
 
-def test_a_buffer_that_is_just_full_and_one_row_more():
-    """27 rows, 1.5 times the mean, are no reason to retry; the 28th is neither cut nor unseen."""
-    run = dispatched("all_to_all", "loop", "buffers")
-    with set_mesh(EXPERT_8):
-        for rows, retries in ((27, 0), (28, 1)):
-            ids = np.full((T, K), E)
-            ids[:rows, 0] = 5
-            found = run(ids)
-            assert found[1].retries == retries
-            compare(ids, found, EXPERT_8, "buffers")
-
-
-def test_chunks_and_a_buffer_factor_need_less_room_than_the_worst_case():
+def test_chunks_need_less_room():
     """Bytes of temporaries that XLA plans for a forward and backward pass; nothing is run."""
     t, d = 4096, 64
 
@@ -103,9 +127,7 @@ def test_chunks_and_a_buffer_factor_need_less_room_than_the_worst_case():
             gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
             return gradients.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
-    worst = temporaries()
-    assert temporaries(chunks=4) < 0.5 * worst
-    assert temporaries(buffer_factor=1.0) < 0.7 * worst
+    assert temporaries(chunks=4) < 0.5 * temporaries()
 
 
 @pytest.mark.parametrize("policy", ["position", "device"])

@@ -99,21 +99,52 @@ def test_padding_is_exactly_zero_and_harmless(backend):
     assert all(jnp.isfinite(d).all() for d in d_weights)
 
 
+def careless(x_NI, w_EOI, sizes_E):
+    """A grouped product that multiplies padding too and adds NaN to what comes of it."""
+    owner_N = experts.expert_of_row(sizes_E, len(x_NI))
+    y_NO = jnp.einsum("ni,noi->no", x_NI, w_EOI[jnp.minimum(owner_N, len(sizes_E) - 1)])
+    return y_NO + jnp.where(owner_N < len(sizes_E), 0, jnp.nan)[:, None]
+
+
 def test_grouped_swiglu_survives_a_careless_kernel():
     # XLA on CPU fills padding with zeros; kernels elsewhere compute with it or leave NaN there.
     sizes, n_rows = LOADS["one takes most, trailing padding"]
     rows_ND, sizes_E, weights, dy_ND = make(sizes, n_rows)
-    owner_N = experts.expert_of_row(sizes_E, n_rows)
-
-    def careless(x_NI, w_EOI):
-        y_NO = jnp.einsum("ni,noi->no", x_NI, w_EOI[jnp.minimum(owner_N, len(sizes) - 1)])
-        return y_NO + jnp.where(owner_N < len(sizes), 0, jnp.nan)[:, None]
-
     y_ND, transpose = jax.vjp(
         lambda x, w: experts._grouped_swiglu(careless, x, sizes_E, w), rows_ND, weights
     )
     expected = value_and_gradients(rows_ND, sizes_E, weights, dy_ND, "loop")
     assert_close((y_ND, transpose(dy_ND)), expected, 2e-5)
+
+
+@pytest.mark.parametrize("loads", LOADS)
+@pytest.mark.parametrize("backend", [*sorted(BACKENDS), "careless"])
+def test_weights_of_results_inside_are_those_outside(backend, loads):
+    """With gates and joined weights: in the groups the loop's results times the gates."""
+    sizes, n_rows = LOADS[loads]
+    rows_ND, sizes_E, weights, dy_ND = (
+        jax.tree.map(jnp.nan_to_num, a) for a in make(sizes, n_rows)
+    )
+    in_group_N1 = (jnp.arange(n_rows) < sum(sizes))[:, None]
+    gates_N = jnp.asarray(np.random.default_rng(1).uniform(-1, 2, n_rows), jnp.float32)
+
+    def inside(x_ND, gates_N, weights):
+        run = BACKENDS[backend].run_weighted if backend in BACKENDS else careless_weighted
+        return run(x_ND, gates_N, sizes_E, experts.join(weights))
+
+    def outside(x_ND, gates_N, weights):
+        return gates_N[:, None] * run_experts(x_ND, sizes_E, weights, "loop")
+
+    def found(f):
+        y_ND, transpose = jax.vjp(f, rows_ND, gates_N, weights)
+        dx_ND, dgates_N, dweights = transpose(dy_ND)
+        rows = jnp.concatenate([y_ND, dx_ND, dgates_N[:, None]], axis=1)
+        return jnp.where(in_group_N1, rows, 0), dweights
+
+    assert_close(found(inside), found(outside), 5e-5)
+
+
+careless_weighted = experts.Backend(None, product=careless).run_weighted
 
 
 @hypothesis.settings(max_examples=30, derandomize=True)

@@ -332,10 +332,6 @@ def test_the_bias_chooses_in_evaluation_too():
             r"balance\.router_z\.factor=0\.1: the uniform router has no",
         ),
         ({"balance__exprt__factor": 0.1}, r"balance\.exprt\.factor=0\.1: .* mean expert\?"),
-        (
-            {"dispatch__name": "fixed_slots", "dispatch__buffer_factor": 2.0},
-            r"buffer_factor=2\.0: with .*'fixed_slots' .*must be None",
-        ),
     ],
 )
 def test_refused_at_construction(moe, message):

@@ -48,20 +48,18 @@ def test_what_a_chip_receives_and_makes_room_for():
     ragged = volume(PLAIN, 100, 8)
     assert 300 < ragged.received < 100 * 6 * 7 / 8
     assert (ragged.buffered, ragged.room) == (800, 800 * 6)
-    small = volume(dispatched(buffer_factor=2.0), 100, 8)
-    assert (small.buffered, small.room) == (800, 1200)
     chunked = volume(dispatched(chunks=4), 100, 8)
     assert (chunked.buffered, chunked.room) == (200, 200 * 6)
     assert chunked.received == ragged.received
-    assert volume(PLAIN, 100, 1) == (0, 0, 0, 600, 600)
+    assert volume(PLAIN, 100, 1) == (100, 0, 0, 0, 600, 600)
     few = volume(PLAIN, 100, 16)  # of 4 experts: a token cannot choose 6 of them
     assert (few.buffered, few.room) == (1600, 1600 * 4)
     slots = dispatched(name="fixed_slots")
-    assert volume(slots, 100, 8) == (700, 512, 800, 800, 600)
+    assert volume(slots, 100, 8) == (800, 700, 512, 800, 800, 600)
     fewer = dataclasses.replace(
         slots, drop=DropConfig(capacity_factor=1.0)
     )  # 100 x 6 / 8 for each chip
-    assert volume(fewer, 100, 8) == (525, 512, 600, 600, 600)
+    assert volume(fewer, 100, 8) == (600, 525, 512, 600, 600, 600)
     # A gate and an expert for each choice, padded to 128 numbers; gathered ones are not.
     assert (ragged.label_bytes, everywhere.label_bytes) == (512, 48)
 

@@ -112,17 +112,8 @@ def test_four_processes_of_which_one_is_killed_where_two_go_on(
     codes, said = run.end()
     assert codes == [0, 0], said
     assert "going on from step" in said[0]
-    assert_retries_are_reported(run)
     losses, wanted = ([row["loss"] for row in rows] for rows in map(numbers, (run, undisturbed)))
     assert losses == pytest.approx(wanted, rel=1e-5)
-
-
-def assert_retries_are_reported(run):
-    """Buffers for the mean load overflow with four processes, not with two that hold all of it."""
-    rows = read_rows(run.workdir)
-    assert {retries for row in rows[:3] for retries in row["exchange_retries"]} <= {0, 1}
-    assert sum(sum(row["exchange_retries"]) for row in rows[:3]) > 0
-    assert rows[-1]["exchange_retries"] == [0, 0]
 
 
 def assert_same_routing(workdir, wanted):

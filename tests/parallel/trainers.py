@@ -20,7 +20,6 @@ from tests.tools.patience import PATIENCE
 from tests.tools.tiny import tiny
 
 CONFIG = {
-    "model.moe.dispatch.buffer_factor": 1.0,  # with `expert`: no room for more than the mean
     "train.steps": 16,
     "train.keep_checkpoints": 100,
     "train.eval_every": None,

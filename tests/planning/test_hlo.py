@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from dsmoe_jax.moe import blocks
-from dsmoe_jax.moe.experts import ExpertWeights, loop
+from dsmoe_jax.moe.dispatch import Arrived
+from dsmoe_jax.moe.experts import BACKENDS, JoinedWeights
 from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.planning import hlo
 
@@ -77,16 +78,18 @@ def test_a_loop_that_the_data_end_runs_as_often_as_its_scope_expects():
 
 def test_blocks_of_rows_name_their_trips():
     """The loops of moe/blocks.py, in a program compiled here."""
-    usual = blocks.Usual(32, 4.0)
-    weights = ExpertWeights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 3)))
+    usual = blocks.Usual(36, 10, 4.0)
+    weights = JoinedWeights(jnp.ones((2, 6, 4)), jnp.ones((2, 4, 3)))
 
     @jax.jit
-    def run(ids, x, gates):
-        return blocks.weighted_sums(loop, x, Routing(ids, gates, None), weights, 128, usual)
+    def run(ids, x, gates, n_rows):
+        arrived = Arrived(x, Routing(ids, gates, None), n_rows=n_rows)
+        return blocks.weighted_sums(BACKENDS["loop"].run_weighted, arrived, weights, 128, usual)
 
-    arguments = jnp.zeros((64, 2), jnp.int32), jnp.ones((64, 4)), jnp.ones((64, 2))
+    arguments = jnp.zeros((64, 2), jnp.int32), jnp.ones((64, 4)), jnp.ones((64, 2)), jnp.int32(9)
     program = hlo.parse(run.lower(*arguments).compile().as_text())
     loops = [i for lines in program.computations.values() for i in lines if i.opcode == "while"]
     trips = {program.trips(i) for i in loops}
-    assert {2, 1} <= trips  # blocks of 16 of the usual 32 assignments; of 8 for the usual 4 rows
+    # Blocks of 21 for the usual 36 assignments; of 4 for 10 rows, and for 4 with several choices.
+    assert {2, 3, 1} <= trips
     assert None not in trips

@@ -63,7 +63,8 @@ class TestLog:
         "line",
         [b"[1]", b"[" * 200_000, b'{"loss": 1}', b'{"step": 1.5}', b'{"step": true}',
          b'{"step": null}', b'{"step": ' + b"1" * 6000 + b"}", b'{"step": 2, "loss": "2.5"}',
-         b'{"step": 2, "load": [[1, 2], [1]]}', b'{"step": 2, "loss": \xff}', b"\0\0", b""],
+         b'{"step": 2, "load": [[1, 2], [1]]}', b'{"step": 2, "kernels": {"experts": 1}}',
+         b'{"step": 2, "kernels": "native"}', b'{"step": 2, "loss": \xff}', b"\0\0", b""],
     )  # fmt: skip
     def test_damage_names_file_and_line(self, tmp_path, line):
         (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n' + line + b"\n")

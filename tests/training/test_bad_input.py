@@ -151,7 +151,7 @@ class TestWorkdir:
         assert read_config(tmp_path / "run") == tiny_config()
 
     def test_what_does_not_touch_the_numbers_may_change(self, finished_run, tiny_config):
-        other_hardware = {"train.accumulation_steps": 2, "model.moe.dispatch.buffer_factor": 2.0}
+        other_hardware = {"train.accumulation_steps": 2, "model.moe.dispatch.chunks": 2}
         config = tiny_config(
             **other_hardware, **{"train.log_every": 2, "train.keep_checkpoints": 5}
         )

@@ -19,7 +19,7 @@ from flax import nnx
 from dsmoe_jax.config import differences
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.runs.loading import load_run
-from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.metrics_log import KERNELS, read_rows
 from dsmoe_jax.runs.workdir import read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
@@ -27,13 +27,15 @@ from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import SCHEDULES
 from tests.tools.patience import PATIENCE
 
-# Rows of the same step of two runs differ in how fast they were, and in nothing else.
+# Rows of the same step of two runs differ in how fast they were, and in nothing else; the first row
+# after a start names the kernels.
 SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}
+NOT_COMPARED = {*SPEEDS, KERNELS}
 
 
 def numbers(workdir):
     """The rows of a run without its speeds."""
-    return [{k: v for k, v in row.items() if k not in SPEEDS} for row in read_rows(workdir)]
+    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in read_rows(workdir)]
 
 
 def parameters(workdir):
@@ -88,6 +90,11 @@ class TestWhatARunLeaves:
             assert row["flops_per_second"] > 0
             assert 0 <= row["overhead"] <= 1, "1: the steps were over before anybody looked"
         assert [row["step"] for row in rows if "validation_loss" in row] == [5, 10]
+
+    def test_the_first_row_names_the_kernels(self, finished_run):
+        first, *rest = read_rows(finished_run[0])
+        assert first[KERNELS] == {"attention": "xla", "experts": "loop", "rows": "native"}
+        assert not any(KERNELS in row for row in rest)
 
     def test_floats_are_printed_in_full(self, finished_run):
         row = json.loads((finished_run[0] / "metrics.jsonl").read_text().splitlines()[0])

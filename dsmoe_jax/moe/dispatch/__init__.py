@@ -64,7 +64,7 @@ def choose_dispatcher(name: str, n_devices: int) -> Dispatcher:
 
 
 def check_dispatcher(moe: MoEConfig) -> None:
-    """Refuses an unknown dispatcher, or settings that it would ignore.
+    """Refuses an unknown dispatcher.
 
     Raises:
       ValueError: naming the key, with what would be right.
@@ -73,14 +73,6 @@ def check_dispatcher(moe: MoEConfig) -> None:
     key = "model.moe.dispatch.name"
     names = ["auto", *sorted(DISPATCHERS)]
     require(name in names, key, name, f"must be one of {names}")
-    by_shard = name in DISPATCHERS and DISPATCHERS[name].drops_by_shard
-    require(
-        moe.dispatch.buffer_factor is None or not by_shard,
-        "model.moe.dispatch.buffer_factor",
-        moe.dispatch.buffer_factor,
-        f"with {key}={name!r} model.moe.drop.capacity_factor says how much room there is; must be"
-        " None",
-    )
 
 
 def check_mesh(name: str, n_devices: int, *, has_mesh: bool) -> None:

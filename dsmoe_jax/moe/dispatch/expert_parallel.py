@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from dsmoe_jax.moe.dispatch.exchange import exchange
 from dsmoe_jax.moe.dispatch.types import Arrived
-from dsmoe_jax.moe.kernels import RowKernels
+from dsmoe_jax.moe.kernels import RowKernels, rows
 from dsmoe_jax.moe.types import Routing, count_load
+from dsmoe_jax.nn import kept
 
 AXIS = "expert"
 
@@ -29,15 +30,13 @@ class Trip(NamedTuple):
     """Record of the rows sent to other devices, to return their results.
 
     Attributes:
-      travels_tK: float32, 1 for the assignments whose row is sent.
-      rank_tK: int32, assignment -> row sent.
       order_N: int32, row sent -> assignment.
+      rank_tK: int32, assignment -> row sent; N for those whose row is not sent.
       sent_PP: int32, rows from source (first axis) to destination; None for slots of fixed size.
     """
 
-    travels_tK: jax.Array
-    rank_tK: jax.Array
     order_N: jax.Array
+    rank_tK: jax.Array
     sent_PP: jax.Array | None
 
 
@@ -65,20 +64,25 @@ def all_to_all(
     device_tK = distinct(routing.ids_TK // (n_experts // n_devices), n_devices)
     order_N, rank_tK, sizes_P = kernels.group(device_tK, n_devices)
     order_N = order_N[: t * min(k, n_devices)]
+    rank_tK = jnp.where(device_tK < n_devices, rank_tK, order_N.size)
     sent_PP = jax.lax.all_gather(sizes_P, AXIS)
     n_received = min(n_devices * t, max_rows)
-    parcels = _pack(x_tD, routing, n_experts, device_tK, order_N, rank_tK, kernels)
+    trip = Trip(order_N, rank_tK, sent_PP)
+    parcels = _pack(x_tD, routing, n_experts, device_tK, trip, kernels)
     parcels = jax.tree.map(lambda a: exchange(a, sent_PP, n_received, AXIS), parcels)
-    travels_tK = _travels(device_tK, rank_tK, order_N.size)
-    trip = Trip(travels_tK, rank_tK, order_N, sent_PP)
-    return _unpack(parcels, n_experts // n_devices, trip)
+    parcels = kept.named(kept.RECEIVED, parcels)
+    n_rows = sent_PP[:, jax.lax.axis_index(AXIS)].sum()
+    labels_RW2 = jnp.where((jnp.arange(n_received) < n_rows)[:, None], parcels.labels_NW2, 0)
+    received = _unpack(parcels._replace(labels_NW2=labels_RW2), n_experts // n_devices, trip)
+    return received._replace(n_rows=n_rows)
 
 
 def combine_all_to_all(out_RD: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
     """Sends the results home and sums those of each token: y_tD."""
+    del kernels
     assert trip.sent_PP is not None
-    home_ND = exchange(out_RD, trip.sent_PP.T, trip.order_N.size, AXIS)
-    return kernels.combine_rows(home_ND, trip.travels_tK, trip.rank_tK, trip.order_N)
+    home_ND = exchange(rows.as_tiles(out_RD), trip.sent_PP.T, trip.order_N.size, AXIS)
+    return rows.as_matrix(rows.sum_tokens(home_ND, trip.order_N, trip.rank_tK))
 
 
 def fixed_slots(
@@ -101,17 +105,17 @@ def fixed_slots(
     start_tK = starts_P.at[device_tK].get(mode="fill", fill_value=0)
     slot_tK = device_tK * n_slots + rank_tK - start_tK
     slot_tK = jnp.where(device_tK < n_devices, slot_tK, n_devices * n_slots)
-    order_N = order_PC.reshape(-1)
-    parcels = _pack(x_tD, routing, n_experts, device_tK, order_N, slot_tK, kernels)
-    travels_tK = _travels(device_tK, slot_tK, order_N.size)
-    trip = Trip(travels_tK, slot_tK, order_N, None)
-    return _unpack(jax.tree.map(_swap, parcels), n_experts // n_devices, trip)
+    trip = Trip(order_PC.reshape(-1), slot_tK, None)
+    parcels = _pack(x_tD, routing, n_experts, device_tK, trip, kernels)
+    parcels = kept.named(kept.RECEIVED, jax.tree.map(_swap, parcels))
+    return _unpack(parcels, n_experts // n_devices, trip)
 
 
 def combine_fixed_slots(out_RD: jax.Array, trip: Trip, kernels: RowKernels) -> jax.Array:
     """Same as `combine_all_to_all`, slot for slot."""
-    home_ND = _swap(out_RD)
-    return kernels.combine_rows(home_ND, trip.travels_tK, trip.rank_tK, trip.order_N)
+    del kernels
+    home_ND = _swap(rows.as_tiles(out_RD))
+    return rows.as_matrix(rows.sum_tokens(home_ND, trip.order_N, trip.rank_tK))
 
 
 def all_gather(
@@ -124,7 +128,8 @@ def all_gather(
     del max_rows, kernels
     e = n_experts // jax.lax.axis_size(AXIS)
     x_TD, ids_TK, gates_TK = (
-        jax.lax.all_gather(a, AXIS, tiled=True) for a in (x_tD, routing.ids_TK, routing.gates_TK)
+        kept.named(kept.RECEIVED, jax.lax.all_gather(a, AXIS, tiled=True))
+        for a in (x_tD, routing.ids_TK, routing.gates_TK)
     )
     here_T = jnp.full(x_TD.shape[0], jax.lax.axis_index(AXIS))
     choices_TW, gates_TW = choices_on(here_T, ids_TK, gates_TK, e)
@@ -147,13 +152,13 @@ def _pack(
     routing: Routing,
     n_experts: int,
     device_tK: jax.Array,
-    order_N: jax.Array,
-    rank_tK: jax.Array,
+    trip: Trip,
     kernels: RowKernels,
 ) -> Parcels:
     """Rows in the order of sending, labelled with their choices on the receiver and the gates."""
     e = n_experts // jax.lax.axis_size(AXIS)
-    rows_ND = kernels.gather_tokens(x_tD, order_N, rank_tK)
+    order_N, rank_tK, _ = trip
+    rows_ND = kernels.gather_tokens(rows.as_tiles(x_tD), order_N, rank_tK)
     gates_NK = kernels.gather_tokens(routing.gates_TK, order_N, rank_tK)
     token_N = order_N // device_tK.shape[1]
     ids_NK = routing.ids_TK.at[token_N].get(mode="fill", fill_value=n_experts)
@@ -170,18 +175,12 @@ def _unpack(received: Parcels, e: int, trip: Trip) -> Arrived:
     w = labels_RW2.shape[1] // 2
     gates_RW = labels_RW2[:, :w]
     choices_RW = labels_RW2[:, w:].astype(jnp.int32)
-    return Arrived(rows_RD, _routing_here(choices_RW, gates_RW, e), trip)
+    return Arrived(rows.as_matrix(rows_RD), _routing_here(choices_RW, gates_RW, e), trip)
 
 
 def _routing_here(choices_RW: jax.Array, gates_RW: jax.Array, e: int) -> Routing:
     """A routing over this device's experts, from choices as `choices_on` counts them."""
     return Routing(jnp.where(choices_RW == 0, e, choices_RW - 1), gates_RW, None)
-
-
-def _travels(device_tK: jax.Array, rank_tK: jax.Array, n_sent: int) -> jax.Array:
-    """1 for the assignments whose row is sent, float32: the receiver applies the gates."""
-    sent_tK = (rank_tK < n_sent) & (device_tK < jax.lax.axis_size(AXIS))
-    return sent_tK.astype(jnp.float32)
 
 
 def choices_on(

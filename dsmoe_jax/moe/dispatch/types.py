@@ -33,11 +33,13 @@ class Arrived(NamedTuple):
       rows_RD: in any order.
       routing: of those rows over the e experts of this device, (R, W); id e is no choice.
       state: for `combine`, to bring the sums home.
+      n_rows: how many came, int32; the rest of R is undefined and has no choices.  None: all.
     """
 
     rows_RD: jax.Array
     routing: Routing
     state: Any = None
+    n_rows: jax.Array | None = None
 
 
 class Grouped(NamedTuple):
@@ -66,13 +68,10 @@ class DispatchReport(NamedTuple):
       computed_E: rows that reached each expert, counted where it computes them.
       exchanged_rows: distinct pairs of a token and a device other than its own: the rows that have
         to travel, in each direction, each once to a device.  None without a mesh.
-      retries: dispatches (0 or 1 a layer and micro-batch) that used smaller chunks because a buffer
-        was too small.  None without a mesh.
     """
 
     computed_E: jax.Array
     exchanged_rows: jax.Array | None = None
-    retries: jax.Array | None = None
 
 
 class Dispatcher(NamedTuple):
@@ -86,7 +85,7 @@ class Dispatcher(NamedTuple):
       needs_mesh: works between the devices of a mesh.
       splits_experts: the experts may lie on several devices.
       drops_by_shard: accepts a fixed number of rows from each shard, so each shard drops for
-        itself; `buffer_factor` does not apply.
+        itself.
     """
 
     dispatch: Callable[..., Arrived]

@@ -18,6 +18,7 @@ class Volume(NamedTuple):
     """Rows of one chip, layer and micro-batch.
 
     Attributes:
+      visits: from all chips, its own included.
       received: from other chips, on the way out and again on the way back; the expectation if all
         choices are equally likely.
       label_bytes: of the gates and choices that travel with each of them on the way out.
@@ -26,6 +27,7 @@ class Volume(NamedTuple):
       computed: assignments that experts compute, if all choices are equally likely.
     """
 
+    visits: float
     received: float
     label_bytes: int
     buffered: float
@@ -37,25 +39,26 @@ def on_one_chip(moe: MoEConfig, t: int, p: int) -> Volume:
     """One chip holds all experts: nothing travels."""
     del p
     assignments = float(t * moe.num_experts_per_tok)
-    return Volume(0.0, 0, 0.0, assignments, assignments)
+    return Volume(float(t), 0.0, 0, 0.0, assignments, assignments)
 
 
 def of_all_to_all(moe: MoEConfig, t: int, p: int) -> Volume:
     """A row travels once to each chip that holds some of its token's experts."""
-    max_rows = _max_rows(moe, t, p)
-    received = chips_of_a_token(moe, p) * (p - 1) / p * t
-    chunk = t / moe.dispatch.chunks
-    buffered = min(p * chunk, max_rows)
-    return Volume(received, _label_bytes(moe, p), buffered, max_rows, t * moe.num_experts_per_tok)
+    visits = chips_of_a_token(moe, p) * t
+    computed = t * moe.num_experts_per_tok
+    buffered = p * t / moe.dispatch.chunks
+    room = _max_rows(moe, t, p)
+    return Volume(visits, visits * (p - 1) / p, _label_bytes(moe, p), buffered, room, computed)
 
 
 def of_all_gather(moe: MoEConfig, t: int, p: int) -> Volume:
     """Every row travels to every chip, with all its K choices and gates."""
     chunk = t / moe.dispatch.chunks
     label_bytes = 8 * moe.num_experts_per_tok
-    received = float((p - 1) * t)
+    visits = float(p * t)
     room = _max_rows(moe, t, p)
-    return Volume(received, label_bytes, p * chunk, room, t * moe.num_experts_per_tok)
+    computed = t * moe.num_experts_per_tok
+    return Volume(visits, visits - t, label_bytes, p * chunk, room, computed)
 
 
 def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
@@ -63,19 +66,15 @@ def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
     slots = t
     if moe.drop is not None:
         slots = min(t, math.ceil(moe.drop.capacity_factor * t * moe.num_experts_per_tok / p))
-    received = float((p - 1) * slots)
     room = float(p * slots)
+    received = room - slots
     computed = min(room, t * moe.num_experts_per_tok)
-    return Volume(received, _label_bytes(moe, p), p * slots, room, computed)
+    return Volume(room, received, _label_bytes(moe, p), room, room, computed)
 
 
 def _max_rows(moe: MoEConfig, t: int, p: int) -> float:
     """Assignments that the buffers of a chip hold, in one chunk."""
-    chunk = t / moe.dispatch.chunks
-    any_load = p * chunk * _choices(moe, p)
-    if moe.dispatch.buffer_factor is None:
-        return any_load
-    return min(any_load, math.ceil(moe.dispatch.buffer_factor * chunk * moe.num_experts_per_tok))
+    return p * t / moe.dispatch.chunks * _choices(moe, p)
 
 
 def _choices(moe: MoEConfig, p: int) -> int:

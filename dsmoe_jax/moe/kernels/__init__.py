@@ -58,7 +58,12 @@ def native_serves(dtype: jnp.dtype) -> bool:
 
 
 def choose_rows(name: str, dtype: jnp.dtype) -> RowKernels:
-    """The row kernels of `model.moe.row_kernels`, for activations of a dtype.
+    """The entry of `choose_rows_name`."""
+    return ROW_KERNELS[choose_rows_name(name, dtype)]
+
+
+def choose_rows_name(name: str, dtype: jnp.dtype) -> str:
+    """The row kernels that `model.moe.row_kernels` means, for activations of a dtype.
 
     "auto" takes the compiled ones where they can be used, on one device.
 
@@ -73,7 +78,7 @@ def choose_rows(name: str, dtype: jnp.dtype) -> RowKernels:
     elif name == "native":
         want = "compiled for one CPU device in float32; must be 'auto' or 'jax' here"
         require(one_device and native_serves(dtype), "model.moe.row_kernels", name, want)
-    return ROW_KERNELS[name]
+    return name
 
 
 def check_rows(name: str) -> None:

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from dsmoe_jax.moe.types import count_load
 
+_LANES = 128
+_TILE = 8 * _LANES
+
 
 def top_k(x_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The K largest of each row and their places, as `jax.lax.top_k`."""
@@ -59,10 +62,29 @@ def _gather_tokens_fwd(x_TD, order_N, rank_TK):
 
 def _gather_tokens_bwd(rank_TK, dy_ND):
     # Not the transpose, a scatter-add: slow on every platform, and in no fixed order.
-    return _sum_rows(dy_ND, rank_TK).astype(dy_ND.dtype), None, None
+    return sum_rows(dy_ND, rank_TK), None, None
 
 
 gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
+
+
+@jax.custom_vjp
+def sum_tokens(rows_ND: jax.Array, order_N: jax.Array, rank_TK: jax.Array) -> jax.Array:
+    """The transpose of `gather_tokens`: the sum of each token's rows, in their dtype."""
+    del order_N
+    return sum_rows(rows_ND, rank_TK)
+
+
+def _sum_tokens_fwd(rows_ND, order_N, rank_TK):
+    return sum_rows(rows_ND, rank_TK), (order_N, rank_TK)
+
+
+def _sum_tokens_bwd(saved, dy_TD):
+    order_N, rank_TK = saved
+    return take_any(dy_TD, order_N // rank_TK.shape[1]), None, None
+
+
+sum_tokens.defvjp(_sum_tokens_fwd, _sum_tokens_bwd)
 
 
 @jax.custom_vjp
@@ -75,7 +97,7 @@ def combine_rows(
       y_TD in the dtype of `out_ND`.
     """
     del order_N
-    return _sum_rows(out_ND, rank_TK, gates_TK).astype(out_ND.dtype)
+    return sum_rows(out_ND, rank_TK, gates_TK)
 
 
 def _combine_rows_fwd(out_ND, gates_TK, rank_TK, order_N):
@@ -94,14 +116,34 @@ def _combine_rows_bwd(saved, dy_TD):
 combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
 
 
-def _sum_rows(rows_ND: jax.Array, rank_TK: jax.Array, gates_TK=None) -> jax.Array:
-    """`sum_k gate_tk rows[rank_tk]` in float32."""
-    total_TD = jnp.zeros((rank_TK.shape[0], rows_ND.shape[1]), jnp.float32)
+def sum_rows(
+    rows_ND: jax.Array, rank_TK: jax.Array, gates_TK: jax.Array | None = None
+) -> jax.Array:
+    """`sum_k gate_tk rows[rank_tk]`, added in float32, in the dtype of the rows.
+
+    A rank past the last row adds nothing.
+    """
+    total_TD = jnp.zeros((rank_TK.shape[0], *rows_ND.shape[1:]), jnp.float32)
     # One k at a time, so that there is never an array of K rows for every token.
     for k in range(rank_TK.shape[1]):
         row_TD = take(rows_ND, rank_TK[:, k]).astype(jnp.float32)
         total_TD += row_TD if gates_TK is None else gates_TK[:, k, None] * row_TD
-    return total_TD
+    return total_TD.astype(rows_ND.dtype)
+
+
+def as_tiles(x_ND: jax.Array) -> jax.Array:
+    """Rows that are moved one by one, each as whole tiles of a TPU: (N, D/128, 128).
+
+    A tile of a matrix holds parts of eight rows, which one row would have to be picked from.
+    Returns the matrix itself if D is not a multiple of a tile's 8 x 128 numbers.
+    """
+    n, d = x_ND.shape
+    return x_ND if d % _TILE else x_ND.reshape(n, d // _LANES, _LANES)
+
+
+def as_matrix(tiles_ND: jax.Array) -> jax.Array:
+    """The inverse of `as_tiles`."""
+    return tiles_ND.reshape(tiles_ND.shape[0], -1)
 
 
 def take(array: jax.Array, index: jax.Array) -> jax.Array:

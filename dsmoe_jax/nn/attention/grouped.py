@@ -121,6 +121,7 @@ def train_flops(config: AttentionConfig, length: int) -> int:
 
 
 def activations(config: AttentionConfig, length: int) -> Activations:
-    """Numbers that one layer holds for each token: queries, keys, values; scores."""
+    """Numbers that one layer holds for each token: queries, keys, values; scores; result."""
     n, m = _heads(config)
-    return Activations(projected=(n + 2 * m) * config.head_dim, scores=n * length)
+    h = config.head_dim
+    return Activations(projected=(n + 2 * m) * h, scores=n * length, result=n * h)

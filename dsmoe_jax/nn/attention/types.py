@@ -15,10 +15,12 @@ class Activations(NamedTuple):
     Attributes:
       projected: results of the projections: queries, keys, values.
       scores: one for each head and key.
+      result: what the last projection takes.
     """
 
     projected: int
     scores: int
+    result: int
 
 
 class Attention(NamedTuple):

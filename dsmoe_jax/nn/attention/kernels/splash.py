@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from dsmoe_jax.nn import kept
 from dsmoe_jax.nn.attention.kernels.types import Task
 from dsmoe_jax.nn.attention.mask import CausalMask
 
@@ -44,6 +45,7 @@ def attend(
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=kept.ATTENDED,
     )
     # The library leaves the scale to the caller.
     query_BSNH = (query_BSNH.astype(jnp.float32) * h**-0.5).astype(query_BSNH.dtype)
