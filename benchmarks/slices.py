@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "slices.jsonl"
 CASES: list[tuple[str, str, dict[str, int], int]] = [
     ("dsmoe_2b", "v5e:4x4", {}, 0),
     ("dsmoe_16b", "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 36),
-    ("dsmoe_16b", "v6e:8x8", {"fsdp": 8, "expert": 8}, 72),
+    ("dsmoe_16b", "v6e:8x8", {"fsdp": 8, "expert": 8}, 36),
     ("dsmoe_145b", "v5p:4x8x8", {"fsdp": 16, "expert": 16}, 9),
     ("dsmoe_145b", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 9),
     ("gshard_137b", "v5p:4x8x8", {"fsdp": 16, "expert": 16}, 9),

@@ -7,6 +7,8 @@ import dataclasses
 from dsmoe_jax.config import Config
 from dsmoe_jax.hardware.chips import Chip
 from dsmoe_jax.model import remat, size
+from dsmoe_jax.nn import attention
+from dsmoe_jax.nn.kept import ATTENDED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,29 @@ class Roofline:
         return self.model_compute / self.serial, self.model_compute / self.overlapped
 
 
+def recomputed(config: Config, chips: int) -> float:
+    """FLOPs that the backward pass computes again, relative to those of forward and backward pass.
+
+    A forward pass is a third of them.  On a mesh the routed experts, whose rows come in blocks
+    (moe/blocks.py), compute two of their three products again in any case, and the third never.
+    """
+    model = config.model
+    moe = model.moe
+    all_flops = size.train_flops_per_token(config)
+    routed = scores = 0.0
+    if chips > 1 and moe.n_routed_experts:
+        layers = model.num_hidden_layers - model.first_k_dense_replace
+        weights = moe.num_experts_per_tok * 3 * model.hidden_size * moe.moe_intermediate_size
+        routed = layers * 6 * weights / all_flops
+    kind = remat.get(model.remat)
+    if ATTENDED in kind.kept:
+        length = config.data.sequence_length
+        one = attention.get(model.attention).train_flops(model.attention, length)
+        scores = model.num_hidden_layers * one / all_flops
+    rest = 1 - routed - scores if kind.again else 0.0
+    return (rest + routed * 2 / 3) / 3
+
+
 def roofline(
     config: Config, chips: int, chip: Chip, *, moved_gb: float, received_gb: float
 ) -> Roofline:
@@ -58,11 +83,8 @@ def roofline(
     """
     tokens = config.tokens_per_step / chips
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
-    recomputed = 1.0
-    if remat.get(config.model.remat).again:
-        recomputed = 4 / 3  # a forward pass more; the backward pass costs two of them
     return Roofline(
-        compute=model_compute * recomputed,
+        compute=model_compute * (1 + recomputed(config, chips)),
         memory=moved_gb * 1e9 / chip.hbm_bandwidth,
         network=received_gb * 1e9 / chip.link_bandwidth,
         model_compute=model_compute,
