@@ -6,7 +6,7 @@
 //
 // Rows become columns: inside, activations are transposed, (features, rows), so that every product
 // is `C_mn (+)= A_mk B_kn` with a weight or a transposed activation as A, read by broadcasting, and
-// B packed into panels of 24 columns. One micro-kernel serves all nine products.
+// B packed into panels of columns. One micro-kernel serves all nine products.
 //
 // Work is cut into items that share nothing they write, taken from a queue by XLA's threads; every
 // sum has a fixed order, so results do not depend on the number of threads.
