@@ -53,7 +53,7 @@ def test_flops_and_activations_by_hand():
     grouped = attention.get(config)
     # Scores and values: each 2 FLOPs for each of 6 x 4 numbers and key; backward twice as much.
     assert grouped.train_flops(config, 100) == 3 * 2 * 2 * 6 * 4 * 100
-    assert grouped.activations(config, 100) == (6 * 4 + 2 * 4 + 2 * 4, 6 * 100)
+    assert grouped.activations(config, 100) == (6 * 4 + 2 * 4 + 2 * 4, 6 * 100, 6 * 4)
 
 
 @pytest.mark.parametrize(
