@@ -21,8 +21,8 @@ def gains_on_hash_layers(model: str):
     shortest, longest = LENGTHS[0], LENGTHS[-1]
     return larger_change(
         f"from ×{shortest:g} to ×{longest:g} {model} gains more than Hash layers",
-        (sweep.label("Hash Layer", longest), sweep.label("Hash Layer", shortest)),
-        (sweep.label(model, longest), sweep.label(model, shortest)),
+        larger=(sweep.label(model, longest), sweep.label(model, shortest)),
+        smaller=(sweep.label("Hash Layer", longest), sweep.label("Hash Layer", shortest)),
         source="V1 table 1",
     )
 

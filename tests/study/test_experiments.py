@@ -11,6 +11,7 @@ from dsmoe_jax.study import fairness
 from dsmoe_jax.study.cells import Options, make_cells
 from dsmoe_jax.study.experiment import Experiment
 from dsmoe_jax.study.measures import MEASURES
+from experiments.recipe import lengths
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 MODULES = sorted(
@@ -61,3 +62,16 @@ def test_all_arms_can_be_made_and_are_fair(module, scale):
     cells = make_cells(experiment, Options(scale, seeds=1))
     assert [cell.arm for cell in cells] == list(experiment.arms)
     fairness.check_configs(experiment, cells)
+
+
+def test_who_gains_more_from_tokens():
+    """GShard from 6 to 4, Hash layers from 5 to 4: the claim of GShard holds."""
+    losses = {
+        "GShard, ×0.5": 6.0,
+        "GShard, ×4": 4.0,
+        "Hash Layer, ×0.5": 5.0,
+        "Hash Layer, ×4": 4.0,
+    }
+    (claim,) = (c for c in lengths.EXPERIMENT.claims if "GShard gains more" in c.text)
+    assert claim.weights.keys() == losses.keys()
+    assert sum(weight * losses[label] for label, weight in claim.weights.items()) == 1.0

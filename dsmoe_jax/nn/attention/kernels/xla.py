@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from dsmoe_jax.nn.attention.kernels.types import Task
 from dsmoe_jax.nn.attention.mask import CausalMask
 
-
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that is still finite with one more
 
 
