@@ -25,6 +25,7 @@ ANALYSES: dict[str, Analysis] = {
     "granularity_u_shape": granularity_analyses.u_shape,
     "equal_time": granularity_analyses.equal_time,
     "best_of_lines": sweep_analyses.best_of_lines,
+    "turns_of_lines": sweep_analyses.turns_of_lines,
     "compute_law": compute_analyses.law,
     "effective_compute": compute_analyses.effective_compute,
 }

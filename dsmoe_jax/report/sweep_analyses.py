@@ -5,6 +5,7 @@ The arms of a sweep have a `line` (the model) and an `x` (the setting).
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,42 @@ def best_of_lines(comparison: Comparison, results: Path) -> list[Block]:
         Table(head, rows),
         *_at_the_edge(comparison, lines, means),
     ]
+
+
+def turns_of_lines(comparison: Comparison, results: Path) -> list[Block]:
+    """The pairs of models whose order is another at the end of a sweep than at its beginning.
+
+    Args:
+      comparison: of a sweep.
+      results: not needed.
+    """
+    del results
+    name = comparison.experiment.main_measure
+    values = comparison.by_seed(name)
+    means = {label: float(np.mean(list(seeds.values()))) for label, seeds in values.items()}
+    lines = _lines(comparison)
+    xs = sorted(_sums(lines, means))
+    if len(xs) < 2:
+        return []
+    pairs = list(itertools.combinations(lines, 2))
+    rows = []
+    for a, b in pairs:
+        gap_X = [means[lines[a][x].label] - means[lines[b][x].label] for x in xs]
+        if gap_X[0] * gap_X[-1] >= 0:
+            continue
+        first, last = (a, b) if gap_X[0] < 0 else (b, a)
+        turns = [i for i in range(1, len(xs)) if gap_X[i - 1] * gap_X[i] < 0]
+        between = "; ".join(f"×{xs[i - 1]:g} and ×{xs[i]:g}" for i in turns)
+        rows.append([first, last, fixed(abs(gap_X[0]), 3), fixed(abs(gap_X[-1]), 3), between])
+    few = min(len(seeds) for seeds in values.values())
+    seeds = "one seed" if few == 1 else f"{few} seeds or more"
+    said = f"{len(rows)} of the {len(pairs)} pairs of models are in another order at"
+    said += (
+        f" {_words(comparison, xs[-1])} than at {_words(comparison, xs[0])}; means over {seeds},"
+    )
+    said += f" {MEASURES[name].unit}, and no test of whether a difference is more than noise."
+    head = ["ahead at first", "ahead at last", "at first by", "at last by", "turns between"]
+    return [Heading("Where the order turns"), Text(said), *([Table(head, rows)] if rows else [])]
 
 
 def _lines(comparison: Comparison) -> dict[str, dict[float, Arm]]:

@@ -49,6 +49,7 @@ EXPERIMENT = Experiment(
     measured_may_differ=("tokens",),
     measures=("validation_loss", "validation_bits_per_byte", "tokens", "maxvio", "dead_experts"),
     pictures=("over_x",),
+    analyses=("turns_of_lines",),
     x_axis="steps, times those of the scale",
     x_scale="log",
     seeds={"smoke": 1, "demo": 2, "gpu": 1, "proxy": 1, "paper": 1},

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dsmoe_jax.report.blocks import Table, Text, plain
-from dsmoe_jax.report.sweep_analyses import best_of_lines
+from dsmoe_jax.report.sweep_analyses import best_of_lines, turns_of_lines
 from dsmoe_jax.study.results import Comparison, Row
 from experiments.recipe import rates
 
@@ -63,3 +63,24 @@ def test_a_setting_that_one_model_lacks_is_not_the_common_one(gshard):
     assert best_of_lines(sweep(Dense=[4.0, 3.0, 3.5, 5.0], GShard=gshard), results=None) == []
     text, _ = shown(sweep(Dense=[4.0, 3.0, 3.5, 5.0], GShard=[3.1, None, 2.8, 3.0]))
     assert "×1 " in text.split("has the lowest mean")[0]
+
+
+def test_pairs_whose_order_turns():
+    """Dense is ahead by 0.5 at first and behind by 0.25 at last; it is level nowhere."""
+    found = turns_of_lines(sweep(Dense=[3.0, 3.1, 3.2, 3.25], GShard=[3.5, 3.4, 3.1, 3.0]), None)
+    (text,) = (plain(block.text) for block in found if isinstance(block, Text))
+    assert text.startswith("1 of the 1 pairs of models are in another order at ×1.41")
+    assert "means over 2 seeds or more" in text
+    (table,) = (block for block in found if isinstance(block, Table))
+    assert table.rows == [["Dense", "GShard", "0.500", "0.250", "×0.707 and ×1"]]
+
+
+def test_pairs_whose_order_stays():
+    found = turns_of_lines(sweep(Dense=[3.0, 3.1, 3.2, 3.3], GShard=[2.9, 3.2, 3.1, 3.0]), None)
+    assert "0 of the 1 pairs" in " ".join(plain(b.text) for b in found if isinstance(b, Text))
+    assert not any(isinstance(block, Table) for block in found)
+
+
+def test_the_order_at_one_setting_turns_nowhere():
+    unfinished = [3.0, None, None, None]
+    assert turns_of_lines(sweep(Dense=unfinished, GShard=unfinished), None) == []
