@@ -7,6 +7,7 @@
 Parts, in this order:
   device    what the machine is, and the FLOP/s of one large product
   backends  every expert backend against the oracle `loop`, values and gradients (agreement.py)
+  legs      each product of the experts, forward, gradient of rows and of weights (legs.py)
   layer     the routed layer beside a dense one (moe_layer.py), with the backends that were right
   table1    experiments.v1.table1 at the scale `gpu`, with the backend that was fastest there
 
@@ -37,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import configs
-from benchmarks import agreement, harness, moe_layer
+from benchmarks import agreement, harness, legs, moe_layer
 from dsmoe_jax.config import from_config_dict
 from dsmoe_jax.hardware.chips import chip_of
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
@@ -62,6 +63,7 @@ class Settings(NamedTuple):
     Attributes:
       product: rows and columns of the matrices whose product is timed.
       shapes: of `agreement.check`, by name.
+      legs: of `legs.measure`, by name.
       layers: of `moe_layer`, by name; the first one decides the backend of table 1.
       repeats: rounds of the layer.
       case_s: the longest that a backend may take in one case, seconds.
@@ -69,6 +71,7 @@ class Settings(NamedTuple):
 
     product: int
     shapes: dict[str, agreement.Shape]
+    legs: dict[str, legs.Shape]
     layers: dict[str, moe_layer.Size]
     repeats: int
     case_s: float
@@ -91,7 +94,8 @@ def settings(scale: str) -> Settings:
     """The sizes that belong to a scale of table 1."""
     if scale == "smoke":
         small = agreement.Shape(96, 32, 6, 24)
-        return Settings(128, {"small": small}, {"smoke": layer_of("smoke", 32)}, 1, 300.0)
+        one = {"smoke": legs.SIZES["smoke"]}
+        return Settings(128, {"small": small}, one, {"smoke": layer_of("smoke", 32)}, 1, 300.0)
     tokens = 16_384  # 1,820 rows an expert: enough to fill the tiles of any kernel
     paper = moe_layer.SIZES["2b"]._replace(tokens=tokens)
     shapes = {
@@ -100,7 +104,8 @@ def settings(scale: str) -> Settings:
             7168, paper.hidden_size, paper.n_routed_experts, paper.moe_intermediate_size
         ),
     }
-    return Settings(8192, shapes, {scale: layer_of(scale, tokens), "2b": paper}, 9, 60.0)
+    both = {name: legs.SIZES[name] for name in ("2b", "16b")}
+    return Settings(8192, shapes, both, {scale: layer_of(scale, tokens), "2b": paper}, 9, 60.0)
 
 
 class TimeUp(Exception):
@@ -233,9 +238,34 @@ def _agree(session: Session, case: dict[str, Any]) -> None:
         session.log.write("backends", **case, **row)
 
 
+def each_leg(session: Session) -> None:
+    """The legs of every backend that has a product of its own and was right."""
+    wrong = _wrong(session)
+    for size, shape in session.sizes.legs.items():
+        for name in session.flags.backends:
+            case = {"size": size, "backend": name, "dtype": dtype_of_training()}
+            if BACKENDS[name].product is None:
+                continue
+            if name in wrong:
+                session.log.write("legs", **case, error_text="not timed: its results are wrong")
+                continue
+
+            def measure(case: dict[str, Any] = case, shape: legs.Shape = shape) -> None:
+                repeats = session.sizes.repeats
+                for row in legs.measure(case["backend"], shape, case["dtype"], repeats):
+                    session.log.write("legs", **case, **row)
+
+            session.attempt("legs", case, measure)
+
+
+def _wrong(session: Session) -> set[str]:
+    """The backends that did not agree with the oracle in the dtype of training."""
+    return {row["backend"] for row in _of_dtype(session, "backends") if not row["right"]}
+
+
 def layer(session: Session) -> None:
     """The layer at every size, one backend at a time, so that one that fails fails alone."""
-    wrong = {row["backend"] for row in _of_dtype(session, "backends") if not row["right"]}
+    wrong = _wrong(session)
     for size in session.sizes.layers:
         for name in session.flags.backends:
             case = {"size": size, "backend": name}
@@ -355,6 +385,7 @@ def _report(session: Session, overrides: dict[str, Any]) -> None:
 PARTS: dict[str, Callable[[Session], None]] = {
     "device": device,
     "backends": backends,
+    "legs": each_leg,
     "layer": layer,
     "table1": table,
 }
@@ -366,6 +397,10 @@ _TABLES = {
     "backends": (
         "Expert backends against `loop`",
         ("backend", "shape", "dtype", "loads", "error", "in", "right", "first_call_s"),
+    ),
+    "legs": (
+        "The products of the experts, leg by leg",
+        ("size", "backend", "dtype", "product", "leg", "ms", "tflops", "of_dense"),
     ),
     "layer": (
         "The routed layer",

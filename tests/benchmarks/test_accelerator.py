@@ -50,7 +50,7 @@ def of(rows: list[dict], part: str) -> list[dict]:
 def test_all_parts_in_their_order(called, tmp_path: Path):
     rows = called("--backends=ragged_dot")
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    assert parts == ["device", "product", "backends", "layer", "table1"]
+    assert parts == ["device", "product", "backends", "legs", "layer", "table1"]
     assert not [row for row in rows if "error_text" in row]
     assert {(row["dtype"], row["loads"]) for row in of(rows, "backends")} == {
         (dtype, loads) for dtype in agreement.TOLERANCES for loads in agreement.loads(SHAPE)
@@ -63,7 +63,7 @@ def test_all_parts_in_their_order(called, tmp_path: Path):
         "DeepSeekMoE", "GShard", "Switch", "Hash Layer", "Dense",
     ]  # fmt: skip
     summary = (tmp_path / "out" / "accelerator.md").read_text()
-    assert summary.count("\n## ") == 5
+    assert summary.count("\n## ") == 6
     assert f"| DeepSeekMoE | {arms[0]['validation_loss']:.4g} |" in summary
     assert (tmp_path / "out" / "table1" / "report.md").is_file()
     results = (tmp_path / "out" / "table1" / "results.jsonl").read_text().splitlines()
@@ -98,7 +98,7 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(called, monkeypatch: pytest.Mon
 def test_nothing_starts_when_the_time_is_up(called, tmp_path: Path):
     rows = called("--minutes=0.0001", "--backends=ragged_dot")
     left_out = [row for row in rows if row.get("error_text") == "not started: the time is up"]
-    assert {row["part"] for row in left_out} == {"product", "backends", "layer", "table1"}
+    assert {row["part"] for row in left_out} == {"product", "backends", "legs", "layer", "table1"}
     assert len(of(left_out, "table1")) == 5
     assert "## What failed or was left out" in (tmp_path / "out" / "accelerator.md").read_text()
 
@@ -126,7 +126,7 @@ def test_a_corpus_reaches_every_arm(called, tmp_path: Path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--parts=devcie", "'devcie' must be one of device, backends, layer, table1"),
+        ("--parts=devcie", "'devcie' must be one of device, backends, legs, layer, table1"),
         ("--backends=lop", "'lop' must be one of loop"),
         ("--corpus=nowhere.tar.xz", "no such file or directory"),
         ("--minutes=0", "must be a number above 0"),
