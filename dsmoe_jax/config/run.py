@@ -107,8 +107,9 @@ def _without(tree: Any, key: str) -> Any:
     first, _, rest = key.partition(".")
     if not isinstance(tree, dict) or first not in tree:
         return tree
-    others = {name: value for name, value in tree.items() if name != first}
-    return {**others, first: _without(tree[first], rest)} if rest else others
+    if rest:
+        return {**tree, first: _without(tree[first], rest)}  # in the order that it has
+    return {name: value for name, value in tree.items() if name != first}
 
 
 def _refuse_old_form(tree: Any) -> None:
