@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-ATTENDED = "attended"  # what attention returns before its last projection
+ATTENDED = "attended"  # what splash attention returns, with the sums that its gradient needs
 RECEIVED = "received"  # rows of tokens, with their labels, that came from other devices
 NAMES = (ATTENDED, RECEIVED)
 

@@ -61,7 +61,7 @@ def recomputed(config: Config, chips: int) -> float:
         weights = moe.num_experts_per_tok * 3 * model.hidden_size * moe.moe_intermediate_size
         routed = layers * 6 * weights / all_flops
     kind = remat.get(model.remat)
-    if ATTENDED in kind.kept:
+    if ATTENDED in kind.kept and not attention.kernels.keeps_scores(model.attention.kernel):
         length = config.data.sequence_length
         one = attention.get(model.attention).train_flops(model.attention, length)
         scores = model.num_hidden_layers * one / all_flops

@@ -27,11 +27,7 @@ def best_of_lines(comparison: Comparison, results: Path) -> list[Block]:
     """
     del results
     name = comparison.experiment.main_measure
-    means = {
-        label: float(np.mean(list(seeds.values())))
-        for label, seeds in comparison.by_seed(name).items()
-    }
-    lines = _lines(comparison)
+    means, lines = _means(comparison), _lines(comparison)
     sums = _sums(lines, means)
     if len(sums) < 2:
         return []
@@ -60,9 +56,7 @@ def turns_of_lines(comparison: Comparison, results: Path) -> list[Block]:
     """
     del results
     name = comparison.experiment.main_measure
-    values = comparison.by_seed(name)
-    means = {label: float(np.mean(list(seeds.values()))) for label, seeds in values.items()}
-    lines = _lines(comparison)
+    means, lines = _means(comparison), _lines(comparison)
     xs = sorted(_sums(lines, means))
     if len(xs) < 2:
         return []
@@ -76,7 +70,7 @@ def turns_of_lines(comparison: Comparison, results: Path) -> list[Block]:
         turns = [i for i in range(1, len(xs)) if gap_X[i - 1] * gap_X[i] < 0]
         between = "; ".join(f"×{xs[i - 1]:g} and ×{xs[i]:g}" for i in turns)
         rows.append([first, last, fixed(abs(gap_X[0]), 3), fixed(abs(gap_X[-1]), 3), between])
-    few = min(len(seeds) for seeds in values.values())
+    few = min(map(len, comparison.by_seed(name).values()))
     seeds = "one seed" if few == 1 else f"{few} seeds or more"
     said = f"{len(rows)} of the {len(pairs)} pairs of models are in another order at"
     said += (
@@ -85,6 +79,12 @@ def turns_of_lines(comparison: Comparison, results: Path) -> list[Block]:
     said += f" {MEASURES[name].unit}, and no test of whether a difference is more than noise."
     head = ["ahead at first", "ahead at last", "at first by", "at last by", "turns between"]
     return [Heading("Where the order turns"), Text(said), *([Table(head, rows)] if rows else [])]
+
+
+def _means(comparison: Comparison) -> dict[str, float]:
+    """The mean over seeds of every finished arm."""
+    values = comparison.by_seed(comparison.experiment.main_measure)
+    return {label: float(np.mean(list(seeds.values()))) for label, seeds in values.items()}
 
 
 def _lines(comparison: Comparison) -> dict[str, dict[float, Arm]]:

@@ -89,7 +89,7 @@ def test_code_asks_the_mesh_what_it_will_run_on(smoke):
 
 
 def test_what_the_backward_pass_computes_again(smoke):
-    """Of nine parts of a routed expert's FLOPs two on a mesh, in any case; three on one chip."""
+    """A routed expert's FLOPs: of nine parts two on a mesh, in any case; three on one chip."""
     moe = smoke.model.moe
     flops = size.train_flops_per_token(smoke)
     experts_of_a_token = moe.num_experts_per_tok * 3 * smoke.model.hidden_size
