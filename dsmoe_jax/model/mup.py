@@ -10,11 +10,13 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
     output   the input        head, router                             m^-1        m^-1
     vector   its length       scales of the norms, biases              1           1
 
-Weight decay pulls no vector to zero.  These are the powers of Tensor Programs V (2203.03466, table 3, Adam).  By the same rule the
+Weight decay pulls no vector to zero.
+
+These are the powers of Tensor Programs V (2203.03466, table 3, Adam).  By the same rule the
 matrices of each expert are hidden, and the router's, whose output is as wide as there are experts,
-is an output (muP for mixtures: 2508.09752); so is the gate of the shared expert, of one number.  In this form no activation is multiplied by anything:
-checkpoints, evaluation and generation know nothing of it, and at m = 1 it is the standard
-parametrisation.
+is an output (muP for mixtures: 2508.09752); so is the gate of the shared experts, whose output is
+one number.  In this form no activation is multiplied by anything: checkpoints, evaluation and
+generation know nothing of it, and at m = 1 it is the standard parametrisation.
 
 It holds for models whose widths (heads, FFNs, experts) are all m times those of the base; the head
 size, and so the scale of the attention scores, and the numbers of experts and layers are the same.

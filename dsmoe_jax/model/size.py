@@ -10,7 +10,8 @@ and 9):
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
-  neither the router, the gate of the shared experts nor leading dense layers.  A dense model's FFN is its shared expert.
+  neither the router, the gate of the shared experts nor leading dense layers.  A dense model's FFN
+  is its shared expert.
 
 Letters: n sequence length, L layers, D hidden, V vocabulary, F activated FFN parameters.
 """

@@ -378,7 +378,7 @@ def test_a_bias_of_the_logits():
     layer = make_layer(router__logits_bias=True)
     x = jax.random.normal(jax.random.key(1), (50, D))
     inputs = RouterInputs(jnp.zeros(50, jnp.int32))
-    plain, plain_mean = layer.route(x, inputs)
+    plain, _ = layer.route(x, inputs)
     layer.router_bias_E[...] = 3.0 * jnp.arange(6) - 2.0
     found, mean_T = layer.route(x, inputs)
     wanted = np.asarray(plain.logits_TE) + 3.0 * np.arange(6) - 2.0
