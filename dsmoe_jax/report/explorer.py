@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -38,17 +39,14 @@ def to_html(title: str, text: RoutedText, tokenizer: Tokenizer) -> str:
       text: with at least one token.
       tokenizer: of the text.
     """
-    # The data last: a text may hold anything.
     parts = {
         "TITLE": html.escape(title),
         "STYLE": _part("explorer.css"),
         "SCRIPT": _part("explorer.js"),
         "DATA": _in_script(explorer_data(text, tokenizer)),
     }
-    page = _part("explorer.html")
-    for name, content in parts.items():
-        page = page.replace(f"%%{name}%%", content)
-    return page
+    # In one pass: what is put in may hold such a name itself.
+    return re.sub(r"%%([A-Z]+)%%", lambda name: parts[name[1]], _part("explorer.html"))
 
 
 def explorer_data(text: RoutedText, tokenizer: Tokenizer) -> dict[str, Any]:
