@@ -8,13 +8,15 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
     input    the output       embedding                                1           1
     hidden   both             attention, experts, dense FFNs           m^-1/2      m^-1
     output   the input        head, router, latent attention's key     m^-1        m^-1
-    vector   its length       scales of the norms, biases of heads     1           1
+    vector   its length       scales of the norms, biases              1           1
+
+Weight decay pulls no vector to zero.
 
 These are the powers of Tensor Programs V (2203.03466, table 3, Adam).  By the same rule the
 matrices of each expert are hidden, and the router's, whose output is as wide as there are experts,
-is an output (muP for mixtures: 2508.09752).  In this form no activation is multiplied by anything:
-checkpoints, evaluation and generation know nothing of it, and at m = 1 it is the standard
-parametrisation.
+is an output (muP for mixtures: 2508.09752); so is the gate of the shared experts, whose output is
+one number.  In this form no activation is multiplied by anything: checkpoints, evaluation and
+generation know nothing of it, and at m = 1 it is the standard parametrisation.
 
 It holds for models whose widths (heads, latents of attention, FFNs, experts) are all m times those
 of the base; the head size, and so the scale of the attention scores, and the numbers of experts and
@@ -39,16 +41,18 @@ class Kind(NamedTuple):
     Attributes:
       deviation: of its initial deviation.
       rate: of its learning rate, for Adam and what divides a gradient by its size as Adam does.
+      decayed: whether weight decay pulls it to zero.
     """
 
     deviation: float
     rate: float
+    decayed: bool = True
 
 
 INPUT = Kind(deviation=0, rate=0)
 HIDDEN = Kind(deviation=-0.5, rate=-1)
 OUTPUT = Kind(deviation=-1, rate=-1)
-VECTOR = Kind(deviation=0, rate=0)
+VECTOR = Kind(deviation=0, rate=0, decayed=False)
 
 # By name of the parameter.  A name that is not here is refused: its kind is no matter of its shape
 # alone (embedding and head have the same).
@@ -77,6 +81,8 @@ KINDS: dict[str, Kind] = {
     "up_EFD": HIDDEN,
     "down_EDF": HIDDEN,
     "router_ED": OUTPUT,
+    "router_bias_E": VECTOR,
+    "shared_gate_D": OUTPUT,
     "head_VD": OUTPUT,
     "scale_D": VECTOR,
 }
@@ -103,6 +109,11 @@ def kind(path: tuple) -> Kind:
             " whether it is input, hidden, output or vector; without muP it must be None"
         )
     return KINDS[name]
+
+
+def decayed(path: tuple) -> bool:
+    """Whether weight decay pulls a parameter to zero: all but vectors, with or without muP."""
+    return KINDS.get(parameter_name(path) or "", HIDDEN).decayed
 
 
 def scale_rates(updates: Any, ratio: float) -> Any:

@@ -10,7 +10,8 @@ and 9):
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
-  neither the router nor leading dense layers.  A dense model's FFN is its shared expert.
+  neither the router, the gate of the shared experts nor leading dense layers.  A dense model's FFN
+  is its shared expert.
 
 Letters: n sequence length, L layers, D hidden, V vocabulary, F activated FFN parameters.
 """
@@ -67,7 +68,7 @@ def _part(path: tuple) -> str:
     if "moe" not in path:
         return "other"
     part = str(path[path.index("moe") + 1])
-    if part.startswith("router"):
+    if part.startswith(("router", "shared_gate")):
         return "router"
     return "shared" if part == "shared" else "routed"
 
@@ -82,18 +83,26 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     embedding_and_head = 2 * model.vocab_size * d
     norms = d * (2 * layers + 1)
     dense = model.first_k_dense_replace * 3 * d * model.intermediate_size
-    router = moe_layers * d * moe.n_routed_experts * _logits_per_expert(model)
+    router = moe_layers * _router_parameters(model)
     outside = attentions + embedding_and_head + norms + dense + router
     expert = moe_layers * 3 * d * moe.moe_intermediate_size
-    expert_total = expert * (moe.n_shared_experts + moe.n_routed_experts)
-    expert_activated = expert * (moe.n_shared_experts + moe.num_experts_per_tok)
+    shared = moe_layers * 3 * d * moe.shared_width
+    expert_total = shared + expert * moe.n_routed_experts
+    expert_activated = shared + expert * moe.num_experts_per_tok
     return Parameters(
         outside + expert_total, outside + expert_activated, expert_total, expert_activated
     )
 
 
-def _logits_per_expert(model: ModelConfig) -> int:
-    return get_router(model.moe)[0].logits_per_expert if model.moe.n_routed_experts else 0
+def _router_parameters(model: ModelConfig) -> int:
+    """Those of a layer's router, and of the gate of its shared experts."""
+    moe = model.moe
+    d = model.hidden_size
+    gate = d if moe.shared_expert_gate else 0
+    if not moe.n_routed_experts:
+        return gate
+    logits = moe.n_routed_experts * get_router(moe)[0].logits_per_expert
+    return gate + logits * (d + moe.router.logits_bias)
 
 
 def mean_over_tokens(stages: Sequence[Stage], values: Sequence[float]) -> float:
@@ -132,7 +141,8 @@ def _flops_per_sequence(config: Config) -> float:
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
-    experts = moe.n_shared_experts + moe.num_experts_per_tok
+    shared = moe.shared_width / moe.moe_intermediate_size  # in widths of a routed expert
+    experts = shared + moe.num_experts_per_tok
     standard_ffns = (
         model.first_k_dense_replace * model.nominal_dense_width
         + (layers - model.first_k_dense_replace) * experts * moe.nominal_width

@@ -57,7 +57,9 @@ class MoELayer(nnx.Module):
         self.config = moe
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
-            self.shared = SwiGLU(d, moe.n_shared_experts * f, initializer_range, rngs=rngs)
+            self.shared = SwiGLU(d, moe.shared_width, initializer_range, rngs=rngs)
+        if moe.shared_expert_gate:
+            self.shared_gate_D = init_matrix(rngs, (d,), initializer_range)
         if not e:
             return
         check_layer(moe)
@@ -65,6 +67,8 @@ class MoELayer(nnx.Module):
         if router.learned:
             rows = router.logits_per_expert * e
             self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
+            if moe.router.logits_bias:
+                self.router_bias_E = nnx.Param(jnp.zeros(rows, jnp.float32))
         if router.state is not None:
             first = router.state.first(dataclasses.replace(settings, vocab_size=vocab_size))
             for name, values in first.items():
@@ -93,10 +97,20 @@ class MoELayer(nnx.Module):
         if self.config.n_shared_experts and (intervention.shared_experts or y_BSD is None):
             # Independent of the routed experts: XLA may compute them during the exchange of rows.
             with jax.named_scope("shared_experts"):
-                shared_BSD = self.shared(x_BSD)
+                shared_BSD = self._shared(x_BSD)
             y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD
         assert y_BSD is not None
         return y_BSD, report
+
+    def _shared(self, x_BSD: jax.Array) -> jax.Array:
+        """The shared experts' part of the output, times its gate if the config has one."""
+        y_BSD = self.shared(x_BSD)
+        if not self.config.shared_expert_gate:
+            return y_BSD
+        logit_BS = jnp.matmul(
+            x_BSD, self.shared_gate_D[...].astype(x_BSD.dtype), preferred_element_type=jnp.float32
+        )
+        return y_BSD * jax.nn.sigmoid(logit_BS)[..., None].astype(y_BSD.dtype)
 
     def _routed(
         self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention
@@ -197,6 +211,10 @@ class MoELayer(nnx.Module):
                 # The mean of the logits themselves would make XLA on CPU store the logits.
                 mean_D = self.router_ED[...].mean(axis=0)
                 mean_logit_T = product("td,d->t", x_TD, mean_D)
+            if self.config.router.logits_bias:
+                logits += self.router_bias_E[...]
+                if mean_logit_T is not None:
+                    mean_logit_T += self.router_bias_E[...].mean()
         choose = router.route
         if intervention.tokens_alone and router.alone is not None:
             choose = router.alone

@@ -17,6 +17,7 @@ from dsmoe_jax.moe.dispatch import DispatchReport
 from dsmoe_jax.moe.dropping import Ledger
 from dsmoe_jax.moe.routers import get_router, policy
 from dsmoe_jax.moe.routers.policy import PolicySample
+from dsmoe_jax.moe.routers.scores import SCORING
 from dsmoe_jax.moe.types import RecordedRouting, Routing
 
 
@@ -107,7 +108,7 @@ def logged_sums(
       moe: config of the layer.
     """
     valid_T = valid_BS.reshape(-1).astype(jnp.float32)
-    softmax = moe.router.scoring_func == "softmax"
+    softmax = SCORING[moe.router.scoring_func].is_softmax
     # Without gradients: the backward pass would otherwise include what is only logged.
     columns = token_columns(*jax.lax.stop_gradient((routing, mean_logit_T)), softmax=softmax)
     # Sums as one matrix product: on CPU every sum by itself is a chain of small kernels.

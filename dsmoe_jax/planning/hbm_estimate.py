@@ -74,7 +74,7 @@ def moved(
     exchanges = 1 if RECEIVED in recomputed.kept else forward_passes
     moe_layers = model.num_hidden_layers - model.first_k_dense_replace
     rows, exchanged = _rows(config, t, sizes)
-    width = model.moe.n_shared_experts * model.moe.moe_intermediate_size / sizes["tensor"]
+    width = model.moe.shared_width / sizes["tensor"]
     shared = [(t * width, _DENSE_F)]
     costs = {
         # The leading dense layers are never rematerialised.
