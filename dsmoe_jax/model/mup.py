@@ -83,6 +83,12 @@ KINDS: dict[str, Kind] = {
     "router_ED": OUTPUT,
     "router_bias_E": VECTOR,
     "shared_gate_D": OUTPUT,
+    "gate_bias_F": VECTOR,
+    "up_bias_F": VECTOR,
+    "down_bias_D": VECTOR,
+    "gate_bias_EF": VECTOR,
+    "up_bias_EF": VECTOR,
+    "down_bias_ED": VECTOR,
     "head_VD": OUTPUT,
     "scale_D": VECTOR,
 }
