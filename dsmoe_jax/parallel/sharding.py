@@ -47,6 +47,7 @@ LOGICAL: dict[str, LogicalAxis] = {
     "N": LogicalAxis("attention heads", ("tensor",)),
     "M": LogicalAxis("key/value heads", ("tensor",)),
     "H": LogicalAxis("head size"),
+    "J": LogicalAxis("two hidden vectors side by side", ("tensor",)),
 }
 
 
