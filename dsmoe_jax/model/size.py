@@ -27,6 +27,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
 from dsmoe_jax.model.build import model_shapes
+from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.feed_forward import form_of
@@ -184,6 +185,18 @@ def _train_flops_per_token(config: Config) -> float:
     no_matmul = lookup + d * (2 * layers + 1)
     matmul = _by_formula(model, biases=False).activated - no_matmul
     return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
+
+
+def cache_bytes_per_token(model: ModelConfig) -> int:
+    """Bytes that all layers' caches hold for one token of one sequence in generation.
+
+    In the dtype of activations; which "auto" is on the machine where this runs.
+
+    Raises:
+      ValueError: for an attention that cannot be.
+    """
+    one_layer = attention.cache_bytes(model.attention, compute_dtype(model))
+    return model.num_hidden_layers * one_layer
 
 
 def state_bytes(parameters: int) -> dict[str, int]:
