@@ -102,6 +102,8 @@ def route_text(
     for batch in validation_batches(corpus.directory, batch_size, None, rows):
         on_mesh = sharding.global_batch(batch, rows, batch_size)
         ids_LBSK, gates_LBSK, batch = jax.device_get((*step(graph, state, on_mesh), on_mesh))
+        # Identity experts compute nothing: here they are unassigned.
+        ids_LBSK = np.minimum(ids_LBSK, moe.n_routed_experts)
         part = _flat(batch, ids_LBSK, gates_LBSK, n_sequences)
         parts.append(part)
         n_sequences += batch_size
