@@ -22,6 +22,7 @@ from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import experts
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.nn.feed_forward import form_of
 from dsmoe_jax.parallel import sharding
 
 SAMPLE = 256  # tokens on which outputs of the experts are compared
@@ -147,12 +148,14 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
     inputs = ModelInputs.of_batch(sharding.global_batch(batch, rows, n_sequences))
     step = jax.jit(_layer_inputs, static_argnums=0, out_shardings=sharding.whole())
     valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
+    activation = form_of(model.config.moe.expert).activation
+    all_experts = jax.vmap(lambda x_TD, w: experts.one_expert_on(x_TD, w, activation), (None, 0))
     found = []
     for x_BSD, layer in zip(step(graph, state, inputs), _experts(model), strict=True):
         x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
         places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
-        outputs_ETD = jax.vmap(experts.swiglu, (None, 0, 0, 0))(jnp.asarray(x_TD[places]), *layer)
-        found.append(LayerWeights(layer, np.asarray(outputs_ETD)))
+        outputs_ETD = all_experts(jnp.asarray(x_TD[places]), layer)
+        found.append(LayerWeights(layer[:3], np.asarray(outputs_ETD)))
     return found
 
 
@@ -165,11 +168,10 @@ def _layer_inputs(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) ->
     return report.inputs_BSD
 
 
-def _experts(model: Transformer) -> list[list[np.ndarray]]:
-    """gate_EFD, up_EFD and down_EDF of each MoE layer."""
-    moe = model.layers.moe
-    stacked = [np.asarray(w[...], np.float32) for w in (moe.gate_EFD, moe.up_EFD, moe.down_EDF)]
-    return [list(layer) for layer in zip(*stacked, strict=True)]
+def _experts(model: Transformer) -> list[experts.ExpertWeights]:
+    """The weights of the experts of each MoE layer, float32."""
+    stacked = jax.tree.map(lambda w: np.asarray(w, np.float32), model.layers.moe.expert_weights())
+    return [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(len(stacked[0]))]
 
 
 def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
