@@ -6,7 +6,8 @@ model counts in seconds).  `parameters_by_formula` counts them again from the si
 With these definitions the counts agree with the digits that DeepSeekMoE prints (V1 tables 1-3, 6, 8
 and 9):
 - `total` is everything trained: embedding, output head, norms, attention, FFNs and router.
-- `activated` is `total` without the routed experts a token is not sent to.  The embedding table
+- `activated` is `total` without the routed experts a token is not sent to (with identity experts,
+  which have no parameters: if all choices are equally likely).  The embedding table
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
@@ -53,10 +54,10 @@ def count_parameters(model: ModelConfig) -> Parameters:
     sizes = {"routed": 0, "shared": 0, "router": 0, "other": 0}
     for path, param in nnx.to_flat_state(model_shapes(model).params):
         sizes[_part(path)] += math.prod(param.shape)
-    e = model.moe.n_routed_experts
-    k = model.moe.num_experts_per_tok
+    moe = model.moe
+    e = moe.n_routed_experts
     assert not e or sizes["routed"] % e == 0, "routed experts are all of one size"
-    routed_activated = sizes["routed"] // e * k if e else 0
+    routed_activated = sizes["routed"] * moe.num_experts_per_tok // moe.n_choices if e else 0
     return Parameters(
         total=sum(sizes.values()),
         activated=sum(sizes.values()) - sizes["routed"] + routed_activated,
@@ -100,7 +101,10 @@ def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
     expert = moe_layers * ffn(moe.moe_intermediate_size)
     shared = moe_layers * ffn(moe.shared_width) if moe.n_shared_experts else 0
     expert_total = shared + expert * moe.n_routed_experts
-    expert_activated = shared + expert * moe.num_experts_per_tok
+    expert_activated = shared
+    if moe.n_routed_experts:
+        routed = expert * moe.n_routed_experts
+        expert_activated += routed * moe.num_experts_per_tok // moe.n_choices
     return Parameters(
         outside + expert_total, outside + expert_activated, expert_total, expert_activated
     )
@@ -113,7 +117,7 @@ def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
     gate = d if moe.shared_expert_gate else 0
     if not moe.n_routed_experts:
         return gate
-    logits = moe.n_routed_experts * get_router(moe)[0].logits_per_expert
+    logits = moe.n_choices * get_router(moe)[0].logits_per_expert
     return gate + logits * (d + (biases and moe.router.logits_bias))
 
 
@@ -154,7 +158,7 @@ def _flops_per_sequence(config: Config) -> float:
     d = model.hidden_size
     layers = model.num_hidden_layers
     shared = moe.shared_width / moe.moe_intermediate_size  # in widths of a routed expert
-    experts = shared + moe.num_experts_per_tok
+    experts = shared + moe.computed_per_token
     standard_ffns = (
         model.n_dense_layers * model.nominal_dense_width
         + len(model.moe_layers) * experts * moe.nominal_width

@@ -69,7 +69,7 @@ def after_step(
 
     Args:
       other: with the variables of the stacked MoE layers, each with a leading layer axis.
-      load_LE: assignments of the whole global batch.
+      load_LE: assignments of the whole global batch, those of identity experts last.
       progress: of the run.
       model: config of the model.
     """

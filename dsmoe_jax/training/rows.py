@@ -68,6 +68,8 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row |= {
         f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.token_sums.items()
     }
+    if stats.identity_Z is not None:
+        row["identity_per_token"] = as_list(stats.identity_Z.sum(axis=-1) / stats.tokens)
     row |= {_term_key(name): as_list(term_L) for name, term_L in metrics.terms.items()}
     row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:

@@ -102,7 +102,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         )
         other = state.other
         if totals.router is not None:
-            load_LE = totals.router.load_E
+            load_LE = totals.router.load_of_choices
             other = router_state.after_step(other, load_LE, progress, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
