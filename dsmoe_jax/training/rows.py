@@ -98,6 +98,13 @@ def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
     return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
 
 
+def before_training(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Held-out results before the first step as `before`, if they were measured."""
+    keys = ("loss", "bits_per_byte")
+    found = [row for row in rows if row["step"] == 0 and "validation_loss" in row]
+    return {"before": {key: found[0][f"validation_{key}"] for key in keys}} if found else {}
+
+
 def steps_of_lowest_loss(rows: list[dict[str, Any]]) -> list[int]:
     """The evaluated steps, that of the lowest held-out loss first; of two as good the later."""
     losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
