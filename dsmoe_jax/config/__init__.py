@@ -6,7 +6,7 @@ keys.
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import AttentionConfig, ModelConfig
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig, MTPConfig
 from dsmoe_jax.config.moe import (
     BalanceTerm,
     DispatchConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "DataConfig",
     "DispatchConfig",
     "DropConfig",
+    "MTPConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",

@@ -5,7 +5,8 @@ model counts in seconds).  `parameters_by_formula` counts them again from the si
 
 With these definitions the counts agree with the digits that DeepSeekMoE prints (V1 tables 1-3, 6, 8
 and 9):
-- `total` is everything trained: embedding, output head, norms, attention, FFNs and router.
+- `total` is everything trained: embedding, output head, norms, attention, FFNs and router; but for
+  the modules of multi-token prediction, which are `mtp`: papers print the model without them.
 - `activated` is `total` without the routed experts a token is not sent to.  The embedding table
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flax import nnx
 
@@ -38,6 +39,8 @@ class Parameters:
     activated: int
     expert_total: int
     expert_activated: int
+    mtp: int = 0
+    mtp_activated: int = 0
 
 
 @functools.cache  # an experiment asks for each model many times: with every seed, rate and batch
@@ -48,8 +51,10 @@ def count_parameters(model: ModelConfig) -> Parameters:
       ValueError: if the module cannot be built from the config.
     """
     sizes = {"routed": 0, "shared": 0, "router": 0, "other": 0}
+    mtp = dict(sizes)
     for path, param in nnx.to_flat_state(model_shapes(model).params):
-        sizes[_part(path)] += math.prod(param.shape)
+        of = mtp if path[0] == "mtp" else sizes
+        of[_part(path)] += math.prod(param.shape)
     e = model.moe.n_routed_experts
     k = model.moe.num_experts_per_tok
     assert not e or sizes["routed"] % e == 0, "routed experts are all of one size"
@@ -59,6 +64,8 @@ def count_parameters(model: ModelConfig) -> Parameters:
         activated=sum(sizes.values()) - sizes["routed"] + routed_activated,
         expert_total=sizes["shared"] + sizes["routed"],
         expert_activated=sizes["shared"] + routed_activated,
+        mtp=sum(mtp.values()),
+        mtp_activated=sum(mtp.values()) - (mtp["routed"] // e * (e - k) if e else 0),
     )
 
 
@@ -87,9 +94,51 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     expert = moe_layers * 3 * d * moe.moe_intermediate_size
     expert_total = expert * (moe.n_shared_experts + moe.n_routed_experts)
     expert_activated = expert * (moe.n_shared_experts + moe.num_experts_per_tok)
+    total = outside + expert_total
+    activated = outside + expert_activated
+    if not model.mtp_depth:
+        return Parameters(total, activated, expert_total, expert_activated)
+    one, two = (parameters_by_formula(_moe_layers_alone(model, n)) for n in (1, 2))
+    around = 2 * d**2 + 3 * d  # projection and norms of a module, beside its block
     return Parameters(
-        outside + expert_total, outside + expert_activated, expert_total, expert_activated
+        total,
+        activated,
+        expert_total,
+        expert_activated,
+        mtp=model.mtp_depth * (two.total - one.total + around),
+        mtp_activated=model.mtp_depth * (two.activated - one.activated + around),
     )
+
+
+def _moe_layers_alone(model: ModelConfig, n: int) -> ModelConfig:
+    """The model with n layers, all with an MoE layer: two of these differ by MoE layers alone."""
+    return dataclasses.replace(
+        model,
+        num_hidden_layers=n,
+        first_k_dense_replace=0,
+        moe_layer_freq=1,
+        moe_layer_offset=0,
+        mlp_only_layers=(),
+        mtp=None,
+    )
+
+
+def _of_modules(config: Config, cost: Callable[[Config], float], of_product: float) -> float:
+    """Cost of the modules of multi-token prediction.
+
+    Args:
+      config: of the run.
+      cost: of the model without them, from its config.
+      of_product: cost for each parameter of a matrix product.
+    """
+    model = config.model
+    if not model.mtp_depth:
+        return 0
+    one, two = (
+        cost(dataclasses.replace(config, model=_moe_layers_alone(model, n))) for n in (1, 2)
+    )
+    d = model.hidden_size
+    return model.mtp_depth * (two - one + of_product * (2 * d**2 + model.vocab_size * d))
 
 
 def _logits_per_expert(model: ModelConfig) -> int:
@@ -119,8 +168,9 @@ def flops_per_sequence(config: Config) -> float:
 
     F is at nominal widths (`nominal_width`, `nominal_dense_width`: shares of a standard FFN of
     8 D^2); attention has full key and value heads and no causal discount; the output head counts,
-    router and embedding lookup do not.  For comparisons with the paper; what is really computed is
-    `train_flops_per_token`.
+    router and embedding lookup do not.  Modules of multi-token prediction count as layers that have
+    their projection and the head besides.  For comparisons with the paper; what is really computed
+    is `train_flops_per_token`.
     """
     stages = stages_of(config)
     return mean_over_tokens(stages, [_flops_per_sequence(stage.config) for stage in stages])
@@ -138,7 +188,9 @@ def _flops_per_sequence(config: Config) -> float:
         + len(model.moe_layers) * experts * moe.nominal_width
     )
     ffn = 8 * d**2 * standard_ffns
-    return 6 * n * (4 * layers * d**2 + ffn + model.vocab_size * d) + 12 * layers * d * n**2
+    products = 4 * layers * d**2 + ffn + model.vocab_size * d
+    of_modules = _of_modules(config, _flops_per_sequence, 6 * n)
+    return 6 * n * products + 12 * layers * d * n**2 + of_modules
 
 
 def train_flops_per_token(config: Config) -> float:
@@ -161,7 +213,8 @@ def _train_flops_per_token(config: Config) -> float:
     lookup = 0 if model.tie_word_embeddings else model.vocab_size * d  # a tied one is the head too
     no_matmul = lookup + d * (2 * layers + 1)
     matmul = parameters_by_formula(model).activated - no_matmul
-    return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
+    scores = layers * attention.get(model.attention).train_flops(model.attention, n)
+    return 6 * matmul + scores + _of_modules(config, _train_flops_per_token, 6)
 
 
 def state_bytes(parameters: int) -> dict[str, int]:

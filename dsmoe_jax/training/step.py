@@ -18,10 +18,11 @@ from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.evaluation.cross_entropy import AheadSums
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
-from dsmoe_jax.moe.schedules import Progress
+from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
@@ -50,6 +51,7 @@ class StepMetrics(NamedTuple):
       router: sums of the MoE layers, with a leading layer axis, over the global batch; None without
         routed experts.
       recorded: routing of the global batch, (L, B, S, K), if the run records it.
+      ahead: sums of multi-token prediction, by module; None without it.
     """
 
     loss: jax.Array
@@ -62,6 +64,7 @@ class StepMetrics(NamedTuple):
     terms: dict[str, jax.Array]
     router: LoggedSums | None
     recorded: RecordedRouting | None
+    ahead: AheadSums | None = None
 
 
 def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
@@ -82,7 +85,9 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         progress = Progress(state.step, steps)
         weights = losses.weights_at(config.model.moe.balance, progress)
-        totals, grads, recorded = gradient(state.params, state.other, batch, rng, weights)
+        totals, grads, recorded = gradient(
+            state.params, state.other, batch, rng, weights, _mtp_weight(config, progress)
+        )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = cast(nnx.State, optax.apply_updates(state.params, updates))
@@ -99,6 +104,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             terms=totals.terms,
             router=totals.router,
             recorded=recorded,
+            ahead=totals.ahead,
         )
         other = state.other
         if totals.router is not None:
@@ -107,6 +113,12 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
+
+
+def _mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
+    """The weight of multi-token prediction at a step; None without it."""
+    section = config.model.mtp
+    return None if section is None else section.factor * multiple(section.schedule, progress)
 
 
 def assert_shapes(batch: Batch) -> None:
