@@ -6,9 +6,11 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
 
     kind     grows            parameters                               deviation   rate
     input    the output       embedding                                1           1
-    hidden   both             attention, experts, FFNs, projection    m^-1/2      m^-1
-    output   the input        head, router                             m^-1        m^-1
-    vector   its length       scales of the norms                      1           1
+    hidden   both             attention, experts, FFNs, projection     m^-1/2      m^-1
+    output   the input        head, router, latent attention's key     m^-1        m^-1
+    vector   its length       scales of the norms, biases              1           1
+
+Weight decay pulls no vector to zero.
 
 A tied embedding (`model.tie_word_embeddings`) is an input.  As a head it should be m times smaller,
 and so should its updates; the scale of the norm before it is, which comes to the same: it begins at
@@ -16,12 +18,14 @@ m^-1 and has the rate of an output.
 
 These are the powers of Tensor Programs V (2203.03466, table 3, Adam).  By the same rule the
 matrices of each expert are hidden, and the router's, whose output is as wide as there are experts,
-is an output (muP for mixtures: 2508.09752).  In this form no activation is multiplied by anything:
-checkpoints, evaluation and generation know nothing of it, and at m = 1 it is the standard
-parametrisation.
+is an output (muP for mixtures: 2508.09752); so is the gate of the shared experts, whose output is
+one number.  In this form no activation is multiplied by anything: checkpoints, evaluation and
+generation know nothing of it, and at m = 1 it is the standard parametrisation.
 
-It holds for models whose widths (heads, FFNs, experts) are all m times those of the base; the head
-size, and so the scale of the attention scores, and the numbers of experts and layers are the same.
+It holds for models whose widths (heads, latents of attention, FFNs, experts) are all m times those
+of the base; the head size, and so the scale of the attention scores, and the numbers of experts and
+layers are the same.  The one key that latent attention rotates for all heads is of a head's size,
+so that its matrix is an output.
 """
 
 from __future__ import annotations
@@ -41,16 +45,18 @@ class Kind(NamedTuple):
     Attributes:
       deviation: of its initial deviation.
       rate: of its learning rate, for Adam and what divides a gradient by its size as Adam does.
+      decayed: whether weight decay pulls it to zero.
     """
 
     deviation: float
     rate: float
+    decayed: bool = True
 
 
 INPUT = Kind(deviation=0, rate=0)
 HIDDEN = Kind(deviation=-0.5, rate=-1)
 OUTPUT = Kind(deviation=-1, rate=-1)
-VECTOR = Kind(deviation=0, rate=0)
+VECTOR = Kind(deviation=0, rate=0, decayed=False)
 
 # By name of the parameter.  A name that is not here is refused: its kind is no matter of its shape
 # alone (embedding and head have the same).
@@ -60,6 +66,18 @@ KINDS: dict[str, Kind] = {
     "key_MHD": HIDDEN,
     "value_MHD": HIDDEN,
     "out_DNH": HIDDEN,
+    "query_bias_NH": VECTOR,
+    "key_bias_MH": VECTOR,
+    "value_bias_MH": VECTOR,
+    "query_rope_NRD": HIDDEN,
+    "query_down_QD": HIDDEN,
+    "query_up_NHQ": HIDDEN,
+    "query_rope_NRQ": HIDDEN,
+    "kv_down_ZD": HIDDEN,
+    "key_rope_RD": OUTPUT,
+    "key_up_NHZ": HIDDEN,
+    "value_up_NIZ": HIDDEN,
+    "out_DNI": HIDDEN,
     "gate_FD": HIDDEN,
     "up_FD": HIDDEN,
     "down_DF": HIDDEN,
@@ -67,6 +85,14 @@ KINDS: dict[str, Kind] = {
     "up_EFD": HIDDEN,
     "down_EDF": HIDDEN,
     "router_ED": OUTPUT,
+    "router_bias_E": VECTOR,
+    "shared_gate_D": OUTPUT,
+    "gate_bias_F": VECTOR,
+    "up_bias_F": VECTOR,
+    "down_bias_D": VECTOR,
+    "gate_bias_EF": VECTOR,
+    "up_bias_EF": VECTOR,
+    "down_bias_ED": VECTOR,
     "head_VD": OUTPUT,
     "projection_DJ": HIDDEN,
     "scale_D": VECTOR,
@@ -100,6 +126,11 @@ def kind(path: tuple, *, tied: bool = False) -> Kind:
             " whether it is input, hidden, output or vector; without muP it must be None"
         )
     return KINDS[name]
+
+
+def decayed(path: tuple) -> bool:
+    """Whether weight decay pulls a parameter to zero: all but vectors, with or without muP."""
+    return KINDS.get(parameter_name(path) or "", HIDDEN).decayed
 
 
 def scale_rates(updates: Any, ratio: float, *, tied: bool = False) -> Any:

@@ -11,7 +11,8 @@ and 9):
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
-  neither the router nor dense layers.  A dense model's FFN is its shared expert.
+  neither the router, the gate of the shared experts nor dense layers.  A dense model's FFN is its
+  shared expert.
 
 Letters: n sequence length, L layers, D hidden, V vocabulary, F activated FFN parameters.
 """
@@ -29,6 +30,7 @@ from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
 from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
+from dsmoe_jax.nn.feed_forward import form_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +76,28 @@ def _part(path: tuple) -> str:
     if "moe" not in path:
         return "other"
     part = str(path[path.index("moe") + 1])
-    if part.startswith("router"):
+    if part.startswith(("router", "shared_gate")):
         return "router"
     return "shared" if part == "shared" else "routed"
 
 
 def parameters_by_formula(model: ModelConfig) -> Parameters:
     """The same numbers from the sizes alone, to check `count_parameters` against."""
+    own = _by_formula(model, biases=True)
+    if not model.mtp_depth:
+        return own
+    one, two = (_by_formula(_moe_layers_alone(model, n), biases=True) for n in (1, 2))
+    d = model.hidden_size
+    around = 2 * d**2 + 3 * d  # projection and norms of a module, beside its block
+    return dataclasses.replace(
+        own,
+        mtp=model.mtp_depth * (two.total - one.total + around),
+        mtp_activated=model.mtp_depth * (two.activated - one.activated + around),
+    )
+
+
+def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
+    """`parameters_by_formula`, without the biases of the FFNs and routers if they do not count."""
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
@@ -88,25 +105,20 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     attentions = layers * attention.get(model.attention).parameters(d, model.attention)
     embedding_and_head = (1 if model.tie_word_embeddings else 2) * model.vocab_size * d
     norms = d * (2 * layers + 1)
-    dense = model.n_dense_layers * 3 * d * model.intermediate_size
-    router = moe_layers * d * moe.n_routed_experts * _logits_per_expert(model)
+    has_biases = biases and form_of(moe.expert).biases
+
+    def ffn(width: int) -> int:
+        return 3 * d * width + has_biases * (2 * width + d)
+
+    dense = model.n_dense_layers * ffn(model.intermediate_size)
+    router = moe_layers * _router_parameters(model, biases=biases)
     outside = attentions + embedding_and_head + norms + dense + router
-    expert = moe_layers * 3 * d * moe.moe_intermediate_size
-    expert_total = expert * (moe.n_shared_experts + moe.n_routed_experts)
-    expert_activated = expert * (moe.n_shared_experts + moe.num_experts_per_tok)
-    total = outside + expert_total
-    activated = outside + expert_activated
-    if not model.mtp_depth:
-        return Parameters(total, activated, expert_total, expert_activated)
-    one, two = (parameters_by_formula(_moe_layers_alone(model, n)) for n in (1, 2))
-    around = 2 * d**2 + 3 * d  # projection and norms of a module, beside its block
+    expert = moe_layers * ffn(moe.moe_intermediate_size)
+    shared = moe_layers * ffn(moe.shared_width) if moe.n_shared_experts else 0
+    expert_total = shared + expert * moe.n_routed_experts
+    expert_activated = shared + expert * moe.num_experts_per_tok
     return Parameters(
-        total,
-        activated,
-        expert_total,
-        expert_activated,
-        mtp=model.mtp_depth * (two.total - one.total + around),
-        mtp_activated=model.mtp_depth * (two.activated - one.activated + around),
+        outside + expert_total, outside + expert_activated, expert_total, expert_activated
     )
 
 
@@ -141,8 +153,15 @@ def _of_modules(config: Config, cost: Callable[[Config], float], of_product: flo
     return model.mtp_depth * (two - one + of_product * (2 * d**2 + model.vocab_size * d))
 
 
-def _logits_per_expert(model: ModelConfig) -> int:
-    return get_router(model.moe)[0].logits_per_expert if model.moe.n_routed_experts else 0
+def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
+    """Those of a layer's router, and of the gate of its shared experts."""
+    moe = model.moe
+    d = model.hidden_size
+    gate = d if moe.shared_expert_gate else 0
+    if not moe.n_routed_experts:
+        return gate
+    logits = moe.n_routed_experts * get_router(moe)[0].logits_per_expert
+    return gate + logits * (d + (biases and moe.router.logits_bias))
 
 
 def mean_over_tokens(stages: Sequence[Stage], values: Sequence[float]) -> float:
@@ -182,7 +201,8 @@ def _flops_per_sequence(config: Config) -> float:
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
-    experts = moe.n_shared_experts + moe.num_experts_per_tok
+    shared = moe.shared_width / moe.moe_intermediate_size  # in widths of a routed expert
+    experts = shared + moe.num_experts_per_tok
     standard_ffns = (
         model.n_dense_layers * model.nominal_dense_width
         + len(model.moe_layers) * experts * moe.nominal_width
@@ -197,9 +217,10 @@ def train_flops_per_token(config: Config) -> float:
     """Training FLOPs of one token at the widths really used: the numerator of MFU.
 
     Forward and backward are 6 FLOPs per activated parameter that takes part in a matrix product
-    (router included; embedding lookup and norms not), plus what attention adds for scores and
-    values: with full heads 12 L n (heads x head size), without a causal discount as is usual (PaLM,
-    2204.02311, appendix B).  What rematerialisation or padding computes on top is not counted.
+    (router included; embedding lookup, norms and biases not), plus what attention adds for scores
+    and values: with full heads 12 L n (heads x head size), without a causal discount as is usual
+    (PaLM, 2204.02311, appendix B).  What rematerialisation or padding computes on top is not
+    counted.
     """
     stages = stages_of(config)
     return mean_over_tokens(stages, [_train_flops_per_token(stage.config) for stage in stages])
@@ -212,7 +233,7 @@ def _train_flops_per_token(config: Config) -> float:
     layers = model.num_hidden_layers
     lookup = 0 if model.tie_word_embeddings else model.vocab_size * d  # a tied one is the head too
     no_matmul = lookup + d * (2 * layers + 1)
-    matmul = parameters_by_formula(model).activated - no_matmul
+    matmul = _by_formula(model, biases=False).activated - no_matmul
     scores = layers * attention.get(model.attention).train_flops(model.attention, n)
     return 6 * matmul + scores + _of_modules(config, _train_flops_per_token, 6)
 

@@ -33,7 +33,8 @@ from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention, head
 from dsmoe_jax.nn.attention import CausalMask
-from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix
+from dsmoe_jax.nn.feed_forward import FeedForward, form_of
+from dsmoe_jax.nn.layers import RMSNorm, init_matrix
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 UNROLLED_LAYERS = 8  # at most, on a CPU
@@ -67,11 +68,14 @@ class Block(nnx.Module):
         std = config.initializer_range
         self.attention_norm = RMSNorm(d, config.rms_norm_eps)
         make_attention = attention.get(config.attention).module
-        self.attention = make_attention(d, std, config.attention, rngs=rngs)
+        self.attention = make_attention(
+            d, std, config.attention, rms_norm_eps=config.rms_norm_eps, rngs=rngs
+        )
         self.ffn_norm = RMSNorm(d, config.rms_norm_eps)
         self.dense = dense
         if dense:
-            self.ffn = SwiGLU(d, config.intermediate_size, std, rngs=rngs)
+            form = form_of(config.moe.expert)
+            self.ffn = FeedForward(d, config.intermediate_size, std, form, rngs=rngs)
         else:
             self.moe = MoELayer(
                 config.moe,

@@ -17,6 +17,7 @@ from dsmoe_jax.moe.dispatch import DispatchReport
 from dsmoe_jax.moe.dropping import Ledger
 from dsmoe_jax.moe.routers import get_router, policy
 from dsmoe_jax.moe.routers.policy import PolicySample
+from dsmoe_jax.moe.routers.scores import SCORING
 from dsmoe_jax.moe.types import RecordedRouting, Routing
 
 
@@ -65,11 +66,14 @@ class LayerReport(NamedTuple):
       loss_inputs: for the training loss.
       logged: for the log.
       recorded: ids_BSK and gates_BSK after dropping.
+      inputs_BSD: activations that the layer got; None unless `Intervention.keep_inputs` asks for
+        them.
     """
 
     loss_inputs: LossInputs
     logged: LoggedSums
     recorded: RecordedRouting
+    inputs_BSD: jax.Array | None = None
 
 
 def loss_inputs(routing: Routing, segment_ids_BS: jax.Array, moe: MoEConfig) -> LossInputs:
@@ -107,7 +111,7 @@ def logged_sums(
       moe: config of the layer.
     """
     valid_T = valid_BS.reshape(-1).astype(jnp.float32)
-    softmax = moe.router.scoring_func == "softmax"
+    softmax = SCORING[moe.router.scoring_func].is_softmax
     # Without gradients: the backward pass would otherwise include what is only logged.
     columns = token_columns(*jax.lax.stop_gradient((routing, mean_logit_T)), softmax=softmax)
     # Sums as one matrix product: on CPU every sum by itself is a chain of small kernels.

@@ -76,7 +76,7 @@ def moved(
     leading = layout.n_leading(model)
     between = model.n_dense_layers - leading
     rows, exchanged = _rows(config, t, sizes)
-    width = model.moe.n_shared_experts * model.moe.moe_intermediate_size / sizes["tensor"]
+    width = model.moe.shared_width / sizes["tensor"]
     shared = [(t * width, _DENSE_F)]
     costs = {
         # The leading dense layers are never rematerialised.

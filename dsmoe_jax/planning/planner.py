@@ -357,7 +357,7 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     layer += _COMPUTE * (_ROOM * rows.room + _BUFFERED * rows.buffered) * d
     layer += blocks.SHARE * rows.computed * (_ROW_D * d + _ROW_F * f)
     layer += 4 * 3 * moe.n_routed_experts / sizes["expert"] * f * d
-    layer += t * moe.n_shared_experts * _ROW_F * f
+    layer += t * _ROW_F * moe.shared_width / tensor
     recomputed = remat.get(model.remat)
     layers = model.num_hidden_layers + model.mtp_depth
     kept = layers * _COMPUTE * t * d

@@ -85,7 +85,7 @@ def make_optimizer(
     *,
     tied: bool = False,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; norm scales are not decayed.
+    """Global-norm clipping, then AdamW; norm scales and biases are not decayed.
 
     With muP the step that Adam makes is multiplied by kind of parameter, the weight decay is not:
     in each step a weight loses the share rate x `weight_decay`, at every width.
@@ -115,5 +115,5 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay pulls to zero: all but the norms' scales."""
-    return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
+    """Which parameters weight decay pulls to zero: all but the norms' scales and biases."""
+    return jax.tree.map_with_path(lambda path, _: mup.decayed(path), params)

@@ -25,6 +25,7 @@ from dsmoe_jax.config import MoEConfig, RouterConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.moe.routers import assignment, balanced, fixed, policy, scored
+from dsmoe_jax.moe.routers.scores import SCORING
 from dsmoe_jax.moe.routers.settings import RouterSettings
 from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import RouterInputs, Routing
@@ -110,7 +111,7 @@ class Router(NamedTuple):
     @property
     def settings_read(self) -> frozenset[str]:
         """All fields of `RouterConfig` that have a meaning for this router."""
-        return self.reads | {"logits_dtype"} if self.learned else self.reads
+        return self.reads | {"logits_dtype", "logits_bias"} if self.learned else self.reads
 
     def columns(self, n_experts: int, k: int) -> int:
         """Columns of its routings, unassigned ones included."""
@@ -204,6 +205,9 @@ def get_router(moe: MoEConfig) -> tuple[Router, RouterSettings]:
             f"model.moe.num_experts_per_tok={k}:"
             f" the {config.name} router activates exactly {router.top} {experts}"
         )
+    scoring = config.scoring_func
+    known = sorted(SCORING)
+    require(scoring in SCORING, "model.moe.router.scoring_func", scoring, f"must be one of {known}")
     _refuse_unread(config, router)
     if config.norm_topk_prob and k == 1:
         raise ValueError(
