@@ -6,7 +6,7 @@ keys.
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import AttentionConfig, ModelConfig, RopeScaling
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig, MTPConfig, RopeScaling
 from dsmoe_jax.config.moe import (
     BalanceTerm,
     DispatchConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "DispatchConfig",
     "DropConfig",
     "ExpertConfig",
+    "MTPConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
