@@ -6,11 +6,12 @@ keys.
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import AttentionConfig, ModelConfig
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig, MTPConfig, RopeScaling
 from dsmoe_jax.config.moe import (
     BalanceTerm,
     DispatchConfig,
     DropConfig,
+    ExpertConfig,
     MoEConfig,
     RouterConfig,
     Schedule,
@@ -34,10 +35,13 @@ __all__ = [
     "DataConfig",
     "DispatchConfig",
     "DropConfig",
+    "ExpertConfig",
+    "MTPConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeScaling",
     "RouterConfig",
     "Schedule",
     "Stage",

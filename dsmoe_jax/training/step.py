@@ -18,10 +18,11 @@ from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.evaluation.cross_entropy import AheadSums
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
-from dsmoe_jax.moe.schedules import Progress
+from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
@@ -51,6 +52,7 @@ class StepMetrics(NamedTuple):
       router: sums of the MoE layers, with a leading layer axis, over the global batch; None without
         routed experts.
       recorded: routing of the global batch, (L, B, S, K), if the run records it.
+      ahead: sums of multi-token prediction, by module; None without it.
     """
 
     loss: jax.Array
@@ -63,6 +65,7 @@ class StepMetrics(NamedTuple):
     terms: dict[str, jax.Array]
     router: LoggedSums | None
     recorded: RecordedRouting | None
+    ahead: AheadSums | None = None
 
 
 def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
@@ -86,7 +89,8 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         weights = losses.weights_at(config.model.moe.balance, progress)
         trained, frozen = freezing.split(state.params)
         others = nnx.merge_state(frozen, state.other)
-        totals, grads, recorded = gradient(trained, others, batch, rng, weights)
+        mtp_weight = _mtp_weight(config, progress)
+        totals, grads, recorded = gradient(trained, others, batch, rng, weights, mtp_weight)
         with jax.named_scope("optimizer"):
             grads = freezing.gradient(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -107,14 +111,21 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             terms=totals.terms,
             router=totals.router,
             recorded=recorded,
+            ahead=totals.ahead,
         )
         other = state.other
         if totals.router is not None and freezing.moves_router:
-            load_LE = totals.router.load_E
+            load_LE = totals.router.load_of_choices
             other = router_state.after_step(other, load_LE, progress, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
+
+
+def _mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
+    """The weight of multi-token prediction at a step; None without it."""
+    section = config.model.mtp
+    return None if section is None else section.factor * multiple(section.schedule, progress)
 
 
 def assert_shapes(batch: Batch) -> None:
