@@ -153,7 +153,8 @@ class Transformer(nnx.Module):
 
         Args:
           inputs: a batch; see `ModelInputs`.
-          cache: to continue after the positions it holds (single-document sequences only).
+          cache: to continue after the positions it holds.  A sequence is one document, of segment
+            1; tokens of segment 0 are padding, which no later token sees.
           intervention: a change to how the MoE layers are used, for probes.
         """
         x_BSD, report, cache = self._layers(inputs, cache, intervention)
@@ -207,7 +208,9 @@ class Transformer(nnx.Module):
             leading.append(layer_cache)
         x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache, intervention)
         if cache is not None:
-            cache = Cache(tuple(leading), stacked, cache.length + inputs.tokens_BS.shape[1])
+            length = cache.length + inputs.tokens_BS.shape[1]
+            assert every.mask.key_segment_ids_BL is not None
+            cache = Cache(tuple(leading), stacked, length, every.mask.key_segment_ids_BL)
         return x_BSD, report, cache
 
     def _scan(
@@ -243,7 +246,8 @@ class Transformer(nnx.Module):
         empty = attention.get(config).empty_cache
         one = empty(config, batch, max_length, compute_dtype(self.config))
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.n_scanned, *x.shape)), one)
-        return Cache((one,) * len(self.leading), stacked, jnp.int32(0))
+        nothing_BL = jnp.zeros((batch, max_length), jnp.int32)
+        return Cache((one,) * len(self.leading), stacked, jnp.int32(0), nothing_BL)
 
 
 def _layers_at_once(n_layers: int) -> int:
@@ -261,12 +265,19 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
     b, s = inputs.tokens_BS.shape
     segment_ids_BS = inputs.segment_ids_BS
     positions_BS = inputs.positions_BS
-    start = 0 if cache is None else cache.length
-    index_S = start + jnp.arange(s)
-    assert cache is None or segment_ids_BS is None, "a cache continues single documents"
-    mask = CausalMask(segment_ids_BS, start, None if cache is None else cache.max_length)
+    if cache is None:
+        start = 0
+        mask = CausalMask(segment_ids_BS)
+        default_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
+    else:
+        start = cache.length
+        if segment_ids_BS is None:
+            segment_ids_BS = jnp.ones((b, s), jnp.int32)
+        key_ids_BL = jax.lax.dynamic_update_slice(cache.segment_ids_BL, segment_ids_BS, (0, start))
+        mask = CausalMask(segment_ids_BS, start, cache.max_length, key_ids_BL)
+        default_BS = _tokens_before(cache, segment_ids_BS)
     if positions_BS is None:
-        positions_BS = jnp.broadcast_to(index_S, (b, s))
+        positions_BS = default_BS
     valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
     return _EveryLayer(
         inputs.tokens_BS,
@@ -277,6 +288,13 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
         inputs.sequence_ids_B,
         start,
     )
+
+
+def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
+    """Number of each sequence's tokens before each new one, padding not counted."""
+    cached_B = (cache.segment_ids_BL > 0).sum(axis=1)
+    valid_BS = segment_ids_BS > 0
+    return cached_B[:, None] + jnp.cumsum(valid_BS, axis=1) - valid_BS
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -26,7 +26,8 @@ class ModelInputs(NamedTuple):
       tokens_BS: int32 token ids.
       segment_ids_BS: int32, the document of each token; 0 is padding.  A token attends only to its
         own document.  None: one document a sequence.
-      positions_BS: int32, position within the document; None: 0, 1, 2, ...
+      positions_BS: int32, position within the document; None: 0, 1, 2, ..., with a cache the number
+        of tokens before.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       rng: random key for routers that act at random in training; None is evaluation.
       replayed: recorded routing, (B, L, S, K), for routers that replay; in evaluation it replaces
@@ -91,17 +92,19 @@ class Cache(NamedTuple):
       leading: of each leading dense layer, in the form of its attention.
       stacked: of the scanned layers, every array with a leading layer axis.
       length: int32, positions filled so far, the same for every sequence.
+      segment_ids_BL: int32, 1 where a token of the sequence is, 0 where padding is, or nothing yet.
+        So sequences may differ in length: a shorter one has padding, before or between its tokens.
     """
 
     leading: tuple[Any, ...]
     stacked: Any
     length: jax.Array
+    segment_ids_BL: jax.Array
 
     @property
     def max_length(self) -> int:
         """Positions that the cache can hold."""
-        # Every attention's arrays begin with (B, L); here the layers come before them.
-        return jax.tree.leaves(self.stacked)[0].shape[2]
+        return self.segment_ids_BL.shape[1]
 
 
 class Output(NamedTuple):
