@@ -86,7 +86,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         progress = Progress(state.step, steps)
         weights = losses.weights_at(config.model.moe.balance, progress)
         totals, grads, recorded = gradient(
-            state.params, state.other, batch, rng, weights, _mtp_weight(config, progress)
+            state.params, state.other, batch, rng, weights, mtp_weight(config, progress)
         )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -115,7 +115,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
     return train_step
 
 
-def _mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
+def mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
     """The weight of multi-token prediction at a step; None without it."""
     section = config.model.mtp
     return None if section is None else section.factor * multiple(section.schedule, progress)
