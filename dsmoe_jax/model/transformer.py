@@ -283,6 +283,7 @@ class Transformer(nnx.Module):
         )
         if not look_ahead:
             return Scored(nll_BS, logits_BSV, report)
+        assert best_BS is not None
         of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
         inputs = inputs._replace(replayed=of_modules)
         ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
@@ -425,7 +426,7 @@ class Transformer(nnx.Module):
         """
         moe_layer, moe_params = self._each(stack.layers, every, intervention)
         following = None
-        if run.dense:
+        if stack.between is not None:
             dense_layer, dense_params = self._each(stack.between, every, intervention)
             following = _in_groups((dense_params, dense), run)
 
