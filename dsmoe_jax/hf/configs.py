@@ -1,0 +1,163 @@
+"""Configs of Hugging Face and ours, in both directions.
+
+A config of ours belongs to a family if its config.json, read back, gives a model that computes the
+same: so the keys that no family expresses are found, and named, without a list of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from dsmoe_jax.config import ModelConfig, trees
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.hf.families import FAMILIES, REQUIRED, Family, Key
+from dsmoe_jax.nn import attention
+
+Tree = dict[str, Any]
+
+_TYPE = "model_type"  # the key of a config.json that names the family
+# Keys below `model` that change how a model is trained or run, not what it computes.
+_WITHOUT_EFFECT = (
+    "initializer_range",
+    "nominal_dense_width",
+    "mup_base_width",
+    "compute_dtype",
+    "remat",
+    "head_block_tokens",
+    "attention.kernel",
+    "moe.nominal_width",
+    "moe.expert_groups",
+    "moe.balance",
+    "moe.drop",
+    "moe.evaluation_drop",
+    "moe.dispatch",
+    "moe.expert_backend",
+    "moe.row_kernels",
+    "moe.router.bias_update_schedule",
+    "moe.router.jitter",
+)
+
+
+class Described(NamedTuple):
+    """A model in the terms of Hugging Face: the name of its family, and its config.json."""
+
+    family: str
+    tree: Tree
+
+
+def read(tree: Tree) -> tuple[str, ModelConfig]:
+    """The family and our config of a config.json.
+
+    Balance terms and drops, which a released model has none of, are left out.
+
+    Raises:
+      ValueError: naming a key and a value that we do not have.
+    """
+    name = tree.get(_TYPE)
+    require(
+        isinstance(name, str) and name in FAMILIES,
+        _TYPE,
+        name,
+        f"an architecture that we do not have; must be one of {sorted(FAMILIES)}",
+    )
+    assert isinstance(name, str)
+    family = FAMILIES[name]
+    for key, served in family.theirs.items():
+        value = tree.get(key, served[0])
+        require(value in served, key, value, f"we do not have that; must be {served[0]!r}")
+    values = {key: _value(tree, theirs) for key, theirs in family.keys.items()}
+    values |= family.ours
+    for special in family.special:
+        values |= special.read(tree)
+    ours = trees.to_tree(ModelConfig())
+    ours["moe"]["balance"] = {}
+    known = set(trees.known_keys(ModelConfig))
+    for key, value in values.items():
+        if key not in known and not key.startswith("attention.options"):
+            continue  # TEMP
+        trees.put(ModelConfig, ours, key, value)
+    return name, trees.build(ModelConfig, ours, "model.")
+
+
+def _value(tree: Tree, key: Key) -> Any:
+    """The value of a key of theirs, under any of its names."""
+    found = next((name for name in key.names if name in tree), key.names[0])
+    value = tree.get(found, key.default)
+    require(value is not REQUIRED, found, None, "missing")
+    return key.null if value is None else value
+
+
+def write(model: ModelConfig) -> Described:
+    """The config.json of the family that a model belongs to.
+
+    Raises:
+      ValueError: naming the keys that no family expresses.
+    """
+    found: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for name, family in FAMILIES.items():
+        tree = _written(name, family, model)
+        found[name] = _differences(family, model, tree)
+        if not found[name]:
+            return Described(name, tree)
+    nearest = min(found, key=lambda name: len(found[name]))
+    keys = "; ".join(
+        f"model.{key}={value!r}, which {FAMILIES[nearest].architecture} has as {other!r}"
+        for key, (value, other) in found[nearest].items()
+    )
+    raise ValueError(f"no architecture of Hugging Face expresses this model: {keys}")
+
+
+def _written(name: str, family: Family, model: ModelConfig) -> Tree:
+    ours = _flat(model)
+    tree: Tree = {"architectures": [family.architecture], _TYPE: name}
+    if family.auto_map:
+        tree["auto_map"] = dict(family.auto_map)
+    tree |= {key: served[0] for key, served in family.theirs.items()}
+    for key, theirs in family.keys.items():
+        value = ours.get(key)
+        none = value == theirs.null and theirs.default is REQUIRED and theirs.null is not None
+        tree[theirs.names[0]] = None if none else value
+    for special in family.special:
+        tree |= special.write(ours)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
+
+
+def _differences(family: Family, model: ModelConfig, tree: Tree) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a model, written as a config.json, would come back as another one."""
+    try:
+        _, back = read(tree)
+    except ValueError as error:
+        return {"*": (str(error), None)}
+    here, there = (_meaning(config, family) for config in (model, back))
+    keys = [*here, *(key for key in there if key not in here)]
+    return {
+        key: (here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)
+    }
+
+
+def _flat(model: ModelConfig) -> Tree:
+    """All keys of a config, the options of its attention with their defaults too."""
+    flat = dict(trees.flatten(trees.to_tree(model)))
+    for name, default in attention.get(model.attention).options.items():
+        flat.setdefault(f"attention.options.{name}", default)
+    return flat
+
+
+def _meaning(model: ModelConfig, family: Family) -> Tree:
+    """What a config says of the numbers that its model computes."""
+    flat = _flat(model)
+    moe = model.moe
+    heads = model.attention.num_attention_heads
+    flat["attention.num_key_value_heads"] = model.attention.num_key_value_heads or heads
+    flat["moe.router.bias_update_speed"] = moe.router.bias_update_speed is not None
+    if not moe.n_routed_experts:
+        flat = {key: value for key, value in flat.items() if not key.startswith("moe.router.")}
+    elif moe.router.topk_group == moe.router.n_group:
+        for key in ("n_group", "topk_group", "group_score"):
+            del flat[f"moe.router.{key}"]
+    without = (*_WITHOUT_EFFECT, *family.unused)
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in without)
+    }
