@@ -6,7 +6,7 @@ keys.
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import AttentionConfig, ModelConfig
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig, RopeScaling
 from dsmoe_jax.config.moe import (
     BalanceTerm,
     DispatchConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeScaling",
     "RouterConfig",
     "Schedule",
     "Stage",

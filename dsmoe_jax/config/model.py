@@ -10,11 +10,48 @@ from dsmoe_jax.config.moe import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies of a longer context than the first; names as in Hugging Face's configs.
+
+    A rope type (dsmoe_jax/nn/attention/rope.py) refuses a setting that it would ignore.
+    """
+
+    factor: float  # how many times longer the context is
+    rope_type: str = "yarn"  # in dsmoe_jax/nn/attention/rope.py
+    original_max_position_embeddings: int | None = None  # positions of the first context
+    beta_fast: float = 32.0  # yarn: pairs with more turns in the first context stay as they are
+    beta_slow: float = 1.0  # yarn: pairs with fewer turns are slowed by the factor
+    truncate: bool = True  # yarn: these limits as whole pairs
+    mscale: float | None = None  # yarn: of the rotated parts, over that of mscale_all_dim
+    mscale_all_dim: float | None = None  # yarn: latent attention scales its scores by it, too
+    attention_factor: float | None = None  # yarn: of the rotated parts, whatever mscale says
+    low_freq_factor: float | None = None  # llama3: turns of the slowed pairs
+    high_freq_factor: float | None = None  # llama3: turns of the pairs that stay
+
+    def __post_init__(self) -> None:
+        at = "model.attention.rope_scaling."
+        positive(
+            self,
+            at,
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "attention_factor",
+            "low_freq_factor",
+            "high_freq_factor",
+        )
+        checker(self, at)("factor", self.factor >= 1, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Attention of all layers.
 
     `options` are settings of one kind of attention; its entry in dsmoe_jax/nn/attention names them
-    and their defaults.
+    and their defaults.  Latent attention has the sizes of its heads there, not in `head_dim`.
     """
 
     name: str = "grouped"  # in dsmoe_jax/nn/attention
@@ -22,6 +59,9 @@ class AttentionConfig:
     num_key_value_heads: int | None = None  # fewer is grouped-query attention; None: as many
     head_dim: int = 128
     rope_theta: float = 10_000.0
+    # Turns the neighbours (2i, 2i + 1) together, as DeepSeek V2 and V3 do, not (i, i + H/2).
+    rope_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
     kernel: str = "auto"  # in dsmoe_jax/nn/attention/kernels, or the best for device and shape
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.nn.attention.rope import ROPE_TYPES
 
 Tree = dict[str, Any]
 
@@ -26,22 +27,10 @@ class Special(NamedTuple):
     write: Callable[[Tree], Tree]
 
 
-_SCALING = "attention.rope_scaling"
-# Of rope_parameters (transformers 5) or rope_scaling: what is read as it is.
-_NUMBERS = (
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "truncate",
-    "mscale",
-    "mscale_all_dim",
-    "attention_factor",
-    "low_freq_factor",
-    "high_freq_factor",
-)
-_OTHERS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_SCALING = "attention.rope_scaling."
 _NO_SCALING = "default"
+# Beside the settings that a rope type has.
+_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def _rope(default_theta: float) -> Special:
@@ -51,31 +40,40 @@ def _rope(default_theta: float) -> Special:
         kind = found.get("rope_type") or found.get("type") or _NO_SCALING
         part = found.get("partial_rotary_factor") or tree.get("partial_rotary_factor") or 1.0
         require(part == 1, "partial_rotary_factor", part, "we rotate whole heads; must be 1")
-        for key in found:
-            known = (*_NUMBERS, *_OTHERS)
-            require(key in known, f"rope_scaling.{key}", found[key], "we have no such setting")
         values: Tree = {"attention.rope_theta": float(theta)}
         if kind == _NO_SCALING:
             return values
-        values[f"{_SCALING}.rope_type"] = kind
-        for name in _NUMBERS:
-            if found.get(name) is not None:
-                values[f"{_SCALING}.{name}"] = found[name]
-        first = f"{_SCALING}.original_max_position_embeddings"
-        values.setdefault(first, tree.get("max_position_embeddings"))
+        known = sorted(ROPE_TYPES)
+        require(kind in ROPE_TYPES, "rope_scaling.rope_type", kind, f"must be one of {known}")
+        settings = _settings(kind)
+        # The length is that of the file, where the section does not say it.
+        found.setdefault(_LENGTH, tree.get("max_position_embeddings"))
+        values[f"{_SCALING}rope_type"] = kind
+        for name in settings:
+            if found.get(name):  # 0 is none in the released code
+                values[_SCALING + name] = found[name]
         return values
 
     def write(ours: Tree) -> Tree:
         # In the form of before transformers 5, which every version reads.
         tree: Tree = {"rope_theta": ours["attention.rope_theta"], "rope_scaling": None}
-        kind = ours.get(f"{_SCALING}.rope_type")
+        kind = ours.get(f"{_SCALING}rope_type")
         if kind is not None:
-            numbers = {name: ours.get(f"{_SCALING}.{name}") for name in _NUMBERS}
+            numbers = {name: ours.get(_SCALING + name) for name in _settings(kind)}
             there = {name: number for name, number in numbers.items() if number is not None}
             tree["rope_scaling"] = {"rope_type": kind, "type": kind, **there}
         return tree
 
     return Special(read, write)
+
+
+_LENGTH = "original_max_position_embeddings"
+
+
+def _settings(kind: str) -> tuple[str, ...]:
+    """The settings of a rope type, named alike there and here."""
+    rope = ROPE_TYPES[kind]
+    return ("factor", *rope.needs, *rope.reads)
 
 
 def _parameters(tree: Tree) -> Tree:

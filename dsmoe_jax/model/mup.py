@@ -7,7 +7,7 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
     kind     grows            parameters                               deviation   rate
     input    the output       embedding                                1           1
     hidden   both             attention, experts, dense FFNs           m^-1/2      m^-1
-    output   the input        head, router                             m^-1        m^-1
+    output   the input        head, router, latent attention's key     m^-1        m^-1
     vector   its length       scales of the norms, biases              1           1
 
 Weight decay pulls no vector to zero.
@@ -18,8 +18,10 @@ is an output (muP for mixtures: 2508.09752); so is the gate of the shared expert
 one number.  In this form no activation is multiplied by anything: checkpoints, evaluation and
 generation know nothing of it, and at m = 1 it is the standard parametrisation.
 
-It holds for models whose widths (heads, FFNs, experts) are all m times those of the base; the head
-size, and so the scale of the attention scores, and the numbers of experts and layers are the same.
+It holds for models whose widths (heads, latents of attention, FFNs, experts) are all m times those
+of the base; the head size, and so the scale of the attention scores, and the numbers of experts and
+layers are the same.  The one key that latent attention rotates for all heads is of a head's size,
+so that its matrix is an output.
 """
 
 from __future__ import annotations
@@ -60,6 +62,18 @@ KINDS: dict[str, Kind] = {
     "key_MHD": HIDDEN,
     "value_MHD": HIDDEN,
     "out_DNH": HIDDEN,
+    "query_bias_NH": VECTOR,
+    "key_bias_MH": VECTOR,
+    "value_bias_MH": VECTOR,
+    "query_rope_NRD": HIDDEN,
+    "query_down_QD": HIDDEN,
+    "query_up_NHQ": HIDDEN,
+    "query_rope_NRQ": HIDDEN,
+    "kv_down_ZD": HIDDEN,
+    "key_rope_RD": OUTPUT,
+    "key_up_NHZ": HIDDEN,
+    "value_up_NIZ": HIDDEN,
+    "out_DNI": HIDDEN,
     "gate_FD": HIDDEN,
     "up_FD": HIDDEN,
     "down_DF": HIDDEN,

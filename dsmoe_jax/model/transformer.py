@@ -62,7 +62,9 @@ class Block(nnx.Module):
         std = config.initializer_range
         self.attention_norm = RMSNorm(d, config.rms_norm_eps)
         make_attention = attention.get(config.attention).module
-        self.attention = make_attention(d, std, config.attention, rngs=rngs)
+        self.attention = make_attention(
+            d, std, config.attention, rms_norm_eps=config.rms_norm_eps, rngs=rngs
+        )
         self.ffn_norm = RMSNorm(d, config.rms_norm_eps)
         self.dense = dense
         if dense:

@@ -3,7 +3,8 @@
 Matrices are stored out x in, as torch and Hugging Face do; `x @ w.T` is also the faster layout for
 XLA on CPU.
 
-Shapes: D hidden, F feed-forward width, V vocabulary; `...` any leading axes.
+Shapes: B sequences, S positions, D hidden, F feed-forward width, N heads, H head size, V
+vocabulary; `...` any leading axes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param
 def linear(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
     """`x @ weight.T` in the dtype of x, for x of (..., in) and weight of (out, in)."""
     return _product(x, weight[...].astype(x.dtype))
+
+
+def linear_by_head(x_BSD: jax.Array, weight_NHD: nnx.Param[jax.Array]) -> jax.Array:
+    """`linear` to the heads of an attention, (B, S, N, H)."""
+    return jnp.einsum("bsd,nhd->bsnh", x_BSD, weight_NHD[...].astype(x_BSD.dtype))
 
 
 def linear_to_float32(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:

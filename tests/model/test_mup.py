@@ -26,6 +26,24 @@ TWICE = {
 }
 
 
+OPTIONS = "model.attention.options."
+LATENT = {
+    "model.attention.name": "latent",
+    "model.attention.num_key_value_heads": None,
+    OPTIONS + "kv_lora_rank": 8,
+    OPTIONS + "qk_rope_head_dim": 6,
+}
+# Attentions that have all the parameters there are, and what is twice as wide of each besides.
+ATTENTIONS = [
+    ({OPTIONS + "bias": True, OPTIONS + "qk_norm": "all"}, {}),
+    (LATENT, {OPTIONS + "kv_lora_rank": 16}),
+    (
+        {**LATENT, OPTIONS + "q_lora_rank": 10},
+        {OPTIONS + "kv_lora_rank": 16, OPTIONS + "q_lora_rank": 20},
+    ),
+]
+
+
 def shapes(**overrides):
     """Path and shape of every parameter of a tiny model."""
     params = model_shapes(tiny(**{**LEADING, **overrides}).model).params
@@ -55,19 +73,21 @@ def test_every_parameter_of_every_attention_has_a_kind(name):
 def test_kinds_are_those_that_the_shapes_of_two_widths_show():
     """A matrix is hidden where two of its sides grow; of one, the name says which side it is."""
     seen = set()
-    for (path, narrow), (_, wide) in zip(shapes(), shapes(**TWICE), strict=True):
-        growing = sum(b == 2 * a for a, b in zip(narrow, wide, strict=True))
-        fixed = [a for a, b in zip(narrow, wide, strict=True) if a == b]
-        name = parameter_name(path)
-        if growing == 2:
-            expected = mup.HIDDEN
-        elif narrow in ((32,), (1, 32)):
-            expected = mup.VECTOR
-        else:
-            assert (growing, fixed[-1]) in ((1, 512), (1, 4)), path
-            expected = mup.INPUT if name == "embedding_VD" else mup.OUTPUT
-        assert mup.kind(path) == expected, path
-        seen.add(name)
+    for attends, twice in ATTENTIONS:
+        wider = shapes(**{**TWICE, **attends, **twice})
+        for (path, narrow), (_, wide) in zip(shapes(**attends), wider, strict=True):
+            growing = sum(b == 2 * a for a, b in zip(narrow, wide, strict=True))
+            fixed = [a for a, b in zip(narrow, wide, strict=True) if a == b]
+            name = parameter_name(path)
+            if growing == 2:
+                expected = mup.HIDDEN
+            elif name == "scale_D" or "_bias_" in name:
+                expected = mup.VECTOR
+            else:
+                assert (growing, fixed[-1]) in ((1, 512), (1, 4), (1, 6)), path
+                expected = mup.INPUT if name == "embedding_VD" else mup.OUTPUT
+            assert mup.kind(path) == expected, path
+            seen.add(name)
     assert seen == set(mup.KINDS)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsmoe_jax.config import AttentionConfig
 from dsmoe_jax.nn.attention.rope import rotate
 
 
@@ -12,7 +13,7 @@ from dsmoe_jax.nn.attention.rope import rotate
 def test_rotation_far_into_a_document(dtype, atol):
     """Pairs as complex numbers, times e^(i position theta^(-2i/H)); bfloat16 has no 1001."""
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 8)).astype(dtype)
-    got = rotate(x, jnp.array([[1001, 4095]]), 10_000.0)
+    got = rotate(x, jnp.array([[1001, 4095]]), AttentionConfig())
     assert got.dtype == dtype
     pairs = np.asarray(x[..., :4], np.float64) + 1j * np.asarray(x[..., 4:], np.float64)
     angle = np.array([1001, 4095])[:, None, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
