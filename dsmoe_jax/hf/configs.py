@@ -71,10 +71,7 @@ def read(tree: Tree) -> tuple[str, ModelConfig]:
         values |= special.read(tree)
     ours = trees.to_tree(ModelConfig())
     ours["moe"]["balance"] = {}
-    known = set(trees.known_keys(ModelConfig))
     for key, value in values.items():
-        if key not in known and not key.startswith("attention.options"):
-            continue  # TEMP
         trees.put(ModelConfig, ours, key, value)
     return name, trees.build(ModelConfig, ours, "model.")
 

@@ -19,17 +19,7 @@ from dsmoe_jax.hf.files import DTYPES_WITH_SCALES, SCALE, Checkpoint, named
 from dsmoe_jax.hf.tables import Table
 from dsmoe_jax.hf.tensors import Index, Read, Tensor
 from dsmoe_jax.model.build import ModelState
-try:
-    from dsmoe_jax.model.layout import places
-except ImportError:
-    class Place(NamedTuple):
-        path: tuple
-        index: int | None
-
-    def places(config):
-        k = config.first_k_dense_replace
-        found = [Place(("leading", i), None) for i in range(k)]
-        return found + [Place(("layers",), i) for i in range(config.num_hidden_layers - k)]
+from dsmoe_jax.model.layout import places
 
 _HEAD = "lm_head.weight"
 _LAYER = "model.layers.{}."

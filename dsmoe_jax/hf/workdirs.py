@@ -201,7 +201,7 @@ def _about(kept: Path | None, config: Config) -> dict[str, Any]:
         for key in ("rope_parameters", "quantization_config", "num_nextn_predict_layers"):
             tree.pop(key, None)
         return tree
-    scaling = getattr(config.model.attention,'rope_scaling',None)
+    scaling = config.model.attention.rope_scaling
     length = config.data.sequence_length
     if scaling is not None:
         first = scaling.original_max_position_embeddings or length
