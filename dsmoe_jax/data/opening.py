@@ -13,11 +13,13 @@ from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import sha256_of
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
+from dsmoe_jax.data.row_kinds import TEXT
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 BUILT_IN = tuple(sources.CORPORA)
-_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats")  # keys of `data`
+# Keys of `data`.
+_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats", "rows")
 
 
 def locate(corpus: str, key: str = "data.corpus") -> str:
@@ -75,7 +77,7 @@ def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
     return fulfil(request, directory)
 
 
-def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
+def open_to_measure(path: str, tokenizer: Path, sequence_length: int, rows: str = TEXT) -> Corpus:
     """Text to measure a model on, in the tokens that it was trained on.
 
     Of text of one's own all is held out, copies too; a prepared corpus, which must be of the same
@@ -85,6 +87,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
       path: as `data.corpus`.
       tokenizer: file of the model's.
       sequence_length: of the model's training.
+      rows: of text of one's own, see `row_kinds`.
 
     Raises:
       ValueError: if there is no text, or it has other tokens or another length of sequences.
@@ -96,6 +99,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
         Tokenizer.load(tokenizer).vocab_size,
         tokenizer=None if prepared else str(tokenizer),
         keep_repeats=not prepared and path not in BUILT_IN,
+        rows=rows,
     )
     corpus = open_corpus(data, to_measure=path not in BUILT_IN)
     check_same_tokenizer(corpus, tokenizer_fingerprint(Tokenizer.load(tokenizer)), "the model")

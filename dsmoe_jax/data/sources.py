@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dsmoe_jax.config.frozen import FrozenDict
-from dsmoe_jax.data import readers, stdlib
+from dsmoe_jax.data import readers, row_kinds, stdlib
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.fetch import Package, fetch, read_members
 
@@ -195,12 +195,14 @@ class BuiltIn:
       max_bytes: kept of each domain, UTF-8 bytes; None is all.
       download: of its archives, in words.
       extra: the sources of domains that it takes only when they are named.
+      rows: what its documents are, a name in `row_kinds.ROW_KINDS`.
     """
 
     domains: Mapping[str, tuple[Source, ...] | tuple[StdlibSource, ...]]
     max_bytes: int | None
     download: str
     extra: Mapping[str, tuple[Source, ...]] = FrozenDict()
+    rows: str = row_kinds.TEXT
 
     @property
     def known(self) -> dict[str, tuple[Source, ...] | tuple[StdlibSource, ...]]:

@@ -24,12 +24,14 @@ class Intervention:
       shared_experts: False leaves the shared experts out (V1 section 4.5).
       tokens_alone: a token's experts do not depend on other tokens: nothing is dropped, and a
         router whose tokens compete routes each by itself (`Router.alone`).  Only in evaluation.
+      keep_inputs: the report has the layer's input, which is as large as the activations.
     """
 
     mask_best: int = 0
     num_experts_per_tok: int | None = None
     shared_experts: bool = True
     tokens_alone: bool = False
+    keep_inputs: bool = False
 
     def __post_init__(self) -> None:
         require(self.mask_best >= 0, "mask_best", self.mask_best, "must be >= 0")

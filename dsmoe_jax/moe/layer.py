@@ -162,6 +162,7 @@ class MoELayer(nnx.Module):
                     routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe
                 ),
                 _recorded(routing, kept, valid_BS, e),
+                x_BSD if intervention.keep_inputs else None,
             )
         return y_TD.reshape(x_BSD.shape), report
 

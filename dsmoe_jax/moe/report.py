@@ -66,11 +66,14 @@ class LayerReport(NamedTuple):
       loss_inputs: for the training loss.
       logged: for the log.
       recorded: ids_BSK and gates_BSK after dropping.
+      inputs_BSD: activations that the layer got; None unless `Intervention.keep_inputs` asks for
+        them.
     """
 
     loss_inputs: LossInputs
     logged: LoggedSums
     recorded: RecordedRouting
+    inputs_BSD: jax.Array | None = None
 
 
 def loss_inputs(routing: Routing, segment_ids_BS: jax.Array, moe: MoEConfig) -> LossInputs:
