@@ -80,15 +80,29 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: RMSNorm, RoPE attention, SwiGLU, untied embeddings."""
+    """A decoder-only Transformer: RMSNorm, RoPE attention, SwiGLU.
+
+    Layer i has an MoE layer as its FFN if
+
+        i >= first_k_dense_replace, i % moe_layer_freq == moe_layer_offset and
+        i is not one of mlp_only_layers
+
+    and a dense FFN otherwise.  These are the rules of all open families: DeepSeek's
+    `moe_layer_freq`; Qwen's `decoder_sparse_step` s is `moe_layer_freq=s`, `moe_layer_offset=s-1`,
+    beside its `mlp_only_layers`; a list of layers leaves out the others by `mlp_only_layers`.
+    """
 
     vocab_size: int = 8192
     hidden_size: int = 1280
     num_hidden_layers: int = 9
     first_k_dense_replace: int = 0  # leading layers whose FFN is dense (16B, 145B: 1)
-    intermediate_size: int = 3413  # width of those dense layers
+    moe_layer_freq: int = 1  # one layer in so many has an MoE layer
+    moe_layer_offset: int = 0
+    mlp_only_layers: tuple[int, ...] = ()  # layers whose FFN is dense in any case
+    intermediate_size: int = 3413  # width of the dense layers
     nominal_dense_width: float = 1.0  # the same relative to a standard FFN, for the paper's FLOPs
     rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False  # one matrix is embedding and output head
     initializer_range: float = 0.006  # standard deviation of every matrix at the start
     # Hidden size of the model for which the deviation and the learning rate are meant; all widths
     # are hidden_size / mup_base_width times that model's: dsmoe_jax/model/mup.py.  None: no muP.
@@ -111,6 +125,7 @@ class ModelConfig:
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",
+            "moe_layer_freq",
             "intermediate_size",
             "nominal_dense_width",
             "rms_norm_eps",
@@ -123,5 +138,40 @@ class ModelConfig:
             0 <= self.first_k_dense_replace < layers,
             f"must be below num_hidden_layers={layers}; a dense model has n_routed_experts=0",
         )
+        check(
+            "moe_layer_offset",
+            0 <= self.moe_layer_offset < self.moe_layer_freq,
+            f"must be 0 or more and below moe_layer_freq={self.moe_layer_freq}",
+        )
+        check(
+            "mlp_only_layers",
+            all(0 <= layer < layers for layer in self.mlp_only_layers),
+            f"must be layers from 0 to {layers - 1}",
+        )
+        check(
+            "mlp_only_layers",
+            bool(self.moe_layers),
+            f"with moe_layer_freq={self.moe_layer_freq},"
+            f" moe_layer_offset={self.moe_layer_offset} and first_k_dense_replace="
+            f"{self.first_k_dense_replace} every layer is dense; one must have an MoE layer",
+        )
         dtypes = ("auto", "float32", "bfloat16")
         check("compute_dtype", self.compute_dtype in dtypes, f"must be one of {dtypes}")
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers whose FFN is an MoE layer, in order; the others have a dense FFN.
+
+        Reports, records and the routers' states count MoE layers by their place in here.
+        """
+        return tuple(
+            layer
+            for layer in range(self.first_k_dense_replace, self.num_hidden_layers)
+            if layer % self.moe_layer_freq == self.moe_layer_offset
+            and layer not in self.mlp_only_layers
+        )
+
+    @property
+    def n_dense_layers(self) -> int:
+        """Layers with a dense FFN."""
+        return self.num_hidden_layers - len(self.moe_layers)

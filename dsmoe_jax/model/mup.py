@@ -6,11 +6,15 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
 
     kind     grows            parameters                               deviation   rate
     input    the output       embedding                                1           1
-    hidden   both             attention, experts, dense FFNs           m^-1/2      m^-1
+    hidden   both             attention, experts, FFNs, projection    m^-1/2      m^-1
     output   the input        head, router, latent attention's key     m^-1        m^-1
     vector   its length       scales of the norms, biases              1           1
 
 Weight decay pulls no vector to zero.
+
+A tied embedding (`model.tie_word_embeddings`) is an input.  As a head it should be m times smaller,
+and so should its updates; the scale of the norm before it is, which comes to the same: it begins at
+m^-1 and has the rate of an output.
 
 These are the powers of Tensor Programs V (2203.03466, table 3, Adam).  By the same rule the
 matrices of each expert are hidden, and the router's, whose output is as wide as there are experts,
@@ -84,6 +88,7 @@ KINDS: dict[str, Kind] = {
     "router_bias_E": VECTOR,
     "shared_gate_D": OUTPUT,
     "head_VD": OUTPUT,
+    "projection_DJ": HIDDEN,
     "scale_D": VECTOR,
 }
 
@@ -95,13 +100,19 @@ def width_ratio(config: ModelConfig) -> float | None:
     return config.hidden_size / config.mup_base_width
 
 
-def kind(path: tuple) -> Kind:
+def kind(path: tuple, *, tied: bool = False) -> Kind:
     """The kind of a parameter, from its path.
+
+    Args:
+      path: in the tree of the parameters.
+      tied: whether embedding and head are one matrix.
 
     Raises:
       ValueError: for a name that `KINDS` does not have.
     """
     name = parameter_name(path)
+    if tied and "final_norm" in jax.tree_util.keystr(path):
+        return OUTPUT
     if name not in KINDS:
         where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         raise ValueError(
@@ -116,25 +127,33 @@ def decayed(path: tuple) -> bool:
     return KINDS.get(parameter_name(path) or "", HIDDEN).decayed
 
 
-def scale_rates(updates: Any, ratio: float) -> Any:
+def scale_rates(updates: Any, ratio: float, *, tied: bool = False) -> Any:
     """The updates of all parameters, each times the power of m of its kind.
 
     Args:
       updates: as Adam makes them, in the tree of the parameters.
       ratio: m.
+      tied: see `kind`.
 
     Raises:
       ValueError: as `kind` does.
     """
-    return jax.tree.map_with_path(lambda path, x: x * ratio ** kind(path).rate, updates)
+
+    def scaled(path: tuple, x: jax.Array) -> jax.Array:
+        return x * ratio ** kind(path, tied=tied).rate
+
+    return jax.tree.map_with_path(scaled, updates)
 
 
-def scale_initial(model: nnx.Module, ratio: float) -> None:
+def scale_initial(model: nnx.Module, ratio: float, *, tied: bool = False) -> None:
     """Multiplies freshly drawn parameters in place, each by the power of m of its kind.
 
     Raises:
       ValueError: as `kind` does.
     """
+
+    def scaled(path: tuple, x: jax.Array) -> jax.Array:
+        return x * ratio ** kind(path, tied=tied).deviation
+
     params = nnx.state(model, nnx.Param)
-    scaled = jax.tree.map_with_path(lambda path, x: x * ratio ** kind(path).deviation, params)
-    nnx.update(model, scaled)
+    nnx.update(model, jax.tree.map_with_path(scaled, params))

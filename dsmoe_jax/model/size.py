@@ -10,7 +10,7 @@ and 9):
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
-  neither the router, the gate of the shared experts nor leading dense layers.  A dense model's FFN
+  neither the router, the gate of the shared experts nor dense layers.  A dense model's FFN
   is its shared expert.
 
 Letters: n sequence length, L layers, D hidden, V vocabulary, F activated FFN parameters.
@@ -78,11 +78,11 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
-    moe_layers = layers - model.first_k_dense_replace
+    moe_layers = len(model.moe_layers)
     attentions = layers * attention.get(model.attention).parameters(d, model.attention)
-    embedding_and_head = 2 * model.vocab_size * d
+    embedding_and_head = (1 if model.tie_word_embeddings else 2) * model.vocab_size * d
     norms = d * (2 * layers + 1)
-    dense = model.first_k_dense_replace * 3 * d * model.intermediate_size
+    dense = model.n_dense_layers * 3 * d * model.intermediate_size
     router = moe_layers * _router_parameters(model)
     outside = attentions + embedding_and_head + norms + dense + router
     expert = moe_layers * 3 * d * moe.moe_intermediate_size
@@ -144,8 +144,8 @@ def _flops_per_sequence(config: Config) -> float:
     shared = moe.shared_width / moe.moe_intermediate_size  # in widths of a routed expert
     experts = shared + moe.num_experts_per_tok
     standard_ffns = (
-        model.first_k_dense_replace * model.nominal_dense_width
-        + (layers - model.first_k_dense_replace) * experts * moe.nominal_width
+        model.n_dense_layers * model.nominal_dense_width
+        + len(model.moe_layers) * experts * moe.nominal_width
     )
     ffn = 8 * d**2 * standard_ffns
     return 6 * n * (4 * layers * d**2 + ffn + model.vocab_size * d) + 12 * layers * d * n**2
@@ -168,7 +168,8 @@ def _train_flops_per_token(config: Config) -> float:
     model = config.model
     d = model.hidden_size
     layers = model.num_hidden_layers
-    no_matmul = model.vocab_size * d + d * (2 * layers + 1)
+    lookup = 0 if model.tie_word_embeddings else model.vocab_size * d  # a tied one is the head too
+    no_matmul = lookup + d * (2 * layers + 1)
     matmul = parameters_by_formula(model).activated - no_matmul
     return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
 

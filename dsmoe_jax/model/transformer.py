@@ -1,14 +1,17 @@
 """The decoder-only Transformer around the MoE layer.
 
 Leading dense layers are separate modules; the MoE layers are one module whose parameters carry a
-leading layer axis, run by `jax.lax.scan`, so compile time does not grow with depth.  On a CPU a few
-layers are unrolled: see `_layers_at_once`.
+leading layer axis, and so are the dense layers between them.  They are run by `jax.lax.scan`, so
+compile time does not grow with depth: see `layout`.  On a CPU a few layers are unrolled: see
+`_groups_at_once`.
 
 Shapes: B sequences, S positions, L key positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -19,8 +22,9 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
-from dsmoe_jax.model import remat
-from dsmoe_jax.model.types import Cache, ModelInputs, Output, Scored
+from dsmoe_jax.model import layout, remat
+from dsmoe_jax.model.layout import Run
+from dsmoe_jax.model.types import Cache, ModelInputs, Output, RunCache, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
@@ -112,6 +116,28 @@ class Block(nnx.Module):
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
 
+class Groups(nnx.Module):
+    """The layers of a run (`layout.Run`).  Those of the first one the model itself has."""
+
+    def __init__(self, config: ModelConfig, run: Run, *, rngs: nnx.Rngs):
+        self.layers, self.between = _stacks(config, run, rngs)
+
+
+def _stacks(config: ModelConfig, run: Run, rngs: nnx.Rngs) -> tuple[Block, Block | None]:
+    """The MoE layers of a run and its dense ones, each with a leading layer axis."""
+
+    def stack(n: int, dense: bool) -> Block:
+        @nnx.split_rngs(splits=n)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, dense=dense, rngs=rngs)
+
+        return stacked(rngs)
+
+    n_dense = run.groups * run.dense
+    return stack(run.groups, dense=False), stack(n_dense, dense=True) if n_dense else None
+
+
 class Transformer(nnx.Module):
     """The model: `Transformer(config, rngs=nnx.Rngs(seed))`; `model(tokens_BS) -> logits_BSV`.
 
@@ -123,23 +149,25 @@ class Transformer(nnx.Module):
         remat.get(config.remat)
         self.config = config
         std = config.initializer_range
-        n_leading = config.first_k_dense_replace
+        n_leading = layout.n_leading(config)
+        first, *further = layout.runs(config)
         self.embedding_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
         self.leading = nnx.List([Block(config, dense=True, rngs=rngs) for _ in range(n_leading)])
-
-        @nnx.split_rngs(splits=config.num_hidden_layers - n_leading)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, dense=False, rngs=rngs)
-
-        self.layers = stack(rngs)
+        self.layers, self.between = _stacks(config, first, rngs)
+        self.further = nnx.List([Groups(config, run, rngs=rngs) for run in further])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
+        if not config.tie_word_embeddings:
+            self.head_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
 
     @property
     def n_scanned(self) -> int:
-        """Layers that are scanned over: all but the leading dense ones."""
-        return self.config.num_hidden_layers - self.config.first_k_dense_replace
+        """MoE layers, which are scanned over with the dense layers between them."""
+        return len(self.config.moe_layers)
+
+    @property
+    def head(self) -> nnx.Param[jax.Array]:
+        """The matrix of the output head, (V, D): the embedding if the two are tied."""
+        return self.embedding_VD if self.config.tie_word_embeddings else self.head_VD
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Logits (float32, B x S x V) of whole single-document sequences."""
@@ -160,7 +188,7 @@ class Transformer(nnx.Module):
         """
         x_BSD, report, cache = self._layers(inputs, cache, intervention)
         with jax.named_scope("head"):
-            logits_BSV = head.logits(self.final_norm(x_BSD), self.head_VD)
+            logits_BSV = head.logits(self.final_norm(x_BSD), self.head)
         chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
         return Output(logits_BSV, report, cache)
 
@@ -186,9 +214,9 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             normed_BSD = self.final_norm(x_BSD)
             if n_blocks > 1 and not whole_logits:
-                nll_BS = head.nll_in_blocks(normed_BSD, self.head_VD, targets_BS, n_blocks)
+                nll_BS = head.nll_in_blocks(normed_BSD, self.head, targets_BS, n_blocks)
                 return Scored(nll_BS, None, report)
-            logits_BSV = head.logits(normed_BSD, self.head_VD)
+            logits_BSV = head.logits(normed_BSD, self.head)
             nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
         return Scored(nll_BS, logits_BSV, report)
 
@@ -207,55 +235,130 @@ class Transformer(nnx.Module):
             one = _OneLayer(cache.leading[i] if cache else None)
             x_BSD, _, layer_cache = block(x_BSD, every, one)
             leading.append(layer_cache)
-        x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache, intervention)
+        stacks = [self, *self.further]
+        rngs = None if inputs.rng is None else jax.random.split(inputs.rng, self.n_scanned)
+        replayed = jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed)
+        runs = layout.runs(self.config)
+        caches = [None] * len(runs) if cache is None else cache.of_runs
+        outputs = []
+        first = 0
+        for stack, run, run_cache in zip(stacks, runs, caches, strict=True):
+            of_run = slice(first, first + run.groups)
+            first = of_run.stop
+            noise, recorded = jax.tree.map(operator.itemgetter(of_run), (rngs, replayed))
+            moe = _OneLayer(run_cache.layers if run_cache else None, noise, recorded)
+            dense = _OneLayer(run_cache.between if run_cache else None)
+            x_BSD, *output = self._scan(stack, run, x_BSD, every, moe, dense, intervention)
+            outputs.append(output)
+        reports, caches = zip(*outputs, strict=True)
         if cache is not None:
-            cache = Cache(tuple(leading), stacked, cache.length + inputs.tokens_BS.shape[1])
-        return x_BSD, report, cache
+            cache = Cache.of(tuple(leading), caches, cache.length + inputs.tokens_BS.shape[1])
+        return x_BSD, _joined(reports), cache
 
     def _scan(
         self,
+        stack: Transformer | Groups,
+        run: Run,
         x_BSD: jax.Array,
         every: _EveryLayer,
-        inputs: ModelInputs,
-        cache: Cache | None,
+        moe: _OneLayer,
+        dense: _OneLayer,
         intervention: Intervention,
-    ) -> tuple[jax.Array, LayerReport | None, Any]:
-        """Runs the stacked layers as one scan."""
-        graph, params = nnx.split(self.layers)
+    ) -> tuple[jax.Array, LayerReport | None, RunCache]:
+        """Runs the layers of a run as one scan over its groups.
 
-        def layer(x_BSD, scanned):
-            params, one = scanned
-            x_BSD, report, cache = nnx.merge(graph, params)(x_BSD, every, one, intervention)
-            return x_BSD, (report, cache)
+        Args:
+          stack: has them.
+          run: says how many there are.
+          x_BSD: activations.
+          every: inputs of all layers.
+          moe, dense: inputs of the MoE layers and of the dense ones, with a leading layer axis.
+          intervention: see `forward`.
+        """
+        moe_layer, moe_params = self._each(stack.layers, every, intervention)
+        following = None
+        if run.dense:
+            dense_layer, dense_params = self._each(stack.between, every, intervention)
+            following = _in_groups((dense_params, dense), run)
+
+        def group(x_BSD, scanned):
+            first, following = scanned
+            x_BSD, report, cache = moe_layer(x_BSD, *first)
+            behind = []
+            for i in range(run.dense):
+                x_BSD, _, dense_cache = dense_layer(
+                    x_BSD, *jax.tree.map(operator.itemgetter(i), following)
+                )
+                behind.append(dense_cache)
+            together = (
+                jax.tree.map(lambda *of_each: jnp.stack(of_each), *behind) if behind else None
+            )
+            return x_BSD, (report, RunCache(cache, together))
+
+        xs = (moe_params, moe), following
+        x_BSD, (report, cache) = jax.lax.scan(group, x_BSD, xs, unroll=_groups_at_once(run))
+        return x_BSD, report, RunCache(cache.layers, _in_order(cache.between))
+
+    def _each(
+        self, stacked: Block, every: _EveryLayer, intervention: Intervention
+    ) -> tuple[Callable[..., Any], Any]:
+        """A layer of a stack, `(x_BSD, params, one) -> (x_BSD, report, cache)`, and all params."""
+        graph, params = nnx.split(stacked)
+
+        def layer(x_BSD, params, one):
+            return nnx.merge(graph, params)(x_BSD, every, one, intervention)
 
         if (policy := remat.get(self.config.remat).policy) is not None:
             layer = jax.checkpoint(layer, policy=policy)
-        per_layer = _OneLayer(
-            cache.stacked if cache else None,
-            None if inputs.rng is None else jax.random.split(inputs.rng, self.n_scanned),
-            jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
-        )
-        unroll = _layers_at_once(self.n_scanned)
-        x_BSD, (report, stacked) = jax.lax.scan(layer, x_BSD, (params, per_layer), unroll=unroll)
-        return x_BSD, report, stacked
+        return layer, params
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` sequences of up to `max_length` positions, none of them filled."""
         config = self.config.attention
         empty = attention.get(config).empty_cache
         one = empty(config, batch, max_length, compute_dtype(self.config))
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.n_scanned, *x.shape)), one)
-        return Cache((one,) * len(self.leading), stacked, jnp.int32(0))
+
+        def stacked(n: int) -> Any:
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), one) if n else None
+
+        of_runs = [
+            RunCache(stacked(run.groups), stacked(run.groups * run.dense))
+            for run in layout.runs(self.config)
+        ]
+        return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0))
 
 
-def _layers_at_once(n_layers: int) -> int:
-    """Layers in one iteration of the scan: all of a shallow model on a CPU, else one.
+def _in_groups(tree: Any, run: Run) -> Any:
+    """Arrays of dense layers with the axes groups and layers of a group instead of layers."""
+    return jax.tree.map(lambda x: x.reshape(run.groups, run.dense, *x.shape[1:]), tree)
+
+
+def _in_order(tree: Any) -> Any:
+    """The reverse of `_in_groups`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _together(trees: list[Any]) -> Any:
+    """Arrays of several layers along a new leading axis; None of no layer."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees) if trees else None
+
+
+def _joined(of_runs: Sequence[Any]) -> Any:
+    """The reports of all runs with one layer axis."""
+    if len(of_runs) == 1:
+        return of_runs[0]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_runs)
+
+
+def _groups_at_once(run: Run) -> int:
+    """Groups in one iteration of the scan: all of a shallow model on a CPU, else one.
 
     A scan keeps what the backward pass needs in stacked arrays, which XLA's CPU backend zeroes,
     fills and copies out again: a sixth of the demo's step.  Unrolled, the numbers are the same to
     the bit, and a shallow model compiles no slower.
     """
-    return n_layers if platform() == "cpu" and n_layers <= UNROLLED_LAYERS else 1
+    shallow = run.groups * (1 + run.dense) <= UNROLLED_LAYERS
+    return run.groups if platform() == "cpu" and shallow else 1
 
 
 def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:

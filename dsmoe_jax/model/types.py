@@ -6,6 +6,7 @@ layers and K activated experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chex
@@ -84,18 +85,46 @@ class ModelInputs(NamedTuple):
             chex.assert_equal_shape([*self.replayed])
 
 
+class RunCache(NamedTuple):
+    """Caches of a run of layers (`layout.Run`), every array with a leading layer axis.
+
+    Attributes:
+      layers: of its MoE layers.
+      between: of its dense layers; None without.
+    """
+
+    layers: Any
+    between: Any
+
+
 class Cache(NamedTuple):
     """Caches of all attention layers, filled with the positions so far.
 
     Attributes:
       leading: of each leading dense layer, in the form of its attention.
-      stacked: of the scanned layers, every array with a leading layer axis.
+      stacked: of the MoE layers of the first run (`layout.runs`), every array with a leading layer
+        axis.
       length: int32, positions filled so far, the same for every sequence.
+      between: of its dense layers, as `stacked`; None without.
+      further: of the other runs.
     """
 
     leading: tuple[Any, ...]
     stacked: Any
     length: jax.Array
+    between: Any = None
+    further: tuple[RunCache, ...] = ()
+
+    @classmethod
+    def of(cls, leading: tuple[Any, ...], of_runs: Sequence[RunCache], length: jax.Array) -> Cache:
+        """A cache from those of the leading layers and of the runs."""
+        (stacked, between), *further = of_runs
+        return cls(leading, stacked, length, between, tuple(further))
+
+    @property
+    def of_runs(self) -> list[RunCache]:
+        """The caches of all runs, in order."""
+        return [RunCache(self.stacked, self.between), *self.further]
 
     @property
     def max_length(self) -> int:

@@ -363,7 +363,7 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     if ATTENDED in recomputed.kept:
         kept += model.num_hidden_layers * _COMPUTE * t * attended.result / tensor
     if RECEIVED in recomputed.kept:
-        moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+        moe_layers = len(model.moe_layers)
         kept += moe_layers * rows.buffered * (_COMPUTE * d + rows.label_bytes)
     if not recomputed.again:  # `dots` keeps less than `none`; counted as `none`
         kept = model.num_hidden_layers * layer / 2
@@ -386,7 +386,7 @@ def _exchange(
     model = config.model
     d = model.hidden_size
     t = micro_batch * config.data.sequence_length
-    moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+    moe_layers = len(model.moe_layers)
     rows = volume(model.moe, t, sizes["expert"])
     # Rows go out and back, in the forward and in the backward pass; labels go out only.
     row_trips = 4

@@ -57,7 +57,7 @@ def recomputed(config: Config, chips: int) -> float:
     all_flops = size.train_flops_per_token(config)
     routed = scores = 0.0
     if chips > 1 and moe.n_routed_experts:
-        layers = model.num_hidden_layers - model.first_k_dense_replace
+        layers = len(model.moe_layers)
         weights = moe.num_experts_per_tok * 3 * model.hidden_size * moe.moe_intermediate_size
         routed = layers * 6 * weights / all_flops
     kind = remat.get(model.remat)

@@ -83,7 +83,7 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
     # How fast it learns does not matter; what is learned from does.
     stages = stages_of(replace(config, **{"optimizer.rate_changes": ()}))
     return {
-        "layers": model.num_hidden_layers - model.first_k_dense_replace,
+        "layers": len(model.moe_layers),
         "experts": model.moe.n_routed_experts,
         "experts_per_token": [_columns(stage.config) for stage in stages],
         "stages_after": [stage.first for stage in stages],  # updates made before each stage
