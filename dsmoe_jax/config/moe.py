@@ -70,6 +70,18 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """The form of the experts, routed and shared, and of the dense layers before them."""
+
+    name: str = "swiglu"  # in dsmoe_jax/nn/feed_forward
+    limit: float | None = None  # of what is multiplied ("clamped_swiglu", "gpt_oss"); None: its own
+    alpha: float | None = None  # of gate x sigmoid(alpha gate) ("gpt_oss"); None: its own
+
+    def __post_init__(self) -> None:
+        positive(self, "model.moe.expert.", "limit", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
 class BalanceTerm:
     """The weight of a balance term (dsmoe_jax/moe/losses.py).
 
@@ -134,6 +146,7 @@ class MoEConfig:
     drop: DropConfig | None = None  # in training; None drops nothing
     evaluation_drop: DropConfig | None = None  # in evaluation; generation drops nothing
     dispatch: DispatchConfig = DispatchConfig()
+    expert: ExpertConfig = ExpertConfig()
     expert_backend: str = "auto"  # a name in dsmoe_jax/moe/experts.py, or the best for the device
     row_kernels: str = "auto"  # "native", "jax": top-k, sorting and summing rows; moe/kernels
 

@@ -6,7 +6,7 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
 
     kind     grows            parameters                               deviation   rate
     input    the output       embedding                                1           1
-    hidden   both             attention, experts, FFNs, projection    m^-1/2      m^-1
+    hidden   both             attention, experts, FFNs, projection     m^-1/2      m^-1
     output   the input        head, router, latent attention's key     m^-1        m^-1
     vector   its length       scales of the norms, biases              1           1
 
@@ -87,6 +87,12 @@ KINDS: dict[str, Kind] = {
     "router_ED": OUTPUT,
     "router_bias_E": VECTOR,
     "shared_gate_D": OUTPUT,
+    "gate_bias_F": VECTOR,
+    "up_bias_F": VECTOR,
+    "down_bias_D": VECTOR,
+    "gate_bias_EF": VECTOR,
+    "up_bias_EF": VECTOR,
+    "down_bias_ED": VECTOR,
     "head_VD": OUTPUT,
     "projection_DJ": HIDDEN,
     "scale_D": VECTOR,

@@ -10,8 +10,8 @@ and 9):
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
-  neither the router, the gate of the shared experts nor dense layers.  A dense model's FFN
-  is its shared expert.
+  neither the router, the gate of the shared experts nor dense layers.  A dense model's FFN is its
+  shared expert.
 
 Letters: n sequence length, L layers, D hidden, V vocabulary, F activated FFN parameters.
 """
@@ -29,6 +29,7 @@ from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
 from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
+from dsmoe_jax.nn.feed_forward import form_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ def _part(path: tuple) -> str:
 
 def parameters_by_formula(model: ModelConfig) -> Parameters:
     """The same numbers from the sizes alone, to check `count_parameters` against."""
+    return _by_formula(model, biases=True)
+
+
+def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
+    """`parameters_by_formula`, without the biases of the FFNs and routers if they do not count."""
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
@@ -82,11 +88,16 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     attentions = layers * attention.get(model.attention).parameters(d, model.attention)
     embedding_and_head = (1 if model.tie_word_embeddings else 2) * model.vocab_size * d
     norms = d * (2 * layers + 1)
-    dense = model.n_dense_layers * 3 * d * model.intermediate_size
-    router = moe_layers * _router_parameters(model)
+    has_biases = biases and form_of(moe.expert).biases
+
+    def ffn(width: int) -> int:
+        return 3 * d * width + has_biases * (2 * width + d)
+
+    dense = model.n_dense_layers * ffn(model.intermediate_size)
+    router = moe_layers * _router_parameters(model, biases=biases)
     outside = attentions + embedding_and_head + norms + dense + router
-    expert = moe_layers * 3 * d * moe.moe_intermediate_size
-    shared = moe_layers * 3 * d * moe.shared_width
+    expert = moe_layers * ffn(moe.moe_intermediate_size)
+    shared = moe_layers * ffn(moe.shared_width) if moe.n_shared_experts else 0
     expert_total = shared + expert * moe.n_routed_experts
     expert_activated = shared + expert * moe.num_experts_per_tok
     return Parameters(
@@ -94,7 +105,7 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
     )
 
 
-def _router_parameters(model: ModelConfig) -> int:
+def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
     """Those of a layer's router, and of the gate of its shared experts."""
     moe = model.moe
     d = model.hidden_size
@@ -102,7 +113,7 @@ def _router_parameters(model: ModelConfig) -> int:
     if not moe.n_routed_experts:
         return gate
     logits = moe.n_routed_experts * get_router(moe)[0].logits_per_expert
-    return gate + logits * (d + moe.router.logits_bias)
+    return gate + logits * (d + (biases and moe.router.logits_bias))
 
 
 def mean_over_tokens(stages: Sequence[Stage], values: Sequence[float]) -> float:
@@ -155,9 +166,10 @@ def train_flops_per_token(config: Config) -> float:
     """Training FLOPs of one token at the widths really used: the numerator of MFU.
 
     Forward and backward are 6 FLOPs per activated parameter that takes part in a matrix product
-    (router included; embedding lookup and norms not), plus what attention adds for scores and
-    values: with full heads 12 L n (heads x head size), without a causal discount as is usual (PaLM,
-    2204.02311, appendix B).  What rematerialisation or padding computes on top is not counted.
+    (router included; embedding lookup, norms and biases not), plus what attention adds for scores
+    and values: with full heads 12 L n (heads x head size), without a causal discount as is usual
+    (PaLM, 2204.02311, appendix B).  What rematerialisation or padding computes on top is not
+    counted.
     """
     stages = stages_of(config)
     return mean_over_tokens(stages, [_train_flops_per_token(stage.config) for stage in stages])
@@ -170,7 +182,7 @@ def _train_flops_per_token(config: Config) -> float:
     layers = model.num_hidden_layers
     lookup = 0 if model.tie_word_embeddings else model.vocab_size * d  # a tied one is the head too
     no_matmul = lookup + d * (2 * layers + 1)
-    matmul = parameters_by_formula(model).activated - no_matmul
+    matmul = _by_formula(model, biases=False).activated - no_matmul
     return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
 
 

@@ -32,7 +32,8 @@ from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention, head
 from dsmoe_jax.nn.attention import CausalMask
-from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix
+from dsmoe_jax.nn.feed_forward import FeedForward, form_of
+from dsmoe_jax.nn.layers import RMSNorm, init_matrix
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 UNROLLED_LAYERS = 8  # at most, on a CPU
@@ -72,7 +73,8 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(d, config.rms_norm_eps)
         self.dense = dense
         if dense:
-            self.ffn = SwiGLU(d, config.intermediate_size, std, rngs=rngs)
+            form = form_of(config.moe.expert)
+            self.ffn = FeedForward(d, config.intermediate_size, std, form, rngs=rngs)
         else:
             self.moe = MoELayer(
                 config.moe,

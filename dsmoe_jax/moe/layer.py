@@ -27,7 +27,8 @@ from dsmoe_jax.moe.kernels import RowKernels
 from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs
 from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
-from dsmoe_jax.nn.layers import SwiGLU, init_matrix
+from dsmoe_jax.nn.feed_forward import FeedForward, form_of, init_bias
+from dsmoe_jax.nn.layers import init_matrix
 
 
 class RouterVariable(nnx.Variable):
@@ -55,9 +56,10 @@ class MoELayer(nnx.Module):
         e = moe.n_routed_experts
         f = moe.moe_intermediate_size
         self.config = moe
+        form = form_of(moe.expert)
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
-            self.shared = SwiGLU(d, moe.shared_width, initializer_range, rngs=rngs)
+            self.shared = FeedForward(d, moe.shared_width, initializer_range, form, rngs=rngs)
         if moe.shared_expert_gate:
             self.shared_gate_D = init_matrix(rngs, (d,), initializer_range)
         if not e:
@@ -68,7 +70,7 @@ class MoELayer(nnx.Module):
             rows = router.logits_per_expert * e
             self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
             if moe.router.logits_bias:
-                self.router_bias_E = nnx.Param(jnp.zeros(rows, jnp.float32))
+                self.router_bias_E = init_bias(rows)
         if router.state is not None:
             first = router.state.first(dataclasses.replace(settings, vocab_size=vocab_size))
             for name, values in first.items():
@@ -76,6 +78,10 @@ class MoELayer(nnx.Module):
         self.gate_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.up_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.down_EDF = init_matrix(rngs, (e, d, f), initializer_range)
+        if form.biases:
+            self.gate_bias_EF = init_bias(e, f)
+            self.up_bias_EF = init_bias(e, f)
+            self.down_bias_ED = init_bias(e, d)
 
     def __call__(
         self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention = interventions.NONE
@@ -141,10 +147,9 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             kept, max_kept = self._drop(assigned, valid_BS, sequence_ids_B, drop, sizes)
         with jax.named_scope("dispatch"):
-            weights = experts.ExpertWeights(
-                self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            y_TD, dispatch_report = routed_experts(
+                x_TD, kept, self.expert_weights(), moe, row_kernels, max_kept
             )
-            y_TD, dispatch_report = routed_experts(x_TD, kept, weights, moe, row_kernels, max_kept)
         with jax.named_scope("router"):
             ledger = dropping.ledger(
                 assigned.ids_TK,
@@ -165,6 +170,13 @@ class MoELayer(nnx.Module):
                 x_BSD if intervention.keep_inputs else None,
             )
         return y_TD.reshape(x_BSD.shape), report
+
+    def expert_weights(self) -> experts.ExpertWeights:
+        """The parameters of the routed experts."""
+        names = experts.ExpertWeights._fields
+        return experts.ExpertWeights(
+            *(getattr(self, name)[...] if hasattr(self, name) else None for name in names)
+        )
 
     def route(
         self,
@@ -260,7 +272,7 @@ def check_layer(moe: MoEConfig) -> None:
     router, _ = routers.get_router(moe)
     dropping.check_policies(moe, scored=router.learned)
     dispatch.check_dispatcher(moe)
-    experts.check_backend(moe.expert_backend)
+    experts.check_backend(moe.expert_backend, form_of(moe.expert))
     kernels.check_rows(moe.row_kernels)
     losses.check(moe, moe.router.name, learned=router.learned, balanced=router.balanced)
 

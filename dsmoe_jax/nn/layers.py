@@ -70,16 +70,3 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
         return (y * self.scale_D[...]).astype(x.dtype)
-
-
-class SwiGLU(nnx.Module):
-    """The dense feed-forward network `down(silu(gate x) * up x)` (2002.05202)."""
-
-    def __init__(self, hidden: int, width: int, std: float, *, rngs: nnx.Rngs):
-        self.gate_FD = init_matrix(rngs, (width, hidden), std)
-        self.up_FD = init_matrix(rngs, (width, hidden), std)
-        self.down_DF = init_matrix(rngs, (hidden, width), std)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., D) -> (..., D), same dtype."""
-        return linear(jax.nn.silu(linear(x, self.gate_FD)) * linear(x, self.up_FD), self.down_DF)

@@ -229,10 +229,10 @@ def test_other_refusals(tmp_path: Path):
     text.write_text("no rows\n", "utf-8")
     with pytest.raises(ValueError, match=r"text\.txt: has no rows; must be \.jsonl or \.parquet"):
         prepare(str(text), tmp_path / "out", 262, 100, rows="chat")
-    with pytest.raises(ValueError, match="^rows='talk': must be one of text, chat"):
+    with pytest.raises(ValueError, match=r"^rows='talk': must be one of text, chat"):
         prepare(str(text), tmp_path / "out", 262, 100, rows="talk")
     with pytest.raises(
-        ValueError, match="^rows=chat: is for text of one's own, not for .*'stdlib'"
+        ValueError, match=r"^rows=chat: is for text of one's own, not for .*'stdlib'"
     ):
         prepare("stdlib", tmp_path / "out", 262, 100, rows="chat")
 
