@@ -21,13 +21,17 @@ released modelling code.
 
 --check compares our model with transformers', which must be installed, layer by layer, each time
 from transformers' own input to that layer: the share of the chosen experts that are the same, and
-the largest errors of gates and of outputs.
+the largest errors of gates and of outputs.  --against=BACKEND compares the model on --mesh with
+itself on one device, its experts computed by that backend (loop, ragged_dot, ...):
+
+python -m dsmoe_jax convert --check --from=runs/dsmoe --against=loop --mesh=fsdp=2,expert=4
 
 Nothing that exists is overwritten, and nothing is left half-written.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +40,7 @@ import jax
 from absl import flags
 
 from dsmoe_jax.commands import command_line
-from dsmoe_jax.hf import agreement, workdirs
+from dsmoe_jax.hf import agreement, loading, workdirs
 from dsmoe_jax.hf.files import WRITTEN
 from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import json_files
@@ -49,7 +53,10 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from; the newest if 
 _TO_HF = flags.DEFINE_string("to_hf", None, "Directory of a Hugging Face model to write.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", [*WRITTEN], "Of the weights in --to_hf.")
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "The most that a file in --to_hf may have.")
-_CHECK = flags.DEFINE_bool("check", False, "Compare the model in --from_hf with transformers'.")
+_CHECK = flags.DEFINE_bool("check", False, "Compare the model with transformers'.")
+_AGAINST = flags.DEFINE_string(
+    "against", None, "For --check: an expert backend on one device, instead of transformers."
+)
 _TOKENS = flags.DEFINE_string(
     "tokens", None, "Token ids for --check, separated by commas; random ones if not given."
 )
@@ -71,19 +78,24 @@ def main() -> None:
 
 
 def _task() -> Callable[[], dict[str, Any]]:
-    """What the flags ask for; refuses flags that do not belong together."""
-    flags_of = {flag.name: flag.value for flag in (_FROM_HF, _TO, _FROM, _STEP, _TO_HF, _TOKENS)}
-    given = {name for name, value in flags_of.items() if value is not None}
-    for needed, (others, task) in _TASKS.items():
-        if needed <= given and (_CHECK.value == (needed == _CHECKED)):
-            for name in given - needed - others:
-                raise ValueError(
-                    f"--{name}={flags_of[name]}: does not belong to"
-                    f" {' '.join(f'--{flag}' for flag in sorted(needed))}"
-                )
+    """What the flags ask for.
+
+    Raises:
+      ValueError: for flags that do not belong together.
+    """
+    values = {flag.name: flag.value for flag in (_FROM_HF, _TO, _FROM, _STEP, _TO_HF)}
+    checks = {"check": _CHECK.value or None, _AGAINST.name: _AGAINST.value}
+    values |= checks | {_TOKENS.name: _TOKENS.value}
+    given = {name for name, value in values.items() if value is not None}
+    for needed, others, task in _TASKS:
+        if given >= needed:
+            for name in sorted(given - needed - others):
+                together = " ".join(f"--{flag}" for flag in sorted(needed))
+                raise ValueError(f"--{name}={values[name]}: has no meaning beside {together}")
             return task
     raise ValueError(
-        "--from_hf and --to, or --from and --to_hf, or --check and --from_hf: must be given together"
+        "convert needs --from_hf and --to, or --from and --to_hf, or --check and --from_hf;"
+        " see --help"
     )
 
 
@@ -105,8 +117,16 @@ def _to_hugging_face() -> dict[str, Any]:
     }
 
 
-def _check() -> dict[str, Any]:
-    return agreement.with_transformers(_FROM_HF.value, _token_ids())
+def _check_theirs() -> dict[str, Any]:
+    if _AGAINST.value is None:
+        return agreement.with_transformers(_FROM_HF.value, _token_ids())
+    open_model = functools.partial(loading.load_with_backend, _FROM_HF.value)
+    return agreement.with_backend(open_model, _AGAINST.value, _token_ids())
+
+
+def _check_ours() -> dict[str, Any]:
+    open_model = functools.partial(workdirs.load_with_backend, _FROM.value, _STEP.value)
+    return agreement.with_backend(open_model, _AGAINST.value, _token_ids())
 
 
 def _token_ids() -> list[int] | None:
@@ -120,13 +140,13 @@ def _token_ids() -> list[int] | None:
         ) from None
 
 
-_CHECKED = frozenset({"from_hf"})
-# The flags that say what is to be done -> others that may be given, and what does it.
-_TASKS: dict[frozenset[str], tuple[frozenset[str], Callable[[], dict[str, Any]]]] = {
-    frozenset({"from_hf", "to"}): (frozenset(), _to_workdir),
-    frozenset({"from", "to_hf"}): (frozenset({"step"}), _to_hugging_face),
-    _CHECKED: (frozenset({"tokens"}), _check),
-}
+# The flags that say what is to be done, others that may be given, and what does it.
+_TASKS: list[tuple[set[str], set[str], Callable[[], dict[str, Any]]]] = [
+    ({"check", "from_hf"}, {"tokens", "against"}, _check_theirs),
+    ({"check", "from", "against"}, {"tokens", "step"}, _check_ours),
+    ({"from_hf", "to"}, set(), _to_workdir),
+    ({"from", "to_hf"}, {"step"}, _to_hugging_face),
+]
 
 
 def _sentence(result: dict[str, Any]) -> str:

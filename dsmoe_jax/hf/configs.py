@@ -37,6 +37,9 @@ _WITHOUT_EFFECT = (
     "moe.router.jitter",
 )
 
+_LAYERS = ["first_k_dense_replace", "moe_layer_freq", "moe_layer_offset", "mlp_only_layers"]
+_SHARED = ["moe.n_shared_experts", "moe.shared_expert_intermediate_size"]
+
 
 class Described(NamedTuple):
     """A model in the terms of Hugging Face: the name of its family, and its config.json."""
@@ -84,52 +87,65 @@ def _value(tree: Tree, key: Key) -> Any:
     return key.null if value is None else value
 
 
-def write(model: ModelConfig) -> Described:
+def write(model: ModelConfig, first: str | None = None) -> Described:
     """The config.json of the family that a model belongs to.
+
+    Args:
+      model: the config.
+      first: the name of a family that is taken if it is one of several.
 
     Raises:
       ValueError: naming the keys that no family expresses.
     """
-    found: dict[str, dict[str, tuple[Any, Any]]] = {}
-    for name, family in FAMILIES.items():
-        tree = _written(name, family, model)
-        found[name] = _differences(family, model, tree)
-        if not found[name]:
-            return Described(name, tree)
-    nearest = min(found, key=lambda name: len(found[name]))
-    keys = "; ".join(
-        f"model.{key}={value!r}, which {FAMILIES[nearest].architecture} has as {other!r}"
-        for key, (value, other) in found[nearest].items()
+    flat = _flat(model)
+    names = sorted(FAMILIES, key=lambda name: (name != first, _unlike(FAMILIES[name], flat)))
+    for name in names:
+        if _unlike(FAMILIES[name], flat) == 0:
+            tree = _written(name, flat)
+            if not _differences(name, model, tree):
+                return Described(name, tree)
+    nearest = min(names, key=lambda name: _unlike(FAMILIES[name], flat))
+    differences = _differences(nearest, model, _written(nearest, flat))
+    raise ValueError(
+        f"no architecture of Hugging Face expresses this model; the nearest,"
+        f" {FAMILIES[nearest].architecture}, does not have {differences}"
     )
-    raise ValueError(f"no architecture of Hugging Face expresses this model: {keys}")
 
 
-def _written(name: str, family: Family, model: ModelConfig) -> Tree:
-    ours = _flat(model)
+def _unlike(family: Family, flat: Tree) -> int:
+    """How many of the keys that are alike in all models of a family are not."""
+    return sum(flat.get(key) != value for key, value in family.ours.items())
+
+
+def _written(name: str, flat: Tree) -> Tree:
+    """The config.json of a model as one of a family, which may not express it."""
+    family = FAMILIES[name]
     tree: Tree = {"architectures": [family.architecture], _TYPE: name}
     if family.auto_map:
         tree["auto_map"] = dict(family.auto_map)
     tree |= {key: served[0] for key, served in family.theirs.items()}
     for key, theirs in family.keys.items():
-        value = ours.get(key)
-        none = value == theirs.null and theirs.default is REQUIRED and theirs.null is not None
-        tree[theirs.names[0]] = None if none else value
+        value = flat.get(key)
+        is_null = theirs.null is not None and value == theirs.null
+        tree[theirs.names[0]] = None if is_null else value
     for special in family.special:
-        tree |= special.write(ours)
+        tree |= special.write(flat)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
 
 
-def _differences(family: Family, model: ModelConfig, tree: Tree) -> dict[str, tuple[Any, Any]]:
+def _differences(name: str, model: ModelConfig, tree: Tree) -> str:
     """The keys in which a model, written as a config.json, would come back as another one."""
     try:
         _, back = read(tree)
     except ValueError as error:
-        return {"*": (str(error), None)}
-    here, there = (_meaning(config, family) for config in (model, back))
+        return str(error)
+    here, there = (_meaning(config, FAMILIES[name]) for config in (model, back))
     keys = [*here, *(key for key in there if key not in here)]
-    return {
-        key: (here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)
-    }
+    return "; ".join(
+        f"model.{key}={here.get(key)!r} (but {there.get(key)!r})"
+        for key in keys
+        if here.get(key) != there.get(key)
+    )
 
 
 def _flat(model: ModelConfig) -> Tree:
@@ -142,19 +158,27 @@ def _flat(model: ModelConfig) -> Tree:
 
 def _meaning(model: ModelConfig, family: Family) -> Tree:
     """What a config says of the numbers that its model computes."""
-    flat = _flat(model)
     moe = model.moe
-    heads = model.attention.num_attention_heads
-    flat["attention.num_key_value_heads"] = model.attention.num_key_value_heads or heads
-    flat["moe.router.bias_update_speed"] = moe.router.bias_update_speed is not None
-    if not moe.n_routed_experts:
-        flat = {key: value for key, value in flat.items() if not key.startswith("moe.router.")}
-    elif moe.router.topk_group == moe.router.n_group:
-        for key in ("n_group", "topk_group", "group_score"):
-            del flat[f"moe.router.{key}"]
-    without = (*_WITHOUT_EFFECT, *family.unused)
+    router = moe.router
+    meaning = _flat(model)
+    without = [*_WITHOUT_EFFECT, *family.unused]
+    meaning["attention.num_key_value_heads"] = (
+        model.attention.num_key_value_heads or model.attention.num_attention_heads
+    )
+    # Several keys say which layers are dense, and how wide the shared experts are together.
+    meaning["moe_layers"] = model.moe_layers
+    meaning["moe.shared_width"] = moe.shared_width
+    without += _LAYERS + _SHARED
+    if not model.n_dense_layers:
+        without.append("intermediate_size")
+    if moe.n_routed_experts:
+        meaning["moe.router.bias_update_speed"] = router.bias_update_speed is not None
+    else:
+        without += ["moe.router", "moe.moe_intermediate_size"]
+    if router.topk_group == router.n_group:
+        without += [f"moe.router.{key}" for key in ("n_group", "topk_group", "group_score")]
     return {
         key: value
-        for key, value in flat.items()
+        for key, value in meaning.items()
         if not any(key == name or key.startswith(f"{name}.") for name in without)
     }

@@ -8,6 +8,7 @@ Shapes: L layers of a stack.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,19 @@ def load(directory: str | Path, *, progress: bool = True) -> Transformer:
     Raises:
       ValueError: as `open_source` does; for a mesh that does not divide the model, too.
     """
+    return _made(open_source(directory), progress=progress)
+
+
+def load_with_backend(directory: str | Path, backend: str | None) -> Transformer:
+    """`load`, with an expert backend of moe/experts.py by name; None leaves the choice."""
     source = open_source(directory)
+    if backend is not None:
+        moe = dataclasses.replace(source.config.moe, expert_backend=backend)
+        source = source._replace(config=dataclasses.replace(source.config, moe=moe))
+    return _made(source, progress=False)
+
+
+def _made(source: Source, *, progress: bool) -> Transformer:
     if not (mesh := jax.sharding.get_mesh()).empty:
         sharding.check(source.shapes, mesh.shape)
     if progress:

@@ -52,12 +52,12 @@ def describe(config: ModelConfig, dtype: str, about: Mapping[str, Any]) -> Desti
     Args:
       config: of the model.
       dtype: of the tensors, a name in `WRITTEN`.
-      about: other keys of the config.json; those of the model come before them.
+      about: other keys of the config.json, as of the one that the model came with.
 
     Raises:
       ValueError: naming the keys that no family expresses.
     """
-    family, tree = configs.write(config)
+    family, tree = configs.write(config, about.get("model_type"))
     lines = names.lines_of(family, config, names.shapes_of(model_shapes(config)))
     itemsize = WRITTEN[dtype].itemsize
     sizes = {

@@ -10,7 +10,7 @@ whole.
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
 import resource
 import shutil
@@ -21,14 +21,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
-from dsmoe_jax.config import Config, DataConfig, ModelConfig, replace, stage_of, to_config_dict
+from dsmoe_jax.config import Config, DataConfig, ModelConfig, stage_of, to_config_dict
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.opening import tokenizer_fingerprint
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hf import loading, saving, tokenizers
 from dsmoe_jax.hf.loading import CONFIG, Source
-from dsmoe_jax.model.build import ModelState, model_shapes
+from dsmoe_jax.model.build import ModelState, abstract_model, model_shapes
+from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import json_files
@@ -176,6 +178,21 @@ def to_hf(
         elif (own := local_path("--from", workdir) / workdirs.TOKENIZER).is_file():
             tokenizers.write(own, made)
     return Written(place, destination.tree["architectures"][0], loaded.step)
+
+
+def load_with_backend(workdir: str, step: int | None, backend: str | None) -> Transformer:
+    """The model of a workdir, with an expert backend by name; None leaves its own.
+
+    Raises:
+      ValueError: if there is no run or checkpoint, or it is damaged.
+    """
+    key = f"--from={workdir}"
+    model = _model_of(workdirs.read_config(workdir, key), step)
+    loaded = load_model_state(workdir, model_shapes(model), step, key=key)
+    if backend is not None:
+        moe = dataclasses.replace(model.moe, expert_backend=backend)
+        model = dataclasses.replace(model, moe=moe)
+    return nnx.merge(abstract_model(model), *loaded.state)
 
 
 def _model_of(config: Config, step: int | None) -> ModelConfig:

@@ -121,7 +121,8 @@ def assert_round_trip(model: Any, directory: Path) -> Source:
     assert_alike(ours(source, state), logits)
     back = directory / "back"
     back.mkdir()
-    destination = saving.describe(source.config, "float32", {})
+    about = {"model_type": model.config.model_type}
+    destination = saving.describe(source.config, "float32", about)
     assert destination.tree["model_type"] == model.config.model_type
     saving.save(destination, state, back, Silent())
     same = type(model).from_pretrained(back, attn_implementation="eager").eval()

@@ -12,7 +12,6 @@ TINY = {
 VARIATIONS = {
     "as it is": {},
     "three experts of six": {"num_local_experts": 6, "num_experts_per_tok": 3},
-    "all experts": {"num_experts_per_tok": 4},
     "a head for each key": {"num_key_value_heads": 4},
     "one key": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 8},
