@@ -22,8 +22,9 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
-from dsmoe_jax.model import layout, remat
+from dsmoe_jax.model import layout, mtp, remat
 from dsmoe_jax.model.layout import Run
+from dsmoe_jax.model.mtp import Ahead
 from dsmoe_jax.model.types import Cache, ModelInputs, Output, RunCache, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
@@ -140,16 +141,25 @@ class Groups(nnx.Module):
 def _stacks(config: ModelConfig, run: Run, rngs: nnx.Rngs) -> tuple[Block, Block | None]:
     """The MoE layers of a run and its dense ones, each with a leading layer axis."""
 
-    def stack(n: int, dense: bool) -> Block:
-        @nnx.split_rngs(splits=n)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, dense=dense, rngs=rngs)
+    def moe(rngs: nnx.Rngs) -> Block:
+        return Block(config, dense=False, rngs=rngs)
 
-        return stacked(rngs)
+    def dense(rngs: nnx.Rngs) -> Block:
+        return Block(config, dense=True, rngs=rngs)
 
     n_dense = run.groups * run.dense
-    return stack(run.groups, dense=False), stack(n_dense, dense=True) if n_dense else None
+    return _stack(moe, run.groups, rngs), _stack(dense, n_dense, rngs) if n_dense else None
+
+
+def _stack(make: Callable[[nnx.Rngs], Any], n: int, rngs: nnx.Rngs) -> Any:
+    """n modules as one, whose arrays have a leading layer axis."""
+
+    @nnx.split_rngs(splits=n)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs) -> Any:
+        return make(rngs)
+
+    return stacked(rngs)
 
 
 class Transformer(nnx.Module):
@@ -161,6 +171,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         remat.get(config.remat)
+        mtp.check(config)
         self.config = config
         std = config.initializer_range
         n_leading = layout.n_leading(config)
@@ -172,6 +183,12 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
+        if config.mtp is not None:
+
+            def module(rngs: nnx.Rngs) -> mtp.Module:
+                return mtp.Module(config, Block(config, dense=False, rngs=rngs), rngs=rngs)
+
+            self.mtp = _stack(module, config.mtp_depth, rngs)
 
     @property
     def n_scanned(self) -> int:
@@ -211,11 +228,52 @@ class Transformer(nnx.Module):
           cache: to continue after the positions it holds (single-document sequences only).
           intervention: a change to how the MoE layers are used, for probes.
         """
+        hidden_BSD, report, cache = self.hidden(inputs, cache, intervention)
+        return Output(self.logits(hidden_BSD), report, cache)
+
+    def hidden(
+        self,
+        inputs: ModelInputs,
+        cache: Cache | None = None,
+        intervention: Intervention = interventions.NONE,
+    ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
+        """As `forward`, but (B, S, D) that the head gets, normed, instead of logits."""
         x_BSD, report, cache = self._layers(inputs, cache, intervention)
         with jax.named_scope("head"):
-            logits_BSV = head.logits(self.final_norm(x_BSD), self.head)
-        chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
-        return Output(logits_BSV, report, cache)
+            return self.final_norm(x_BSD), report, cache
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """Logits of what `hidden` or `draft` returns, float32 (B, S, V)."""
+        with jax.named_scope("head"):
+            logits_BSV = head.logits(hidden_BSD, self.head)
+        chex.assert_shape(logits_BSV, (*hidden_BSD.shape[:2], self.config.vocab_size))
+        return logits_BSV
+
+    def draft(
+        self, k: int, hidden_BSD: jax.Array, next_BS: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the k-th module of multi-token prediction as a draft of generation.
+
+        Args:
+          k: 1, 2, ...
+          hidden_BSD: of `hidden` (k = 1) or of the module before it.
+          next_BS: int32, the token k ahead of each position.
+          cache: from `empty_draft_cache`; `length` is the first position here.
+
+        Returns:
+          The representation whose logits predict the token k + 1 ahead, and the cache with this
+          module's positions filled.
+        """
+        every = _every_layer(ModelInputs(next_BS), cache)
+        graph, params = nnx.split(self.mtp)
+        params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
+        module = nnx.merge(graph, params)
+        one = _OneLayer(own)
+        hidden_BSD, _, own = module(
+            hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
+        )
+        stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
+        return hidden_BSD, cache._replace(stacked=stacked)
 
     def score(
         self,
@@ -224,6 +282,7 @@ class Transformer(nnx.Module):
         intervention: Intervention = interventions.NONE,
         *,
         whole_logits: bool = False,
+        look_ahead: bool = False,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -232,18 +291,102 @@ class Transformer(nnx.Module):
           targets_BS: int32, the token after each one.
           intervention: a change to how the MoE layers are used, for probes.
           whole_logits: whether the logits are wanted, whatever they take.
+          look_ahead: whether the modules of `model.mtp` are run too.
         """
-        x_BSD, report, _ = self._layers(inputs, None, intervention)
-        n_tokens = inputs.tokens_BS.size
+        recorded = inputs.replayed
+        if look_ahead:  # of the model's own layers
+            own = jax.tree.map(lambda x: x[:, : self.n_scanned], recorded)
+            inputs = inputs._replace(replayed=own)
+        hidden_BSD, report, _ = self.hidden(inputs, None, intervention)
+        nll_BS, best_BS, logits_BSV = self._predict(
+            hidden_BSD, targets_BS, whole_logits=whole_logits, with_best=look_ahead
+        )
+        if not look_ahead:
+            return Scored(nll_BS, logits_BSV, report)
+        of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
+        inputs = inputs._replace(replayed=of_modules)
+        ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
+        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead)
+
+    def _predict(
+        self,
+        hidden_BSD: jax.Array,
+        targets_BS: jax.Array,
+        *,
+        whole_logits: bool = False,
+        with_best: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Negative log-likelihood of targets; the best tokens if asked for; logits if whole."""
+        n_tokens = targets_BS.size
         n_blocks = head.n_blocks(n_tokens, self.config.vocab_size, self.config.head_block_tokens)
         with jax.named_scope("head"):
-            normed_BSD = self.final_norm(x_BSD)
             if n_blocks > 1 and not whole_logits:
-                nll_BS = head.nll_in_blocks(normed_BSD, self.head, targets_BS, n_blocks)
-                return Scored(nll_BS, None, report)
-            logits_BSV = head.logits(normed_BSD, self.head)
+                if with_best:
+                    of_tokens = hidden_BSD, self.head, targets_BS, n_blocks
+                    return *head.nll_and_best_in_blocks(*of_tokens), None
+                return head.nll_in_blocks(hidden_BSD, self.head, targets_BS, n_blocks), None, None
+            logits_BSV = head.logits(hidden_BSD, self.head)
             nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
-        return Scored(nll_BS, logits_BSV, report)
+            best_BS = jnp.argmax(logits_BSV, axis=-1) if with_best else None
+        return nll_BS, best_BS, logits_BSV
+
+    def _look_ahead(
+        self,
+        hidden_BSD: jax.Array,
+        best_BS: jax.Array,
+        inputs: ModelInputs,
+        targets_BS: jax.Array,
+        intervention: Intervention,
+    ) -> tuple[Ahead, LayerReport | None]:
+        """Runs the modules of multi-token prediction as one scan.
+
+        Args:
+          hidden_BSD: of the model, normed.
+          best_BS: the tokens that it finds best.
+          inputs: with the modules' recorded routing.
+          targets_BS: the token after each one.
+          intervention: see `score`.
+        """
+        every = _every_layer(inputs, None)
+        depth = self.config.mtp_depth
+        ids_BS = every.valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
+        graph, params = nnx.split(self.mtp)
+
+        def run(hidden_BSD, params, one, tokens_BS, ids_BS):
+            of_module = every._replace(
+                token_ids_BS=tokens_BS, valid_BS=ids_BS > 0, segment_ids_BS=ids_BS
+            )
+            embedded_BSD = self._embed(tokens_BS)
+            module = nnx.merge(graph, params)
+            hidden_BSD, report, _ = module(hidden_BSD, embedded_BSD, of_module, one, intervention)
+            return hidden_BSD, report
+
+        if (policy := remat.get(self.config.remat).policy) is not None:
+            run = jax.checkpoint(run, policy=policy)
+
+        def module(hidden_BSD, scanned):
+            of_module, targets_BS, best_BS = scanned
+            hidden_BSD, report = run(hidden_BSD, *of_module)
+            nll_BS, found_BS, _ = self._predict(hidden_BSD, targets_BS, with_best=True)
+            return hidden_BSD, (Ahead(nll_BS, found_BS == best_BS), report)
+
+        rng = inputs.rng
+        one = _OneLayer(
+            rng=None if rng is None else jax.random.split(jax.random.fold_in(rng, 1), depth),
+            replayed=jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
+        )
+        tokens_KBS, targets_KBS, best_KBS = (
+            mtp.all_ahead(x_BS, depth) for x_BS in (inputs.tokens_BS, targets_BS, best_BS)
+        )
+        of_modules = params, one, tokens_KBS, mtp.segment_ids(ids_BS.astype(jnp.int32), depth)
+        return jax.lax.scan(module, hidden_BSD, (of_modules, targets_KBS, best_KBS))[1]
+
+    def _embed(self, tokens_BS: jax.Array) -> jax.Array:
+        """Embeddings of tokens, (B, S, D), in the compute dtype."""
+        with jax.named_scope("embedding"):
+            table_VD = gathered(self.embedding_VD[...], "VD")
+            x_BSD = table_VD[tokens_BS].astype(compute_dtype(self.config))
+            return constrain(x_BSD, "BSD")
 
     def _layers(
         self, inputs: ModelInputs, cache: Cache | None, intervention: Intervention
@@ -251,10 +394,7 @@ class Transformer(nnx.Module):
         """The last layer's output, the report of the MoE layers, and the updated cache."""
         inputs.assert_shapes(self.n_scanned)
         every = _every_layer(inputs, cache)
-        with jax.named_scope("embedding"):
-            table_VD = gathered(self.embedding_VD[...], "VD")
-            x_BSD = table_VD[inputs.tokens_BS].astype(compute_dtype(self.config))
-            x_BSD = constrain(x_BSD, "BSD")
+        x_BSD = self._embed(inputs.tokens_BS)
         leading = []
         for i, block in enumerate(self.leading):
             one = _OneLayer(cache.leading[i] if cache else None)
@@ -339,18 +479,27 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` sequences of up to `max_length` positions, none of them filled."""
-        config = self.config.attention
-        empty = attention.get(config).empty_cache
-        one = empty(config, batch, max_length, compute_dtype(self.config))
-
-        def stacked(n: int) -> Any:
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), one) if n else None
-
+        one = self._empty_cache_of_layer(batch, max_length)
         of_runs = [
-            RunCache(stacked(run.groups), stacked(run.groups * run.dense))
+            RunCache(_repeated(one, run.groups), _repeated(one, run.groups * run.dense))
             for run in layout.runs(self.config)
         ]
         return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0))
+
+    def empty_draft_cache(self, batch: int, max_length: int) -> Cache:
+        """As `empty_cache`, of the modules of multi-token prediction."""
+        one = self._empty_cache_of_layer(batch, max_length)
+        return Cache((), _repeated(one, self.config.mtp_depth), jnp.int32(0))
+
+    def _empty_cache_of_layer(self, batch: int, max_length: int) -> Any:
+        config = self.config.attention
+        empty = attention.get(config).empty_cache
+        return empty(config, batch, max_length, compute_dtype(self.config))
+
+
+def _repeated(cache: Any, n: int) -> Any:
+    """The cache of a layer n times along a new leading axis; None of no layer."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), cache) if n else None
 
 
 def _in_groups(tree: Any, run: Run) -> Any:

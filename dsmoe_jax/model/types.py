@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.model.mtp import Ahead
 from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import RecordedRouting
 
@@ -31,7 +32,7 @@ class ModelInputs(NamedTuple):
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       rng: random key for routers that act at random in training; None is evaluation.
       replayed: recorded routing, (B, L, S, K), for routers that replay; in evaluation it replaces
-        the choice of any router.
+        the choice of any router.  In training with `model.mtp`, its modules' routing comes last.
     """
 
     tokens_BS: jax.Array
@@ -153,9 +154,11 @@ class Scored(NamedTuple):
     Attributes:
       nll_BS: negative log-likelihood of every target in nats, float32.
       logits_BSV: float32; None where they were computed in blocks and never whole.
-      report: as in `Output`.
+      report: as in `Output`; with `ahead`, those of its modules come last.
+      ahead: predictions of tokens further ahead, if they were asked for.
     """
 
     nll_BS: jax.Array
     logits_BSV: jax.Array | None
     report: LayerReport | None
+    ahead: Ahead | None = None
