@@ -118,6 +118,18 @@ class Block(nnx.Module):
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
+    def alone(
+        self, x_BSD: jax.Array, inputs: ModelInputs
+    ) -> tuple[jax.Array, LayerReport | None]:
+        """The block by itself, to compare layer by layer.
+
+        Args:
+          x_BSD: its input.
+          inputs: the batch.
+        """
+        x_BSD, report, _ = self(x_BSD, _every_layer(inputs, None), _OneLayer())
+        return x_BSD, report
+
 
 class Groups(nnx.Module):
     """The layers of a run (`layout.Run`).  Those of the first one the model itself has."""
@@ -187,6 +199,17 @@ class Transformer(nnx.Module):
     def head(self) -> nnx.Param[jax.Array]:
         """The matrix of the output head, (V, D): the embedding if the two are tied."""
         return self.embedding_VD if self.config.tie_word_embeddings else self.head_VD
+
+    def layer(self, number: int) -> Block:
+        """A layer by its number, from 0, with parameters of its own."""
+        place = layout.places(self.config)[number]
+        module: Any = self
+        for part in place.path:
+            module = module[part] if isinstance(part, int) else getattr(module, part)
+        if place.index is None:
+            return module
+        graph, params = nnx.split(module)
+        return nnx.merge(graph, jax.tree.map(operator.itemgetter(place.index), params))
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Logits (float32, B x S x V) of whole single-document sequences."""
