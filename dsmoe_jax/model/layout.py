@@ -60,6 +60,15 @@ def path_of_run(number: int) -> Path:
     return ("further", number - 1) if number else ()
 
 
+def moe_stacks(config: ModelConfig) -> list[tuple[Path, int]]:
+    """Path of each stack of MoE layers in a model's state, and its layers, in the order of reports.
+
+    Behind those of the runs come the blocks of multi-token prediction.
+    """
+    stacks = [((*path_of_run(i), "layers"), run.groups) for i, run in enumerate(runs(config))]
+    return [*stacks, (("mtp", "block"), config.mtp_depth)] if config.mtp_depth else stacks
+
+
 def places(config: ModelConfig) -> list[Place]:
     """The places of all layers, in order."""
     found = [Place(("leading", layer), None) for layer in range(n_leading(config))]

@@ -71,7 +71,7 @@ class WholeBatch(NamedTuple):
 
     Attributes:
       sequences, documents: number of those with a valid token.
-      tokens: number of valid ones.
+      tokens: number of valid ones.  All three are (L,) where layers see different tokens.
       sent_LG: the sum of all parts' `sent_G` by term; None: the part is the whole.
     """
 
@@ -375,8 +375,9 @@ def value(name: str, part: TermSums, whole: WholeBatch) -> jax.Array:
     sent_G = part.sent_G
     if sent_G is not None and whole.sent_LG is not None:
         sent_G = whole.sent_LG[name]
-    f_G = 1.0 if sent_G is None else sent_G / whole.tokens
-    return (f_G * part.affinity_G / whole.tokens).sum(axis=-1)
+    tokens = whole.tokens[..., None]
+    f_G = 1.0 if sent_G is None else sent_G / tokens
+    return (f_G * part.affinity_G / tokens).sum(axis=-1)
 
 
 def in_order(balance: Mapping[str, BalanceTerm]) -> dict[str, BalanceTerm]:
