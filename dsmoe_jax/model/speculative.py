@@ -193,11 +193,12 @@ class _Drafting:
         self, tokens_BS: jax.Array, cache: Cache
     ) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
         """The model on tokens: representation, best next tokens, cache, whether all was finite."""
-        hidden_BSD, _, cache = self._model.hidden(
+        hidden_BSD, _, updated = self._model.hidden(
             ModelInputs(tokens_BS), cache, interventions.GENERATION
         )
+        assert updated is not None
         best_BS, finite = self._best(hidden_BSD)
-        return hidden_BSD, best_BS, cache, finite
+        return hidden_BSD, best_BS, updated, finite
 
     def _best(self, hidden_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BSV = self._model.logits(hidden_BSD)

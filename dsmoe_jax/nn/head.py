@@ -67,7 +67,8 @@ def nll_in_blocks(
       n_blocks: into which the tokens of one device are cut; they need not divide them.  The
         sequences must divide over the devices.
     """
-    return _nll(x_BSD, head_VD[...], targets_BS, n_blocks, False)[0]
+    (nll_BS,) = _nll(x_BSD, head_VD[...], targets_BS, n_blocks, False)
+    return nll_BS
 
 
 def nll_and_best_in_blocks(

@@ -57,7 +57,7 @@ def fill(other: nnx.State, values: Mapping[str, Any]) -> nnx.State:
     """Gives every layer's router variables these values, by name."""
 
     def filled(path: tuple, old: jax.Array) -> jax.Array:
-        name = layout.keys_of(path)[-1]
+        name = _name(path)
         return jnp.broadcast_to(values[name], old.shape) if name in values else old
 
     return _map_variables(filled, other)
@@ -81,11 +81,11 @@ def after_step(
     state, settings = found
     assert state.after_step is not None
     variables, _ = nnx.split_state(other, RouterVariable, ...)
-    before = {layout.keys_of(path): x for path, x in jax.tree.leaves_with_path(variables)}
+    before = jax.tree.leaves_with_path(variables)
     moved = {}
     first = 0
     for stack, n in layout.moe_stacks(model):
-        of_stack = {keys[-1]: x for keys, x in before.items() if keys[: len(stack)] == stack}
+        of_stack = {_name(p): x for p, x in before if layout.keys_of(p)[: len(stack)] == stack}
         load = load_LE[first : first + n]
         values = state.after_step(of_stack, load, progress, settings)
         moved |= {(*stack, "moe", name): x for name, x in values.items()}
@@ -108,3 +108,8 @@ def _map_variables(change: Callable[[tuple, jax.Array], jax.Array], other: nnx.S
     """The state with its router variables changed."""
     variables, rest = nnx.split_state(other, RouterVariable, ...)
     return nnx.merge_state(jax.tree.map_with_path(change, variables), rest)
+
+
+def _name(path: tuple) -> str:
+    """The variable's name in its path."""
+    return str(layout.keys_of(path)[-1])

@@ -1,5 +1,8 @@
 """Generation with a draft: the tokens of plain greedy generation, and the drafts that are right."""
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from dsmoe_jax.model.sampling import generate
 from dsmoe_jax.model.speculative import generate_drafted
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
-from tests.model.tiny_model import V, make
+from tests.model.tiny_model import V, config_of, make
 
 DEPTH, P, G = 2, 3, 12
 SIZES = {
@@ -32,12 +35,16 @@ def greedy(model):
     return np.asarray(generate(model, PROMPTS, G))
 
 
-def test_tokens_are_those_of_greedy_generation(model, greedy):
-    found = generate_drafted(model, PROMPTS, G)
-    np.testing.assert_array_equal(found.tokens_BG, greedy)
+@pytest.fixture(scope="module")
+def drafted(model):
+    return generate_drafted(model, PROMPTS, G)
+
+
+def test_tokens_are_those_of_greedy_generation(drafted, greedy):
+    np.testing.assert_array_equal(drafted.tokens_BG, greedy)
     # A draft of a model that was never trained is right by chance.
-    assert (found.proposed == 2 * found.passes).all()
-    assert 0 <= found.acceptance < 0.5
+    assert (drafted.proposed == 2 * drafted.passes).all()
+    assert 0 <= drafted.acceptance < 0.5
 
 
 def test_a_draft_that_is_always_right_saves_passes(model):
@@ -62,26 +69,33 @@ def test_a_draft_that_is_always_right_saves_passes(model):
     assert found.passes == -(-(G - 1) // (1 + DEPTH))
 
 
-def test_the_draft_is_what_training_predicts(model, greedy):
+def test_the_draft_is_what_training_predicts(model, greedy, drafted):
     """Drafted tokens that were accepted in turn: by the modules on the whole text at once."""
-    found = generate_drafted(model, PROMPTS[:1], G)
-    tokens_BS = jnp.concatenate([PROMPTS[:1], greedy[:1]], axis=1)
-    targets_BS = jnp.roll(tokens_BS, -1, axis=1)
-    scored = model.score(
-        ModelInputs(tokens_BS), targets_BS, interventions.GENERATION, look_ahead=True
-    )
-    agrees_KS = np.asarray(scored.ahead.agrees_KBS)[:, 0]
-    # The walk of generation: at each place as many drafts as agree in turn.
+    tokens_BS = jnp.concatenate([PROMPTS, greedy], axis=1)
+    graph, state = nnx.split(model)
+
+    @functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
+    def agrees(state):
+        scored = nnx.merge(graph, state).score(
+            ModelInputs(tokens_BS), tokens_BS, interventions.GENERATION, look_ahead=True
+        )
+        return scored.ahead.agrees_KBS
+
+    agrees_KBS = np.asarray(agrees(state))
+    # The walk of generation: at each place as many drafts as agree in turn, in all sequences.
     at, passes, accepted = P - 1, 0, np.zeros(DEPTH, int)
     while at + 1 < P + G - 1:
-        kept = np.cumprod(agrees_KS[:, at])
-        accepted += kept
-        at += 1 + kept.sum()
+        kept_KB = np.cumprod(agrees_KBS[:, :, at], axis=0)
+        accepted += kept_KB.sum(axis=1)
+        at += 1 + kept_KB.min(axis=1).sum()
         passes += 1
-    assert passes == found.passes
-    np.testing.assert_array_equal(accepted, found.accepted)
+    assert passes == drafted.passes
+    np.testing.assert_array_equal(accepted, drafted.accepted)
 
 
-def test_a_model_without_modules_is_refused():
+def test_impossible_drafts_are_refused(model):
+    without = types.SimpleNamespace(config=config_of().model)
     with pytest.raises(ValueError, match=r"model\.mtp=None: there is no draft"):
-        generate_drafted(make(), PROMPTS, 1)
+        generate_drafted(without, PROMPTS, 1)
+    with pytest.raises(ValueError, match="max_new_tokens=0: must be > 0"):
+        generate_drafted(model, PROMPTS, 0)
