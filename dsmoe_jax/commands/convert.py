@@ -135,7 +135,9 @@ def _token_ids() -> list[int] | None:
     try:
         return [int(item) for item in _TOKENS.value.split(",")]
     except ValueError:
-        raise ValueError(f"--tokens={_TOKENS.value}: must be numbers separated by commas") from None
+        raise ValueError(
+            f"--tokens={_TOKENS.value}: must be numbers separated by commas"
+        ) from None
 
 
 # The flags that say what is to be done, others that may be given, and what does it.

@@ -10,8 +10,8 @@ python -m dsmoe_jax generate --workdir=runs/chat --chat --prompt="What is 3 plus
 A prompt is the beginning of a document: the model reads the end-of-text token, which comes before
 every document it was trained on, and then the prompt.  So an empty prompt (--prompt="") starts a
 new document.  Several prompts are given by several --prompt, or by a file with a JSON string on
-each line, such as "To be\\n"; they may differ in length.  With --chat a prompt is a question, put as
-the model has read questions if it was trained on conversations (docs/fine_tuning.md).
+each line, such as "To be\\n"; they may differ in length.  With --chat a prompt is a question, put
+as a model that was trained on conversations has read them (docs/fine_tuning.md).
 
 A text ends where the model writes end-of-text, before the first stop string (--stop, as often as
 wanted), or after --max_new_tokens.  The default, --temperature=0, is greedy: the most likely token

@@ -105,7 +105,9 @@ def _table(choices: tuple[Table, ...], there: Collection[str]) -> Table:
     return choices[int(np.argmax(counts))]
 
 
-def _lines(table: Table, prefix: str, at: str, index: int | None, shapes: Shapes) -> Iterator[Line]:
+def _lines(
+    table: Table, prefix: str, at: str, index: int | None, shapes: Shapes
+) -> Iterator[Line]:
     """The lines of a table whose arrays a layer (or the model) has."""
     for tensor in table:
         paths = [at + path for path in tensor.ours]

@@ -144,7 +144,9 @@ class Written(NamedTuple):
     step: int
 
 
-def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_bytes: int) -> Written:
+def to_hf(
+    workdir: str, directory: str, step: int | None, dtype: str, shard_bytes: int
+) -> Written:
     """Writes the model of a workdir as a Hugging Face one.
 
     Args:
