@@ -5,11 +5,13 @@ python -m dsmoe_jax generate --workdir=runs/dsmoe --prompt="The " --temperature=
     --num_samples=3 --seed=1
 python -m dsmoe_jax generate --workdir=runs/dsmoe --prompt="def main(" --stream --stop="def "
 python -m dsmoe_jax generate --workdir=runs/dsmoe --prompts_file=prompts.jsonl --json
+python -m dsmoe_jax generate --workdir=runs/chat --chat --prompt="What is 3 plus 4?"
 
 A prompt is the beginning of a document: the model reads the end-of-text token, which comes before
 every document it was trained on, and then the prompt.  So an empty prompt (--prompt="") starts a
 new document.  Several prompts are given by several --prompt, or by a file with a JSON string on
-each line, such as "To be\\n"; they may differ in length.
+each line, such as "To be\\n"; they may differ in length.  With --chat a prompt is a question, put
+as a model that was trained on conversations has read them (docs/fine_tuning.md).
 
 A text ends where the model writes end-of-text, before the first stop string (--stop, as often as
 wanted), or after --max_new_tokens.  The default, --temperature=0, is greedy: the most likely token
@@ -42,7 +44,9 @@ from absl import flags
 
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.commands.text_printer import TextPrinter
+from dsmoe_jax.data import chat
 from dsmoe_jax.data.growing_text import MAX_NEW_TOKENS, GrowingText
+from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.cache_size import CacheSize, cache_size
 from dsmoe_jax.model.generation import CHUNK, Generated, generate, routing_notes
 from dsmoe_jax.model.sampling import GREEDY, Sampling
@@ -57,6 +61,9 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "File of more prompts: a JSON string on each line."
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "A prompt is a question to a model that was trained on conversations."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Stop after this many tokens, if the text has not ended.", lower_bound=1
@@ -107,7 +114,7 @@ def main() -> None:
 
 def _generate(request: Request) -> None:
     run = load_writer(request.workdir, _STEP.value)
-    beginnings = [[run.tokenizer.eos_id, *run.tokenizer.encode(p)] for p in request.prompts]
+    beginnings = [_beginning(p, run.tokenizer) for p in request.prompts]
     _note_length(run, max(map(len, beginnings)))
     for note in routing_notes(run.model.config.moe):
         print(note, file=sys.stderr)
@@ -217,6 +224,13 @@ def _read_prompt(path: str, number: int, line: str) -> str:
             f'--prompts_file={path}: line {number} must be a JSON string, such as "To be\\n"'
         ) from error
     return prompt
+
+
+def _beginning(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the model reads: a document's beginning, or a question to answer."""
+    if _CHAT.value:
+        return chat.prompt_ids(tokenizer, [chat.Message("user", prompt)])
+    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
 def _note_length(run: Writer, prompt_tokens: int) -> None:
