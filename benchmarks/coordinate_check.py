@@ -81,7 +81,7 @@ def activations(model: Transformer, tokens_BS: jax.Array) -> dict[str, jax.Array
         found["attention"].append(y_BSD)
         found["router"].append(jnp.einsum("bsd,ed->bse", normed_BSD, block.moe.router_ED[...]))
         found["routed"].append(routed_BSD)
-    logits_BSV = linear_to_float32(model.final_norm(x_BSD), model.head_VD)
+    logits_BSV = linear_to_float32(model.final_norm(x_BSD), model.head)
     stacked = {name: jnp.stack(layers) for name, layers in found.items()}
     return {"embedding": embedded_BSD, **stacked, "logits": logits_BSV}
 

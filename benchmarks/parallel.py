@@ -129,7 +129,7 @@ def place(mesh: Mesh, tokens: tuple, weights: ExpertWeights, dy_TD: jax.Array) -
     def put(array, letters):
         return jax.device_put(array, NamedSharding(mesh, spec(letters)))
 
-    gate_EFD, up_EFD, down_EDF = weights
+    gate_EFD, up_EFD, down_EDF = weights[:3]
     weights = ExpertWeights(put(gate_EFD, "EFD"), put(up_EFD, "EFD"), put(down_EDF, "EDF"))
     return *(put(a, "T") for a in tokens), weights, put(dy_TD, "T")
 

@@ -98,7 +98,7 @@ def layers_case(config: Config) -> Case:
     """The MoE layers of the model and their gradients; routed experts return their input."""
     model = replace(config, **{"model.moe.expert_backend": NO_EXPERTS}).model
     b, s = make_batch(config)["tokens_BS"].shape
-    n_layers = model.num_hidden_layers - model.first_k_dense_replace
+    n_layers = len(model.moe_layers)
     inputs = MoEInputs(jnp.zeros((b, s), jnp.int32), jnp.ones((b, s), bool), jax.random.key(2))
     x_BSD = jax.random.normal(jax.random.key(1), (b, s, model.hidden_size))
 

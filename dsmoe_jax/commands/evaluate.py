@@ -32,6 +32,7 @@ from dsmoe_jax.config import stage_of
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import locate, open_to_measure
+from dsmoe_jax.data.row_kinds import TEXT
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.progress import ProgressLine
@@ -43,6 +44,7 @@ command_line.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Text to measure on, instead of the run's own.")
+_ROWS = flags.DEFINE_string("rows", TEXT, "What a row of --corpus is: text or chat.")
 _MOVED_CORPUS = flags.DEFINE_string(
     "moved_corpus", None, "Where the run's own corpus is, if it has moved; must be the same text."
 )
@@ -92,7 +94,7 @@ def _opened(workdir: str) -> tuple[Run | Writer, Corpus]:
     length = writer.config.data.sequence_length
     text = locate(_CORPUS.value, "--corpus")
     try:
-        return writer, open_to_measure(text, writer.tokenizer_file, length)
+        return writer, open_to_measure(text, writer.tokenizer_file, length, _ROWS.value)
     except ValueError as error:
         raise ValueError(f"--corpus={_CORPUS.value}: {error}") from error
 

@@ -5,6 +5,8 @@ python -m dsmoe_jax prepare_data --corpus=my_texts/ --out=DIR --vocab_size=8192 
     --sequence_length=2048
 python -m dsmoe_jax prepare_data --corpus=more_texts/ --validation=held_out.jsonl --out=OTHER \\
     --tokenizer=DIR --sequence_length=2048
+python -m dsmoe_jax prepare_data --corpus=conversations.jsonl --rows=chat --out=CHAT \\
+    --tokenizer=DIR --sequence_length=2048
 python -m dsmoe_jax prepare_data --corpus=gpu --out=DIR --vocab_size=8192 --sequence_length=1024 \\
     --pack=gpu.tar.xz --max_packed_mb=40
 
@@ -30,6 +32,7 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.fitting import fit
 from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.prepare import prepare
+from dsmoe_jax.data.row_kinds import ROW_KINDS, TEXT
 from dsmoe_jax.data.selection import say
 from dsmoe_jax.data.user_files import shown
 
@@ -47,6 +50,11 @@ _VALIDATION = flags.DEFINE_string(
     "validation", None, "Text to hold out, a path like --corpus; by default 5 % of every domain."
 )
 _TEXT_COLUMN = flags.DEFINE_string("text_column", "text", "The field of a row that has its text.")
+_ROWS = flags.DEFINE_string(
+    "rows",
+    TEXT,
+    f"What a row is: {' or '.join(ROW_KINDS)}.  Of conversations only the answers are learned.",
+)
 _KEEP_REPEATS = flags.DEFINE_bool(
     "keep_repeats", False, "Keep exact copies of a document: it weighs as much as it has copies."
 )
@@ -108,6 +116,7 @@ def main() -> None:
         "tokenizer": _TOKENIZER.value,
         "text_column": _TEXT_COLUMN.value,
         "keep_repeats": _KEEP_REPEATS.value,
+        "rows": _ROWS.value,
     }
     prepared = prepare(corpus, out, max_bytes_per_domain=_max_bytes(corpus, sizes), **sizes)
     _print_table(prepared)

@@ -6,11 +6,12 @@ keys.
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import AttentionConfig, ModelConfig
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig, MTPConfig, RopeScaling
 from dsmoe_jax.config.moe import (
     BalanceTerm,
     DispatchConfig,
     DropConfig,
+    ExpertConfig,
     MoEConfig,
     RouterConfig,
     Schedule,
@@ -25,7 +26,7 @@ from dsmoe_jax.config.run import (
     to_config_dict,
 )
 from dsmoe_jax.config.stages import Stage, stage_of, stages_of, tokens_after
-from dsmoe_jax.config.train import TrainConfig
+from dsmoe_jax.config.train import TrainableConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",
@@ -34,14 +35,18 @@ __all__ = [
     "DataConfig",
     "DispatchConfig",
     "DropConfig",
+    "ExpertConfig",
+    "MTPConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeScaling",
     "RouterConfig",
     "Schedule",
     "Stage",
     "TrainConfig",
+    "TrainableConfig",
     "differences",
     "from_config_dict",
     "from_saved",

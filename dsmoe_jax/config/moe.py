@@ -29,7 +29,8 @@ class RouterConfig:
     """
 
     name: str = "topk"  # in dsmoe_jax/moe/routers
-    scoring_func: str = "softmax"  # logits -> affinities; "sigmoid": V3
+    # Logits -> scores, in dsmoe_jax/moe/routers/scores; "sigmoid": V3, "sqrtsoftplus": V4.
+    scoring_func: str = "softmax"
     norm_topk_prob: bool = False  # renormalise the chosen gates to sum 1 (V1: no)
     routed_scaling_factor: float = 1.0
     n_group: int = 1  # equal groups of experts (V2: devices, V3: nodes)
@@ -40,6 +41,7 @@ class RouterConfig:
     # 14.8 T tokens: ((0, 1), (0.966, 1), (0.966, 0), (1, 0)).
     bias_update_schedule: Schedule | None = None
     jitter: float | None = None  # in training the router's input times U(1 - x, 1 + x) (Switch)
+    logits_bias: bool = False  # a learned bias of the logits (gpt-oss)
     # Of the logits and of the product that they are; bfloat16 is for comparison (Switch 2.4).
     logits_dtype: str = "float32"
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
@@ -58,7 +60,6 @@ class RouterConfig:
         )
         check("jitter", (self.jitter or 0.0) < 1, "must be below 1")
         for name, names in (
-            ("scoring_func", ("softmax", "sigmoid")),
             ("group_score", ("max", "top2_sum")),
             ("logits_dtype", ("float32", "bfloat16")),
         ):
@@ -66,6 +67,18 @@ class RouterConfig:
         check(
             "topk_group", self.topk_group <= self.n_group, f"cannot exceed n_group={self.n_group}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """The form of the experts, routed and shared, and of the dense layers before them."""
+
+    name: str = "swiglu"  # in dsmoe_jax/nn/feed_forward
+    limit: float | None = None  # of what is multiplied ("clamped_swiglu", "gpt_oss"); None: its own
+    alpha: float | None = None  # of gate x sigmoid(alpha gate) ("gpt_oss"); None: its own
+
+    def __post_init__(self) -> None:
+        positive(self, "model.moe.expert.", "limit", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +132,11 @@ class MoEConfig:
 
     n_routed_experts: int = 63  # without the shared ones
     n_shared_experts: int = 1  # always active; computed as one FFN of this many widths
+    n_identity_experts: int = 0  # more choices of the router, which give their input back (LongCat)
     num_experts_per_tok: int = 7  # K: routed experts a token activates
     moe_intermediate_size: int = 853  # width of one expert
+    shared_expert_intermediate_size: int | None = None  # of one shared expert; None: as the routed
+    shared_expert_gate: bool = False  # the shared output times sigmoid(x . w) (Qwen2-MoE)
     # Width of one expert as the paper prints it, relative to a standard FFN of 8 d^2 parameters.
     # Only the FLOPs that the paper prints need it: they are at nominal width.
     nominal_width: float = 0.25
@@ -131,6 +147,7 @@ class MoEConfig:
     drop: DropConfig | None = None  # in training; None drops nothing
     evaluation_drop: DropConfig | None = None  # in evaluation; generation drops nothing
     dispatch: DispatchConfig = DispatchConfig()
+    expert: ExpertConfig = ExpertConfig()
     expert_backend: str = "auto"  # a name in dsmoe_jax/moe/experts.py, or the best for the device
     row_kernels: str = "auto"  # "native", "jax": top-k, sorting and summing rows; moe/kernels
 
@@ -140,7 +157,17 @@ class MoEConfig:
         e = self.n_routed_experts
         k = self.num_experts_per_tok
         not_negative(self, at, "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+        not_negative(self, at, "n_identity_experts")
+        z = self.n_identity_experts
+        check("n_identity_experts", e > 0 or z == 0, "needs n_routed_experts > 0; must be 0")
         positive(self, at, "moe_intermediate_size", "nominal_width", "expert_groups")
+        positive(self, at, "shared_expert_intermediate_size")
+        for name, none in (
+            ("shared_expert_intermediate_size", None),
+            ("shared_expert_gate", False),
+        ):
+            fits = self.n_shared_experts > 0 or getattr(self, name) == none
+            check(name, fits, f"there is no shared expert; must be {none}")
         check("n_routed_experts", e + self.n_shared_experts > 0, "a layer needs an expert")
         check("num_experts_per_tok", k <= e, f"cannot exceed the n_routed_experts={e} there are")
         check("num_experts_per_tok", k > 0 or e == 0, f"0 is only for n_routed_experts=0, not {e}")
@@ -152,6 +179,23 @@ class MoEConfig:
                 _check_drop(drop, f"{at}{name}.", e)
         self._check_groups()
 
+    @property
+    def n_choices(self) -> int:
+        """Experts that the router chooses among: the routed ones, then the identity experts."""
+        return self.n_routed_experts + self.n_identity_experts
+
+    @property
+    def computed_per_token(self) -> float:
+        """Routed experts that compute a token, if all choices are equally likely."""
+        k = self.num_experts_per_tok
+        return k * self.n_routed_experts / self.n_choices if k else 0.0
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared experts together, as the one FFN that they are computed as."""
+        one = self.shared_expert_intermediate_size or self.moe_intermediate_size
+        return self.n_shared_experts * one
+
     def _check_groups(self) -> None:
         e = self.n_routed_experts
         k = self.num_experts_per_tok
@@ -159,6 +203,8 @@ class MoEConfig:
         check = checker(router, "model.moe.router.")
         groups = router.n_group
         check("n_group", e % groups == 0, f"must divide n_routed_experts={e}")
+        alone = groups == 1 or self.n_identity_experts == 0
+        check("n_group", alone, "identity experts are in no group; with them it must be 1")
         reachable = router.topk_group * (e // groups)
         check(
             "topk_group",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.data import packing
-from dsmoe_jax.data.packing import count_records, decode_record, read_records
+from dsmoe_jax.data.packing import count_records, decode_record, ids_of, read_records
 from dsmoe_jax.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -72,8 +72,13 @@ class Corpus:
         counts_V = np.zeros(self.vocab_size, np.int64)
         for record in read_records(self.shards("train")):
             _, tokens = decode_record(record)
-            counts_V += np.bincount(tokens[:-1], minlength=self.vocab_size)
+            counts_V += np.bincount(ids_of(tokens[:-1]), minlength=self.vocab_size)
         return counts_V
+
+    @property
+    def answers_only(self) -> bool:
+        """Whether only answers count as targets, because it is of conversations."""
+        return self.manifest.get("answers_only", False)
 
     def num_records(self, split: str) -> int:
         """Number of sequences in 'train' or 'validation'."""

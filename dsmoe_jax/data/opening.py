@@ -13,11 +13,13 @@ from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import sha256_of
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
+from dsmoe_jax.data.row_kinds import TEXT, get_kind
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 BUILT_IN = tuple(sources.CORPORA)
-_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats")  # keys of `data`
+# Keys of `data`.
+_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats", "rows")
 
 
 def locate(corpus: str, key: str = "data.corpus") -> str:
@@ -36,6 +38,15 @@ def locate(corpus: str, key: str = "data.corpus") -> str:
 def is_there(corpus: str) -> bool:
     """Whether there is a corpus of this name or path."""
     return corpus in BUILT_IN or Path(locate(corpus)).exists()
+
+
+def is_unprepared_chat(config: DataConfig) -> bool:
+    """Whether the corpus of a config is conversations that must be prepared first."""
+    name = config.corpus
+    if name is None or not is_there(name) or _is_prepared(locate(name)):
+        return False
+    rows = sources.CORPORA[name].rows if name in BUILT_IN else config.rows
+    return get_kind(rows).answers_only
 
 
 def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
@@ -75,7 +86,7 @@ def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
     return fulfil(request, directory)
 
 
-def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
+def open_to_measure(path: str, tokenizer: Path, sequence_length: int, rows: str = TEXT) -> Corpus:
     """Text to measure a model on, in the tokens that it was trained on.
 
     Of text of one's own all is held out, copies too; a prepared corpus, which must be of the same
@@ -85,6 +96,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
       path: as `data.corpus`.
       tokenizer: file of the model's.
       sequence_length: of the model's training.
+      rows: of text of one's own, see `row_kinds`.
 
     Raises:
       ValueError: if there is no text, or it has other tokens or another length of sequences.
@@ -96,6 +108,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int) -> Corpus:
         Tokenizer.load(tokenizer).vocab_size,
         tokenizer=None if prepared else str(tokenizer),
         keep_repeats=not prepared and path not in BUILT_IN,
+        rows=rows,
     )
     corpus = open_corpus(data, to_measure=path not in BUILT_IN)
     check_same_tokenizer(corpus, tokenizer_fingerprint(Tokenizer.load(tokenizer)), "the model")

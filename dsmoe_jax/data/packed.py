@@ -118,7 +118,8 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def _dtype(manifest: dict[str, Any]) -> np.dtype:
     """The type of all numbers of a record: 16 bits if its ids, length and domain fit."""
     largest = max(manifest["vocab_size"], manifest["sequence_length"] + 1, len(manifest["domains"]))
-    return np.dtype("<u2" if largest < 2**16 else "<u4")
+    fits = largest < 2**16 and not manifest.get("answers_only", False)  # whose ids have marks
+    return np.dtype("<u2" if fits else "<u4")
 
 
 def _encode(record: bytes, dtype: np.dtype) -> bytes:

@@ -18,7 +18,14 @@ import grain
 import numpy as np
 
 from dsmoe_jax.data.corpus import Corpus, load_corpus
-from dsmoe_jax.data.packing import damaged, decode_record, encode_record, read_records
+from dsmoe_jax.data.packing import (
+    CONTEXT,
+    damaged,
+    decode_record,
+    encode_record,
+    ids_of,
+    read_records,
+)
 
 PREFETCH_BATCHES = 8
 READ_THREADS = 2
@@ -28,7 +35,8 @@ class Batch(TypedDict):
     """One batch of packed sequences.
 
     Every token of every document, its end-of-text included, is a target once: an end-of-text
-    token is the last target of its document and the first input of the next one.
+    token is the last target of its document and the first input of the next one.  Of conversations
+    only the tokens of answers count as targets.
     """
 
     tokens_BS: np.ndarray
@@ -40,7 +48,7 @@ class Batch(TypedDict):
     positions_BS: np.ndarray
     """int32, 0, 1, ... restarting with each document (and at the start of the sequence)."""
     loss_mask_BS: np.ndarray
-    """float32, 1 where the target counts; 0 on padding."""
+    """float32, 1 where the target counts; 0 on padding, and where no answer is predicted."""
     domain_BS: NotRequired[np.ndarray]
     """int32 index into `Corpus.domains`; validation only, meaningless where loss_mask is 0."""
     replayed_ids_BLSK: NotRequired[np.ndarray]
@@ -63,18 +71,20 @@ def make_batch(records: Sequence[bytes], sequence_length: int, eos_id: int, pad_
     for row, (_, tokens) in enumerate(decoded):
         stream_BS1[row, : len(tokens)] = tokens
         lengths_B1[row] = len(tokens) - 1
-    tokens_BS = stream_BS1[:, :-1]
     place_S = np.arange(columns, dtype=np.int32)
     real_BS = place_S < lengths_B1
-    # Text never encodes to eos, so an eos among the inputs always begins a document.
-    begins_BS = (tokens_BS == eos_id) | (place_S == 0)
+    # Text never encodes to eos, so an eos among the inputs begins a document: but for one that is
+    # marked as the end of an answer within a conversation.
+    begins_BS = (stream_BS1[:, :-1] == eos_id) | (place_S == 0)
+    counts_BS = real_BS & (stream_BS1[:, 1:] & CONTEXT == 0)
+    tokens_BS1 = ids_of(stream_BS1)
     start_BS = np.maximum.accumulate(np.where(begins_BS, place_S, 0), axis=1)
     return Batch(
-        tokens_BS=np.where(real_BS, tokens_BS, pad_id),
-        targets_BS=np.where(real_BS, stream_BS1[:, 1:], pad_id),
+        tokens_BS=np.where(real_BS, tokens_BS1[:, :-1], pad_id),
+        targets_BS=np.where(real_BS, tokens_BS1[:, 1:], pad_id),
         segment_ids_BS=np.cumsum(begins_BS, axis=1, dtype=np.int32) * real_BS,
         positions_BS=(place_S - start_BS) * real_BS,
-        loss_mask_BS=real_BS.astype(np.float32),
+        loss_mask_BS=counts_BS.astype(np.float32),
         domain_BS=np.repeat(np.array([[d] for d, _ in decoded], np.int32), columns, axis=1),
     )
 

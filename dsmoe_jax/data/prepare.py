@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from dsmoe_jax.data import chat, packing
 from dsmoe_jax.data import corpus as corpus_format
-from dsmoe_jax.data import packing
 from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest, write_corpus
 from dsmoe_jax.data.directories import make_whole
 from dsmoe_jax.data.documents import Split, num_bytes
-from dsmoe_jax.data.request import Request, absolute, make_request
+from dsmoe_jax.data.request import Request, absolute, kind_of, make_request
+from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.selection import read_text, say
 from dsmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dsmoe_jax.progress import ProgressLine
@@ -82,8 +83,11 @@ def _build(request: Request, directory: Path) -> None:
     """Writes all files of the corpus into `directory`, the manifest last."""
     text = read_text(request)
     splits = text.splits
+    kind = kind_of(request)
     tokenizer = _tokenizer(request, [text for split in splits.values() for text in split.train])
-    statistics = {name: _domain_entry(name, splits[name], text.origins[name]) for name in splits}
+    statistics = {
+        name: _domain_entry(name, splits[name], text.origins[name], kind) for name in splits
+    }
     total = sum(sum(entry["bytes"].values()) for entry in statistics.values()) / 1e6
     with contextlib.closing(ProgressLine("encoding, MB", round(total))) as line:
         records = {
@@ -93,11 +97,13 @@ def _build(request: Request, directory: Path) -> None:
             ]
             for part in corpus_format.SPLITS
         }
+    notes = _too_long(statistics, records, request)
     about = {
         "vocab_size": tokenizer.vocab_size,
         "sequence_length": request["sequence_length"],
         "request": request,
-        "notes": text.notes,
+        "notes": text.notes + notes,
+        **({"answers_only": True} if kind.answers_only else {}),
         "domains": list(statistics.values()),
     }
     write_corpus(directory, tokenizer.to_json(), records, about)
@@ -108,10 +114,14 @@ def _tokenizer(request: Request, texts: list[str]) -> Tokenizer:
     if "tokenizer" in request:
         return Tokenizer.adopt(request["tokenizer"])
     say(f"training a tokenizer of {request['vocab_size']} tokens")
-    return train_tokenizer(texts, request["vocab_size"])
+    pieces = kind_of(request).pieces
+    written = ("".join(piece.text for piece in pieces(text)) for text in texts)
+    return train_tokenizer(written, request["vocab_size"])
 
 
-def _domain_entry(name: str, split: Split, origin: list[dict[str, str]]) -> dict[str, Any]:
+def _domain_entry(
+    name: str, split: Split, origin: list[dict[str, str]], kind: RowKind
+) -> dict[str, Any]:
     """Entry of one domain in the manifest; `_encode` adds tokens and records."""
     texts = {"train": split.train, "validation": split.validation}
     digest = hashlib.sha256()
@@ -122,7 +132,7 @@ def _domain_entry(name: str, split: Split, origin: list[dict[str, str]]) -> dict
         "origin": origin,
         "sha256": digest.hexdigest(),
         "documents": {part: len(texts[part]) for part in texts},
-        "bytes": {part: sum(map(num_bytes, texts[part])) for part in texts},
+        "bytes": {part: sum(_num_bytes(text, kind) for text in texts[part]) for part in texts},
         "repeats": split.repeats,
         "tokens": {},
         "records": {},
@@ -142,18 +152,64 @@ def _encode(
 
     `tokens` counts targets: the tokens of every document and the end-of-text after it.
     """
+    kind = kind_of(request)
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), _ENCODE_BATCH):
-        batch = texts[start : start + _ENCODE_BATCH]
-        encoded = tokenizer.encode_batch(batch)
+        batch = [kind.pieces(text) for text in texts[start : start + _ENCODE_BATCH]]
+        flat = [piece.text for pieces in batch for piece in pieces]
+        encoded = tokenizer.encode_batch(flat)
         if "tokenizer" in request:
-            _check_round_trip(tokenizer, batch, encoded, request["tokenizer"])
-        ids += [np.array(document, np.int32) for document in encoded]
-        line.add(sum(map(num_bytes, batch)) / 1e6)
-    packed = packing.pack(ids, request["sequence_length"], tokenizer.eos_id)
-    entry["tokens"][part] = sum(map(len, ids)) + len(ids)
-    entry["records"][part] = len(packed)
-    return [packing.encode_record(domain, tokens) for tokens in packed]
+            _check_round_trip(tokenizer, flat, encoded, request["tokenizer"])
+        of_pieces = iter(encoded)
+        for pieces in batch:
+            own = list(itertools.islice(of_pieces, len(pieces)))
+            ids.append(chat.join(own, pieces, tokenizer.eos_id))
+        line.add(sum(map(num_bytes, flat)) / 1e6)
+    packed = kind.pack(ids, request["sequence_length"], tokenizer.eos_id)
+    entry["tokens"][part] = sum(len(tokens) - 1 for tokens in packed.records)
+    entry["records"][part] = len(packed.records)
+    if kind.answers_only:
+        counted = (packing.counted(tokens).sum() for tokens in packed.records)
+        entry.setdefault("answer_tokens", {})[part] = int(sum(counted))
+        entry.setdefault("cut", {})[part] = packed.cut
+        entry.setdefault("left_out", {})[part] = packed.left_out
+    return [packing.encode_record(domain, tokens) for tokens in packed.records]
+
+
+def _num_bytes(text: str, kind: RowKind) -> int:
+    """UTF-8 bytes of a document as it is tokenised."""
+    return sum(num_bytes(piece.text) for piece in kind.pieces(text))
+
+
+def _too_long(
+    statistics: dict[str, dict[str, Any]], records: dict[str, list[list[bytes]]], request: Request
+) -> list[str]:
+    """A line on conversations that are longer than a sequence, if there are any; also on stderr.
+
+    Raises:
+      ValueError: if none is left of a split.
+    """
+    length = request["sequence_length"]
+    entries = statistics.values()
+    for part in corpus_format.SPLITS:
+        left_out = sum(entry.get("left_out", {}).get(part, 0) for entry in entries)
+        if left_out and not any(records[part]):
+            raise ValueError(
+                f"sequence_length={length}: no conversation of {part} has an answer within so many"
+                " tokens; must be more"
+            )
+    numbers = {
+        what: sum(sum(entry.get(what, {}).values()) for entry in entries)
+        for what in ("cut", "left_out")
+    }
+    if not any(numbers.values()):
+        return []
+    note = (
+        f"conversations longer than {length} tokens: {numbers['cut']} cut there,"
+        f" {numbers['left_out']} left out, since no answer begins before"
+    )
+    say(note)
+    return [note]
 
 
 def _check_round_trip(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.config.paths import local_path
-from dsmoe_jax.data import sources, user_files
+from dsmoe_jax.data import row_kinds, sources, user_files
+from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
@@ -29,6 +30,7 @@ OPTIONS = (
     "text_column",
     "keep_repeats",
     "to_measure",
+    "rows",
 )
 
 
@@ -44,6 +46,7 @@ def make_request(
     text_column: str = TEXT_COLUMN,
     keep_repeats: bool = False,
     to_measure: bool = False,
+    rows: str = row_kinds.TEXT,
 ) -> Request:
     """A request for the corpus that `prepare` makes; the arguments are explained there.
 
@@ -62,19 +65,28 @@ def make_request(
         "max_bytes_per_domain": max_bytes_per_domain or _default_max_bytes(corpus),
     }
     request |= _tokenizer(tokenizer, vocab_size)
+    row_kinds.get_kind(rows)
     if corpus in sources.CORPORA:
-        own = {"validation": validation, "text_column": text_column}
-        for key, default in (("validation", None), ("text_column", TEXT_COLUMN)):
+        own = {"validation": validation, "text_column": text_column, "rows": rows}
+        defaults = {"validation": None, "text_column": TEXT_COLUMN, "rows": row_kinds.TEXT}
+        for key, default in defaults.items():
             if own[key] != default:
                 raise ValueError(
                     f"{key}={own[key]}: is for text of one's own, not for the corpus {corpus!r}"
                 )
         request |= _built_in(corpus, domains)
+        rows = sources.CORPORA[corpus].rows
     else:
         request |= _own_text(corpus, domains, corpus if to_measure else validation, to_measure)
         request |= {} if text_column == TEXT_COLUMN else {"text_column": text_column}
     request |= {"to_measure": True} if to_measure else {}
+    request |= {} if rows == row_kinds.TEXT else {"rows": rows}
     return request | ({"keep_repeats": True} if keep_repeats else {})
+
+
+def kind_of(request: Request) -> RowKind:
+    """What the rows of a request are."""
+    return row_kinds.get_kind(request.get("rows", row_kinds.TEXT))
 
 
 def _tokenizer(path: str | os.PathLike | None, vocab_size: int | None) -> Request:

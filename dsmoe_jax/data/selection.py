@@ -7,7 +7,7 @@ from typing import Any
 
 from dsmoe_jax.data import sources, user_files
 from dsmoe_jax.data.documents import Document, Split, choose, choose_with_validation, digest
-from dsmoe_jax.data.request import Request, check_domains
+from dsmoe_jax.data.request import Request, check_domains, kind_of
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 
 
@@ -67,13 +67,14 @@ def _read_own_text(request: Request) -> Text:
     validation_path = map(Path, filter(None, [request.get("validation")]))
     found = user_files.find_text(path, *validation_path, to_train=to_train)
     column = request.get("text_column", TEXT_COLUMN)
-    train = user_files.read_documents(found.of("train"), column)
-    validation = user_files.read_documents(found.of("validation"), column)
+    read = kind_of(request).read
+    train = user_files.read_documents(found.of("train"), column, read)
+    validation = user_files.read_documents(found.of("validation"), column, read)
     if user_files.fingerprint(found) != request["sha256"]:
         raise ValueError(f"corpus {path}: has changed while it was read; do it again")
     names = check_domains(request["domains"], train | validation) or sorted(train | validation)
-    read = train if to_train else validation
-    if not any(d.text.strip() for documents in read.values() for d in documents):
+    there = train if to_train else validation
+    if not any(d.text.strip() for documents in there.values() for d in documents):
         raise ValueError(f"corpus {path}: empty, its files hold no text")
     if found.of("validation"):
         splits = _choose_with_validation(names, train, validation, request)

@@ -1,6 +1,7 @@
 """One file of text -> its documents: .txt, .jsonl, .parquet, plain or compressed; saved `datasets`.
 
-A reader yields rows: the domain that the row names (or None), and the document.
+A reader yields rows: the domain that the row names (or None), and the document.  `rows_of` yields
+the rows themselves, for documents that are no single field of text.
 """
 
 import gzip
@@ -9,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dsmoe_jax.data.documents import Document, cut
 
@@ -56,6 +57,53 @@ def read_file(path: Path, text_column: str = TEXT_COLUMN) -> Rows:
     return FORMATS[split_name(path.name)[1]](path, text_column)
 
 
+class NotJSON(NamedTuple):
+    """In place of a row: what is wrong with its line."""
+
+    problem: str
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a file of rows, or of the folder of a saved dataset; all of their fields.
+
+    A line that is not JSON is a `NotJSON`, and the rows after it follow.
+
+    Raises:
+      ValueError: naming the file, for one that is damaged or has no rows.
+    """
+    if path.is_dir():
+        return _numbered(_saved_rows(path), f"{path} row ")
+    suffix = split_name(path.name)[1]
+    if suffix not in _ROWS:
+        raise ValueError(f"{path}: has no rows; must be {' or '.join(_ROWS)}")
+    return _ROWS[suffix](path)
+
+
+def domain_of(row: dict[str, Any]) -> str | None:
+    """The domain that a row names, if any.
+
+    Raises:
+      ValueError: if it is not a string.
+    """
+    domain = row.get("domain")
+    if not isinstance(domain, str | None):
+        raise ValueError(f"'domain' must be a string, not {domain!r}")
+    check_unicode("'domain'", domain or "")
+    return domain
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Refuses text that is not Unicode, which JSON can spell.
+
+    Raises:
+      ValueError: naming it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a lone surrogate, which is not Unicode") from None
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -68,17 +116,28 @@ def _read_txt(path: Path, text_column: str) -> Rows:
 
 
 def _read_jsonl(path: Path, text_column: str) -> Rows:
+    for place, row in _jsonl_rows(path):
+        if isinstance(row, NotJSON):
+            raise ValueError(f"{place}: {row.problem}")
+        yield _row(row, text_column, path, place)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for place, line in _lines(path):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error.msg})") from None
-            except RecursionError:
-                raise ValueError(f"{place}: not JSON that can be read (nested too deep)") from None
-            except ValueError as error:  # a number of too many digits
-                raise ValueError(f"{place}: not JSON that can be read ({error})") from None
-            yield _row(row, text_column, path, place)
+            yield place, _parsed(line)
+
+
+def _parsed(line: str) -> Any:
+    """The row of a line, or a `NotJSON`."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return NotJSON(f"not JSON ({error.msg})")
+    except RecursionError:
+        return NotJSON("not JSON that can be read (nested too deep)")
+    except ValueError as error:  # a number of too many digits
+        return NotJSON(f"not JSON that can be read ({error})")
 
 
 def _read_parquet(path: Path, text_column: str) -> Rows:
@@ -86,7 +145,12 @@ def _read_parquet(path: Path, text_column: str) -> Rows:
         yield _row(row, text_column, path, place)
 
 
-def _parquet_rows(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
+def _all_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    return _numbered(_parquet_rows(path), f"{path} row ")
+
+
+def _parquet_rows(path: Path, text_column: str | None = None) -> Iterator[dict[str, Any]]:
+    """Rows with the columns of text and domain; without a column of text, with all columns."""
     try:
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -95,9 +159,10 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
         source, page_checksum_verification=True
     ) as file:  # fmt: skip
         names = file.schema_arrow.names
-        if text_column not in names:
+        if text_column is not None and text_column not in names:
             raise ValueError(_lacks_column(text_column, names))
-        columns = [name for name in (text_column, "domain") if name in names]
+        wanted = names if text_column is None else (text_column, "domain")
+        columns = [name for name in wanted if name in names]
         # Small batches, since an error is known to be in one of its rows only.
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             # One by one: a value that is not UTF-8 is an error in its own row.
@@ -124,15 +189,11 @@ def _row(row: object, text_column: str, path: Path, place: str) -> tuple[str | N
     text = fields.get(text_column)
     if not isinstance(text, str):
         raise ValueError(f"{place}: {_lacks_column(text_column, list(fields))}")
-    domain = fields.get("domain")
-    if not isinstance(domain, str | None):
-        raise ValueError(f"{place}: 'domain' must be a string, not {domain!r}")
-    for name, value in ((text_column, text), ("domain", domain or "")):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            message = f"{place}: {name!r} has a lone surrogate, which is not Unicode"
-            raise ValueError(message) from None
+    try:
+        check_unicode(repr(text_column), text)
+        domain = domain_of(fields)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
     return domain, Document(text, place=str(path))
 
 
@@ -234,6 +295,11 @@ FORMATS: dict[str, Callable[[Path, str], Rows]] = {
     ".parquet": _read_parquet,
 }
 """Readers by the suffix of a file."""
+
+_ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".parquet": _all_of_parquet,
+}
 
 COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {
     "": _open_plain,

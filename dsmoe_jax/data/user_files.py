@@ -4,10 +4,11 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dsmoe_jax.data.chat import BadRows
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.fetch import sha256_of
 from dsmoe_jax.data.split_names import TEST, TRAIN, VALIDATION, splits_by_name
@@ -16,6 +17,7 @@ from dsmoe_jax.data.text_formats import (
     COMPRESSIONS,
     FORMATS,
     TEXT_COLUMN,
+    Rows,
     is_saved_dataset,
     read_file,
     split_name,
@@ -137,19 +139,33 @@ def fingerprint(found: UserText) -> str:
 
 
 def read_documents(
-    files: Iterable[TextFile], text_column: str = TEXT_COLUMN
+    files: Iterable[TextFile],
+    text_column: str = TEXT_COLUMN,
+    read: Callable[[Path, str], Rows] = read_file,
 ) -> dict[str, list[Document]]:
     """Documents by domain.
 
     A row's `domain` field names its domain; otherwise the file does, see `TextFile`.
 
+    Args:
+      files: to read.
+      text_column: the field of a row that has its text.
+      read: `(path, text_column)` -> the rows of a file, see `row_kinds`.
+
     Raises:
-      ValueError: naming file and place, for anything that is not text.
+      ValueError: naming file and place, for anything that is not text; of conversations, for all
+        that are none.
     """
     domains: dict[str, list[Document]] = {}
+    problems: list[str] = []
     for file in files:
-        for domain, document in read_file(file.path, text_column):
-            domains.setdefault(domain or file.domain, []).append(document)
+        try:
+            for domain, document in read(file.path, text_column):
+                domains.setdefault(domain or file.domain, []).append(document)
+        except BadRows as error:
+            problems += error.problems
+    if problems:
+        raise BadRows(problems)
     return domains
 
 

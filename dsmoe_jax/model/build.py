@@ -32,7 +32,7 @@ def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
     """
     model = Transformer(config, rngs=nnx.Rngs(key))
     if (ratio := mup.width_ratio(config)) is not None:
-        mup.scale_initial(model, ratio)
+        mup.scale_initial(model, ratio, tied=config.tie_word_embeddings)
     return model
 
 

@@ -1,14 +1,17 @@
 """The decoder-only Transformer around the MoE layer.
 
 Leading dense layers are separate modules; the MoE layers are one module whose parameters carry a
-leading layer axis, run by `jax.lax.scan`, so compile time does not grow with depth.  On a CPU a few
-layers are unrolled: see `_layers_at_once`.
+leading layer axis, and so are the dense layers between them.  They are run by `jax.lax.scan`, so
+compile time does not grow with depth: see `layout`.  On a CPU a few layers are unrolled: see
+`_groups_at_once`.
 
 Shapes: B sequences, S positions, L key positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -19,8 +22,10 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
-from dsmoe_jax.model import remat
-from dsmoe_jax.model.types import Cache, ModelInputs, Output, Scored
+from dsmoe_jax.model import layout, mtp, remat
+from dsmoe_jax.model.layout import Run
+from dsmoe_jax.model.mtp import Ahead
+from dsmoe_jax.model.types import Cache, ModelInputs, Output, RunCache, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
@@ -28,7 +33,8 @@ from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention, head
 from dsmoe_jax.nn.attention import CausalMask
-from dsmoe_jax.nn.layers import RMSNorm, SwiGLU, init_matrix
+from dsmoe_jax.nn.feed_forward import FeedForward, form_of
+from dsmoe_jax.nn.layers import RMSNorm, init_matrix
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 UNROLLED_LAYERS = 8  # at most, on a CPU
@@ -62,11 +68,14 @@ class Block(nnx.Module):
         std = config.initializer_range
         self.attention_norm = RMSNorm(d, config.rms_norm_eps)
         make_attention = attention.get(config.attention).module
-        self.attention = make_attention(d, std, config.attention, rngs=rngs)
+        self.attention = make_attention(
+            d, std, config.attention, rms_norm_eps=config.rms_norm_eps, rngs=rngs
+        )
         self.ffn_norm = RMSNorm(d, config.rms_norm_eps)
         self.dense = dense
         if dense:
-            self.ffn = SwiGLU(d, config.intermediate_size, std, rngs=rngs)
+            form = form_of(config.moe.expert)
+            self.ffn = FeedForward(d, config.intermediate_size, std, form, rngs=rngs)
         else:
             self.moe = MoELayer(
                 config.moe,
@@ -110,6 +119,37 @@ class Block(nnx.Module):
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
 
+class Groups(nnx.Module):
+    """The layers of a run (`layout.Run`).  Those of the first one the model itself has."""
+
+    def __init__(self, config: ModelConfig, run: Run, *, rngs: nnx.Rngs):
+        self.layers, self.between = _stacks(config, run, rngs)
+
+
+def _stacks(config: ModelConfig, run: Run, rngs: nnx.Rngs) -> tuple[Block, Block | None]:
+    """The MoE layers of a run and its dense ones, each with a leading layer axis."""
+
+    def moe(rngs: nnx.Rngs) -> Block:
+        return Block(config, dense=False, rngs=rngs)
+
+    def dense(rngs: nnx.Rngs) -> Block:
+        return Block(config, dense=True, rngs=rngs)
+
+    n_dense = run.groups * run.dense
+    return _stack(moe, run.groups, rngs), _stack(dense, n_dense, rngs) if n_dense else None
+
+
+def _stack(make: Callable[[nnx.Rngs], Any], n: int, rngs: nnx.Rngs) -> Any:
+    """n modules as one, whose arrays have a leading layer axis."""
+
+    @nnx.split_rngs(splits=n)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs) -> Any:
+        return make(rngs)
+
+    return stacked(rngs)
+
+
 class Transformer(nnx.Module):
     """The model: `Transformer(config, rngs=nnx.Rngs(seed))`; `model(tokens_BS) -> logits_BSV`.
 
@@ -119,25 +159,34 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         remat.get(config.remat)
+        mtp.check(config)
         self.config = config
         std = config.initializer_range
-        n_leading = config.first_k_dense_replace
+        n_leading = layout.n_leading(config)
+        first, *further = layout.runs(config)
         self.embedding_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
         self.leading = nnx.List([Block(config, dense=True, rngs=rngs) for _ in range(n_leading)])
-
-        @nnx.split_rngs(splits=config.num_hidden_layers - n_leading)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, dense=False, rngs=rngs)
-
-        self.layers = stack(rngs)
+        self.layers, self.between = _stacks(config, first, rngs)
+        self.further = nnx.List([Groups(config, run, rngs=rngs) for run in further])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
+        if not config.tie_word_embeddings:
+            self.head_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
+        if config.mtp is not None:
+
+            def module(rngs: nnx.Rngs) -> mtp.Module:
+                return mtp.Module(config, Block(config, dense=False, rngs=rngs), rngs=rngs)
+
+            self.mtp = _stack(module, config.mtp_depth, rngs)
 
     @property
     def n_scanned(self) -> int:
-        """Layers that are scanned over: all but the leading dense ones."""
-        return self.config.num_hidden_layers - self.config.first_k_dense_replace
+        """MoE layers, which are scanned over with the dense layers between them."""
+        return len(self.config.moe_layers)
+
+    @property
+    def head(self) -> nnx.Param[jax.Array]:
+        """The matrix of the output head, (V, D): the embedding if the two are tied."""
+        return self.embedding_VD if self.config.tie_word_embeddings else self.head_VD
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Logits (float32, B x S x V) of whole single-document sequences."""
@@ -157,11 +206,60 @@ class Transformer(nnx.Module):
             1; tokens of segment 0 are padding, which no later token sees.
           intervention: a change to how the MoE layers are used, for probes.
         """
+        hidden_BSD, report, cache = self.hidden(inputs, cache, intervention)
+        return Output(self.logits(hidden_BSD), report, cache)
+
+    def hidden(
+        self,
+        inputs: ModelInputs,
+        cache: Cache | None = None,
+        intervention: Intervention = interventions.NONE,
+    ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
+        """As `forward`, but (B, S, D) that the head gets, normed, instead of logits."""
         x_BSD, report, cache = self._layers(inputs, cache, intervention)
         with jax.named_scope("head"):
-            logits_BSV = head.logits(self.final_norm(x_BSD), self.head_VD)
-        chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
-        return Output(logits_BSV, report, cache)
+            return self.final_norm(x_BSD), report, cache
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """Logits of what `hidden` or `draft` returns, float32 (B, S, V)."""
+        with jax.named_scope("head"):
+            logits_BSV = head.logits(hidden_BSD, self.head)
+        chex.assert_shape(logits_BSV, (*hidden_BSD.shape[:2], self.config.vocab_size))
+        return logits_BSV
+
+    def draft(
+        self,
+        k: int,
+        hidden_BSD: jax.Array,
+        next_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the k-th module of multi-token prediction as a draft of generation.
+
+        Args:
+          k: 1, 2, ...
+          hidden_BSD: of `hidden` (k = 1) or of the module before it.
+          next_BS: int32, the token k ahead of each position.
+          segment_ids_BS: int32, 1 where the position has a token, 0 where it is padding.
+          cache: from `empty_draft_cache`; `length` is the first position here.
+
+        Returns:
+          The representation whose logits predict the token k + 1 ahead, and the cache with this
+          module's positions filled.
+        """
+        every = _every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
+        graph, params = nnx.split(self.mtp)
+        params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
+        module = nnx.merge(graph, params)
+        one = _OneLayer(own)
+        hidden_BSD, _, own = module(
+            hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
+        )
+        stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
+        assert every.mask.key_segment_ids_BL is not None
+        ids_BL = every.mask.key_segment_ids_BL
+        return hidden_BSD, cache._replace(stacked=stacked, segment_ids_BL=ids_BL)
 
     def score(
         self,
@@ -170,6 +268,7 @@ class Transformer(nnx.Module):
         intervention: Intervention = interventions.NONE,
         *,
         whole_logits: bool = False,
+        look_ahead: bool = False,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -178,18 +277,102 @@ class Transformer(nnx.Module):
           targets_BS: int32, the token after each one.
           intervention: a change to how the MoE layers are used, for probes.
           whole_logits: whether the logits are wanted, whatever they take.
+          look_ahead: whether the modules of `model.mtp` are run too.
         """
-        x_BSD, report, _ = self._layers(inputs, None, intervention)
-        n_tokens = inputs.tokens_BS.size
+        recorded = inputs.replayed
+        if look_ahead:  # of the model's own layers
+            own = jax.tree.map(lambda x: x[:, : self.n_scanned], recorded)
+            inputs = inputs._replace(replayed=own)
+        hidden_BSD, report, _ = self.hidden(inputs, None, intervention)
+        nll_BS, best_BS, logits_BSV = self._predict(
+            hidden_BSD, targets_BS, whole_logits=whole_logits, with_best=look_ahead
+        )
+        if not look_ahead:
+            return Scored(nll_BS, logits_BSV, report)
+        of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
+        inputs = inputs._replace(replayed=of_modules)
+        ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
+        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead)
+
+    def _predict(
+        self,
+        hidden_BSD: jax.Array,
+        targets_BS: jax.Array,
+        *,
+        whole_logits: bool = False,
+        with_best: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Negative log-likelihood of targets; the best tokens if asked for; logits if whole."""
+        n_tokens = targets_BS.size
         n_blocks = head.n_blocks(n_tokens, self.config.vocab_size, self.config.head_block_tokens)
         with jax.named_scope("head"):
-            normed_BSD = self.final_norm(x_BSD)
             if n_blocks > 1 and not whole_logits:
-                nll_BS = head.nll_in_blocks(normed_BSD, self.head_VD, targets_BS, n_blocks)
-                return Scored(nll_BS, None, report)
-            logits_BSV = head.logits(normed_BSD, self.head_VD)
+                if with_best:
+                    of_tokens = hidden_BSD, self.head, targets_BS, n_blocks
+                    return *head.nll_and_best_in_blocks(*of_tokens), None
+                return head.nll_in_blocks(hidden_BSD, self.head, targets_BS, n_blocks), None, None
+            logits_BSV = head.logits(hidden_BSD, self.head)
             nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
-        return Scored(nll_BS, logits_BSV, report)
+            best_BS = jnp.argmax(logits_BSV, axis=-1) if with_best else None
+        return nll_BS, best_BS, logits_BSV
+
+    def _look_ahead(
+        self,
+        hidden_BSD: jax.Array,
+        best_BS: jax.Array,
+        inputs: ModelInputs,
+        targets_BS: jax.Array,
+        intervention: Intervention,
+    ) -> tuple[Ahead, LayerReport | None]:
+        """Runs the modules of multi-token prediction as one scan.
+
+        Args:
+          hidden_BSD: of the model, normed.
+          best_BS: the tokens that it finds best.
+          inputs: with the modules' recorded routing.
+          targets_BS: the token after each one.
+          intervention: see `score`.
+        """
+        every = _every_layer(inputs, None)
+        depth = self.config.mtp_depth
+        ids_BS = every.valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
+        graph, params = nnx.split(self.mtp)
+
+        def run(hidden_BSD, params, one, tokens_BS, ids_BS):
+            of_module = every._replace(
+                token_ids_BS=tokens_BS, valid_BS=ids_BS > 0, segment_ids_BS=ids_BS
+            )
+            embedded_BSD = self._embed(tokens_BS)
+            module = nnx.merge(graph, params)
+            hidden_BSD, report, _ = module(hidden_BSD, embedded_BSD, of_module, one, intervention)
+            return hidden_BSD, report
+
+        if (policy := remat.get(self.config.remat).policy) is not None:
+            run = jax.checkpoint(run, policy=policy)
+
+        def module(hidden_BSD, scanned):
+            of_module, targets_BS, best_BS = scanned
+            hidden_BSD, report = run(hidden_BSD, *of_module)
+            nll_BS, found_BS, _ = self._predict(hidden_BSD, targets_BS, with_best=True)
+            return hidden_BSD, (Ahead(nll_BS, found_BS == best_BS), report)
+
+        rng = inputs.rng
+        one = _OneLayer(
+            rng=None if rng is None else jax.random.split(jax.random.fold_in(rng, 1), depth),
+            replayed=jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
+        )
+        tokens_KBS, targets_KBS, best_KBS = (
+            mtp.all_ahead(x_BS, depth) for x_BS in (inputs.tokens_BS, targets_BS, best_BS)
+        )
+        of_modules = params, one, tokens_KBS, mtp.segment_ids(ids_BS.astype(jnp.int32), depth)
+        return jax.lax.scan(module, hidden_BSD, (of_modules, targets_KBS, best_KBS))[1]
+
+    def _embed(self, tokens_BS: jax.Array) -> jax.Array:
+        """Embeddings of tokens, (B, S, D), in the compute dtype."""
+        with jax.named_scope("embedding"):
+            table_VD = gathered(self.embedding_VD[...], "VD")
+            x_BSD = table_VD[tokens_BS].astype(compute_dtype(self.config))
+            return constrain(x_BSD, "BSD")
 
     def _layers(
         self, inputs: ModelInputs, cache: Cache | None, intervention: Intervention
@@ -197,67 +380,149 @@ class Transformer(nnx.Module):
         """The last layer's output, the report of the MoE layers, and the updated cache."""
         inputs.assert_shapes(self.n_scanned)
         every = _every_layer(inputs, cache)
-        with jax.named_scope("embedding"):
-            table_VD = gathered(self.embedding_VD[...], "VD")
-            x_BSD = table_VD[inputs.tokens_BS].astype(compute_dtype(self.config))
-            x_BSD = constrain(x_BSD, "BSD")
+        x_BSD = self._embed(inputs.tokens_BS)
         leading = []
         for i, block in enumerate(self.leading):
             one = _OneLayer(cache.leading[i] if cache else None)
             x_BSD, _, layer_cache = block(x_BSD, every, one)
             leading.append(layer_cache)
-        x_BSD, report, stacked = self._scan(x_BSD, every, inputs, cache, intervention)
+        stacks = [self, *self.further]
+        rngs = None if inputs.rng is None else jax.random.split(inputs.rng, self.n_scanned)
+        replayed = jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed)
+        runs = layout.runs(self.config)
+        caches = [None] * len(runs) if cache is None else cache.of_runs
+        outputs = []
+        first = 0
+        for stack, run, run_cache in zip(stacks, runs, caches, strict=True):
+            of_run = slice(first, first + run.groups)
+            first = of_run.stop
+            noise, recorded = jax.tree.map(operator.itemgetter(of_run), (rngs, replayed))
+            moe = _OneLayer(run_cache.layers if run_cache else None, noise, recorded)
+            dense = _OneLayer(run_cache.between if run_cache else None)
+            x_BSD, *output = self._scan(stack, run, x_BSD, every, moe, dense, intervention)
+            outputs.append(output)
+        reports, caches = zip(*outputs, strict=True)
         if cache is not None:
             length = cache.length + inputs.tokens_BS.shape[1]
             assert every.mask.key_segment_ids_BL is not None
-            cache = Cache(tuple(leading), stacked, length, every.mask.key_segment_ids_BL)
-        return x_BSD, report, cache
+            cache = Cache.of(tuple(leading), caches, length, every.mask.key_segment_ids_BL)
+        return x_BSD, _joined(reports), cache
 
     def _scan(
         self,
+        stack: Transformer | Groups,
+        run: Run,
         x_BSD: jax.Array,
         every: _EveryLayer,
-        inputs: ModelInputs,
-        cache: Cache | None,
+        moe: _OneLayer,
+        dense: _OneLayer,
         intervention: Intervention,
-    ) -> tuple[jax.Array, LayerReport | None, Any]:
-        """Runs the stacked layers as one scan."""
-        graph, params = nnx.split(self.layers)
+    ) -> tuple[jax.Array, LayerReport | None, RunCache]:
+        """Runs the layers of a run as one scan over its groups.
 
-        def layer(x_BSD, scanned):
-            params, one = scanned
-            x_BSD, report, cache = nnx.merge(graph, params)(x_BSD, every, one, intervention)
-            return x_BSD, (report, cache)
+        Args:
+          stack: has them.
+          run: says how many there are.
+          x_BSD: activations.
+          every: inputs of all layers.
+          moe, dense: inputs of the MoE layers and of the dense ones, with a leading layer axis.
+          intervention: see `forward`.
+        """
+        moe_layer, moe_params = self._each(stack.layers, every, intervention)
+        following = None
+        if run.dense:
+            dense_layer, dense_params = self._each(stack.between, every, intervention)
+            following = _in_groups((dense_params, dense), run)
+
+        def group(x_BSD, scanned):
+            first, following = scanned
+            x_BSD, report, cache = moe_layer(x_BSD, *first)
+            behind = []
+            for i in range(run.dense):
+                x_BSD, _, dense_cache = dense_layer(
+                    x_BSD, *jax.tree.map(operator.itemgetter(i), following)
+                )
+                behind.append(dense_cache)
+            together = (
+                jax.tree.map(lambda *of_each: jnp.stack(of_each), *behind) if behind else None
+            )
+            return x_BSD, (report, RunCache(cache, together))
+
+        xs = (moe_params, moe), following
+        x_BSD, (report, cache) = jax.lax.scan(group, x_BSD, xs, unroll=_groups_at_once(run))
+        return x_BSD, report, RunCache(cache.layers, _in_order(cache.between))
+
+    def _each(
+        self, stacked: Block, every: _EveryLayer, intervention: Intervention
+    ) -> tuple[Callable[..., Any], Any]:
+        """A layer of a stack, `(x_BSD, params, one) -> (x_BSD, report, cache)`, and all params."""
+        graph, params = nnx.split(stacked)
+
+        def layer(x_BSD, params, one):
+            return nnx.merge(graph, params)(x_BSD, every, one, intervention)
 
         if (policy := remat.get(self.config.remat).policy) is not None:
             layer = jax.checkpoint(layer, policy=policy)
-        per_layer = _OneLayer(
-            cache.stacked if cache else None,
-            None if inputs.rng is None else jax.random.split(inputs.rng, self.n_scanned),
-            jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
-        )
-        unroll = _layers_at_once(self.n_scanned)
-        x_BSD, (report, stacked) = jax.lax.scan(layer, x_BSD, (params, per_layer), unroll=unroll)
-        return x_BSD, report, stacked
+        return layer, params
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` sequences of up to `max_length` positions, none of them filled."""
+        one = self._empty_cache_of_layer(batch, max_length)
+        of_runs = [
+            RunCache(_repeated(one, run.groups), _repeated(one, run.groups * run.dense))
+            for run in layout.runs(self.config)
+        ]
+        nothing_BL = jnp.zeros((batch, max_length), jnp.int32)
+        return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0), nothing_BL)
+
+    def empty_draft_cache(self, batch: int, max_length: int) -> Cache:
+        """As `empty_cache`, of the modules of multi-token prediction."""
+        one = self._empty_cache_of_layer(batch, max_length)
+        nothing_BL = jnp.zeros((batch, max_length), jnp.int32)
+        return Cache((), _repeated(one, self.config.mtp_depth), jnp.int32(0), nothing_BL)
+
+    def _empty_cache_of_layer(self, batch: int, max_length: int) -> Any:
         config = self.config.attention
         empty = attention.get(config).empty_cache
-        one = empty(config, batch, max_length, compute_dtype(self.config))
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.n_scanned, *x.shape)), one)
-        nothing_BL = jnp.zeros((batch, max_length), jnp.int32)
-        return Cache((one,) * len(self.leading), stacked, jnp.int32(0), nothing_BL)
+        return empty(config, batch, max_length, compute_dtype(self.config))
 
 
-def _layers_at_once(n_layers: int) -> int:
-    """Layers in one iteration of the scan: all of a shallow model on a CPU, else one.
+def _repeated(cache: Any, n: int) -> Any:
+    """The cache of a layer n times along a new leading axis; None of no layer."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), cache) if n else None
+
+
+def _in_groups(tree: Any, run: Run) -> Any:
+    """Arrays of dense layers with the axes groups and layers of a group instead of layers."""
+    return jax.tree.map(lambda x: x.reshape(run.groups, run.dense, *x.shape[1:]), tree)
+
+
+def _in_order(tree: Any) -> Any:
+    """The reverse of `_in_groups`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _together(trees: list[Any]) -> Any:
+    """Arrays of several layers along a new leading axis; None of no layer."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees) if trees else None
+
+
+def _joined(of_runs: Sequence[Any]) -> Any:
+    """The reports of all runs with one layer axis."""
+    if len(of_runs) == 1:
+        return of_runs[0]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_runs)
+
+
+def _groups_at_once(run: Run) -> int:
+    """Groups in one iteration of the scan: all of a shallow model on a CPU, else one.
 
     A scan keeps what the backward pass needs in stacked arrays, which XLA's CPU backend zeroes,
     fills and copies out again: a sixth of the demo's step.  Unrolled, the numbers are the same to
     the bit, and a shallow model compiles no slower.
     """
-    return n_layers if platform() == "cpu" and n_layers <= UNROLLED_LAYERS else 1
+    shallow = run.groups * (1 + run.dense) <= UNROLLED_LAYERS
+    return run.groups if platform() == "cpu" and shallow else 1
 
 
 def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
@@ -292,7 +557,9 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
 
 def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
     """Number of each sequence's tokens before each new one, padding not counted."""
-    cached_B = (cache.segment_ids_BL > 0).sum(axis=1)
+    # What lies past the length may be left of tokens that were taken back.
+    filled_L = jnp.arange(cache.max_length) < cache.length
+    cached_B = ((cache.segment_ids_BL > 0) & filled_L).sum(axis=1)
     valid_BS = segment_ids_BS > 0
     return cached_B[:, None] + jnp.cumsum(valid_BS, axis=1) - valid_BS
 

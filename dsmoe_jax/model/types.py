@@ -6,12 +6,14 @@ layers and K activated experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.model.mtp import Ahead
 from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.moe.types import RecordedRouting
 
@@ -31,7 +33,7 @@ class ModelInputs(NamedTuple):
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       rng: random key for routers that act at random in training; None is evaluation.
       replayed: recorded routing, (B, L, S, K), for routers that replay; in evaluation it replaces
-        the choice of any router.
+        the choice of any router.  In training with `model.mtp`, its modules' routing comes last.
     """
 
     tokens_BS: jax.Array
@@ -85,21 +87,55 @@ class ModelInputs(NamedTuple):
             chex.assert_equal_shape([*self.replayed])
 
 
+class RunCache(NamedTuple):
+    """Caches of a run of layers (`layout.Run`), every array with a leading layer axis.
+
+    Attributes:
+      layers: of its MoE layers.
+      between: of its dense layers; None without.
+    """
+
+    layers: Any
+    between: Any
+
+
 class Cache(NamedTuple):
     """Caches of all attention layers, filled with the positions so far.
 
     Attributes:
       leading: of each leading dense layer, in the form of its attention.
-      stacked: of the scanned layers, every array with a leading layer axis.
+      stacked: of the MoE layers of the first run (`layout.runs`), every array with a leading layer
+        axis.
       length: int32, positions filled so far, the same for every sequence.
-      segment_ids_BL: int32, 1 where a token of the sequence is, 0 where padding is, or nothing yet.
-        So sequences may differ in length: a shorter one has padding, before or between its tokens.
+      segment_ids_BL: int32, 1 where a token of the sequence is, 0 where padding is.  So sequences
+        may differ in length: a shorter one has padding, before or between its tokens.
+      between: of its dense layers, as `stacked`; None without.
+      further: of the other runs.
     """
 
     leading: tuple[Any, ...]
     stacked: Any
     length: jax.Array
     segment_ids_BL: jax.Array
+    between: Any = None
+    further: tuple[RunCache, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        leading: tuple[Any, ...],
+        of_runs: Sequence[RunCache],
+        length: jax.Array,
+        segment_ids_BL: jax.Array,
+    ) -> Cache:
+        """A cache from those of the leading layers and of the runs, and what all layers share."""
+        (stacked, between), *further = of_runs
+        return cls(leading, stacked, length, segment_ids_BL, between, tuple(further))
+
+    @property
+    def of_runs(self) -> list[RunCache]:
+        """The caches of all runs, in order."""
+        return [RunCache(self.stacked, self.between), *self.further]
 
     @property
     def max_length(self) -> int:
@@ -127,9 +163,11 @@ class Scored(NamedTuple):
     Attributes:
       nll_BS: negative log-likelihood of every target in nats, float32.
       logits_BSV: float32; None where they were computed in blocks and never whole.
-      report: as in `Output`.
+      report: as in `Output`; with `ahead`, those of its modules come last.
+      ahead: predictions of tokens further ahead, if they were asked for.
     """
 
     nll_BS: jax.Array
     logits_BSV: jax.Array | None
     report: LayerReport | None
+    ahead: Ahead | None = None

@@ -4,13 +4,15 @@ Routing has decided which rows each expert serves and dispatch has sorted them b
 only multiplies.  All backends compute the same function; `loop` is the slow one that the others are
 tested against.
 
-    run(rows_ND, group_sizes_E, weights) -> rows_ND
+    run(rows_ND, group_sizes_E, weights, activation) -> rows_ND
 
 Row blocks of `group_sizes_E` rows go to experts 0, 1, ...; rows past the last group are padding:
 whatever they hold (NaN included), their output and their gradient are exactly 0.  The weights are
 of the dtype of the rows; products are accumulated in float32.
 
-A new backend is such a function and a line in `BACKENDS`.
+What an expert computes between its products is its form (nn/feed_forward): SwiGLU, or another one
+of the open models, with or without biases.  A new backend is such a function and a line in
+`BACKENDS`.
 
 Source: DeepSeekMoE (arXiv 2401.06066) eq. 9, the FFN of one expert; SwiGLU: 2002.05202.
 
@@ -30,14 +32,21 @@ import jax.numpy as jnp
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe.kernels import blocked, native, native_serves
+from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, Form
 
 
 class ExpertWeights(NamedTuple):
-    """The SwiGLU matrices of all experts, each stored (out, in) as in PyTorch checkpoints."""
+    """The matrices of all experts, each stored (out, in) as in PyTorch checkpoints, and biases.
+
+    The biases are None for experts without; all three are there, or none.
+    """
 
     gate_EFD: jax.Array
     up_EFD: jax.Array
     down_EDF: jax.Array
+    gate_bias_EF: jax.Array | None = None
+    up_bias_EF: jax.Array | None = None
+    down_bias_ED: jax.Array | None = None
 
 
 class JoinedWeights(NamedTuple):
@@ -45,20 +54,41 @@ class JoinedWeights(NamedTuple):
 
     gate_up_EGD: jax.Array
     down_EDF: jax.Array
+    gate_up_bias_EG: jax.Array | None = None
+    down_bias_ED: jax.Array | None = None
 
 
-RunExperts = Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]
-RunWeighted = Callable[[jax.Array, jax.Array, jax.Array, JoinedWeights], jax.Array]
+RunExperts = Callable[..., jax.Array]  # see the head of this file; the activation may be left out
+RunWeighted = Callable[..., jax.Array]  # see `Backend.run_weighted`
 GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # x_NI, w_EOI, sizes_E
+SILU = SWIGLU.activation
 
 
 def join(weights: ExpertWeights) -> JoinedWeights:
-    """Puts gate and up into one matrix."""
+    """Puts gate and up into one matrix, and their biases into one vector."""
     gate_up_EGD = jnp.concatenate([weights.gate_EFD, weights.up_EFD], axis=1)
-    return JoinedWeights(gate_up_EGD, weights.down_EDF)
+    if weights.gate_bias_EF is None:
+        return JoinedWeights(gate_up_EGD, weights.down_EDF)
+    assert weights.up_bias_EF is not None
+    gate_up_bias_EG = jnp.concatenate([weights.gate_bias_EF, weights.up_bias_EF], axis=1)
+    return JoinedWeights(gate_up_EGD, weights.down_EDF, gate_up_bias_EG, weights.down_bias_ED)
 
 
-def loop(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights) -> jax.Array:
+def split(joined: JoinedWeights) -> ExpertWeights:
+    """The weights that `join` has joined."""
+    gate_EFD, up_EFD = jnp.split(joined.gate_up_EGD, 2, axis=1)
+    if joined.gate_up_bias_EG is None:
+        return ExpertWeights(gate_EFD, up_EFD, joined.down_EDF)
+    biases_EF = jnp.split(joined.gate_up_bias_EG, 2, axis=1)
+    return ExpertWeights(gate_EFD, up_EFD, joined.down_EDF, *biases_EF, joined.down_bias_ED)
+
+
+def loop(
+    rows_ND: jax.Array,
+    group_sizes_E: jax.Array,
+    weights: ExpertWeights,
+    activation: Activation = SILU,
+) -> jax.Array:
     """Runs every expert on all rows and keeps its own: E times the work, but easy to verify."""
     owner_N = expert_of_row(group_sizes_E, rows_ND.shape[0])
 
@@ -66,24 +96,33 @@ def loop(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights) -
         expert, w = expert_and_weights
         mine_N1 = (owner_N == expert)[:, None]
         # Masked before the matmuls, not only after: 0 * NaN would reach the weight gradients.
-        y_ND = swiglu(jnp.where(mine_N1, rows_ND, 0), *w)
+        y_ND = one_expert_on(jnp.where(mine_N1, rows_ND, 0), w, activation)
         return jnp.where(mine_N1, y_ND, out_ND), None
 
     experts = (jnp.arange(group_sizes_E.shape[0]), weights)
     return jax.lax.scan(one_expert, jnp.zeros_like(rows_ND), experts)[0]
 
 
-def swiglu(x_ND: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array) -> jax.Array:
-    """One expert: `down(silu(gate x) * up x)`, accumulated in float32, in the dtype of x."""
-    gate_NF = _matmul_f32(x_ND, gate_FD)
-    up_NF = _matmul_f32(x_ND, up_FD)
-    hidden_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_ND.dtype)
-    return _matmul_f32(hidden_NF, down_DF).astype(x_ND.dtype)
+def one_expert_on(x_ND: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:
+    """One expert, whose weights have no E: accumulated in float32, in the dtype of x."""
+    gate_NF = _plus(_matmul_f32(x_ND, w.gate_EFD), w.gate_bias_EF)
+    up_NF = _plus(_matmul_f32(x_ND, w.up_EFD), w.up_bias_EF)
+    hidden_NF = activation.hidden(gate_NF, up_NF).astype(x_ND.dtype)
+    return _plus(_matmul_f32(hidden_NF, w.down_EDF), w.down_bias_ED).astype(x_ND.dtype)
 
 
-def ragged_dot(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights) -> jax.Array:
+def _plus(y_NO: jax.Array, bias_O: jax.Array | None) -> jax.Array:
+    return y_NO if bias_O is None else y_NO + bias_O.astype(y_NO.dtype)
+
+
+def ragged_dot(
+    rows_ND: jax.Array,
+    group_sizes_E: jax.Array,
+    weights: ExpertWeights,
+    activation: Activation = SILU,
+) -> jax.Array:
     """`jax.lax.ragged_dot`: XLA's own grouped matmul. Good on TPU; on CPU E times the work."""
-    return _grouped_swiglu(_ragged_dot, rows_ND, group_sizes_E, weights)
+    return _grouped(_ragged_dot, rows_ND, group_sizes_E, weights, activation)
 
 
 def _ragged_dot(x_NI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -91,13 +130,18 @@ def _ragged_dot(x_NI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array) -> 
     return jax.lax.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=x_NI.dtype)
 
 
-def tokamax(rows_ND: jax.Array, group_sizes_E: jax.Array, weights: ExpertWeights) -> jax.Array:
+def tokamax(
+    rows_ND: jax.Array,
+    group_sizes_E: jax.Array,
+    weights: ExpertWeights,
+    activation: Activation = SILU,
+) -> jax.Array:
     """tokamax's grouped-matmul kernels for TPU and GPU, plain XLA elsewhere.
 
     tokamax picks the kernel by the *default* device: compiling ahead of time for another one
     needs `jax.default_device(...)` around the trace.
     """
-    return _grouped_swiglu(_tokamax_dot, rows_ND, group_sizes_E, weights)
+    return _grouped(_tokamax_dot, rows_ND, group_sizes_E, weights, activation)
 
 
 def _tokamax_dot(x_NI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -116,70 +160,94 @@ def expert_of_row(group_sizes_E: jax.Array, n_rows: int) -> jax.Array:
     return jnp.searchsorted(ends_E, jnp.arange(n_rows), side="right").astype(jnp.int32)
 
 
-def _grouped_swiglu(
+def _grouped(
     product: GroupedProduct,
     rows_ND: jax.Array,
     group_sizes_E: jax.Array,
     weights: ExpertWeights,
+    activation: Activation = SILU,
 ) -> jax.Array:
     # The products are accumulated in float32 and rounded to the dtype of the rows: between two of
     # them a bfloat16 has half the bytes to move.
     # A kernel may skip rows past the last group, leaving whatever memory held, or multiply them.
     # So they are masked on the way into and out of each matmul: 0 * NaN is NaN in a gradient too.
     mask = functools.partial(_first, group_sizes_E.sum())
+
+    def masked_product(x_NI: jax.Array, w_EOI: jax.Array, bias_EO: jax.Array | None) -> jax.Array:
+        return mask(_plus_of_group(product(x_NI, w_EOI, group_sizes_E), bias_EO, group_sizes_E))
+
     x_ND = mask(rows_ND)
-    gate_NF = mask(product(x_ND, weights.gate_EFD, group_sizes_E))
-    up_NF = mask(product(x_ND, weights.up_EFD, group_sizes_E))
-    silu_NF = jax.nn.silu(gate_NF.astype(jnp.float32))
-    hidden_NF = (silu_NF * up_NF.astype(jnp.float32)).astype(x_ND.dtype)
-    return mask(product(hidden_NF, weights.down_EDF, group_sizes_E))
+    gate_NF = masked_product(x_ND, weights.gate_EFD, weights.gate_bias_EF)
+    up_NF = masked_product(x_ND, weights.up_EFD, weights.up_bias_EF)
+    hidden_NF = activation.hidden(gate_NF.astype(jnp.float32), up_NF.astype(jnp.float32))
+    return masked_product(hidden_NF.astype(x_ND.dtype), weights.down_EDF, weights.down_bias_ED)
 
 
-def _weighted_swiglu(
+def _plus_of_group(
+    y_NO: jax.Array, bias_EO: jax.Array | None, group_sizes_E: jax.Array
+) -> jax.Array:
+    if bias_EO is None:
+        return y_NO
+    return y_NO + bias_of_rows(bias_EO, group_sizes_E, y_NO.shape[0])
+
+
+def bias_of_rows(bias_EO: jax.Array, group_sizes_E: jax.Array, n_rows: int) -> jax.Array:
+    """The bias of each row's expert, (N, O); 0 for padding."""
+    # As a product with ones and zeros: its transpose is a product too, and no scatter-add over all
+    # rows.  At highest precision it is exact.
+    owner_N = expert_of_row(group_sizes_E, n_rows)
+    mine_NE = (owner_N[:, None] == jnp.arange(len(bias_EO))).astype(bias_EO.dtype)
+    return jnp.matmul(mine_NE, bias_EO, precision="highest")
+
+
+def _weighted(
     product: GroupedProduct,
     rows_ND: jax.Array,
     gates_N: jax.Array,
     group_sizes_E: jax.Array,
     weights: JoinedWeights,
+    activation: Activation = SILU,
 ) -> jax.Array:
     # The gate before the down product: there its gradient costs no further pass over rows of D.
     gate_up_NG = product(rows_ND, weights.gate_up_EGD, group_sizes_E)
-    hidden_NF: Any = _weighted_activation(gate_up_NG, gates_N, group_sizes_E.sum())
-    return product(hidden_NF, weights.down_EDF, group_sizes_E)
+    gate_up_NG = _plus_of_group(gate_up_NG, weights.gate_up_bias_EG, group_sizes_E)
+    hidden_NF: Any = _weighted_activation(activation, gate_up_NG, gates_N, group_sizes_E.sum())
+    y_ND = product(hidden_NF, weights.down_EDF, group_sizes_E)
+    if weights.down_bias_ED is None:
+        return y_ND
+    # The gate weighs all of an expert's output, its bias too.
+    bias_ND = bias_of_rows(weights.down_bias_ED, group_sizes_E, rows_ND.shape[0])
+    return y_ND + (gates_N[:, None] * bias_ND.astype(jnp.float32)).astype(y_ND.dtype)
 
 
-@jax.custom_vjp
-def _weighted_activation(gate_up_NG: jax.Array, gates_N: jax.Array, n_rows: jax.Array) -> jax.Array:
-    """`gate silu(g) u` of the first n rows, 0 for others, which may be NaN; in float32 inside.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_activation(
+    activation: Activation, gate_up_NG: jax.Array, gates_N: jax.Array, n_rows: jax.Array
+) -> jax.Array:
+    """`gate h(g, u)` of the first n rows, 0 for others, which may be NaN; in float32 inside.
 
     Its own gradient, because XLA stores what autodiff shares between the two halves in float32.
     """
-    hidden_NF = _activation(*_halves(gate_up_NG)) * gates_N[:, None]
+    hidden_NF = activation.hidden(*_halves(gate_up_NG)) * gates_N[:, None]
     return _first(n_rows, hidden_NF).astype(gate_up_NG.dtype)
 
 
-def _weighted_activation_fwd(gate_up_NG, gates_N, n_rows):
-    return _weighted_activation(gate_up_NG, gates_N, n_rows), (gate_up_NG, gates_N, n_rows)
+def _weighted_activation_fwd(activation, gate_up_NG, gates_N, n_rows):
+    y_NF = _weighted_activation(activation, gate_up_NG, gates_N, n_rows)
+    return y_NF, (gate_up_NG, gates_N, n_rows)
 
 
-def _weighted_activation_bwd(saved, dhidden_NF):
+def _weighted_activation_bwd(activation, saved, dhidden_NF):
     gate_up_NG, gates_N, n_rows = saved
     g_NF, u_NF = _halves(gate_up_NG)
     dhidden_NF = dhidden_NF.astype(jnp.float32)
-    dgates_N = _first(n_rows, _activation(g_NF, u_NF) * dhidden_NF).sum(axis=1)
-    dhidden_NF *= gates_N[:, None]
-    share_NF = jax.nn.sigmoid(g_NF)
-    dg_NF = dhidden_NF * u_NF * share_NF * (1 + g_NF * (1 - share_NF))
-    du_NF = dhidden_NF * jax.nn.silu(g_NF)
-    halves = (_first(n_rows, d_NF).astype(gate_up_NG.dtype) for d_NF in (dg_NF, du_NF))
+    dgates_N = _first(n_rows, activation.hidden(g_NF, u_NF) * dhidden_NF).sum(axis=1)
+    gradients = activation.gradient(g_NF, u_NF, dhidden_NF * gates_N[:, None])
+    halves = (_first(n_rows, d_NF).astype(gate_up_NG.dtype) for d_NF in gradients)
     return jnp.concatenate(list(halves), axis=1), dgates_N, None
 
 
 _weighted_activation.defvjp(_weighted_activation_fwd, _weighted_activation_bwd)
-
-
-def _activation(g_NF: jax.Array, u_NF: jax.Array) -> jax.Array:
-    return jax.nn.silu(g_NF) * u_NF
 
 
 def _halves(gate_up_NG: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -198,9 +266,9 @@ def _weighted_after(
     gates_N: jax.Array,
     group_sizes_E: jax.Array,
     weights: JoinedWeights,
+    activation: Activation = SILU,
 ) -> jax.Array:
-    gate_EFD, up_EFD = jnp.split(weights.gate_up_EGD, 2, axis=1)
-    out_ND = run(rows_ND, group_sizes_E, ExpertWeights(gate_EFD, up_EFD, weights.down_EDF))
+    out_ND = run(rows_ND, group_sizes_E, split(weights), activation)
     return (gates_N[:, None] * out_ND.astype(jnp.float32)).astype(rows_ND.dtype)
 
 
@@ -234,28 +302,30 @@ class Backend(NamedTuple):
       default_device: picks its kernel by JAX's default device, so that compiling ahead of time for
         another one needs `jax.default_device`.
       product: of rows with the matrix of their group, for `run_weighted`; None: it has none.
+      only_swiglu: its kernel computes no other form of expert.
     """
 
     run: RunExperts
     missing: Callable[[], str] | None = None
     default_device: bool = False
     product: GroupedProduct | None = None
+    only_swiglu: bool = False
 
     @property
     def run_weighted(self) -> RunWeighted:
-        """The backend with the weights of the results: `(rows_ND, gates_N, sizes_E, joined)`.
+        """With weights of the results: `(rows_ND, gates_N, sizes_E, joined, activation)`.
 
         Padding must be finite; its results and gradients are undefined, but reach no others.
         """
         if self.product is None:
             return functools.partial(_weighted_after, self.run)
-        return functools.partial(_weighted_swiglu, self.product)
+        return functools.partial(_weighted, self.product)
 
 
 BACKENDS: dict[str, Backend] = {
     "loop": Backend(loop),
     "blocked": Backend(blocked.run),
-    "native": Backend(native.run, missing=_native_missing),
+    "native": Backend(native.run, missing=_native_missing, only_swiglu=True),
     "ragged_dot": Backend(ragged_dot, product=_ragged_dot),
     "tokamax": Backend(
         tokamax, missing=_tokamax_missing, default_device=True, product=_tokamax_dot
@@ -263,21 +333,30 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def check_backend(name: str) -> None:
+def check_backend(name: str, form: Form = SWIGLU) -> None:
     """Refuses a `model.moe.expert_backend` that is unknown or cannot run here.
 
+    Args:
+      name: of the backend, or "auto".
+      form: of the experts.
+
     Raises:
-      ValueError: saying what is missing.
+      ValueError: saying what is missing, or that it computes no such experts.
     """
     key = "model.moe.expert_backend"
     known = ["auto", *sorted(BACKENDS)]
     require(name in known, key, name, f"must be one of {known}")
-    missing = BACKENDS[name].missing if name in BACKENDS else None
-    if missing is not None and (reason := missing()):
+    if name not in BACKENDS:
+        return
+    backend = BACKENDS[name]
+    others = ["auto", *sorted(n for n, other in BACKENDS.items() if not other.only_swiglu)]
+    want = f"computes SwiGLU experts without biases and no others; must be one of {others}"
+    require(form == SWIGLU or not backend.only_swiglu, key, name, want)
+    if backend.missing is not None and (reason := backend.missing()):
         raise ValueError(f"{key}={name!r}: {reason}")
 
 
-def choose_name(name: str, dtype: jnp.dtype) -> str:
+def choose_name(name: str, dtype: jnp.dtype, form: Form = SWIGLU) -> str:
     """The backend that `model.moe.expert_backend` means, for rows of a dtype.
 
     "auto" is the one that suits the device: on a CPU `native` where it serves and else `blocked`,
@@ -286,13 +365,13 @@ def choose_name(name: str, dtype: jnp.dtype) -> str:
     Raises:
       ValueError: as `check_backend`.
     """
-    check_backend(name)
+    check_backend(name, form)
     if name != "auto":
         return name
-    on_cpu = "native" if native_serves(dtype) else "blocked"
+    on_cpu = "native" if native_serves(dtype) and form == SWIGLU else "blocked"
     return on_cpu if platform() == "cpu" else "ragged_dot"
 
 
-def choose_backend(name: str, dtype: jnp.dtype) -> Backend:
+def choose_backend(name: str, dtype: jnp.dtype, form: Form = SWIGLU) -> Backend:
     """The entry of `choose_name`."""
-    return BACKENDS[choose_name(name, dtype)]
+    return BACKENDS[choose_name(name, dtype, form)]

@@ -22,12 +22,14 @@ from flax import nnx
 from dsmoe_jax.config import DropConfig, MoEConfig
 from dsmoe_jax.moe import dispatch, dropping, experts, interventions, kernels, losses, routers
 from dsmoe_jax.moe.dropping import Sizes
+from dsmoe_jax.moe.identity import split
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.kernels import RowKernels
-from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs
+from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs, recorded
 from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
-from dsmoe_jax.nn.layers import SwiGLU, init_matrix
+from dsmoe_jax.nn.feed_forward import FeedForward, form_of, init_bias
+from dsmoe_jax.nn.layers import init_matrix
 
 
 class RouterVariable(nnx.Variable):
@@ -55,16 +57,21 @@ class MoELayer(nnx.Module):
         e = moe.n_routed_experts
         f = moe.moe_intermediate_size
         self.config = moe
+        form = form_of(moe.expert)
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
-            self.shared = SwiGLU(d, moe.n_shared_experts * f, initializer_range, rngs=rngs)
+            self.shared = FeedForward(d, moe.shared_width, initializer_range, form, rngs=rngs)
+        if moe.shared_expert_gate:
+            self.shared_gate_D = init_matrix(rngs, (d,), initializer_range)
         if not e:
             return
         check_layer(moe)
         router, settings = routers.get_router(moe)
         if router.learned:
-            rows = router.logits_per_expert * e
+            rows = router.logits_per_expert * moe.n_choices
             self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
+            if moe.router.logits_bias:
+                self.router_bias_E = init_bias(rows)
         if router.state is not None:
             first = router.state.first(dataclasses.replace(settings, vocab_size=vocab_size))
             for name, values in first.items():
@@ -72,6 +79,10 @@ class MoELayer(nnx.Module):
         self.gate_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.up_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.down_EDF = init_matrix(rngs, (e, d, f), initializer_range)
+        if form.biases:
+            self.gate_bias_EF = init_bias(e, f)
+            self.up_bias_EF = init_bias(e, f)
+            self.down_bias_ED = init_bias(e, d)
 
     def __call__(
         self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention = interventions.NONE
@@ -93,10 +104,20 @@ class MoELayer(nnx.Module):
         if self.config.n_shared_experts and (intervention.shared_experts or y_BSD is None):
             # Independent of the routed experts: XLA may compute them during the exchange of rows.
             with jax.named_scope("shared_experts"):
-                shared_BSD = self.shared(x_BSD)
+                shared_BSD = self._shared(x_BSD)
             y_BSD = shared_BSD if y_BSD is None else y_BSD + shared_BSD
         assert y_BSD is not None
         return y_BSD, report
+
+    def _shared(self, x_BSD: jax.Array) -> jax.Array:
+        """The shared experts' part of the output, times its gate if the config has one."""
+        y_BSD = self.shared(x_BSD)
+        if not self.config.shared_expert_gate:
+            return y_BSD
+        logit_BS = jnp.matmul(
+            x_BSD, self.shared_gate_D[...].astype(x_BSD.dtype), preferred_element_type=jnp.float32
+        )
+        return y_BSD * jax.nn.sigmoid(logit_BS)[..., None].astype(y_BSD.dtype)
 
     def _routed(
         self, x_BSD: jax.Array, inputs: MoEInputs, intervention: Intervention
@@ -112,12 +133,12 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             by_token = _by_token(inputs, sequence_ids_B)
             routing, mean_logit_T = self.route(x_TD, by_token, row_kernels, intervention)
-        e = moe.n_routed_experts
         keep_TK = valid_BS.reshape(-1, 1)
         if by_token.replayed is not None:
             # What the recorded run dropped is not sent; the balance terms count it all the same.
-            keep_TK &= by_token.replayed.ids < e
-        assigned = unassign(routing, keep_TK, e)
+            keep_TK &= by_token.replayed.ids < moe.n_choices
+        # From here on `assigned` and `kept` are of routed experts, which alone are dispatched.
+        assigned, identity = split(unassign(routing, keep_TK, moe.n_choices), moe)
         drop = moe.drop if inputs.rng is not None else moe.evaluation_drop
         if intervention.tokens_alone:
             assert inputs.rng is None, "in training tokens are not alone"
@@ -127,10 +148,11 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             kept, max_kept = self._drop(assigned, valid_BS, sequence_ids_B, drop, sizes)
         with jax.named_scope("dispatch"):
-            weights = experts.ExpertWeights(
-                self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            y_TD, dispatch_report = routed_experts(
+                x_TD, kept, self.expert_weights(), moe, row_kernels, max_kept
             )
-            y_TD, dispatch_report = routed_experts(x_TD, kept, weights, moe, row_kernels, max_kept)
+            if identity is not None:
+                y_TD = identity.add(y_TD, x_TD)
         with jax.named_scope("router"):
             ledger = dropping.ledger(
                 assigned.ids_TK,
@@ -141,15 +163,36 @@ class MoELayer(nnx.Module):
                 sizes,
                 row_kernels.count,
             )
+            identity_Z = None
+            computed = kept
+            if identity is not None:
+                identity_Z = identity.count(moe)
+                computed = identity.join(kept, moe)
+            logged = logged_sums(
+                routing,
+                mean_logit_T,
+                kept.ids_TK,
+                valid_BS,
+                ledger,
+                dispatch_report,
+                moe,
+                identity_Z,
+            )
             segment_ids_BS = valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
             report = LayerReport(
                 loss_inputs(routing, segment_ids_BS, moe),
-                logged_sums(
-                    routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe
-                ),
-                _recorded(routing, kept, valid_BS, e),
+                logged,
+                recorded(routing, computed, valid_BS, moe.n_choices),
+                x_BSD if intervention.keep_inputs else None,
             )
         return y_TD.reshape(x_BSD.shape), report
+
+    def expert_weights(self) -> experts.ExpertWeights:
+        """The parameters of the routed experts."""
+        names = experts.ExpertWeights._fields
+        return experts.ExpertWeights(
+            *(getattr(self, name)[...] if hasattr(self, name) else None for name in names)
+        )
 
     def route(
         self,
@@ -197,6 +240,10 @@ class MoELayer(nnx.Module):
                 # The mean of the logits themselves would make XLA on CPU store the logits.
                 mean_D = self.router_ED[...].mean(axis=0)
                 mean_logit_T = product("td,d->t", x_TD, mean_D)
+            if self.config.router.logits_bias:
+                logits += self.router_bias_E[...]
+                if mean_logit_T is not None:
+                    mean_logit_T += self.router_bias_E[...].mean()
         choose = router.route
         if intervention.tokens_alone and router.alone is not None:
             choose = router.alone
@@ -241,7 +288,7 @@ def check_layer(moe: MoEConfig) -> None:
     router, _ = routers.get_router(moe)
     dropping.check_policies(moe, scored=router.learned)
     dispatch.check_dispatcher(moe)
-    experts.check_backend(moe.expert_backend)
+    experts.check_backend(moe.expert_backend, form_of(moe.expert))
     kernels.check_rows(moe.row_kernels)
     losses.check(moe, moe.router.name, learned=router.learned, balanced=router.balanced)
 
@@ -251,19 +298,6 @@ def evaluated_together(moe: MoEConfig) -> bool:
     if not moe.n_routed_experts:
         return False
     return moe.evaluation_drop is not None or routers.get_router(moe)[0].alone is not None
-
-
-def _recorded(routing: Routing, kept: Routing, valid_BS: jax.Array, e: int) -> RecordedRouting:
-    """The routing of a batch before and after dropping, (B, S, K), padding unassigned."""
-
-    def by_place(a_TK: jax.Array) -> jax.Array:
-        return a_TK.reshape(*valid_BS.shape, -1)
-
-    sent, chosen = (
-        jnp.where(valid_BS[..., None], by_place(ids_TK), e)
-        for ids_TK in (routing.ids_TK, routing.counted_TK)
-    )
-    return RecordedRouting(by_place(kept.ids_TK), by_place(kept.gates_TK), sent, chosen)
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:

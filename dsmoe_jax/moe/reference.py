@@ -27,7 +27,9 @@ def ffn(u_TD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Arra
     return (jax.nn.silu(u_TD @ gate_FD.T) * (u_TD @ up_FD.T)) @ down_DF.T
 
 
-def moe_layer(u_TD: jax.Array, routing: Routing, routed, shared=None) -> jax.Array:
+def moe_layer(
+    u_TD: jax.Array, routing: Routing, routed, shared=None, *, expert=ffn, n_identity: int = 0
+) -> jax.Array:
     """Shared experts plus the gated sum of the routed ones, without the residual (V1 eq. 9).
 
         h_t = sum_{i <= Ks} FFN_i(u_t) + sum_i g_it FFN_i(u_t)
@@ -38,9 +40,13 @@ def moe_layer(u_TD: jax.Array, routing: Routing, routed, shared=None) -> jax.Arr
       routed: gate_EFD, up_EFD, down_EDF of the routed experts.
       shared: gate_FD, up_FD, down_DF of the shared experts, side by side as one wide FFN; None: no
         shared expert.
+      expert: the function of an expert, of its input and weights.
+      n_identity: experts after the routed ones that give back their input (LongCat-Flash).
     """
-    h_TD = jnp.zeros_like(u_TD) if shared is None else ffn(u_TD, *shared)
-    for i in range(len(routed[0])):
+    h_TD = jnp.zeros_like(u_TD) if shared is None else expert(u_TD, *shared)
+    e = len(routed[0])
+    for i in range(e + n_identity):
         g_T = jnp.where(routing.ids_TK == i, routing.gates_TK, 0.0).sum(axis=1)
-        h_TD += g_T[:, None] * ffn(u_TD, *(weight[i] for weight in routed))
+        one = [weight[i] for weight in jax.tree.leaves(routed)] if i < e else None
+        h_TD += g_T[:, None] * (u_TD if one is None else expert(u_TD, *one))
     return h_TD

@@ -25,17 +25,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dsmoe_jax.config import DispatchConfig, MoEConfig
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe import blocks, dispatch
 from dsmoe_jax.moe.dispatch import Arrived, Dispatcher, DispatchReport, local
 from dsmoe_jax.moe.dispatch.expert_parallel import exchanged_rows
 from dsmoe_jax.moe.experts import Backend, ExpertWeights, JoinedWeights, choose_backend, join
 from dsmoe_jax.moe.kernels import JAX_ROWS, RowKernels
 from dsmoe_jax.moe.types import Routing
+from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, form_of
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import spec
 
-WEIGHT_SPECS = ExpertWeights._make(spec(letters) for letters in ("EFD", "EFD", "EDF"))
+WEIGHT_AXES = ExpertWeights("EFD", "EFD", "EDF", "EF", "EF", "ED")  # pyright: ignore
 
 
 class Parts(NamedTuple):
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
     dispatcher: Dispatcher
     backend: Backend
     kernels: RowKernels
+    activation: Activation = SWIGLU.activation
 
 
 Compute = Callable[[Arrived], tuple[jax.Array, jax.Array]]
@@ -83,18 +85,20 @@ def routed_experts(
       ValueError: for a dispatcher that the mesh, or its absence, does not allow, or a mesh that
         does not divide experts or weights.
     """
-    chex.assert_rank([x_TD, routing.ids_TK, *weights], [2, 2, 3, 3, 3])
+    chex.assert_rank([x_TD, routing.ids_TK, *weights[:3]], [2, 2, 3, 3, 3])
     chex.assert_equal_shape_prefix([x_TD, routing.ids_TK, routing.gates_TK], 1)
     mesh = jax.sharding.get_abstract_mesh()
     dispatch.check_mesh(moe.dispatch.name, expert_devices(), has_mesh=not mesh.empty)
     dispatcher = dispatch.choose_dispatcher(moe.dispatch.name, expert_devices())
-    parts = Parts(dispatcher, choose_backend(moe.expert_backend, x_TD.dtype), kernels)
+    form = form_of(moe.expert)
+    backend = choose_backend(moe.expert_backend, x_TD.dtype, form)
+    parts = Parts(dispatcher, backend, kernels, form.activation)
     tokens = Tokens(x_TD, routing.ids_TK, routing.gates_TK)
     if dispatcher.needs_mesh or math.prod(mesh.axis_sizes) > 1:
         # The compiled row kernels support neither empty slots nor cut-off rows.
         parts = parts._replace(kernels=JAX_ROWS)
-        return _on_mesh(parts, tokens, weights, moe.dispatch, max_kept)
-    weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+        return _on_mesh(parts, tokens, weights, moe, max_kept)
+    weights = jax.tree.map(lambda w: w.astype(x_TD.dtype), weights)
     y_TD, computed_E = on_one_device(parts, weights, tokens)
     return y_TD, DispatchReport(computed_E.astype(jnp.float32))
 
@@ -140,7 +144,9 @@ def _all_at_once(
     n_experts = weights.gate_EFD.shape[0]
     grouped = local.dispatch(arrived.rows_RD, arrived.routing, n_experts, parts.kernels)
     with jax.named_scope("experts"):
-        out_ND = parts.backend.run(grouped.rows_ND, grouped.group_sizes_e, weights)
+        out_ND = parts.backend.run(
+            grouped.rows_ND, grouped.group_sizes_e, weights, parts.activation
+        )
     chex.assert_equal_shape([out_ND, grouped.rows_ND])
     return local.combine(out_ND, grouped.state, parts.kernels), grouped.computed()
 
@@ -149,7 +155,7 @@ def _on_mesh(
     parts: Parts,
     tokens: Tokens,
     weights: ExpertWeights,
-    config: DispatchConfig,
+    moe: MoEConfig,
     max_kept: int | None,
 ) -> tuple[jax.Array, DispatchReport]:
     """The composition on every shard of the ambient mesh."""
@@ -158,8 +164,8 @@ def _on_mesh(
 
     def on_shard(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, DispatchReport]:
         whole = _gather_weights(weights, tokens.x_TD.dtype)
-        filled = _fill_up(tokens, config.chunks, n_experts)
-        y_tD, computed_e = _in_chunks(parts, whole, filled, n_experts, config.chunks, max_kept)
+        filled = _fill_up(tokens, moe.dispatch.chunks, n_experts)
+        y_tD, computed_e = _in_chunks(parts, whole, filled, moe, max_kept)
         computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
         rows = jax.lax.psum(exchanged_rows(tokens.ids_TK, n_experts), BATCH_AXES)
         y_tD = jax.lax.psum(y_tD[: tokens.x_TD.shape[0]], "tensor")
@@ -168,11 +174,14 @@ def _on_mesh(
     replicated = PartitionSpec()
     by_token = spec("TD")
     report: Any = DispatchReport(PartitionSpec("expert"), replicated)  # pyright: ignore
+    weight_specs: Any = ExpertWeights(
+        *(None if w is None else spec(axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
+    )
     # Without check_vma, which would take the zeros that the backends' loops start from for
     # replicated.
     y_TD, report = jax.shard_map(
         on_shard,
-        in_specs=(Tokens(by_token, by_token, by_token), WEIGHT_SPECS),  # pyright: ignore
+        in_specs=(Tokens(by_token, by_token, by_token), weight_specs),  # pyright: ignore
         out_specs=(by_token, report),
         check_vma=False,
     )(_fill_up(tokens, token_shards(), n_experts), weights)
@@ -183,8 +192,7 @@ def _in_chunks(
     parts: Parts,
     weights: JoinedWeights,
     tokens: Tokens,
-    n_experts: int,
-    n_chunks: int,
+    moe: MoEConfig,
     max_kept: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one chunk of the tokens after the other; the backward pass recomputes each.
@@ -195,15 +203,17 @@ def _in_chunks(
       y_tD, and the rows that each expert of this device computed.
     """
     n_devices = jax.lax.axis_size("expert")
+    n_experts = moe.n_routed_experts
+    n_chunks = moe.dispatch.chunks
     t, k = tokens.ids_TK.shape
-    usual = blocks.usual(t // n_chunks, k, n_experts, n_devices)
+    usual = blocks.usual(t // n_chunks, k, n_experts, n_devices, moe.n_identity_experts)
     per_shard = t // n_chunks * min(k, n_experts // n_devices)
     if max_kept is not None:
         per_shard = min(per_shard, max_kept)
     max_rows = n_devices * per_shard
 
     def compute(arrived: Arrived) -> tuple[jax.Array, jax.Array]:
-        run = parts.backend.run_weighted
+        run = functools.partial(parts.backend.run_weighted, activation=parts.activation)
         return blocks.weighted_sums(run, arrived, weights, max_rows, usual)
 
     one = functools.partial(dispatch_compute_combine, parts, n_experts, compute, max_rows)
@@ -223,8 +233,15 @@ def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> JoinedWeights:
         return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
     # Joined before: a device's part is small.
-    gate_up_EGD, down_EDF = join(weights)
-    return JoinedWeights(whole(gate_up_EGD, 2), whole(down_EDF, 1))
+    joined = join(weights)
+    matrices = whole(joined.gate_up_EGD, 2), whole(joined.down_EDF, 1)
+    if joined.gate_up_bias_EG is None or joined.down_bias_ED is None:
+        return JoinedWeights(*matrices)
+    # Every device of `tensor` has a part of the sums over F, which are added up at the end: the
+    # bias of the results belongs to one of the parts.
+    first = jax.lax.axis_index("tensor") == 0
+    down_bias_ED = jnp.where(first, whole(joined.down_bias_ED, 1), 0)
+    return JoinedWeights(*matrices, joined.gate_up_bias_EG.astype(dtype), down_bias_ED)
 
 
 def _fill_up(tokens: Tokens, multiple: int, n_experts: int) -> Tokens:

@@ -67,29 +67,37 @@ def nll_in_blocks(
       n_blocks: into which the tokens of one device are cut; they need not divide them.  The
         sequences must divide over the devices.
     """
-    return _nll(x_BSD, head_VD[...], targets_BS, n_blocks)
+    return _nll(x_BSD, head_VD[...], targets_BS, n_blocks, False)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _nll(x_BSD, head_VD, targets_BS, n_blocks) -> Any:
-    return _nll_fwd(x_BSD, head_VD, targets_BS, n_blocks)[0]
+def nll_and_best_in_blocks(
+    x_BSD: jax.Array, head_VD: nnx.Param[jax.Array], targets_BS: jax.Array, n_blocks: int
+) -> tuple[jax.Array, jax.Array]:
+    """As `nll_in_blocks`, and the word of the largest logit of every token, int32 (B, S)."""
+    return _nll(x_BSD, head_VD[...], targets_BS, n_blocks, True)
 
 
-def _nll_fwd(x_BSD, head_VD, targets_BS, n_blocks):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _nll(x_BSD, head_VD, targets_BS, n_blocks, with_best) -> Any:
+    return _nll_fwd(x_BSD, head_VD, targets_BS, n_blocks, with_best)[0]
+
+
+def _nll_fwd(x_BSD, head_VD, targets_BS, n_blocks, with_best):
     chex.assert_equal_shape_prefix([x_BSD, targets_BS], 2)
     # Collected here, once, and kept until the backward pass, which comes next.
     head_VD = gathered(head_VD.astype(x_BSD.dtype), "VD")
     by_token = spec("BS")
     forward = _on_shards(
-        functools.partial(_forward, n_blocks),
+        functools.partial(_forward, n_blocks, with_best),
         in_specs=(spec("BSD"), _IN_USE, by_token),
-        out_specs=(by_token, by_token),
+        out_specs=(by_token,) * (3 if with_best else 2),
     )
-    nll_BS, log_sum_BS = forward(x_BSD, head_VD, targets_BS)
-    return nll_BS, (x_BSD, head_VD, targets_BS, log_sum_BS)
+    nll_BS, log_sum_BS, *best = forward(x_BSD, head_VD, targets_BS)
+    return (nll_BS, *best), (x_BSD, head_VD, targets_BS, log_sum_BS)
 
 
-def _nll_bwd(n_blocks, saved, dnll_BS):
+def _nll_bwd(n_blocks, with_best, saved, gradients):
+    dnll_BS = gradients[0]
     by_token = spec("BS")
     by_vector = spec("BSD")
     backward = _on_shards(
@@ -105,8 +113,8 @@ _nll.defvjp(_nll_fwd, _nll_bwd)
 _IN_USE = PartitionSpec("tensor", None)  # the head as FSDP has gathered it
 
 
-def _forward(n_blocks, x_BSD, head_vD, targets_BS):
-    """Negative log-likelihood and log-sum of exponentials of a shard's tokens."""
+def _forward(n_blocks, with_best, x_BSD, head_vD, targets_BS):
+    """Negative log-likelihood, log-sum of exponentials and best word of a shard's tokens."""
 
     def one(_, block):
         x_bD, target_b = block
@@ -118,7 +126,8 @@ def _forward(n_blocks, x_BSD, head_vD, targets_BS):
         sums = (jnp.exp(shifted_bv).sum(axis=1), of_target_b)
         total_b, of_target_b = _over_vocabulary(jax.lax.psum, sums)
         log_b = jnp.log(total_b)
-        return None, (log_b - of_target_b, largest_b + log_b)
+        best = [_best(logits_bv, largest_b)] if with_best else []
+        return None, (log_b - of_target_b, largest_b + log_b, *best)
 
     blocks = _cut(n_blocks, x_BSD, targets_BS)
     each = jax.lax.scan(one, None, blocks)[1]
@@ -151,9 +160,21 @@ def _logits(x_bD: jax.Array, head_vD: jax.Array) -> jax.Array:
 
 def _is_target(target_b: jax.Array, logits_bv: jax.Array) -> jax.Array:
     """Whether a word of this shard's vocabulary is the target of a token, bool (b, v)."""
+    return _words(logits_bv) == target_b[:, None]
+
+
+def _best(logits_bv: jax.Array, largest_b: jax.Array) -> jax.Array:
+    """The first word, of all shards' vocabulary, with the largest logit, int32 (b,)."""
+    last = jnp.iinfo(jnp.int32).max
+    word_bv = jnp.where(logits_bv == largest_b[:, None], _words(logits_bv), last)
+    return _over_vocabulary(jax.lax.pmin, word_bv.min(axis=1))
+
+
+def _words(logits_bv: jax.Array) -> jax.Array:
+    """The words of this shard's vocabulary, int32 (v,)."""
     v = logits_bv.shape[1]
     first = jax.lax.axis_index("tensor") * v if _size("tensor") > 1 else 0
-    return first + jnp.arange(v) == target_b[:, None]
+    return first + jnp.arange(v)
 
 
 def _cut(n_blocks: int, *arrays_BS: jax.Array) -> tuple[jax.Array, ...]:

@@ -3,7 +3,8 @@
 Matrices are stored out x in, as torch and Hugging Face do; `x @ w.T` is also the faster layout for
 XLA on CPU.
 
-Shapes: D hidden, F feed-forward width, V vocabulary; `...` any leading axes.
+Shapes: B sequences, S positions, D hidden, F feed-forward width, N heads, H head size, V
+vocabulary; `...` any leading axes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param
 def linear(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
     """`x @ weight.T` in the dtype of x, for x of (..., in) and weight of (out, in)."""
     return _product(x, weight[...].astype(x.dtype))
+
+
+def linear_by_head(x_BSD: jax.Array, weight_NHD: nnx.Param[jax.Array]) -> jax.Array:
+    """`linear` to the heads of an attention, (B, S, N, H)."""
+    return jnp.einsum("bsd,nhd->bsnh", x_BSD, weight_NHD[...].astype(x_BSD.dtype))
 
 
 def linear_to_float32(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
@@ -64,16 +70,3 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
         return (y * self.scale_D[...]).astype(x.dtype)
-
-
-class SwiGLU(nnx.Module):
-    """The dense feed-forward network `down(silu(gate x) * up x)` (2002.05202)."""
-
-    def __init__(self, hidden: int, width: int, std: float, *, rngs: nnx.Rngs):
-        self.gate_FD = init_matrix(rngs, (width, hidden), std)
-        self.up_FD = init_matrix(rngs, (width, hidden), std)
-        self.down_DF = init_matrix(rngs, (hidden, width), std)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., D) -> (..., D), same dtype."""
-        return linear(jax.nn.silu(linear(x, self.gate_FD)) * linear(x, self.up_FD), self.down_DF)

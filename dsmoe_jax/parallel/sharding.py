@@ -5,6 +5,7 @@ maps each letter to mesh axes.  An axis of the mesh splits an array once, at the
 has it:
 
     query_NHD   heads over tensor, D over fsdp and expert
+    kv_down_ZD  the latent over fsdp and expert, which are then taken: D is whole
     gate_FD     width over tensor, D over fsdp and expert (dense FFNs and shared experts)
     gate_EFD    experts over expert, width over tensor, D over fsdp alone
     x_BSD       sequences over data, fsdp and expert; D is whole
@@ -43,10 +44,16 @@ LOGICAL: dict[str, LogicalAxis] = {
     "V": LogicalAxis("vocabulary", ("tensor",)),
     "D": LogicalAxis("hidden size", ("fsdp", "expert")),
     "E": LogicalAxis("routed experts", ("expert",)),
+    "K": LogicalAxis("activated experts"),
     "F": LogicalAxis("feed-forward width", ("tensor",)),
     "N": LogicalAxis("attention heads", ("tensor",)),
     "M": LogicalAxis("key/value heads", ("tensor",)),
     "H": LogicalAxis("head size"),
+    "R": LogicalAxis("rotated part of a head"),
+    "I": LogicalAxis("size of a head's value"),
+    "Q": LogicalAxis("latent of the queries", ("fsdp", "expert")),
+    "Z": LogicalAxis("latent of keys and values", ("fsdp", "expert")),
+    "J": LogicalAxis("two hidden vectors side by side", ("tensor",)),
 }
 
 

@@ -25,7 +25,7 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.chips import CHIPS, TPUS
-from dsmoe_jax.model import size
+from dsmoe_jax.model import layout, size
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import collectives, memory_traffic, planner
@@ -100,14 +100,14 @@ class Proof:
 def parts_of_step(config: Config, moves: list[Move]) -> dict[str, dict[str, float]]:
     """GB of HBM traffic of each part of a step, by scope.
 
-    The parts: "layer", one micro-batch in one scanned layer, forward and backward; "micro-batch",
-    one of them outside of those layers; "step", the rest.  With one micro-batch the rest counts as
-    its own.
+    The parts: "layer", one micro-batch in one scanned layer, forward and backward (where dense
+    layers stand between: in one group of layers); "micro-batch", one of them outside of those;
+    "step", the rest.  With one micro-batch the rest counts as its own.
     """
     model = config.model
     n_micro = config.train.accumulation_steps
     outer = (n_micro,) if n_micro > 1 else ()
-    layers = (*outer, model.num_hidden_layers - model.first_k_dense_replace)
+    layers = (*outer, max(run.groups for run in layout.runs(model)))
     parts: dict[str, list[Move]] = {"layer": [], "micro-batch": [], "step": []}
     for move in moves:
         if move.loops[: len(layers)] == layers:

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from dsmoe_jax.config import Config
-from dsmoe_jax.model import remat
+from dsmoe_jax.model import layout, remat
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.kept import RECEIVED
@@ -72,17 +72,20 @@ def moved(
     recomputed = remat.get(model.remat)
     forward_passes = 2 if recomputed.again else 1
     exchanges = 1 if RECEIVED in recomputed.kept else forward_passes
-    moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+    moe_layers = len(model.moe_layers) + model.mtp_depth
+    leading = layout.n_leading(model)
+    between = model.n_dense_layers - leading
     rows, exchanged = _rows(config, t, sizes)
-    width = model.moe.n_shared_experts * model.moe.moe_intermediate_size / sizes["tensor"]
+    width = model.moe.shared_width / sizes["tensor"]
     shared = [(t * width, _DENSE_F)]
     costs = {
         # The leading dense layers are never rematerialised.
         "attention and projections": moe_layers * _of(layer, forward_passes)
-        + model.first_k_dense_replace * _of(dense, 1),
+        + between * _of(dense, forward_passes)
+        + leading * _of(dense, 1),
         "experts and dispatch": moe_layers
         * (_of(rows, 1) + _of(exchanged, exchanges) + _of(shared, forward_passes)),
-        "logits": t * model.vocab_size / sizes["tensor"] * _LOGIT,
+        "logits": (1 + model.mtp_depth) * t * model.vocab_size / sizes["tensor"] * _LOGIT,
         "weights": in_use * _WEIGHT + local * _STATE_OF_MICRO_BATCH,
     }
     step = {name: accumulation_steps * n_bytes / 1e9 for name, n_bytes in costs.items()}

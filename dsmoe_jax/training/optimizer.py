@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -78,9 +79,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, width_ratio: float | None = None
+    config: OptimizerConfig,
+    steps: int,
+    width_ratio: float | None = None,
+    *,
+    tied: bool = False,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; norm scales are not decayed.
+    """Global-norm clipping, then AdamW; norm scales and biases are not decayed.
 
     With muP the step that Adam makes is multiplied by kind of parameter, the weight decay is not:
     in each step a weight loses the share rate x `weight_decay`, at every width.
@@ -89,6 +94,7 @@ def make_optimizer(
       config: of the optimizer.
       steps: of the schedule, see `make_schedule`.
       width_ratio: the m of `model/mup.py`; None is the standard parametrisation.
+      tied: whether embedding and head are one matrix, for muP.
     """
     adamw = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -96,16 +102,18 @@ def make_optimizer(
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     ]
     if width_ratio is not None:  # after Adam, which would divide a factor out, and before the decay
-        adamw.insert(1, optax.stateless(lambda adam, _: mup.scale_rates(adam, width_ratio)))
+        rates = functools.partial(mup.scale_rates, ratio=width_ratio, tied=tied)
+        adamw.insert(1, optax.stateless(lambda adam, _: rates(adam)))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.chain(*adamw))
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """The optimizer of a run (of one stage)."""
     ratio = mup.width_ratio(config.model)
-    return make_optimizer(config.optimizer, config.train.scheduled_steps, ratio)
+    tied = config.model.tie_word_embeddings
+    return make_optimizer(config.optimizer, config.train.scheduled_steps, ratio, tied=tied)
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay pulls to zero: all but the norms' scales."""
-    return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
+    """Which parameters weight decay pulls to zero: all but the norms' scales and biases."""
+    return jax.tree.map_with_path(lambda path, _: mup.decayed(path), params)

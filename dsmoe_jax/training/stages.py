@@ -16,6 +16,7 @@ from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts, kernels
 from dsmoe_jax.nn import attention
+from dsmoe_jax.nn.feed_forward import form_of
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.routing_records import Recorder, Recording
@@ -66,7 +67,7 @@ def kernels_of(config: Config) -> dict[str, str]:
     if (attends := attention_kernel(config)) is not None:
         found["attention"] = attends
     if moe.n_routed_experts:
-        found["experts"] = experts.choose_name(moe.expert_backend, dtype)
+        found["experts"] = experts.choose_name(moe.expert_backend, dtype, form_of(moe.expert))
         found["rows"] = kernels.choose_rows_name(moe.row_kernels, dtype)
     return found
 

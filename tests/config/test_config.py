@@ -55,7 +55,6 @@ def hints(cls=Config, prefix=""):
         ("model.moe.drop.capacity_factor", 0.0, "> 0"),
         ("model.moe.drop.protected_share", 1.5, "at most 1"),
         ("model.moe.router.jitter", 1.0, "below 1"),
-        ("model.moe.router.scoring_func", "tanh", "sigmoid"),
         ("model.moe.moe_intermediate_size", 0, "> 0"),
         ("model.moe.n_shared_experts", -1, ">= 0"),
         ("model.attention.num_key_value_heads", 3, "divide num_attention_heads=10"),

@@ -50,7 +50,7 @@ def load(name: str, arg: str) -> Config:
 def relative_experts(config: Config) -> tuple[float, float]:
     """Expert parameters of a MoE layer, total and activated, in standard FFNs of 8 d^2."""
     count, model = parameters_by_formula(config.model), config.model
-    standard = 8 * model.hidden_size**2 * (model.num_hidden_layers - model.first_k_dense_replace)
+    standard = 8 * model.hidden_size**2 * len(model.moe_layers)
     return count.expert_total / standard, count.expert_activated / standard
 
 

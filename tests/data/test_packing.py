@@ -17,7 +17,7 @@ _DOCUMENTS = st.lists(st.lists(st.integers(2, 9), max_size=12), min_size=1, max_
 
 
 def _pack(documents: list[list[int]], sequence_length: int) -> list[np.ndarray]:
-    return packing.pack([np.array(d, np.int32) for d in documents], sequence_length, EOS)
+    return packing.pack([np.array(d, np.int32) for d in documents], sequence_length, EOS).records
 
 
 @given(_DOCUMENTS, st.integers(1, 9))

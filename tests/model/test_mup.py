@@ -26,6 +26,32 @@ TWICE = {
 }
 
 
+OPTIONS = "model.attention.options."
+LATENT = {
+    "model.attention.name": "latent",
+    "model.attention.num_key_value_heads": None,
+    OPTIONS + "kv_lora_rank": 8,
+    OPTIONS + "qk_rope_head_dim": 6,
+}
+# Models that have all the parameters there are, and what of each is twice as wide besides.
+MODELS = [
+    (
+        {
+            OPTIONS + "bias": True,
+            OPTIONS + "qk_norm": "all",
+            "model.moe.router.logits_bias": True,
+            "model.moe.shared_expert_gate": True,
+        },
+        {},
+    ),
+    (LATENT, {OPTIONS + "kv_lora_rank": 16}),
+    (
+        {**LATENT, OPTIONS + "q_lora_rank": 10},
+        {OPTIONS + "kv_lora_rank": 16, OPTIONS + "q_lora_rank": 20},
+    ),
+]
+
+
 def shapes(**overrides):
     """Path and shape of every parameter of a tiny model."""
     params = model_shapes(tiny(**{**LEADING, **overrides}).model).params
@@ -55,19 +81,23 @@ def test_every_parameter_of_every_attention_has_a_kind(name):
 def test_kinds_are_those_that_the_shapes_of_two_widths_show():
     """A matrix is hidden where two of its sides grow; of one, the name says which side it is."""
     seen = set()
-    for (path, narrow), (_, wide) in zip(shapes(), shapes(**TWICE), strict=True):
-        growing = sum(b == 2 * a for a, b in zip(narrow, wide, strict=True))
-        fixed = [a for a, b in zip(narrow, wide, strict=True) if a == b]
-        name = parameter_name(path)
-        if growing == 2:
-            expected = mup.HIDDEN
-        elif narrow in ((32,), (1, 32)):
-            expected = mup.VECTOR
-        else:
-            assert (growing, fixed[-1]) in ((1, 512), (1, 4)), path
-            expected = mup.INPUT if name == "embedding_VD" else mup.OUTPUT
-        assert mup.kind(path) == expected, path
-        seen.add(name)
+    for changes, twice in MODELS:
+        wider = shapes(**{**TWICE, **changes, **twice})
+        for (path, narrow), (_, wide) in zip(shapes(**changes), wider, strict=True):
+            growing = sum(b == 2 * a for a, b in zip(narrow, wide, strict=True))
+            fixed = [a for a, b in zip(narrow, wide, strict=True) if a == b]
+            name = parameter_name(path)
+            if growing == 2:
+                expected = mup.HIDDEN
+            elif name == "scale_D" or "_bias_" in name:
+                expected = mup.VECTOR
+            else:
+                # Vocabulary, experts, rotated part; of the shared experts' gate the layers alone.
+                assert growing == 1, path
+                assert fixed[-1] in (512, 4, 6, 1), path
+                expected = mup.INPUT if name == "embedding_VD" else mup.OUTPUT
+            assert mup.kind(path) == expected, path
+            seen.add(name)
     assert seen == set(mup.KINDS)
 
 

@@ -38,7 +38,7 @@ class MeanCache(NamedTuple):
 
 
 class MeanAttention(nnx.Module):
-    def __init__(self, hidden_size, initializer_range, config, *, rngs):
+    def __init__(self, hidden_size, initializer_range, config, *, rms_norm_eps, rngs):
         self.down_HD = init_matrix(rngs, (rank(config), hidden_size), initializer_range)
         self.up_DH = init_matrix(rngs, (hidden_size, rank(config)), initializer_range)
 

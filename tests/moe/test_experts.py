@@ -64,7 +64,7 @@ def assert_close(found, expected, tolerance):
 
 def numpy_experts(rows_ND, sizes, weights):
     out_ND, start = np.zeros_like(rows_ND), 0
-    for size, gate_FD, up_FD, down_DF in zip(sizes, *weights, strict=True):
+    for size, gate_FD, up_FD, down_DF in zip(sizes, *weights[:3], strict=True):
         x_ND = rows_ND[start : start + size]
         gate_NF = x_ND @ gate_FD.T
         hidden_NF = gate_NF / (1 + np.exp(-gate_NF)) * (x_ND @ up_FD.T)
@@ -78,7 +78,7 @@ def test_loop_is_the_formula(loads):
     sizes, n_rows = LOADS[loads]
     rows_ND, sizes_E, weights, _ = make(sizes, n_rows)
     found_ND = run_experts(rows_ND, sizes_E, weights, "loop")
-    expected_ND = numpy_experts(np.asarray(rows_ND), sizes, [np.asarray(w) for w in weights])
+    expected_ND = numpy_experts(np.asarray(rows_ND), sizes, [np.asarray(w) for w in weights[:3]])
     np.testing.assert_allclose(found_ND, expected_ND, rtol=1e-5, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_padding_is_exactly_zero_and_harmless(backend):
     y_ND, (dx_ND, d_weights) = value_and_gradients(*args, backend)
     assert (y_ND[sum(sizes) :] == 0).all()
     assert (dx_ND[sum(sizes) :] == 0).all()
-    assert all(jnp.isfinite(d).all() for d in d_weights)
+    assert all(jnp.isfinite(d).all() for d in jax.tree.leaves(d_weights))
 
 
 def careless(x_NI, w_EOI, sizes_E):
@@ -106,12 +106,12 @@ def careless(x_NI, w_EOI, sizes_E):
     return y_NO + jnp.where(owner_N < len(sizes_E), 0, jnp.nan)[:, None]
 
 
-def test_grouped_swiglu_survives_a_careless_kernel():
+def test_grouped_products_survive_a_careless_kernel():
     # XLA on CPU fills padding with zeros; kernels elsewhere compute with it or leave NaN there.
     sizes, n_rows = LOADS["one takes most, trailing padding"]
     rows_ND, sizes_E, weights, dy_ND = make(sizes, n_rows)
     y_ND, transpose = jax.vjp(
-        lambda x, w: experts._grouped_swiglu(careless, x, sizes_E, w), rows_ND, weights
+        lambda x, w: experts._grouped(careless, x, sizes_E, w), rows_ND, weights
     )
     expected = value_and_gradients(rows_ND, sizes_E, weights, dy_ND, "loop")
     assert_close((y_ND, transpose(dy_ND)), expected, 2e-5)
@@ -264,7 +264,7 @@ def test_silu_at_the_extremes(backend, hidden, width):
     rows_ND = rows_ND * jnp.tile(scale_N, 5)[:, None]
     y_ND, (dx_ND, _) = value_and_gradients(rows_ND, sizes_E, weights, dy_ND, backend)
     for expert, rows in enumerate((slice(0, 60), slice(60, 300))):
-        gate_FD, up_FD, down_DF = (np.asarray(w[expert], np.float64) for w in weights)
+        gate_FD, up_FD, down_DF = (np.asarray(w[expert], np.float64) for w in weights[:3])
         x_ND, dy = Bounded.exact(rows_ND[rows]), Bounded.exact(dy_ND[rows])
         silu_NF, slope_NF = bounded_silu(x_ND @ gate_FD.T)
         up_NF, dhidden_NF = x_ND @ up_FD.T, dy @ down_DF

@@ -315,6 +315,19 @@ def test_the_bias_chooses_in_evaluation_too():
         ({"dispatch__name": "nope"}, r"model\.moe\.dispatch\.name='nope'"),
         ({"expert_backend": "nope"}, r"model\.moe\.expert_backend='nope'"),
         ({"row_kernels": "nope"}, r"model\.moe\.row_kernels='nope'"),
+        ({"router__scoring_func": "tanh"}, r"router\.scoring_func='tanh': must be one of \['sig"),
+        (
+            {"router__name": "hash", "num_experts_per_tok": 1, "router__logits_bias": True},
+            r"router\.logits_bias=True: the hash router does not know it",
+        ),
+        (
+            {"n_shared_experts": 0, "shared_expert_gate": True},
+            r"shared_expert_gate=True: there is no shared expert; must be False",
+        ),
+        (
+            {"n_shared_experts": 0, "shared_expert_intermediate_size": 9},
+            r"shared_expert_intermediate_size=9: there is no shared expert; must be None",
+        ),
         (
             {"router__name": "hash", "num_experts_per_tok": 1},
             r"balance\.expert\.factor=0\.01: the hash router has no",
@@ -337,3 +350,39 @@ def test_the_bias_chooses_in_evaluation_too():
 def test_refused_at_construction(moe, message):
     with pytest.raises(ValueError, match=message):
         make_layer(**moe)
+
+
+def test_a_gate_and_a_width_of_the_shared_expert():
+    """Qwen2-MoE: the shared output times sigmoid(x . w); its FFN has a width of its own."""
+    layer = make_layer(
+        n_shared_experts=2, shared_expert_gate=True, shared_expert_intermediate_size=5
+    )
+    assert layer.shared.gate_FD.shape == (10, D)
+    x = jax.random.normal(jax.random.key(1), (1, 5, D))
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    gated = run_layer(layer, x, tokens)
+    layer.shared_gate_D[...] = jnp.full(D, 1e3) * jnp.sign(layer.shared_gate_D[...])
+    plain = reference.ffn(x[0], *wide(layer.shared))
+    logit = x[0] @ layer.shared_gate_D[...]
+    routed = run_layer(layer, x, tokens)[0] - plain * (logit > 0)[:, None]
+    layer.shared_gate_D[...] = jnp.arange(D) / 4.0
+    share = 1 / (1 + np.exp(-np.asarray(x[0]) @ np.arange(D) / 4.0))
+    np.testing.assert_allclose(
+        run_layer(layer, x, tokens)[0], routed + share[:, None] * plain, atol=1e-5
+    )
+    assert jnp.abs(gated[0] - routed - plain).max() > 1e-2
+
+
+def test_a_bias_of_the_logits():
+    """It is added to every logit, and to the mean that the log uses."""
+    layer = make_layer(router__logits_bias=True)
+    x = jax.random.normal(jax.random.key(1), (50, D))
+    inputs = RouterInputs(jnp.zeros(50, jnp.int32))
+    plain, _ = layer.route(x, inputs)
+    layer.router_bias_E[...] = 3.0 * jnp.arange(6) - 2.0
+    found, mean_T = layer.route(x, inputs)
+    wanted = np.asarray(plain.logits_TE) + 3.0 * np.arange(6) - 2.0
+    np.testing.assert_allclose(found.logits_TE, wanted, atol=1e-5)
+    np.testing.assert_allclose(mean_T, wanted.mean(axis=1), atol=1e-5)
+    np.testing.assert_array_equal(found.ids_TK, np.argsort(-wanted, axis=1)[:, :2])
+    assert (found.ids_TK != plain.ids_TK).any()

@@ -37,7 +37,10 @@ MICRO_BATCHES = {"fsdp 2 x expert 2 x tensor 2": 2}
 CONFIG = {
     **FOR_EIGHT_DEVICES,
     "model.attention.num_key_value_heads": 2,
-    "model.first_k_dense_replace": 1,
+    # A leading dense layer, an MoE layer, and a dense one between it and the next.
+    "model.num_hidden_layers": 3,
+    "model.moe_layer_freq": 2,
+    "model.moe_layer_offset": 1,
     "model.intermediate_size": 32,
     "model.initializer_range": 0.1,
     "model.moe.router.bias_update_speed": 0.001,
@@ -161,6 +164,7 @@ SHARDS = {
         "['layers']['moe']['router_ED']": (1, 4, 16),
         "['layers']['attention']['query_NHD']": (1, 2, 8, 8),
         "['leading'][0]['ffn']['down_DF']": (8, 16),
+        "['between']['ffn']['down_DF']": (1, 8, 16),
         "['embedding_VD']": (256, 8),
         "['final_norm']['scale_D']": (32,),
     },

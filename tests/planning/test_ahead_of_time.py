@@ -93,7 +93,7 @@ def test_what_the_backward_pass_computes_again(smoke):
     moe = smoke.model.moe
     flops = size.train_flops_per_token(smoke)
     experts_of_a_token = moe.num_experts_per_tok * 3 * smoke.model.hidden_size
-    layers = smoke.model.num_hidden_layers - smoke.model.first_k_dense_replace
+    layers = len(smoke.model.moe_layers)
     routed = layers * 6 * experts_of_a_token * moe.moe_intermediate_size / flops
     heads = smoke.model.attention.num_attention_heads * smoke.model.attention.head_dim
     scores = smoke.model.num_hidden_layers * 12 * heads * smoke.data.sequence_length / flops

@@ -29,7 +29,7 @@ def test_the_step_of_every_stage(name):
         moe = config.model.moe
         assert set(metrics.terms) == set(moe.balance)
         if moe.n_routed_experts:
-            layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+            layers = len(config.model.moe_layers)
             assert metrics.router.load_E.shape == (layers, moe.n_routed_experts)
         else:
             assert metrics.router is None

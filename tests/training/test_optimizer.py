@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,12 +70,10 @@ def test_a_warmup_that_ends_where_the_first_decay_falls():
     np.testing.assert_allclose([schedule(4), schedule(5)], [1.08e-3, 0.316 * 1.08e-3], rtol=1e-6)
 
 
-def test_norm_scales_are_not_decayed():
-    tree = {"layers": {"attention_norm": {"scale_D": 1.0}, "moe": {"router_ED": 1.0}}, "head": 1.0}
-    assert decayed(tree) == {
-        "layers": {"attention_norm": {"scale_D": False}, "moe": {"router_ED": True}},
-        "head": True,
-    }
+def test_norm_scales_and_biases_are_not_decayed():
+    moe = {"router_ED": True, "router_bias_E": False}
+    wanted = {"layers": {"attention_norm": {"scale_D": False}, "moe": moe}, "head": True}
+    assert decayed(jax.tree.map(lambda _: 1.0, wanted)) == wanted
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -16,14 +16,25 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dsmoe_jax.nn.feed_forward import SWIGLU, Activation
 
-@jax.custom_vjp
-def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
+
+def run(
+    rows_ND: jax.Array,
+    group_sizes_E: jax.Array,
+    weights,
+    activation: Activation = SWIGLU.activation,
+) -> jax.Array:
     """The backend of this file, see `experts`; `weights` is an `ExpertWeights`."""
-    return _forward(rows_ND, group_sizes_E, weights, save=False)[0]
+    return _run(activation, rows_ND, group_sizes_E, weights)
 
 
-def _forward(rows_ND, group_sizes_E, weights, save=True):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(activation, rows_ND, group_sizes_E, weights):
+    return _forward(activation, rows_ND, group_sizes_E, weights, save=False)[0]
+
+
+def _forward(activation, rows_ND, group_sizes_E, weights, save=True):
     """The output and the values saved for the gradient; `save` adds the two projections."""
 
     def visit(expert, windows, carry):
@@ -32,9 +43,12 @@ def _forward(rows_ND, group_sizes_E, weights, save=True):
         def one_window(i, carry):
             at, mine_C1 = windows.locate(i)
             x_CD = _read(rows_ND, at, mine_C1)
-            gate_CF = _matmul("ci,oi->co", x_CD, w.gate_EFD).astype(x_CD.dtype)
-            up_CF = _matmul("ci,oi->co", x_CD, w.up_EFD).astype(x_CD.dtype)
-            y_CD = _matmul("ci,oi->co", _activate(gate_CF, up_CF), w.down_EDF)
+            gate_CF = _plus(_matmul("ci,oi->co", x_CD, w.gate_EFD), w.gate_bias_EF).astype(
+                x_CD.dtype
+            )
+            up_CF = _plus(_matmul("ci,oi->co", x_CD, w.up_EFD), w.up_bias_EF).astype(x_CD.dtype)
+            hidden_CF = _activate(activation, gate_CF, up_CF)
+            y_CD = _plus(_matmul("ci,oi->co", hidden_CF, w.down_EDF), w.down_bias_ED)
             new = (y_CD.astype(x_CD.dtype), gate_CF, up_CF)[: len(carry)]
             return tuple(_write(o, v, at, mine_C1) for o, v in zip(carry, new, strict=True))
 
@@ -49,7 +63,7 @@ def _forward(rows_ND, group_sizes_E, weights, save=True):
     return out_ND, (rows_ND, group_sizes_E, weights, *projections)
 
 
-def _backward(saved, d_out_ND):
+def _backward(activation, saved, d_out_ND):
     rows_ND, group_sizes_E, weights, gate_NF, up_NF = saved
 
     def visit(expert, windows, carry):
@@ -62,12 +76,16 @@ def _backward(saved, d_out_ND):
             x_CD, dy_CD, gate_CF, up_CF = (
                 _read(a, at, mine_C1) for a in (rows_ND, d_out_ND, gate_NF, up_NF)
             )
-            hidden_CF, transpose = jax.vjp(_activate, gate_CF, up_CF)
+            hidden_CF, transpose = jax.vjp(partial(_activate, activation), gate_CF, up_CF)
             dgate_CF, dup_CF = transpose(_matmul("co,oi->ci", dy_CD, w.down_EDF).astype(x_CD.dtype))
-            d_w = (
+            d_w = type(weights)(
                 _matmul("co,ci->oi", dgate_CF, x_CD),
                 _matmul("co,ci->oi", dup_CF, x_CD),
                 _matmul("co,ci->oi", dy_CD, hidden_CF),
+                *(
+                    None if bias is None else d_CO.sum(axis=0, dtype=jnp.float32)
+                    for bias, d_CO in zip(w[3:], (dgate_CF, dup_CF, dy_CD), strict=True)
+                ),
             )
             dx_CD = _matmul("co,oi->ci", dgate_CF, w.gate_EFD)
             dx_CD += _matmul("co,oi->ci", dup_CF, w.up_EFD)
@@ -75,17 +93,18 @@ def _backward(saved, d_out_ND):
 
         d_rows_ND, d_w = windows.each_with_sum(one_window, d_rows_ND)
         put = partial(jax.lax.dynamic_update_index_in_dim, index=expert, axis=0)
-        d_weights = [put(a, b.astype(a.dtype)) for a, b in zip(d_weights, d_w, strict=True)]
-        return d_rows_ND, d_weights
+        return d_rows_ND, jax.tree.map(lambda a, b: put(a, b.astype(a.dtype)), d_weights, d_w)
 
     # Every expert is visited, an empty one too, so the fill values are never seen.
-    d_weights = [jnp.full_like(w, i) for i, w in enumerate(weights)]
+    d_weights = type(weights)(
+        *(None if w is None else jnp.full_like(w, i) for i, w in enumerate(weights))
+    )
     init = (jnp.zeros_like(rows_ND), d_weights)
     d_rows_ND, d_weights = _for_each_expert(group_sizes_E, rows_ND.shape[0], visit, init)
-    return d_rows_ND, None, type(weights)(*d_weights)
+    return d_rows_ND, None, d_weights
 
 
-run.defvjp(_forward, _backward)
+_run.defvjp(_forward, _backward)
 
 
 class _Windows:
@@ -164,10 +183,14 @@ def window_heights(n_rows: int, n_experts: int) -> list[int]:
     return [h for h in heights if h < n_rows] or [n_rows]
 
 
-def _activate(gate_CF, up_CF):
+def _activate(activation, gate_CF, up_CF):
     wide_gate_CF = gate_CF.astype(jnp.float32)
     wide_up_CF = up_CF.astype(jnp.float32)
-    return (jax.nn.silu(wide_gate_CF) * wide_up_CF).astype(gate_CF.dtype)
+    return activation.hidden(wide_gate_CF, wide_up_CF).astype(gate_CF.dtype)
+
+
+def _plus(y_CO, bias_O):
+    return y_CO if bias_O is None else y_CO + bias_O.astype(y_CO.dtype)
 
 
 _matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)

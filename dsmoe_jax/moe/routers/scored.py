@@ -1,52 +1,30 @@
 """Routers in which each token chooses the experts with the largest scores.
 
-    logits --> scores s (softmax or sigmoid) --> [+ bias] --> [best groups only] --> top K --> ids
+    logits --> scores s (`scores.SCORING`) --> [+ bias] --> [best groups only] --> top K --> ids
                         s of the chosen ones --> gates
 
 The bias and the group limit change which experts are chosen, never the gate of a chosen one.
-Sigmoids saturate: in float32 they are all 1 above a logit of 17, and all 0 below about -90.  So
-gates and affinities are normalised from logarithms, and experts are ranked by logits where nothing
-is added to the scores.
+Gates and affinities are normalised from logarithms of the scores, and experts are ranked by logits
+where nothing is added to the scores: see `scores`.
 
 Shapes: T tokens, E routed experts, K activated per token, G groups, M groups a token may use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.config import RouterConfig
 from dsmoe_jax.moe.kernels import rows
+from dsmoe_jax.moe.routers.scores import SCORING, Scores, scores, total
 from dsmoe_jax.moe.routers.settings import RouterSettings
 from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RouterInputs, Routing, unassign
 
 SUB_EXPERTS = 4  # logits that the dynamic specialised router has for each expert
-
-
-class Scores(NamedTuple):
-    """The scores of the experts, and forms of them that are exact where the scores saturate.
-
-    Attributes:
-      s_TE: s, by `scoring_func`.
-      affinity_TE: s divided by its sum, a distribution over the experts (s' of V3 eq. 19).
-      log_TE: log s, up to a summand of each token.
-      logits_TE: numbers in the order of s that do not saturate; None: s is the finest there is.
-    """
-
-    s_TE: jax.Array
-    affinity_TE: jax.Array
-    log_TE: jax.Array
-    logits_TE: jax.Array | None = None
-
-    @property
-    def order_TE(self) -> jax.Array:
-        """The numbers by which the experts are ranked."""
-        return self.s_TE if self.logits_TE is None else self.logits_TE
 
 
 def topk(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
@@ -133,6 +111,21 @@ def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSetti
     return unassign(routing, inputs.replayed.sent < settings.n_experts, settings.n_experts)
 
 
+def token_table(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
+    """The K experts of a fixed table, by token id; the gates are learned (V4's first MoE layers).
+
+    The choice is nothing that a bias or a balance term could change: the router has neither.  How
+    the table is built is `fixed.choices_from_counts`.
+    """
+    found = scores(logits_TE, settings.config)
+    ids_TK = inputs.state["table_VK"][inputs.token_ids_T]
+    none = jnp.finfo(jnp.float32).min
+    rank_TK = jnp.take_along_axis(found.order_TE, ids_TK, axis=1, mode="fill", fill_value=none)
+    _, place_TK = settings.top_k(jax.lax.stop_gradient(rank_TK), settings.k)
+    ids_TK = jnp.take_along_axis(ids_TK, place_TK, axis=1)  # best first
+    return Routing(ids_TK, gates(found, ids_TK, settings.config), found.affinity_TE, logits_TE)
+
+
 def first_bias(settings: RouterSettings) -> dict[str, jax.Array]:
     """The loss-free balance bias b of each expert, 0 at the start; nothing without a speed."""
     if settings.config.bias_update_speed is None:
@@ -150,7 +143,9 @@ def move_bias(
 
     Args:
       state: `bias_E` with a leading layer axis L; nothing without a speed.
-      load_LE: assignments of the whole global batch, fewer than 2^31 of them.
+      load_LE: assignments of the whole global batch, fewer than 2^31 of them.  The bias of an
+        identity expert stays as it is (LongCat-Flash, 2509.01322): with those of the others it is
+        settled how many choices it gets.
       progress: of the run, for the schedule of gamma.
       settings: with gamma, `bias_update_speed`.
     """
@@ -158,7 +153,11 @@ def move_bias(
     if config.bias_update_speed is None:
         return {}
     speed = config.bias_update_speed * multiple(config.bias_update_schedule, progress)
-    return {"bias_E": state["bias_E"] + speed * below_mean(load_LE)}
+    moved_LE = speed * below_mean(load_LE)
+    if settings.n_identity:
+        is_routed_E = jnp.arange(settings.n_experts) < settings.n_experts - settings.n_identity
+        moved_LE = jnp.where(is_routed_E, moved_LE, 0.0)
+    return {"bias_E": state["bias_E"] + moved_LE}
 
 
 def below_mean(load_LE: jax.Array) -> jax.Array:
@@ -169,16 +168,6 @@ def below_mean(load_LE: jax.Array) -> jax.Array:
     mean_L1, rest_L1 = jnp.divmod(load_LE.sum(axis=-1, keepdims=True), load_LE.shape[-1])
     below_LE = jnp.sign(mean_L1 - load_LE)
     return jnp.where(below_LE == 0, jnp.sign(rest_L1), below_LE).astype(jnp.float32)
-
-
-def scores(logits_TE: jax.Array, config: RouterConfig) -> Scores:
-    """Scores of the experts by `scoring_func`."""
-    if config.scoring_func == "softmax":
-        s_TE = jax.nn.softmax(logits_TE, axis=-1)
-        return Scores(s_TE, s_TE, logits_TE)
-    log_TE = jax.nn.log_sigmoid(logits_TE)
-    affinity_TE = jax.nn.softmax(log_TE, axis=-1)
-    return Scores(jax.nn.sigmoid(logits_TE), affinity_TE, log_TE, logits_TE)
 
 
 def gates(found: Scores, ids_TK: jax.Array, config: RouterConfig) -> jax.Array:
@@ -192,7 +181,8 @@ def gates(found: Scores, ids_TK: jax.Array, config: RouterConfig) -> jax.Array:
 def _shares(found: Scores, ids_TK: jax.Array) -> jax.Array:
     """Scores of chosen experts divided by their sum; 0 for unassigned ones."""
     # From logarithms, which are exact where all K scores vanish; so is the gradient, which would
-    # otherwise divide by the square of their sum.
+    # otherwise divide by the square of their sum.  (Others add 1e-20 to the sum, which makes such
+    # gates 0; this sum, relative to the largest score, is never below 1.)
     none = jnp.finfo(jnp.float32).min
     log_TK = jnp.take_along_axis(found.log_TE, ids_TK, axis=1, mode="fill", fill_value=none)
     share_TK = jax.nn.softmax(log_TK, axis=1)
@@ -205,7 +195,7 @@ def best(found: Scores, settings: RouterSettings) -> jax.Array:
 
 
 def limit_to_groups(
-    choice_TE: jax.Array, config: RouterConfig, *, of_logits: bool = False
+    choice_TE: jax.Array, config: RouterConfig, rank_of_sum: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """Leaves each token the experts of its M best groups; the others become -inf.
 
@@ -213,28 +203,20 @@ def limit_to_groups(
     best.
 
     Args:
-      choice_TE: scores, with a bias or without.
+      choice_TE: scores, with a bias or without, or numbers in their order.
       config: of the router.
-      of_logits: whether they are logits, in the order of their sigmoids.
+      rank_of_sum: of these numbers, as `Scoring.rank_of_sum`.
     """
     t, e = choice_TE.shape
     by_group = choice_TE.reshape(t, config.n_group, e // config.n_group)
     if config.group_score == "max":
         score_TG = by_group.max(axis=-1)
     else:
-        best_TG2 = jax.lax.top_k(by_group, 2)[0]
-        score_TG = _logit_of_mean(best_TG2) if of_logits else best_TG2.sum(axis=-1)
+        score_TG = rank_of_sum(jax.lax.top_k(by_group, 2)[0])
     _, group_TM = jax.lax.top_k(score_TG, config.topk_group)
     kept_TG = (group_TM[:, :, None] == jnp.arange(config.n_group)).any(axis=1)
     # -inf and not 0: a biased score may be negative, and 0 would beat it.
     return jnp.where(kept_TG[:, :, None], by_group, -jnp.inf).reshape(t, e)
-
-
-def _logit_of_mean(logits_TG2: jax.Array) -> jax.Array:
-    """The logit of the mean sigmoid: in the order of the sum of sigmoids, without its ties."""
-    above_TG = jax.nn.logsumexp(jax.nn.log_sigmoid(logits_TG2), axis=-1)
-    below_TG = jax.nn.logsumexp(jax.nn.log_sigmoid(-logits_TG2), axis=-1)
-    return above_TG - below_TG
 
 
 def mask_best(choice_TE: jax.Array, n: int) -> jax.Array:
@@ -255,8 +237,9 @@ def _from_scores(
     if biased:
         choice_TE = found.s_TE + jax.lax.stop_gradient(inputs.state["bias_E"])
     if limited:
-        of_logits = found.logits_TE is not None and not biased
-        choice_TE = limit_to_groups(choice_TE, config, of_logits=of_logits)
+        plain = found.logits_TE is None or biased
+        rank_of_sum = total if plain else SCORING[config.scoring_func].rank_of_sum
+        choice_TE = limit_to_groups(choice_TE, config, rank_of_sum)
     if settings.mask_best:
         choice_TE = mask_best(choice_TE, settings.mask_best)
     value_TK, ids_TK = settings.top_k(choice_TE, settings.k)

@@ -6,7 +6,10 @@ Shapes: B sequences, S query positions, L key positions (S, or the cache's lengt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from dsmoe_jax.config import AttentionConfig
 
 
 class Activations(NamedTuple):
@@ -23,14 +26,19 @@ class Activations(NamedTuple):
     result: int
 
 
+def _accept(config: AttentionConfig) -> None:
+    """Refuses nothing."""
+    del config
+
+
 class Attention(NamedTuple):
     """An attention in the registry: all that other code must know of it.
 
     Attributes:
-      module: `(hidden_size, initializer_range, config, *, rngs) -> nnx.Module`, a layer.  It is
-        called as `(x_BSD, positions_BS, mask, cache, cache_length) -> (y_BSD, cache)`:
-        activations; int32, the position of each token in its document; the `CausalMask` of the
-        keys that each query may see; the cache of this layer or None, into which the S new
+      module: `(hidden_size, initializer_range, config, *, rms_norm_eps, rngs) -> nnx.Module`, a
+        layer.  It is called as `(x_BSD, positions_BS, mask, cache, cache_length) -> (y_BSD,
+        cache)`: activations; int32, the position of each token in its document; the `CausalMask`
+        of the keys that each query may see; the cache of this layer or None, into which the S new
         positions are written at `cache_length`, and which is returned with them.
       empty_cache: `(config, batch, max_length, dtype) -> cache` of one layer: a pytree of arrays
         (at least one) whose shapes all begin with (B, L).
@@ -43,6 +51,7 @@ class Attention(NamedTuple):
         None: it calls none of `attention/kernels`.
       options: names and defaults of the settings that only this attention has
         (`model.attention.options`).
+      check: `(config)`, refuses values that the module cannot serve with a ValueError.
     """
 
     module: Callable[..., Any]
@@ -51,4 +60,5 @@ class Attention(NamedTuple):
     train_flops: Callable[..., int]
     activations: Callable[..., Activations]
     head_sizes: Callable[..., tuple[int, int]] | None = None
-    options: Mapping[str, bool | int | float | str] = {}
+    options: Mapping[str, bool | int | float | str] = MappingProxyType({})
+    check: Callable[[AttentionConfig], None] = _accept

@@ -33,7 +33,7 @@ def program(kernel: str) -> str:
     mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
     with jax.set_mesh(mesh):
         make = attention.get(config).module
-        layer = nnx.eval_shape(lambda: make(D, 0.02, config, rngs=nnx.Rngs(0)))
+        layer = nnx.eval_shape(lambda: make(D, 0.02, config, rms_norm_eps=1e-6, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(layer)
 
         def loss(params, x_BSD, segment_ids_BS):

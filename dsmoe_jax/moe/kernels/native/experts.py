@@ -12,15 +12,27 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.moe.kernels.native.build import kernel
+from dsmoe_jax.nn.feed_forward import SWIGLU, Activation
 
 
-@jax.custom_vjp
-def run(rows_ND: jax.Array, group_sizes_E: jax.Array, weights) -> jax.Array:
+def run(
+    rows_ND: jax.Array,
+    group_sizes_E: jax.Array,
+    weights,
+    activation: Activation = SWIGLU.activation,
+) -> jax.Array:
     """The backend of this file, see `moe/experts.py`; everything is float32.
 
     Raises:
       ValueError: for another dtype; `NotBuilt`, a ValueError, if the kernels cannot be compiled.
     """
+    assert activation == SWIGLU.activation, "`only_swiglu` in BACKENDS"
+    assert weights.gate_bias_EF is None, "`only_swiglu` in BACKENDS"
+    return _run(rows_ND, group_sizes_E, weights)
+
+
+@jax.custom_vjp
+def _run(rows_ND, group_sizes_E, weights):
     return _forward(rows_ND, group_sizes_E, weights)[0]
 
 
@@ -32,20 +44,20 @@ def _forward(rows_ND, group_sizes_E, weights):
         )
     projection = _like((rows_ND.shape[0], weights.gate_EFD.shape[1]))
     call = kernel("GroupedSwigluForward", (_like(rows_ND.shape), projection, projection))
-    out_ND, *projections = call(rows_ND, group_sizes_E, *weights)
+    out_ND, *projections = call(rows_ND, group_sizes_E, *weights[:3])
     return out_ND, (rows_ND, group_sizes_E, weights, *projections)
 
 
 def _backward(saved, d_out_ND):
     rows_ND, group_sizes_E, weights, *projections = saved
-    results = [_like(a.shape) for a in (rows_ND, *weights)]
+    results = [_like(a.shape) for a in (rows_ND, *weights[:3])]
     scratch = [_like(projections[0].shape)] * 3
     call = kernel("GroupedSwigluBackward", [*results, *scratch])
-    d_rows_ND, *rest = call(rows_ND, group_sizes_E, *weights, *projections, d_out_ND)
+    d_rows_ND, *rest = call(rows_ND, group_sizes_E, *weights[:3], *projections, d_out_ND)
     return d_rows_ND, None, type(weights)(*rest[:3])
 
 
-run.defvjp(_forward, _backward)
+_run.defvjp(_forward, _backward)
 
 
 def _like(shape) -> jax.ShapeDtypeStruct:

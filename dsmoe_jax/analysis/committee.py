@@ -1,0 +1,93 @@
+"""Experts that carry most of the routing mass, and whether domains share them.
+
+The routing mass of an expert is the sum of its gates.  A committee is the smallest set of experts
+with half of the mass (2601.03425 asks whether one committee serves all domains).
+
+Shapes: T tokens, L MoE layers, K columns of a routing, E routed experts, G domains.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+HALF = 0.5
+
+
+def mass_by_group(
+    ids_LTK: np.ndarray,
+    gates_LTK: np.ndarray,
+    group_T: np.ndarray,
+    n_groups: int,
+    n_experts: int,
+) -> np.ndarray:
+    """Sums of the gates of each expert over the tokens of each group, float64 (G, L, E)."""
+    width = n_experts + 1  # with a column for unassigned ones, cut off below
+    mass_LGE = []
+    for ids_TK, gates_TK in zip(ids_LTK, gates_LTK, strict=True):
+        places_TK = group_T[:, None].astype(np.int64) * width + ids_TK
+        sums = np.bincount(
+            places_TK.reshape(-1),
+            gates_TK.reshape(-1).astype(np.float64),
+            minlength=n_groups * width,
+        )
+        mass_LGE.append(sums.reshape(n_groups, width)[:, :n_experts])
+    return np.stack(mass_LGE, axis=1)
+
+
+def committee(mass_E: np.ndarray, share: float = HALF) -> list[int]:
+    """The fewest experts that have a share of the mass together, the heaviest first.
+
+    Of experts with equal mass the one with the lower id comes first.  Empty without any mass.
+    """
+    total = mass_E.sum()
+    if not total > 0:
+        return []
+    order_E = np.argsort(-mass_E, kind="stable")
+    reached_E = np.cumsum(mass_E[order_E])
+    # The sum may be reached but for rounding.
+    n = int(np.searchsorted(reached_E, share * total * (1 - 1e-12))) + 1
+    return order_E[:n].tolist()
+
+
+def overlap(a: list[int], b: list[int]) -> float | None:
+    """Jaccard index of two sets: shared members over all members; None if both are empty."""
+    union = set(a) | set(b)
+    return len(set(a) & set(b)) / len(union) if union else None
+
+
+def mean_overlap(committees: list[list[int]]) -> float | None:
+    """Mean of `overlap` over all pairs; None with fewer than two sets that are not empty."""
+    some = [members for members in committees if members]
+    found = [overlap(a, b) for i, a in enumerate(some) for b in some[:i]]
+    return float(np.mean([x for x in found if x is not None])) if found else None
+
+
+def chance_overlap(sizes: list[int], n_experts: int, draws: int = 2000, seed: int = 0) -> float:
+    """`mean_overlap` of sets drawn at random with the same sizes: what chance alone gives."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(max(draws // max(len(sizes), 1), 1)):
+        drawn = [rng.choice(n_experts, size, replace=False).tolist() for size in sizes if size]
+        mean = mean_overlap(drawn)
+        found += [] if mean is None else [mean]
+    return float(np.mean(found)) if found else 0.0
+
+
+def in_every(committees: list[list[int]]) -> list[int]:
+    """Experts that are in all committees that are not empty, ascending."""
+    some = [set(members) for members in committees if members]
+    return sorted(set.intersection(*some)) if some else []
+
+
+def experts_per_token(gates_LTK: np.ndarray) -> np.ndarray:
+    """Effective number of experts of each token, float64 (L, T): exp of the entropy of its gates.
+
+    The gates are divided by their sum first.  K: all K weigh the same; 1: one expert has all the
+    weight.  0 for a token without an expert.
+    """
+    gates_LTK = np.asarray(gates_LTK, np.float64)
+    sums_LT1 = gates_LTK.sum(axis=2, keepdims=True)
+    share_LTK = np.divide(gates_LTK, sums_LT1, out=np.zeros_like(gates_LTK), where=sums_LT1 > 0)
+    logs_LTK = np.log(share_LTK, out=np.zeros_like(share_LTK), where=share_LTK > 0)
+    number_LT = np.exp(-(share_LTK * logs_LTK).sum(axis=2))
+    return np.where(sums_LT1[..., 0] > 0, number_LT, 0.0)

@@ -1,0 +1,204 @@
+"""A text and the experts that each of its tokens was sent to.
+
+Shapes: T tokens of the text, L MoE layers, K columns of a routing, E routed experts, G domains;
+B sequences of a batch, S their length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsmoe_jax.config.checks import require
+from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.model import layout
+from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.model.types import ModelInputs
+from dsmoe_jax.moe import experts
+from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.nn.feed_forward import form_of
+from dsmoe_jax.parallel import sharding
+
+SAMPLE = 256  # tokens on which outputs of the experts are compared
+SAMPLED_SEQUENCES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedText:
+    """Tokens in reading order, sequence after sequence, without padding, with their routing.
+
+    Attributes:
+      token_ids_T: int32.
+      sequence_T: int32, number of the sequence that a token stands in.
+      position_T: int32, position in its document, as the model saw it.
+      domain_T: int32, index in `domains`.
+      ids_LTK: int32, the experts that computed the token; E is unassigned.
+      gates_LTK: float32, their gates; 0 for unassigned ones.
+      n_experts: E.
+      domains: names.
+    """
+
+    token_ids_T: np.ndarray
+    sequence_T: np.ndarray
+    position_T: np.ndarray
+    domain_T: np.ndarray
+    ids_LTK: np.ndarray
+    gates_LTK: np.ndarray
+    n_experts: int
+    domains: Sequence[str]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of MoE layers, L."""
+        return len(self.ids_LTK)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, T."""
+        return len(self.token_ids_T)
+
+
+def route_text(
+    model: Transformer,
+    corpus: Corpus,
+    *,
+    max_tokens: int,
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> RoutedText:
+    """Runs a model over the first held-out sequences of its corpus.
+
+    Domains are interleaved in the held-out text, so a part of it has all of them.
+
+    Args:
+      model: trained, with routed experts.
+      corpus: prepared, in the tokens of the model.
+      max_tokens: whole batches are taken until there are as many, or the text ends.
+      batch_size: sequences at once.
+      on_batch: called with the number of tokens so far.
+
+    Raises:
+      ValueError: for a model without routed experts, or less than one token.
+    """
+    moe = model.config.moe
+    require(
+        moe.n_routed_experts > 0,
+        "model.moe.n_routed_experts",
+        moe.n_routed_experts,
+        "a dense model routes nothing; must be > 0 to be analysed",
+    )
+    require(max_tokens > 0, "max_tokens", max_tokens, "must be > 0")
+    graph, state = nnx.split(model)
+    step = jax.jit(_step, static_argnums=0, out_shardings=sharding.whole())
+    rows = sharding.local_rows(batch_size)
+    parts = []
+    tokens = 0
+    n_sequences = 0
+    for batch in validation_batches(corpus.directory, batch_size, None, rows):
+        on_mesh = sharding.global_batch(batch, rows, batch_size)
+        ids_LBSK, gates_LBSK, batch = jax.device_get((*step(graph, state, on_mesh), on_mesh))
+        part = _flat(batch, ids_LBSK, gates_LBSK, n_sequences)
+        parts.append(part)
+        n_sequences += batch_size
+        tokens += len(part[0])
+        on_batch(tokens)
+        if tokens >= max_tokens:
+            break
+    flat, layers = zip(*((part[:4], part[4:]) for part in parts), strict=True)
+    return RoutedText(
+        *(np.concatenate(column) for column in zip(*flat, strict=True)),
+        *(np.concatenate(column, axis=1) for column in zip(*layers, strict=True)),
+        n_experts=moe.n_routed_experts,
+        domains=tuple(corpus.domains),
+    )
+
+
+class LayerWeights(NamedTuple):
+    """Weights of the routed experts of one layer, and their outputs for the same tokens.
+
+    Attributes:
+      weights: all arrays of the experts, float32, each with a leading axis E.
+      outputs_ETD: float32, every expert's output for the sample of tokens, whichever was chosen.
+    """
+
+    weights: Sequence[np.ndarray]
+    outputs_ETD: np.ndarray
+
+
+def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> list[LayerWeights]:
+    """The experts of each MoE layer, and what they make of the same held-out tokens.
+
+    Args:
+      model: trained, with routed experts.
+      corpus: prepared, in the tokens of the model.
+      sample: tokens, spread evenly over the first held-out sequences.
+    """
+    n_sequences = min(corpus.num_records("validation"), SAMPLED_SEQUENCES)
+    rows = sharding.local_rows(n_sequences)
+    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, rows)))
+    graph, state = nnx.split(model)
+    inputs = ModelInputs.of_batch(sharding.global_batch(batch, rows, n_sequences))
+    step = jax.jit(_layer_inputs, static_argnums=0, out_shardings=sharding.whole())
+    valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
+    found = []
+    activation = form_of(model.config.moe.expert).activation
+    outputs = jax.jit(
+        jax.vmap(lambda x_TD, w: experts.one_expert_on(x_TD, w, activation), (None, 0))
+    )
+    for x_BSD, layer in zip(step(graph, state, inputs), _experts(model), strict=True):
+        x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
+        places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
+        outputs_ETD = outputs(jnp.asarray(x_TD[places]), layer)
+        matrices = [np.asarray(w, np.float32) for w in layer if w is not None]
+        found.append(LayerWeights(matrices, np.asarray(outputs_ETD)))
+    return found
+
+
+def _layer_inputs(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
+    """What each MoE layer gets, (L, B, S, D)."""
+    model: Transformer = nnx.merge(graph, state)
+    kept = Intervention(keep_inputs=True)
+    report = model.score(inputs, inputs.tokens_BS, kept).report
+    assert report is not None, "a model with routed experts reports its layers"
+    assert report.inputs_BSD is not None, "see `keep_inputs`"
+    return report.inputs_BSD
+
+
+def _experts(model: Transformer) -> list[experts.ExpertWeights]:
+    """The routed experts of each MoE layer."""
+    found = []
+    for number, run in enumerate(layout.runs(model.config)):
+        at: Any = model
+        for key in layout.path_of_run(number):
+            at = at[key] if isinstance(key, int) else getattr(at, key)
+        stacked = at.layers.moe.expert_weights()
+        found += [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(run.groups)]
+    return found
+
+
+def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    model: Transformer = nnx.merge(graph, state)
+    targets_BS = jnp.asarray(batch["targets_BS"])
+    # `score` and not `forward`: the logits of a large vocabulary would not fit.
+    report = model.score(ModelInputs.of_batch(batch), targets_BS).report
+    assert report is not None, "a model with routed experts reports its routing"
+    return report.recorded.ids, report.recorded.gates
+
+
+def _flat(
+    batch: Batch, ids_LBSK: np.ndarray, gates_LBSK: np.ndarray, first: int
+) -> tuple[np.ndarray, ...]:
+    """The tokens of a batch that are no padding, in the order of `RoutedText`."""
+    valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
+    sequence_BS = np.broadcast_to(first + np.arange(len(valid_BS))[:, None], valid_BS.shape)
+    assert "domain_BS" in batch, "held-out batches say their domain"
+    columns = (batch["tokens_BS"], sequence_BS, batch["positions_BS"], batch["domain_BS"])
+    flat = (np.asarray(x_BS, np.int32)[valid_BS] for x_BS in columns)
+    return *flat, np.asarray(ids_LBSK)[:, valid_BS], np.asarray(gates_LBSK)[:, valid_BS]

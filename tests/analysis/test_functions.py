@@ -1,0 +1,148 @@
+"""The analysis functions against hand-made routings with known answers, and against plain loops.
+
+Shapes: as in dsmoe_jax/analysis.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmoe_jax.analysis import committee, pairs, specialisation
+
+
+@st.composite
+def routings(draw):
+    """(ids_LTK, gates_LTK, group_T, groups, experts); some columns unassigned, with gate 0."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n_experts = draw(st.integers(1, 9))
+    k = draw(st.integers(1, n_experts))
+    n_tokens, n_layers, n_groups = draw(st.tuples(*[st.integers(1, n) for n in (30, 3, 4)]))
+    shape = (n_layers, n_tokens, k)
+    ids_LTK = np.argsort(rng.random((*shape[:2], n_experts)), axis=2)[..., :k].astype(np.int32)
+    gates_LTK = rng.random(shape).astype(np.float32)
+    missing_LTK = rng.random(shape) < draw(st.sampled_from([0.0, 0.3]))
+    ids_LTK[missing_LTK] = n_experts
+    gates_LTK[missing_LTK] = 0
+    return ids_LTK, gates_LTK, rng.integers(0, n_groups, n_tokens), n_groups, n_experts
+
+
+@given(routings())
+def test_loads_masses_and_pairs_are_those_of_plain_loops(case):
+    ids_LTK, gates_LTK, group_T, n_groups, n_experts = case
+    load_GLE = np.zeros((n_groups, len(ids_LTK), n_experts), int)
+    mass_GLE = np.zeros(load_GLE.shape)
+    together_LEE = np.zeros((len(ids_LTK), n_experts, n_experts))
+    for layer, t in itertools.product(*map(range, ids_LTK.shape[:2])):
+        columns = zip(ids_LTK[layer, t], gates_LTK[layer, t], strict=True)
+        chosen = [(expert, gate) for expert, gate in columns if expert < n_experts]
+        for expert, gate in chosen:
+            load_GLE[group_T[t], layer, expert] += 1
+            mass_GLE[group_T[t], layer, expert] += gate
+            for other, _ in chosen:
+                together_LEE[layer, expert, other] += 1
+    groups = group_T, n_groups, n_experts
+    np.testing.assert_array_equal(specialisation.load_by_group(ids_LTK, *groups), load_GLE)
+    got_GLE = committee.mass_by_group(ids_LTK, gates_LTK, *groups)
+    np.testing.assert_allclose(got_GLE, mass_GLE, rtol=1e-6)
+    for layer, together_EE in enumerate(together_LEE):
+        tokens_E1 = np.maximum(np.diag(together_EE), 1)[:, None]
+        got_EE = pairs.coactivation(ids_LTK[layer], n_experts)
+        np.testing.assert_allclose(got_EE, together_EE / tokens_E1, atol=1e-12)
+
+
+@given(routings())
+def test_vocabulary_is_that_of_plain_loops(case):
+    ids_LTK, _, token_ids_T, _, n_experts = case
+    table = specialisation.by_vocabulary(ids_LTK, token_ids_T, n_experts, min_count=2)
+    often = [v for v in np.unique(token_ids_T) if (token_ids_T == v).sum() >= 2]
+    assert table.token_ids_C.tolist() == often
+    for (c, v), e in itertools.product(enumerate(often), range(n_experts)):
+        wanted = (ids_LTK[:, token_ids_T == v] == e).any(axis=2).mean(axis=1)
+        np.testing.assert_allclose(table.share_LCE[:, c, e], wanted)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.floats(0.05, 1.0))
+def test_no_smaller_set_has_the_share_of_a_committee(mass, share):
+    mass_E = np.array(mass, float)
+    members = committee.committee(mass_E, share)
+    if not mass_E.any():
+        assert members == []
+        return
+    assert mass_E[members].sum() >= share * mass_E.sum() - 1e-9
+    for smaller in itertools.combinations(range(len(mass)), len(members) - 1):
+        assert mass_E[list(smaller)].sum() < share * mass_E.sum()
+
+
+class TestKnownAnswers:
+    def test_committee_takes_the_heaviest_first_and_the_lower_id_of_equals(self):
+        assert committee.committee(np.array([1.0, 3.0, 3.0, 1.0])) == [1, 2]
+        assert committee.committee(np.array([1.0, 1.0, 1.0, 1.0])) == [0, 1]
+        assert committee.committee(np.zeros(3)) == []
+
+    def test_overlaps(self):
+        assert committee.overlap([1, 2], [2, 3]) == pytest.approx(1 / 3)
+        assert committee.mean_overlap([[1, 2], [1, 2], []]) == 1.0
+        assert committee.mean_overlap([[1], []]) is None
+        assert committee.in_every([[3, 1, 2], [2, 3], []]) == [2, 3]
+
+    def test_chance_overlap_is_its_expectation(self):
+        # Two sets of 1 of E: the same with probability 1/E.
+        assert committee.chance_overlap([1, 1], 4, draws=20_000) == pytest.approx(0.25, abs=0.02)
+        assert committee.chance_overlap([5, 5], 5) == 1.0
+
+    def test_effective_experts(self):
+        gates = np.array([[[0.2, 0.2, 0.2, 0.2], [0.7, 0.0, 0.0, 0.0], [0, 0, 0, 0]]], np.float32)
+        assert committee.experts_per_token(gates)[0].tolist() == pytest.approx([4, 1, 0])
+        two = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+        assert committee.experts_per_token(np.array([[[0.3, 0.1]]]))[0, 0] == pytest.approx(two)
+
+    def test_each_expert_serves_the_domain_in_which_it_weighs_most(self):
+        load_GLE = np.array([[[90, 10, 0]], [[5, 5, 0]]])  # the second domain is ten times smaller
+        assert specialisation.distinct_domains(load_GLE) == [[0, 1, None]]
+
+    def test_ranges_of_positions_double(self):
+        ranges, range_T = specialisation.position_ranges(np.array([0, 1, 2, 3, 4, 7]))
+        assert ranges == [(0, 1), (1, 2), (2, 4), (4, 8)]
+        assert range_T.tolist() == [0, 1, 2, 2, 3, 3]
+
+    def test_a_layer_that_looks_at_the_token_alone_is_fully_specialised(self):
+        tokens_T = np.repeat([4, 7], 30)
+        ids_LTK = np.stack([tokens_T % 3, np.arange(60) % 3])[..., None]
+        table = specialisation.by_vocabulary(ids_LTK, tokens_T, 3, min_count=20)
+        first, second = specialisation.vocabulary_specialisation(table)
+        assert first == 1.0
+        assert second == pytest.approx(1 / 3)
+        assert specialisation.favourite_tokens(table, 0, 5) == [[], [(4, 1.0), (7, 1.0)], []]
+
+    def test_no_token_is_often_enough(self):
+        table = specialisation.by_vocabulary(np.zeros((2, 3, 1), int), np.arange(3), 2, 2)
+        assert specialisation.vocabulary_specialisation(table) == [None, None]
+
+    def test_strongest_uses_stand_apart(self):
+        ids_TK = np.zeros((6, 1), int)
+        gates_TK = np.array([0.1, 0.9, 0.8, 0.2, 0.7, 0.3])[:, None]
+        uses = specialisation.strongest_uses(ids_TK, gates_TK, 0, 2, apart=2)
+        assert [use.place for use in uses] == [1, 4]
+        assert specialisation.strongest_uses(ids_TK, gates_TK, 1, 2) == []
+
+    def test_agreement_counts_sets_and_no_holes(self):
+        ids = np.array([[[0, 1], [2, 4]]])  # of four experts; the second token has a hole
+        other = np.array([[[1, 3], [4, 2]]])
+        assert pairs.agreement(ids, other, 4) == [pytest.approx(2 / 3)]
+        with pytest.raises(ValueError, match="same model and text"):
+            pairs.agreement(ids, other[:, :1], 4)
+
+    def test_similar_weights_and_outputs(self):
+        rng = np.random.default_rng(0)
+        gate, up, down = rng.normal(size=(3, 2, 4, 4))
+        gate[1], up[1], down[1] = 2 * gate[0], 2 * up[0], 2 * down[0]
+        assert pairs.weight_similarity(gate, up, down) == pytest.approx(np.ones((2, 2)))
+        outputs = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [3.0, 0.0]]])
+        assert pairs.output_similarity(outputs)[0, 1] == pytest.approx(0.5)  # 0 and 1
+        assert pairs.alike(np.array([[1.0, 0.9], [0.9, 1.0]]), 0.85) == [(0, 1, 0.9)]
+        assert pairs.alike(np.array([[1.0, 0.8], [0.8, 1.0]]), 0.85) == []
+        assert pairs.mean_of_pairs(np.ones((1, 1))) is None

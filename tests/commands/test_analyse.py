@@ -1,0 +1,90 @@
+"""`python -m dsmoe_jax analyse` on a trained run: its files, their numbers, and bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from forked import run_all
+
+from dsmoe_jax.analysis.routed_text import route_text
+from dsmoe_jax.commands import analyse
+from dsmoe_jax.runs.loading import load_run
+
+
+@pytest.fixture(scope="module")
+def directory(finished_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("analyse")
+    for name in ("a", "b"):
+        shutil.copytree(finished_run[0], path / name)
+    (path / "there").mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(directory):
+    runs = [f"--workdir={directory / name}" for name in ("a", "b")]
+    cases = {
+        "two": [*runs, "--max_tokens=300", "--batch_size=4", f"--to={directory / 'two'}"],
+        "there": [runs[0], f"--to={directory / 'there'}"],
+        "twice": [runs[0], runs[0], f"--to={directory / 'twice'}"],
+        "missing": [f"--workdir={directory / 'nowhere'}", f"--to={directory / 'missing'}"],
+        "none": [],
+    }
+    return dict(zip(cases, run_all([["analyse", *case] for case in cases.values()]), strict=True))
+
+
+def test_two_runs_side_by_side(results, directory):
+    assert results["two"].code == 0, results["two"].err
+    assert results["two"].out == f"{directory / 'two' / 'report.html'}\n"
+    names = {path.name for path in (directory / "two").iterdir()}
+    assert names == {"analysis.json", "report.html", "a.html", "b.html"}
+    found = json.loads((directory / "two" / "analysis.json").read_text())
+    assert list(found) == ["a", "b"]
+    assert found["a"] == found["b"]  # the same run
+    report = (directory / "two" / "report.html").read_text()
+    assert "committee" in report
+    assert "http" not in report.replace("http://www.w3.org/", "")
+
+
+def test_the_numbers_are_those_of_the_routing(results, directory):
+    run = load_run(directory / "a")
+    text = route_text(run.model, run.corpus, max_tokens=300, batch_size=4)
+    found = json.loads((directory / "two" / "analysis.json").read_text())["a"]
+    assert text.n_tokens >= 300
+    assert (np.diff(text.sequence_T) >= 0).all()
+    load_LE = [np.bincount(ids.ravel(), minlength=text.n_experts) for ids in text.ids_LTK]
+    np.testing.assert_array_equal(found["load"]["load"], load_LE)
+    assert sum(found["domains"]["tokens"]) == text.n_tokens
+    np.testing.assert_array_equal(np.sum(found["domains"]["load"], axis=0), load_LE)
+    assert np.diag(found["similarity"]["layers"][0]["weights"]) == pytest.approx(1.0)
+    moe = run.model.layers.moe
+    flat = [np.asarray(w[...])[0] for w in (moe.gate_EFD, moe.up_EFD, moe.down_EDF)]
+    vectors = np.concatenate([w.reshape(text.n_experts, -1) for w in flat], axis=1)
+    cosine = vectors[0] @ vectors[1] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1])
+    assert found["similarity"]["layers"][0]["weights"][0][1] == pytest.approx(cosine, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("there", "there: exists already; name a new folder"),
+        ("twice", "is given twice"),
+        ("missing", "nowhere"),
+        ("none", "--workdir, --to: both are needed"),
+    ],
+)
+def test_bad_input_leaves_nothing(case, says, results, directory):
+    code, out, err = results[case]
+    assert (code, out) == (2, "")
+    assert says in err.splitlines()[-1]
+    left = {path.name for path in directory.iterdir()}
+    assert left == {"a", "b", "there", "two"}
+
+
+def test_names_are_the_shortest_that_differ():
+    assert list(analyse._names(["x/dsmoe/seed0", "x/gshard/seed0"])) == [
+        "dsmoe-seed0",
+        "gshard-seed0",
+    ]
+    assert list(analyse._names(["runs/dsmoe"])) == ["dsmoe"]
