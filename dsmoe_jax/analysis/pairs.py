@@ -43,14 +43,16 @@ def agreement(ids_LTK: np.ndarray, other_LTK: np.ndarray, n_experts: int) -> lis
     return found
 
 
-def weight_similarity(gate_EFD: np.ndarray, up_EFD: np.ndarray, down_EDF: np.ndarray) -> np.ndarray:
-    """Cosine of the weights of each pair of experts, float64 (E, E), all matrices as one vector.
+def weight_similarity(*weights: np.ndarray) -> np.ndarray:
+    """Cosine of the weights of each pair of experts, float64 (E, E), all arrays as one vector.
 
     Hidden units are compared in their order: two experts that compute the same with their units
     in another order are not alike here.  `output_similarity` does not depend on the order.
+
+    Args:
+      *weights: of all experts, each with a leading axis E.
     """
-    matrices = (gate_EFD, up_EFD, down_EDF)
-    return _cosines(np.concatenate([np.reshape(w, (len(w), -1)) for w in matrices], axis=1))
+    return _cosines(np.concatenate([np.reshape(w, (len(w), -1)) for w in weights], axis=1))
 
 
 def output_similarity(outputs_ETD: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ from flax import nnx
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.model import layout
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import experts
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.nn.feed_forward import form_of
 from dsmoe_jax.parallel import sharding
 
 SAMPLE = 256  # tokens on which outputs of the experts are compared
@@ -122,7 +124,7 @@ class LayerWeights(NamedTuple):
     """Weights of the routed experts of one layer, and their outputs for the same tokens.
 
     Attributes:
-      weights: gate_EFD, up_EFD, down_EDF, float32.
+      weights: all arrays of the experts, float32, each with a leading axis E.
       outputs_ETD: float32, every expert's output for the sample of tokens, whichever was chosen.
     """
 
@@ -146,11 +148,16 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
     step = jax.jit(_layer_inputs, static_argnums=0, out_shardings=sharding.whole())
     valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
     found = []
+    activation = form_of(model.config.moe.expert).activation
+    outputs = jax.jit(
+        jax.vmap(lambda x_TD, w: experts.one_expert_on(x_TD, w, activation), (None, 0))
+    )
     for x_BSD, layer in zip(step(graph, state, inputs), _experts(model), strict=True):
         x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
         places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
-        outputs_ETD = jax.vmap(experts.swiglu, (None, 0, 0, 0))(jnp.asarray(x_TD[places]), *layer)
-        found.append(LayerWeights(layer, np.asarray(outputs_ETD)))
+        outputs_ETD = outputs(jnp.asarray(x_TD[places]), layer)
+        matrices = [np.asarray(w, np.float32) for w in layer if w is not None]
+        found.append(LayerWeights(matrices, np.asarray(outputs_ETD)))
     return found
 
 
@@ -160,14 +167,20 @@ def _layer_inputs(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) ->
     kept = Intervention(keep_inputs=True)
     report = model.score(inputs, inputs.tokens_BS, kept).report
     assert report is not None, "a model with routed experts reports its layers"
+    assert report.inputs_BSD is not None, "see `keep_inputs`"
     return report.inputs_BSD
 
 
-def _experts(model: Transformer) -> list[list[np.ndarray]]:
-    """gate_EFD, up_EFD and down_EDF of each MoE layer."""
-    moe = model.layers.moe
-    stacked = [np.asarray(w[...], np.float32) for w in (moe.gate_EFD, moe.up_EFD, moe.down_EDF)]
-    return [list(layer) for layer in zip(*stacked, strict=True)]
+def _experts(model: Transformer) -> list[experts.ExpertWeights]:
+    """The routed experts of each MoE layer."""
+    found = []
+    for number, run in enumerate(layout.runs(model.config)):
+        at: Any = model
+        for key in layout.path_of_run(number):
+            at = at[key] if isinstance(key, int) else getattr(at, key)
+        stacked = at.layers.moe.expert_weights()
+        found += [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(run.groups)]
+    return found
 
 
 def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -185,6 +198,7 @@ def _flat(
     """The tokens of a batch that are no padding, in the order of `RoutedText`."""
     valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
     sequence_BS = np.broadcast_to(first + np.arange(len(valid_BS))[:, None], valid_BS.shape)
+    assert "domain_BS" in batch, "held-out batches say their domain"
     columns = (batch["tokens_BS"], sequence_BS, batch["positions_BS"], batch["domain_BS"])
     flat = (np.asarray(x_BS, np.int32)[valid_BS] for x_BS in columns)
     return *flat, np.asarray(ids_LBSK)[:, valid_BS], np.asarray(gates_LBSK)[:, valid_BS]

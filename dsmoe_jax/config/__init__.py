@@ -26,7 +26,7 @@ from dsmoe_jax.config.run import (
     to_config_dict,
 )
 from dsmoe_jax.config.stages import Stage, stage_of, stages_of, tokens_after
-from dsmoe_jax.config.train import TrainConfig
+from dsmoe_jax.config.train import TrainableConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",
@@ -46,6 +46,7 @@ __all__ = [
     "Schedule",
     "Stage",
     "TrainConfig",
+    "TrainableConfig",
     "differences",
     "from_config_dict",
     "from_saved",

@@ -16,7 +16,7 @@ class RopeScaling:
     A rope type (dsmoe_jax/nn/attention/rope.py) refuses a setting that it would ignore.
     """
 
-    factor: float  # how many times longer the context is
+    factor: float = 1.0  # how many times longer the context is
     rope_type: str = "yarn"  # in dsmoe_jax/nn/attention/rope.py
     original_max_position_embeddings: int | None = None  # positions of the first context
     beta_fast: float = 32.0  # yarn: pairs with more turns in the first context stay as they are

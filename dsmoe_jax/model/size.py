@@ -7,7 +7,8 @@ With these definitions the counts agree with the digits that DeepSeekMoE prints 
 and 9):
 - `total` is everything trained: embedding, output head, norms, attention, FFNs and router; but for
   the modules of multi-token prediction, which are `mtp`: papers print the model without them.
-- `activated` is `total` without the routed experts a token is not sent to.  The embedding table
+- `activated` is `total` without the routed experts a token is not sent to (with identity experts,
+  which have no parameters: if all choices are equally likely).  The embedding table
   counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).  V2-Lite's 2.4B are
   without it: `activated_without_embedding`.  A table that is the head too stays.
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
@@ -29,6 +30,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
 from dsmoe_jax.model.build import model_shapes
+from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.feed_forward import form_of
@@ -67,17 +69,21 @@ def count_parameters(model: ModelConfig) -> Parameters:
             embedding = math.prod(param.shape)
         of = mtp if path[0] == "mtp" else sizes
         of[_part(path)] += math.prod(param.shape)
-    e = model.moe.n_routed_experts
-    k = model.moe.num_experts_per_tok
+    moe = model.moe
+    e = moe.n_routed_experts
     assert not e or sizes["routed"] % e == 0, "routed experts are all of one size"
-    routed_activated = sizes["routed"] // e * k if e else 0
+
+    def activated(routed: int) -> int:
+        return routed * moe.num_experts_per_tok // moe.n_choices if e else 0
+
+    routed_activated = activated(sizes["routed"])
     return Parameters(
         total=sum(sizes.values()),
         activated=sum(sizes.values()) - sizes["routed"] + routed_activated,
         expert_total=sizes["shared"] + sizes["routed"],
         expert_activated=sizes["shared"] + routed_activated,
         mtp=sum(mtp.values()),
-        mtp_activated=sum(mtp.values()) - (mtp["routed"] // e * (e - k) if e else 0),
+        mtp_activated=sum(mtp.values()) - mtp["routed"] + activated(mtp["routed"]),
         embedding=embedding,
     )
 
@@ -127,7 +133,10 @@ def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
     expert = moe_layers * ffn(moe.moe_intermediate_size)
     shared = moe_layers * ffn(moe.shared_width) if moe.n_shared_experts else 0
     expert_total = shared + expert * moe.n_routed_experts
-    expert_activated = shared + expert * moe.num_experts_per_tok
+    expert_activated = shared
+    if moe.n_routed_experts:
+        routed = expert * moe.n_routed_experts
+        expert_activated += routed * moe.num_experts_per_tok // moe.n_choices
     return Parameters(
         outside + expert_total,
         outside + expert_activated,
@@ -175,7 +184,7 @@ def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
     gate = d if moe.shared_expert_gate else 0
     if not moe.n_routed_experts:
         return gate
-    logits = moe.n_routed_experts * get_router(moe)[0].logits_per_expert
+    logits = moe.n_choices * get_router(moe)[0].logits_per_expert
     return gate + logits * (d + (biases and moe.router.logits_bias))
 
 
@@ -217,7 +226,7 @@ def _flops_per_sequence(config: Config) -> float:
     d = model.hidden_size
     layers = model.num_hidden_layers
     shared = moe.shared_width / moe.moe_intermediate_size  # in widths of a routed expert
-    experts = shared + moe.num_experts_per_tok
+    experts = shared + moe.computed_per_token
     standard_ffns = (
         model.n_dense_layers * model.nominal_dense_width
         + len(model.moe_layers) * experts * moe.nominal_width
@@ -251,6 +260,18 @@ def _train_flops_per_token(config: Config) -> float:
     matmul = _by_formula(model, biases=False).activated - no_matmul
     scores = layers * attention.get(model.attention).train_flops(model.attention, n)
     return 6 * matmul + scores + _of_modules(config, _train_flops_per_token, 6)
+
+
+def cache_bytes_per_token(model: ModelConfig) -> int:
+    """Bytes that all layers' caches hold for one token of one sequence in generation.
+
+    In the dtype of activations; which "auto" is on the machine where this runs.
+
+    Raises:
+      ValueError: for an attention that cannot be.
+    """
+    one_layer = attention.cache_bytes(model.attention, compute_dtype(model))
+    return model.num_hidden_layers * one_layer
 
 
 def state_bytes(parameters: int) -> dict[str, int]:

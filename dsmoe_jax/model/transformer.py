@@ -118,6 +118,18 @@ class Block(nnx.Module):
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
+    def alone(
+        self, x_BSD: jax.Array, inputs: ModelInputs
+    ) -> tuple[jax.Array, LayerReport | None]:
+        """The block by itself, to compare layer by layer.
+
+        Args:
+          x_BSD: its input.
+          inputs: the batch.
+        """
+        x_BSD, report, _ = self(x_BSD, _every_layer(inputs, None), _OneLayer())
+        return x_BSD, report
+
 
 class Groups(nnx.Module):
     """The layers of a run (`layout.Run`).  Those of the first one the model itself has."""
@@ -188,6 +200,17 @@ class Transformer(nnx.Module):
         """The matrix of the output head, (V, D): the embedding if the two are tied."""
         return self.embedding_VD if self.config.tie_word_embeddings else self.head_VD
 
+    def layer(self, number: int) -> Block:
+        """A layer by its number, from 0, with parameters of its own."""
+        place = layout.places(self.config)[number]
+        module: Any = self
+        for part in place.path:
+            module = module[part] if isinstance(part, int) else getattr(module, part)
+        if place.index is None:
+            return module
+        graph, params = nnx.split(module)
+        return nnx.merge(graph, jax.tree.map(operator.itemgetter(place.index), params))
+
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Logits (float32, B x S x V) of whole single-document sequences."""
         return self.forward(ModelInputs(tokens_BS)).logits_BSV
@@ -202,7 +225,8 @@ class Transformer(nnx.Module):
 
         Args:
           inputs: a batch; see `ModelInputs`.
-          cache: to continue after the positions it holds (single-document sequences only).
+          cache: to continue after the positions it holds.  A sequence is one document, of segment
+            1; tokens of segment 0 are padding, which no later token sees.
           intervention: a change to how the MoE layers are used, for probes.
         """
         hidden_BSD, report, cache = self.hidden(inputs, cache, intervention)
@@ -250,7 +274,9 @@ class Transformer(nnx.Module):
             hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
         )
         stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
-        return hidden_BSD, cache._replace(stacked=stacked)
+        segment_ids_BL = every.mask.key_segment_ids_BL
+        assert segment_ids_BL is not None
+        return hidden_BSD, cache._replace(stacked=stacked, segment_ids_BL=segment_ids_BL)
 
     def score(
         self,
@@ -395,7 +421,10 @@ class Transformer(nnx.Module):
             outputs.append(output)
         reports, caches = zip(*outputs, strict=True)
         if cache is not None:
-            cache = Cache.of(tuple(leading), caches, cache.length + inputs.tokens_BS.shape[1])
+            length = cache.length + inputs.tokens_BS.shape[1]
+            assert every.mask.key_segment_ids_BL is not None
+            segment_ids_BL = every.mask.key_segment_ids_BL
+            cache = Cache.of(tuple(leading), caches, length, segment_ids_BL)
         return x_BSD, _joined(reports), cache
 
     def _scan(
@@ -462,17 +491,24 @@ class Transformer(nnx.Module):
             RunCache(_repeated(one, run.groups), _repeated(one, run.groups * run.dense))
             for run in layout.runs(self.config)
         ]
-        return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0))
+        leading = (one,) * len(self.leading)
+        return Cache.of(leading, of_runs, jnp.int32(0), _nothing(batch, max_length))
 
     def empty_draft_cache(self, batch: int, max_length: int) -> Cache:
         """As `empty_cache`, of the modules of multi-token prediction."""
         one = self._empty_cache_of_layer(batch, max_length)
-        return Cache((), _repeated(one, self.config.mtp_depth), jnp.int32(0))
+        stacked = _repeated(one, self.config.mtp_depth)
+        return Cache((), stacked, jnp.int32(0), _nothing(batch, max_length))
 
     def _empty_cache_of_layer(self, batch: int, max_length: int) -> Any:
         config = self.config.attention
         empty = attention.get(config).empty_cache
         return empty(config, batch, max_length, compute_dtype(self.config))
+
+
+def _nothing(batch: int, max_length: int) -> jax.Array:
+    """The segments of a cache without tokens, (B, L)."""
+    return jnp.zeros((batch, max_length), jnp.int32)
 
 
 def _repeated(cache: Any, n: int) -> Any:
@@ -518,12 +554,19 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
     b, s = inputs.tokens_BS.shape
     segment_ids_BS = inputs.segment_ids_BS
     positions_BS = inputs.positions_BS
-    start = 0 if cache is None else cache.length
-    index_S = start + jnp.arange(s)
-    assert cache is None or segment_ids_BS is None, "a cache continues single documents"
-    mask = CausalMask(segment_ids_BS, start, None if cache is None else cache.max_length)
+    if cache is None:
+        start = 0
+        mask = CausalMask(segment_ids_BS)
+        default_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
+    else:
+        start = cache.length
+        if segment_ids_BS is None:
+            segment_ids_BS = jnp.ones((b, s), jnp.int32)
+        key_ids_BL = jax.lax.dynamic_update_slice(cache.segment_ids_BL, segment_ids_BS, (0, start))
+        mask = CausalMask(segment_ids_BS, start, cache.max_length, key_ids_BL)
+        default_BS = _tokens_before(cache, segment_ids_BS)
     if positions_BS is None:
-        positions_BS = jnp.broadcast_to(index_S, (b, s))
+        positions_BS = default_BS
     valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
     return _EveryLayer(
         inputs.tokens_BS,
@@ -534,6 +577,15 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
         inputs.sequence_ids_B,
         start,
     )
+
+
+def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
+    """Number of each sequence's tokens before each new one, padding not counted."""
+    # What lies past the length was taken back (a draft that was wrong).
+    filled_L = jnp.arange(cache.max_length) < cache.length
+    cached_B = ((cache.segment_ids_BL > 0) & filled_L).sum(axis=1)
+    valid_BS = segment_ids_BS > 0
+    return cached_B[:, None] + jnp.cumsum(valid_BS, axis=1) - valid_BS
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -58,7 +58,7 @@ def recomputed(config: Config, chips: int) -> float:
     routed = scores = 0.0
     if chips > 1 and moe.n_routed_experts:
         layers = len(model.moe_layers) + model.mtp_depth
-        weights = moe.num_experts_per_tok * 3 * model.hidden_size * moe.moe_intermediate_size
+        weights = moe.computed_per_token * 3 * model.hidden_size * moe.moe_intermediate_size
         routed = layers * 6 * weights / all_flops
     kind = remat.get(model.remat)
     if ATTENDED in kind.kept and not attention.kernels.keeps_scores(model.attention.kernel):

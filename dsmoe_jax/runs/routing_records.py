@@ -9,7 +9,8 @@ It is the routing that the experts computed: after dropping.  A batch in which s
 has `sent_BLSK` too, the experts before; one in which the router itself left something out has
 `chosen_BLSK`, all that it chose.  (See `RecordedRouting`.)
 
-Shapes: B sequences of a batch, L MoE layers, S positions, E routed experts, K columns of a routing.
+Shapes: B sequences of a batch, L MoE layers, S positions, E experts that the router chooses among
+(identity experts last), K columns of a routing.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
         "layers": len(model.moe_layers),
         # In training those of multi-token prediction come behind them.
         "mtp_layers": model.mtp_depth or None,
-        "experts": model.moe.n_routed_experts,
+        "experts": model.moe.n_choices,
         "experts_per_token": [_columns(stage.config) for stage in stages],
         "stages_after": [stage.first for stage in stages],  # updates made before each stage
         "sequence_length": config.data.sequence_length,
@@ -101,7 +102,7 @@ def _columns(config: Config) -> int:
     moe = config.model.moe
     router = router_of(config)
     assert router is not None, "a model without routed experts has no recording"
-    return router.columns(moe.n_routed_experts, moe.num_experts_per_tok)
+    return router.columns(moe.n_choices, moe.num_experts_per_tok)
 
 
 def validation_name(step: int) -> str:

@@ -106,7 +106,7 @@ class BatchGradient:
 
         Args:
           params: to differentiate with respect to.
-          other: variables of the model without a gradient.
+          other: all other arrays of the model, frozen parameters among them.
           batch: the global batch.
           rng: random key of the step.
           weights: of the balance terms.

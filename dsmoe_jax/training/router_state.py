@@ -70,7 +70,8 @@ def after_step(
 
     Args:
       other: with the variables of all MoE layers, each with a leading layer axis.
-      load_LE: assignments of the whole global batch, of all layers in the order of reports.
+      load_LE: assignments of the whole global batch, of all layers in the order of reports, those
+        of identity experts last.
       progress: of the run.
       model: config of the model.
     """

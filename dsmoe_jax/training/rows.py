@@ -69,6 +69,8 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row |= {
         f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.token_sums.items()
     }
+    if stats.identity_Z is not None:
+        row["identity_per_token"] = as_list(stats.identity_Z.sum(axis=-1) / stats.tokens)
     row |= {_term_key(name): as_list(term_L) for name, term_L in metrics.terms.items()}
     row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:
@@ -104,6 +106,13 @@ def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
     """The results of `HeldOut.measure` after a step; of the loads only how uneven they are."""
     keys = ("loss", "bits_per_byte", "tokens", "maxvio", "dropped", "domains")
     return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
+
+
+def before_training(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Held-out results before the first step as `before`, if they were measured."""
+    keys = ("loss", "bits_per_byte")
+    found = [row for row in rows if row["step"] == 0 and "validation_loss" in row]
+    return {"before": {key: found[0][f"validation_{key}"] for key in keys}} if found else {}
 
 
 def steps_of_lowest_loss(rows: list[dict[str, Any]]) -> list[int]:
