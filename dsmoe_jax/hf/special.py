@@ -181,3 +181,14 @@ def _read_sparse_step(tree: Tree) -> Tree:
 SPARSE_STEP = Special(
     _read_sparse_step, lambda ours: {"decoder_sparse_step": ours["moe_layer_freq"]}
 )
+
+
+def _read_ahead(tree: Tree) -> Tree:
+    depth = tree.get("num_nextn_predict_layers") or 0
+    return {"mtp.num_nextn_predict_layers": depth} if depth else {}
+
+
+AHEAD = Special(
+    _read_ahead,
+    lambda ours: {"num_nextn_predict_layers": ours.get("mtp.num_nextn_predict_layers", 0)},
+)
