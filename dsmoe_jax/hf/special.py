@@ -55,13 +55,15 @@ def _rope(default_theta: float) -> Special:
         return values
 
     def write(ours: Tree) -> Tree:
-        # In the form of before transformers 5, which every version reads.
-        tree: Tree = {"rope_theta": ours["attention.rope_theta"], "rope_scaling": None}
+        theta = ours["attention.rope_theta"]
         kind = ours.get(f"{_SCALING}rope_type")
+        section = {"rope_type": kind or _NO_SCALING, "rope_theta": theta}
+        # The first for transformers 5, the others for the versions before it.
+        tree: Tree = {"rope_parameters": section, "rope_theta": theta}
         if kind is not None:
             numbers = {name: ours.get(_SCALING + name) for name in _settings(kind)}
-            there = {name: number for name, number in numbers.items() if number is not None}
-            tree["rope_scaling"] = {"rope_type": kind, "type": kind, **there}
+            section |= {name: number for name, number in numbers.items() if number is not None}
+            tree["rope_scaling"] = {"type": kind, **section}
         return tree
 
     return Special(read, write)

@@ -5,7 +5,8 @@ within a layer (see `Tensor`).  A line holds for every layer that has its arrays
 serves dense and MoE layers, with biases and without.
 
 Axes: D hidden, F feed-forward width, E routed experts, N query heads, M key/value heads, H head
-size; of latent attention R rotated part of a head, I size of a value, Q and Z latents; V vocabulary; J two hidden vectors side by side.
+size; of latent attention R rotated part of a head, I size of a value, Q and Z latents; V
+vocabulary; J two hidden vectors side by side.
 """
 
 from __future__ import annotations

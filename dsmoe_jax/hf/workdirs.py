@@ -128,8 +128,8 @@ def _needs_from(source: Source) -> str:
     block = min(largest, CHUNK_BYTES)
     return (
         f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
-        f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters; takes"
-        f" twice the latter on disk (half of it until the end), and in memory some blocks of"
+        f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
+        f" takes twice the latter on disk (half of it until the end), and in memory some blocks of"
         f" {size_text(block)} beside pages of those files that the system may take back"
     )
 
@@ -218,11 +218,7 @@ def _kept(workdir: Path, config: Config) -> Path | None:
 def _about(kept: Path | None, config: Config) -> dict[str, Any]:
     """Keys of a config.json that are not of the model: of the one that it came with, if any."""
     if kept is not None and (kept / CONFIG).is_file():
-        tree = json_files.read(kept / CONFIG)
-        # What is said anew under another name would be said twice.
-        for key in ("rope_parameters", "quantization_config"):
-            tree.pop(key, None)
-        return tree
+        return json_files.read(kept / CONFIG)
     scaling = config.model.attention.rope_scaling
     length = config.data.sequence_length
     if scaling is not None:

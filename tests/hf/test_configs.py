@@ -25,7 +25,7 @@ def test_the_released_16b():
         "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_routed_experts": 64,
         "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
         "norm_topk_prob": False, "scoring_func": "softmax", "hidden_act": "silu",
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "tie_word_embeddings": False, "attention_bias": False,
     }  # fmt: skip
     assert {key: tree[key] for key in released} == released
