@@ -118,9 +118,7 @@ class Block(nnx.Module):
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
-    def alone(
-        self, x_BSD: jax.Array, inputs: ModelInputs
-    ) -> tuple[jax.Array, LayerReport | None]:
+    def alone(self, x_BSD: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, LayerReport | None]:
         """The block by itself, to compare layer by layer.
 
         Args:
