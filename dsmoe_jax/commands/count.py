@@ -27,6 +27,7 @@ _ALL = flags.DEFINE_bool("all", False, "Every model of the paper (the default wi
 QUANTITIES = {
     "total": "total",
     "activated": "activated",
+    "activated_without_embedding": "w/o embedding",
     "expert_total": "experts",
     "expert_activated": "experts act.",
     "flops_per_sequence": "FLOPs/sequence",
@@ -46,7 +47,7 @@ def report(config: Config) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
         "train_flops_per_token": size.train_flops_per_token(config),
         "stages": [_report_of_stage(stage) for stage in _several_stages(config)],
-        "state_bytes": size.state_bytes(int(figures["total"])),
+        "state_bytes": size.state_bytes(int(figures["total"] + figures["mtp"])),
         "paper": {key: papers.value(digits) for key, digits in _paper(config).items()},
     }
 
@@ -135,13 +136,25 @@ def _short(value: float) -> str:
 
 def details(config: Config) -> str:
     """Bytes of training state, and FLOPs at the widths used, which the paper does not print."""
-    state = size.state_bytes(size.parameters_by_formula(config.model).total)
+    counted = size.parameters_by_formula(config.model)
+    state = size.state_bytes(counted.total + counted.mtp)
     gb = {key: f"{value / 1e9:.3g} GB" for key, value in state.items()}
     return (
         f"Training state (float32): parameters {gb['parameters']}, optimizer {gb['optimizer']},"
         f" gradients {gb['gradients']}\n"
         f"Training FLOPs per token at the widths used:"
         f" {_short(size.train_flops_per_token(config))}"
+        f"{_modules(counted)}"
+    )
+
+
+def _modules(counted: size.Parameters) -> str:
+    """A line on multi-token prediction, if the model has it."""
+    if not counted.mtp:
+        return ""
+    return (
+        f"\nModules of multi-token prediction, beside the total: {_short(counted.mtp)} parameters,"
+        f" {_short(counted.mtp_activated)} activated; they share embedding and head"
     )
 
 

@@ -64,7 +64,9 @@ def main() -> None:
     result = train(config, _WORKDIR.value, go_back=_GO_BACK.value, profile=_PROFILE.value)
     held_out = result.evaluation
     if hosts.is_first():
+        before = held_out.get("before")
+        began = "" if before is None else f" (before: {before['loss']:.4f})"
         print(
-            f"step {result.step}: held-out loss {held_out['loss']:.4f} nats per token,"
+            f"step {result.step}: held-out loss {held_out['loss']:.4f} nats per token{began},"
             f" {held_out['bits_per_byte']:.4f} bits per byte"
         )

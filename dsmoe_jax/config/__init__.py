@@ -6,7 +6,7 @@ keys.
 
 from dsmoe_jax.config.data import DataConfig
 from dsmoe_jax.config.mesh import MeshConfig
-from dsmoe_jax.config.model import AttentionConfig, ModelConfig, RopeScaling
+from dsmoe_jax.config.model import AttentionConfig, ModelConfig, MTPConfig, RopeScaling
 from dsmoe_jax.config.moe import (
     BalanceTerm,
     DispatchConfig,
@@ -26,7 +26,7 @@ from dsmoe_jax.config.run import (
     to_config_dict,
 )
 from dsmoe_jax.config.stages import Stage, stage_of, stages_of, tokens_after
-from dsmoe_jax.config.train import TrainConfig
+from dsmoe_jax.config.train import TrainableConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",
@@ -36,6 +36,7 @@ __all__ = [
     "DispatchConfig",
     "DropConfig",
     "ExpertConfig",
+    "MTPConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "Schedule",
     "Stage",
     "TrainConfig",
+    "TrainableConfig",
     "differences",
     "from_config_dict",
     "from_saved",

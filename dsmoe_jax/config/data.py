@@ -11,9 +11,9 @@ from dsmoe_jax.config.checks import positive
 class DataConfig:
     """The corpus, its tokenizer and the length of its sequences."""
 
-    # "demo", "gpu", "stdlib", a file or directory of text, or a prepared corpus, packed or not.
-    # None must be replaced: no corpus that comes with the project is large enough for the paper's
-    # scale.
+    # "demo", "gpu", "stdlib", "tasks", a file or directory of text, or a prepared corpus, packed or
+    # not.  None must be replaced: no corpus that comes with the project is large enough for the
+    # paper's scale.
     corpus: str | None = "demo"
     sequence_length: int = 2048
     tokenizer_vocab_size: int = 8192  # of the byte-level BPE trained on the corpus

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsmoe_jax.config.checks import checker, positive
+from dsmoe_jax.config.checks import checker, not_negative, positive
 from dsmoe_jax.config.frozen import FrozenDict
-from dsmoe_jax.config.moe import MoEConfig
+from dsmoe_jax.config.moe import SCHEDULE_FORM, MoEConfig, Schedule, is_schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Rotary frequencies of a longer context than the first; names as in Hugging Face's configs.
 
-    A rope type (dsmoe_jax/nn/attention/rope.py) refuses a setting that it would ignore.
+    A rope type (dsmoe_jax/nn/attention/rope.py) refuses a setting that it would ignore.  A run that
+    ends with a stage of long documents (V2 section 3.1.4) has
+    `train.stages.model.attention.rope_scaling.factor = (1.0, 40.0)`.
     """
 
-    factor: float  # how many times longer the context is
+    factor: float = 1.0  # how many times longer the context is
     rope_type: str = "yarn"  # in dsmoe_jax/nn/attention/rope.py
     original_max_position_embeddings: int | None = None  # positions of the first context
     beta_fast: float = 32.0  # yarn: pairs with more turns in the first context stay as they are
@@ -79,6 +81,24 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction (V3 section 2.2): modules that predict further tokens in training."""
+
+    num_nextn_predict_layers: int = 1  # modules; the k-th one predicts the token k + 1 ahead
+    factor: float = 0.3  # lambda, the weight of their mean loss
+    # Multiplies the factor, in the form of a balance term's schedule.  V3: 0.3 for the first 10 of
+    # 14.8 T tokens, then 0.1: factor 0.3 and ((0.6757, 1), (0.6757, 0.3333)).
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        at = "model.mtp."
+        positive(self, at, "num_nextn_predict_layers")
+        not_negative(self, at, "factor")
+        ok = self.schedule is None or is_schedule(self.schedule)
+        checker(self, at)("schedule", ok, SCHEDULE_FORM)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer: RMSNorm, RoPE attention, SwiGLU.
 
@@ -114,6 +134,7 @@ class ModelConfig:
     head_block_tokens: int | None = None
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+    mtp: MTPConfig | None = None  # None: the next token alone is predicted
 
     def __post_init__(self) -> None:
         at = "model."
@@ -175,3 +196,8 @@ class ModelConfig:
     def n_dense_layers(self) -> int:
         """Layers with a dense FFN."""
         return self.num_hidden_layers - len(self.moe_layers)
+
+    @property
+    def mtp_depth(self) -> int:
+        """Modules of multi-token prediction; each has an MoE layer behind those of `moe_layers`."""
+        return 0 if self.mtp is None else self.mtp.num_nextn_predict_layers

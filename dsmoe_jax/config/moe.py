@@ -134,11 +134,12 @@ class MoEConfig:
     n_shared_experts: int = 1  # always active; computed as one FFN of this many widths
     num_experts_per_tok: int = 7  # K: routed experts a token activates
     moe_intermediate_size: int = 853  # width of one expert
-    shared_expert_intermediate_size: int | None = None  # of one shared expert; None: as the routed
-    shared_expert_gate: bool = False  # the shared output times sigmoid(x . w) (Qwen2-MoE)
     # Width of one expert as the paper prints it, relative to a standard FFN of 8 d^2 parameters.
     # Only the FLOPs that the paper prints need it: they are at nominal width.
     nominal_width: float = 0.25
+    shared_expert_intermediate_size: int | None = None  # of one shared expert; None: as the routed
+    shared_expert_gate: bool = False  # the shared output times sigmoid(x . w) (Qwen2-MoE)
+    n_identity_experts: int = 0  # more choices of the router, which give their input back (LongCat)
     expert_groups: int = 1  # D: devices of the device and communication terms and of device drops
     router: RouterConfig = RouterConfig()
     # By name of the term: model.moe.balance.expert.factor=0.01; None takes a term out.
@@ -156,6 +157,9 @@ class MoEConfig:
         e = self.n_routed_experts
         k = self.num_experts_per_tok
         not_negative(self, at, "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+        not_negative(self, at, "n_identity_experts")
+        z = self.n_identity_experts
+        check("n_identity_experts", e > 0 or z == 0, "needs n_routed_experts > 0; must be 0")
         positive(self, at, "moe_intermediate_size", "nominal_width", "expert_groups")
         positive(self, at, "shared_expert_intermediate_size")
         for name, none in (
@@ -176,6 +180,17 @@ class MoEConfig:
         self._check_groups()
 
     @property
+    def n_choices(self) -> int:
+        """Experts that the router chooses among: the routed ones, then the identity experts."""
+        return self.n_routed_experts + self.n_identity_experts
+
+    @property
+    def computed_per_token(self) -> float:
+        """Routed experts that compute a token, if all choices are equally likely."""
+        k = self.num_experts_per_tok
+        return k * self.n_routed_experts / self.n_choices if k else 0.0
+
+    @property
     def shared_width(self) -> int:
         """Width of the shared experts together, as the one FFN that they are computed as."""
         one = self.shared_expert_intermediate_size or self.moe_intermediate_size
@@ -188,6 +203,8 @@ class MoEConfig:
         check = checker(router, "model.moe.router.")
         groups = router.n_group
         check("n_group", e % groups == 0, f"must divide n_routed_experts={e}")
+        alone = groups == 1 or self.n_identity_experts == 0
+        check("n_group", alone, "identity experts are in no group; with them it must be 1")
         reachable = router.topk_group * (e // groups)
         check(
             "topk_group",

@@ -10,6 +10,25 @@ from dsmoe_jax.config.frozen import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainableConfig:
+    """The parameters that a run trains; all others keep every bit, and so does a frozen router."""
+
+    part: str = "all"  # a name in dsmoe_jax/training/freezing.py
+    # The ids of the experts to train in each MoE layer, for a part that asks for them.
+    experts: tuple[tuple[int, ...], ...] | None = None
+    # In place of ids: results of `evaluate --out`; in each layer the fewest experts are trained
+    # whose share of the load there reaches `share`.
+    most_used_in: str | None = None
+    share: float = 0.2  # ESFT's threshold for token selection (2407.01906)
+
+    def __post_init__(self) -> None:
+        at = "train.trainable."
+        check = checker(self, at)
+        positive(self, at, "share")
+        check("share", self.share <= 1, "must be at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length of a run, its batches, and the files that it keeps.
 
@@ -24,6 +43,9 @@ class TrainConfig:
     """
 
     steps: int = 25_000
+    # Passes over the training text: `steps` is then what they take, rounded up, counted from the
+    # corpus when the run begins.
+    epochs: float | None = None
     # Shares (optimizer.decay_at, schedules of balance terms, stages) are of so many steps; None: of
     # `steps`.  A run that is trained for longer keeps those that it had, and its past.
     schedule_steps: int | None = None
@@ -40,6 +62,7 @@ class TrainConfig:
     # Pairs (step, number): before this step so many batches of its size are left out of the data.
     skip_batches: tuple[tuple[int, ...], ...] = ()
     start_from: str | None = None  # the workdir of a run whose parameters this one begins with
+    trainable: TrainableConfig = TrainableConfig()
     stages: FrozenDict[str, tuple[Any, ...]] | None = None
     record_routing: bool = False  # keep every step's expert ids and gates in WORKDIR/routing
     replay_routing: str | None = None  # such a directory, for a router that replays it
@@ -51,6 +74,7 @@ class TrainConfig:
             self,
             at,
             "steps",
+            "epochs",
             "schedule_steps",
             "global_batch_size",
             "accumulation_steps",

@@ -13,7 +13,7 @@ from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import sha256_of
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
-from dsmoe_jax.data.row_kinds import TEXT
+from dsmoe_jax.data.row_kinds import TEXT, get_kind
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
@@ -38,6 +38,15 @@ def locate(corpus: str, key: str = "data.corpus") -> str:
 def is_there(corpus: str) -> bool:
     """Whether there is a corpus of this name or path."""
     return corpus in BUILT_IN or Path(locate(corpus)).exists()
+
+
+def is_unprepared_chat(config: DataConfig) -> bool:
+    """Whether the corpus of a config is conversations that must be prepared first."""
+    name = config.corpus
+    if name is None or not is_there(name) or _is_prepared(locate(name)):
+        return False
+    rows = sources.CORPORA[name].rows if name in BUILT_IN else config.rows
+    return get_kind(rows).answers_only
 
 
 def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:

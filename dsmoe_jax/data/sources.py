@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dsmoe_jax.config.frozen import FrozenDict
-from dsmoe_jax.data import readers, row_kinds, stdlib
+from dsmoe_jax.data import readers, row_kinds, stdlib, tasks
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.fetch import Package, fetch, read_members
 
@@ -43,10 +43,11 @@ class Source:
 
 @dataclass(frozen=True)
 class StdlibSource:
-    """Text of the running Python."""
+    """Text of the running Python, or of a program that makes it; `origin` says which."""
 
     read: Callable[[], Iterator[Document]]
     licence: str = "PSF-2.0"
+    origin: str = "stdlib"
 
     def documents(self) -> Iterator[Document]:
         """Reads the documents."""
@@ -54,7 +55,7 @@ class StdlibSource:
 
     def describe(self) -> dict[str, str]:
         """Origin of the text, for the manifest."""
-        return {"source": f"stdlib {self.read.__name__}", "licence": self.licence}
+        return {"source": f"{self.origin} {self.read.__name__}", "licence": self.licence}
 
 
 PACKAGES = {
@@ -186,6 +187,19 @@ STDLIB: dict[str, tuple[StdlibSource, ...]] = {
 """The corpus without a download."""
 
 
+TASKS: dict[str, tuple[StdlibSource, ...]] = {
+    read.__name__: (StdlibSource(read, "Apache-2.0", "dsmoe_jax.data.tasks"),)
+    for read in (
+        tasks.arithmetic,
+        tasks.letters,
+        tasks.order,
+        tasks.repetition,
+        tasks.comparison,
+    )
+}
+"""Conversations without a download, for tests of fine-tuning and first steps."""
+
+
 @dataclass(frozen=True)
 class BuiltIn:
     """A corpus that comes with the project.
@@ -214,5 +228,6 @@ CORPORA: dict[str, BuiltIn] = {
     "demo": BuiltIn(DEMO, 2_000_000, "downloads 70 MB", EXTRA),
     "gpu": BuiltIn(GPU, None, "downloads 213 MB"),
     "stdlib": BuiltIn(STDLIB, 1_000_000, "no download"),
+    "tasks": BuiltIn(TASKS, None, "conversations, no download", rows="chat"),
 }
 """The built-in corpora by name."""

@@ -10,7 +10,7 @@ the last group is shorter; only `mlp_only_layers` can make it more.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
 
@@ -60,6 +60,15 @@ def path_of_run(number: int) -> Path:
     return ("further", number - 1) if number else ()
 
 
+def moe_stacks(config: ModelConfig) -> list[tuple[Path, int]]:
+    """Path of each stack of MoE layers in a model's state, and its layers, in the order of reports.
+
+    Behind those of the runs come the blocks of multi-token prediction.
+    """
+    stacks = [((*path_of_run(i), "layers"), run.groups) for i, run in enumerate(runs(config))]
+    return [*stacks, (("mtp", "block"), config.mtp_depth)] if config.mtp_depth else stacks
+
+
 def places(config: ModelConfig) -> list[Place]:
     """The places of all layers, in order."""
     found = [Place(("leading", layer), None) for layer in range(n_leading(config))]
@@ -70,3 +79,8 @@ def places(config: ModelConfig) -> list[Place]:
             first = group * run.dense
             found += [Place((*at, "between"), first + i) for i in range(run.dense)]
     return found
+
+
+def keys_of(path: tuple) -> tuple[Any, ...]:
+    """The path of an array of a state as `jax.tree` gives it, without what is no key."""
+    return tuple(key.key for key in path if hasattr(key, "key"))

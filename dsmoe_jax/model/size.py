@@ -5,9 +5,12 @@ model counts in seconds).  `parameters_by_formula` counts them again from the si
 
 With these definitions the counts agree with the digits that DeepSeekMoE prints (V1 tables 1-3, 6, 8
 and 9):
-- `total` is everything trained: embedding, output head, norms, attention, FFNs and router.
-- `activated` is `total` without the routed experts a token is not sent to.  The embedding table
-  counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
+- `total` is everything trained: embedding, output head, norms, attention, FFNs and router; but for
+  the modules of multi-token prediction, which are `mtp`: papers print the model without them.
+- `activated` is `total` without the routed experts a token is not sent to (with identity experts,
+  which have no parameters: if all choices are equally likely).  The embedding table
+  counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).  V2-Lite's 2.4B are
+  without it: `activated_without_embedding`.  A table that is the head too stays.
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
   neither the router, the gate of the shared experts nor dense layers.  A dense model's FFN is its
@@ -21,12 +24,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
 from dsmoe_jax.model.build import model_shapes
+from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.feed_forward import form_of
@@ -40,6 +44,14 @@ class Parameters:
     activated: int
     expert_total: int
     expert_activated: int
+    mtp: int = 0
+    mtp_activated: int = 0
+    embedding: int = 0  # of a table that is no head
+
+    @property
+    def activated_without_embedding(self) -> int:
+        """Activated parameters that take part in a product."""
+        return self.activated - self.embedding
 
 
 @functools.cache  # an experiment asks for each model many times: with every seed, rate and batch
@@ -50,17 +62,29 @@ def count_parameters(model: ModelConfig) -> Parameters:
       ValueError: if the module cannot be built from the config.
     """
     sizes = {"routed": 0, "shared": 0, "router": 0, "other": 0}
+    mtp = dict(sizes)
+    embedding = 0
     for path, param in nnx.to_flat_state(model_shapes(model).params):
-        sizes[_part(path)] += math.prod(param.shape)
-    e = model.moe.n_routed_experts
-    k = model.moe.num_experts_per_tok
+        if path == ("embedding_VD",) and not model.tie_word_embeddings:
+            embedding = math.prod(param.shape)
+        of = mtp if path[0] == "mtp" else sizes
+        of[_part(path)] += math.prod(param.shape)
+    moe = model.moe
+    e = moe.n_routed_experts
     assert not e or sizes["routed"] % e == 0, "routed experts are all of one size"
-    routed_activated = sizes["routed"] // e * k if e else 0
+
+    def activated(routed: int) -> int:
+        return routed * moe.num_experts_per_tok // moe.n_choices if e else 0
+
+    routed_activated = activated(sizes["routed"])
     return Parameters(
         total=sum(sizes.values()),
         activated=sum(sizes.values()) - sizes["routed"] + routed_activated,
         expert_total=sizes["shared"] + sizes["routed"],
         expert_activated=sizes["shared"] + routed_activated,
+        mtp=sum(mtp.values()),
+        mtp_activated=sum(mtp.values()) - mtp["routed"] + activated(mtp["routed"]),
+        embedding=embedding,
     )
 
 
@@ -76,7 +100,17 @@ def _part(path: tuple) -> str:
 
 def parameters_by_formula(model: ModelConfig) -> Parameters:
     """The same numbers from the sizes alone, to check `count_parameters` against."""
-    return _by_formula(model, biases=True)
+    own = _by_formula(model, biases=True)
+    if not model.mtp_depth:
+        return own
+    one, two = (_by_formula(_moe_layers_alone(model, n), biases=True) for n in (1, 2))
+    d = model.hidden_size
+    around = 2 * d**2 + 3 * d  # projection and norms of a module, beside its block
+    return dataclasses.replace(
+        own,
+        mtp=model.mtp_depth * (two.total - one.total + around),
+        mtp_activated=model.mtp_depth * (two.activated - one.activated + around),
+    )
 
 
 def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
@@ -99,10 +133,48 @@ def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
     expert = moe_layers * ffn(moe.moe_intermediate_size)
     shared = moe_layers * ffn(moe.shared_width) if moe.n_shared_experts else 0
     expert_total = shared + expert * moe.n_routed_experts
-    expert_activated = shared + expert * moe.num_experts_per_tok
+    expert_activated = shared
+    if moe.n_routed_experts:
+        routed = expert * moe.n_routed_experts
+        expert_activated += routed * moe.num_experts_per_tok // moe.n_choices
     return Parameters(
-        outside + expert_total, outside + expert_activated, expert_total, expert_activated
+        outside + expert_total,
+        outside + expert_activated,
+        expert_total,
+        expert_activated,
+        embedding=0 if model.tie_word_embeddings else model.vocab_size * d,
     )
+
+
+def _moe_layers_alone(model: ModelConfig, n: int) -> ModelConfig:
+    """The model with n layers, all with an MoE layer: two of these differ by MoE layers alone."""
+    return dataclasses.replace(
+        model,
+        num_hidden_layers=n,
+        first_k_dense_replace=0,
+        moe_layer_freq=1,
+        moe_layer_offset=0,
+        mlp_only_layers=(),
+        mtp=None,
+    )
+
+
+def _of_modules(config: Config, cost: Callable[[Config], float], of_product: float) -> float:
+    """Cost of the modules of multi-token prediction.
+
+    Args:
+      config: of the run.
+      cost: of the model without them, from its config.
+      of_product: cost for each parameter of a matrix product.
+    """
+    model = config.model
+    if not model.mtp_depth:
+        return 0
+    one, two = (
+        cost(dataclasses.replace(config, model=_moe_layers_alone(model, n))) for n in (1, 2)
+    )
+    d = model.hidden_size
+    return model.mtp_depth * (two - one + of_product * (2 * d**2 + model.vocab_size * d))
 
 
 def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
@@ -112,7 +184,7 @@ def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
     gate = d if moe.shared_expert_gate else 0
     if not moe.n_routed_experts:
         return gate
-    logits = moe.n_routed_experts * get_router(moe)[0].logits_per_expert
+    logits = moe.n_choices * get_router(moe)[0].logits_per_expert
     return gate + logits * (d + (biases and moe.router.logits_bias))
 
 
@@ -139,8 +211,9 @@ def flops_per_sequence(config: Config) -> float:
 
     F is at nominal widths (`nominal_width`, `nominal_dense_width`: shares of a standard FFN of
     8 D^2); attention has full key and value heads and no causal discount; the output head counts,
-    router and embedding lookup do not.  For comparisons with the paper; what is really computed is
-    `train_flops_per_token`.
+    router and embedding lookup do not.  Modules of multi-token prediction count as layers that have
+    their projection and the head besides.  For comparisons with the paper; what is really computed
+    is `train_flops_per_token`.
     """
     stages = stages_of(config)
     return mean_over_tokens(stages, [_flops_per_sequence(stage.config) for stage in stages])
@@ -153,13 +226,15 @@ def _flops_per_sequence(config: Config) -> float:
     d = model.hidden_size
     layers = model.num_hidden_layers
     shared = moe.shared_width / moe.moe_intermediate_size  # in widths of a routed expert
-    experts = shared + moe.num_experts_per_tok
+    experts = shared + moe.computed_per_token
     standard_ffns = (
         model.n_dense_layers * model.nominal_dense_width
         + len(model.moe_layers) * experts * moe.nominal_width
     )
     ffn = 8 * d**2 * standard_ffns
-    return 6 * n * (4 * layers * d**2 + ffn + model.vocab_size * d) + 12 * layers * d * n**2
+    products = 4 * layers * d**2 + ffn + model.vocab_size * d
+    of_modules = _of_modules(config, _flops_per_sequence, 6 * n)
+    return 6 * n * products + 12 * layers * d * n**2 + of_modules
 
 
 def train_flops_per_token(config: Config) -> float:
@@ -183,7 +258,20 @@ def _train_flops_per_token(config: Config) -> float:
     lookup = 0 if model.tie_word_embeddings else model.vocab_size * d  # a tied one is the head too
     no_matmul = lookup + d * (2 * layers + 1)
     matmul = _by_formula(model, biases=False).activated - no_matmul
-    return 6 * matmul + layers * attention.get(model.attention).train_flops(model.attention, n)
+    scores = layers * attention.get(model.attention).train_flops(model.attention, n)
+    return 6 * matmul + scores + _of_modules(config, _train_flops_per_token, 6)
+
+
+def cache_bytes_per_token(model: ModelConfig) -> int:
+    """Bytes that all layers' caches hold for one token of one sequence in generation.
+
+    In the dtype of activations; which "auto" is on the machine where this runs.
+
+    Raises:
+      ValueError: for an attention that cannot be.
+    """
+    one_layer = attention.cache_bytes(model.attention, compute_dtype(model))
+    return model.num_hidden_layers * one_layer
 
 
 def state_bytes(parameters: int) -> dict[str, int]:
@@ -203,5 +291,9 @@ def account(config: Config) -> dict[str, float]:
 
 
 def _account(config: Config) -> dict[str, float]:
-    parameters = dataclasses.asdict(count_parameters(config.model))
-    return {**parameters, "flops_per_sequence": _flops_per_sequence(config)}
+    parameters = count_parameters(config.model)
+    return {
+        **dataclasses.asdict(parameters),
+        "activated_without_embedding": parameters.activated_without_embedding,
+        "flops_per_sequence": _flops_per_sequence(config),
+    }

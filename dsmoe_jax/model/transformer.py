@@ -22,8 +22,9 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
-from dsmoe_jax.model import layout, remat
+from dsmoe_jax.model import layout, mtp, remat
 from dsmoe_jax.model.layout import Run
+from dsmoe_jax.model.mtp import Ahead
 from dsmoe_jax.model.types import Cache, ModelInputs, Output, RunCache, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
@@ -117,6 +118,16 @@ class Block(nnx.Module):
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
+    def alone(self, x_BSD: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, LayerReport | None]:
+        """The block by itself, to compare layer by layer.
+
+        Args:
+          x_BSD: its input.
+          inputs: the batch.
+        """
+        x_BSD, report, _ = self(x_BSD, _every_layer(inputs, None), _OneLayer())
+        return x_BSD, report
+
 
 class Groups(nnx.Module):
     """The layers of a run (`layout.Run`).  Those of the first one the model itself has."""
@@ -128,16 +139,25 @@ class Groups(nnx.Module):
 def _stacks(config: ModelConfig, run: Run, rngs: nnx.Rngs) -> tuple[Block, Block | None]:
     """The MoE layers of a run and its dense ones, each with a leading layer axis."""
 
-    def stack(n: int, dense: bool) -> Block:
-        @nnx.split_rngs(splits=n)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, dense=dense, rngs=rngs)
+    def moe(rngs: nnx.Rngs) -> Block:
+        return Block(config, dense=False, rngs=rngs)
 
-        return stacked(rngs)
+    def dense(rngs: nnx.Rngs) -> Block:
+        return Block(config, dense=True, rngs=rngs)
 
     n_dense = run.groups * run.dense
-    return stack(run.groups, dense=False), stack(n_dense, dense=True) if n_dense else None
+    return _stack(moe, run.groups, rngs), _stack(dense, n_dense, rngs) if n_dense else None
+
+
+def _stack(make: Callable[[nnx.Rngs], Any], n: int, rngs: nnx.Rngs) -> Any:
+    """n modules as one, whose arrays have a leading layer axis."""
+
+    @nnx.split_rngs(splits=n)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs) -> Any:
+        return make(rngs)
+
+    return stacked(rngs)
 
 
 class Transformer(nnx.Module):
@@ -149,6 +169,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         remat.get(config.remat)
+        mtp.check(config)
         self.config = config
         std = config.initializer_range
         n_leading = layout.n_leading(config)
@@ -160,6 +181,12 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head_VD = init_matrix(rngs, (config.vocab_size, config.hidden_size), std)
+        if config.mtp is not None:
+
+            def module(rngs: nnx.Rngs) -> mtp.Module:
+                return mtp.Module(config, Block(config, dense=False, rngs=rngs), rngs=rngs)
+
+            self.mtp = _stack(module, config.mtp_depth, rngs)
 
     @property
     def n_scanned(self) -> int:
@@ -170,6 +197,17 @@ class Transformer(nnx.Module):
     def head(self) -> nnx.Param[jax.Array]:
         """The matrix of the output head, (V, D): the embedding if the two are tied."""
         return self.embedding_VD if self.config.tie_word_embeddings else self.head_VD
+
+    def layer(self, number: int) -> Block:
+        """A layer by its number, from 0, with parameters of its own."""
+        place = layout.places(self.config)[number]
+        module: Any = self
+        for part in place.path:
+            module = module[part] if isinstance(part, int) else getattr(module, part)
+        if place.index is None:
+            return module
+        graph, params = nnx.split(module)
+        return nnx.merge(graph, jax.tree.map(operator.itemgetter(place.index), params))
 
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Logits (float32, B x S x V) of whole single-document sequences."""
@@ -185,14 +223,64 @@ class Transformer(nnx.Module):
 
         Args:
           inputs: a batch; see `ModelInputs`.
-          cache: to continue after the positions it holds (single-document sequences only).
+          cache: to continue after the positions it holds.  A sequence is one document, of segment
+            1; tokens of segment 0 are padding, which no later token sees.
           intervention: a change to how the MoE layers are used, for probes.
         """
+        hidden_BSD, report, cache = self.hidden(inputs, cache, intervention)
+        return Output(self.logits(hidden_BSD), report, cache)
+
+    def hidden(
+        self,
+        inputs: ModelInputs,
+        cache: Cache | None = None,
+        intervention: Intervention = interventions.NONE,
+    ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
+        """As `forward`, but (B, S, D) that the head gets, normed, instead of logits."""
         x_BSD, report, cache = self._layers(inputs, cache, intervention)
         with jax.named_scope("head"):
-            logits_BSV = head.logits(self.final_norm(x_BSD), self.head)
-        chex.assert_shape(logits_BSV, (*inputs.tokens_BS.shape, self.config.vocab_size))
-        return Output(logits_BSV, report, cache)
+            return self.final_norm(x_BSD), report, cache
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """Logits of what `hidden` or `draft` returns, float32 (B, S, V)."""
+        with jax.named_scope("head"):
+            logits_BSV = head.logits(hidden_BSD, self.head)
+        chex.assert_shape(logits_BSV, (*hidden_BSD.shape[:2], self.config.vocab_size))
+        return logits_BSV
+
+    def draft(
+        self,
+        k: int,
+        hidden_BSD: jax.Array,
+        next_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the k-th module of multi-token prediction as a draft of generation.
+
+        Args:
+          k: 1, 2, ...
+          hidden_BSD: of `hidden` (k = 1) or of the module before it.
+          next_BS: int32, the token k ahead of each position.
+          segment_ids_BS: int32, 1 where the position has a token, 0 where it is padding.
+          cache: from `empty_draft_cache`; `length` is the first position here.
+
+        Returns:
+          The representation whose logits predict the token k + 1 ahead, and the cache with this
+          module's positions filled.
+        """
+        every = _every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
+        graph, params = nnx.split(self.mtp)
+        params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
+        module = nnx.merge(graph, params)
+        one = _OneLayer(own)
+        hidden_BSD, _, own = module(
+            hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
+        )
+        stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
+        segment_ids_BL = every.mask.key_segment_ids_BL
+        assert segment_ids_BL is not None
+        return hidden_BSD, cache._replace(stacked=stacked, segment_ids_BL=segment_ids_BL)
 
     def score(
         self,
@@ -201,6 +289,7 @@ class Transformer(nnx.Module):
         intervention: Intervention = interventions.NONE,
         *,
         whole_logits: bool = False,
+        look_ahead: bool = False,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -209,18 +298,103 @@ class Transformer(nnx.Module):
           targets_BS: int32, the token after each one.
           intervention: a change to how the MoE layers are used, for probes.
           whole_logits: whether the logits are wanted, whatever they take.
+          look_ahead: whether the modules of `model.mtp` are run too.
         """
-        x_BSD, report, _ = self._layers(inputs, None, intervention)
-        n_tokens = inputs.tokens_BS.size
+        recorded = inputs.replayed
+        if look_ahead:  # of the model's own layers
+            own = jax.tree.map(lambda x: x[:, : self.n_scanned], recorded)
+            inputs = inputs._replace(replayed=own)
+        hidden_BSD, report, _ = self.hidden(inputs, None, intervention)
+        nll_BS, best_BS, logits_BSV = self._predict(
+            hidden_BSD, targets_BS, whole_logits=whole_logits, with_best=look_ahead
+        )
+        if not look_ahead:
+            return Scored(nll_BS, logits_BSV, report)
+        assert best_BS is not None
+        of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
+        inputs = inputs._replace(replayed=of_modules)
+        ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
+        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead)
+
+    def _predict(
+        self,
+        hidden_BSD: jax.Array,
+        targets_BS: jax.Array,
+        *,
+        whole_logits: bool = False,
+        with_best: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Negative log-likelihood of targets; the best tokens if asked for; logits if whole."""
+        n_tokens = targets_BS.size
         n_blocks = head.n_blocks(n_tokens, self.config.vocab_size, self.config.head_block_tokens)
         with jax.named_scope("head"):
-            normed_BSD = self.final_norm(x_BSD)
             if n_blocks > 1 and not whole_logits:
-                nll_BS = head.nll_in_blocks(normed_BSD, self.head, targets_BS, n_blocks)
-                return Scored(nll_BS, None, report)
-            logits_BSV = head.logits(normed_BSD, self.head)
+                if with_best:
+                    of_tokens = hidden_BSD, self.head, targets_BS, n_blocks
+                    return *head.nll_and_best_in_blocks(*of_tokens), None
+                return head.nll_in_blocks(hidden_BSD, self.head, targets_BS, n_blocks), None, None
+            logits_BSV = head.logits(hidden_BSD, self.head)
             nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
-        return Scored(nll_BS, logits_BSV, report)
+            best_BS = jnp.argmax(logits_BSV, axis=-1) if with_best else None
+        return nll_BS, best_BS, logits_BSV
+
+    def _look_ahead(
+        self,
+        hidden_BSD: jax.Array,
+        best_BS: jax.Array,
+        inputs: ModelInputs,
+        targets_BS: jax.Array,
+        intervention: Intervention,
+    ) -> tuple[Ahead, LayerReport | None]:
+        """Runs the modules of multi-token prediction as one scan.
+
+        Args:
+          hidden_BSD: of the model, normed.
+          best_BS: the tokens that it finds best.
+          inputs: with the modules' recorded routing.
+          targets_BS: the token after each one.
+          intervention: see `score`.
+        """
+        every = _every_layer(inputs, None)
+        depth = self.config.mtp_depth
+        ids_BS = every.valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
+        graph, params = nnx.split(self.mtp)
+
+        def run(hidden_BSD, params, one, tokens_BS, ids_BS):
+            of_module = every._replace(
+                token_ids_BS=tokens_BS, valid_BS=ids_BS > 0, segment_ids_BS=ids_BS
+            )
+            embedded_BSD = self._embed(tokens_BS)
+            module = nnx.merge(graph, params)
+            hidden_BSD, report, _ = module(hidden_BSD, embedded_BSD, of_module, one, intervention)
+            return hidden_BSD, report
+
+        if (policy := remat.get(self.config.remat).policy) is not None:
+            run = jax.checkpoint(run, policy=policy)
+
+        def module(hidden_BSD, scanned):
+            of_module, targets_BS, best_BS = scanned
+            hidden_BSD, report = run(hidden_BSD, *of_module)
+            nll_BS, found_BS, _ = self._predict(hidden_BSD, targets_BS, with_best=True)
+            return hidden_BSD, (Ahead(nll_BS, found_BS == best_BS), report)
+
+        rng = inputs.rng
+        one = _OneLayer(
+            rng=None if rng is None else jax.random.split(jax.random.fold_in(rng, 1), depth),
+            replayed=jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
+        )
+        tokens_KBS, targets_KBS, best_KBS = (
+            mtp.all_ahead(x_BS, depth) for x_BS in (inputs.tokens_BS, targets_BS, best_BS)
+        )
+        of_modules = params, one, tokens_KBS, mtp.segment_ids(ids_BS.astype(jnp.int32), depth)
+        return jax.lax.scan(module, hidden_BSD, (of_modules, targets_KBS, best_KBS))[1]
+
+    def _embed(self, tokens_BS: jax.Array) -> jax.Array:
+        """Embeddings of tokens, (B, S, D), in the compute dtype."""
+        with jax.named_scope("embedding"):
+            table_VD = gathered(self.embedding_VD[...], "VD")
+            x_BSD = table_VD[tokens_BS].astype(compute_dtype(self.config))
+            return constrain(x_BSD, "BSD")
 
     def _layers(
         self, inputs: ModelInputs, cache: Cache | None, intervention: Intervention
@@ -228,10 +402,7 @@ class Transformer(nnx.Module):
         """The last layer's output, the report of the MoE layers, and the updated cache."""
         inputs.assert_shapes(self.n_scanned)
         every = _every_layer(inputs, cache)
-        with jax.named_scope("embedding"):
-            table_VD = gathered(self.embedding_VD[...], "VD")
-            x_BSD = table_VD[inputs.tokens_BS].astype(compute_dtype(self.config))
-            x_BSD = constrain(x_BSD, "BSD")
+        x_BSD = self._embed(inputs.tokens_BS)
         leading = []
         for i, block in enumerate(self.leading):
             one = _OneLayer(cache.leading[i] if cache else None)
@@ -254,7 +425,10 @@ class Transformer(nnx.Module):
             outputs.append(output)
         reports, caches = zip(*outputs, strict=True)
         if cache is not None:
-            cache = Cache.of(tuple(leading), caches, cache.length + inputs.tokens_BS.shape[1])
+            length = cache.length + inputs.tokens_BS.shape[1]
+            assert every.mask.key_segment_ids_BL is not None
+            segment_ids_BL = every.mask.key_segment_ids_BL
+            cache = Cache.of(tuple(leading), caches, length, segment_ids_BL)
         return x_BSD, _joined(reports), cache
 
     def _scan(
@@ -279,7 +453,7 @@ class Transformer(nnx.Module):
         """
         moe_layer, moe_params = self._each(stack.layers, every, intervention)
         following = None
-        if run.dense:
+        if stack.between is not None:
             dense_layer, dense_params = self._each(stack.between, every, intervention)
             following = _in_groups((dense_params, dense), run)
 
@@ -316,18 +490,34 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` sequences of up to `max_length` positions, none of them filled."""
-        config = self.config.attention
-        empty = attention.get(config).empty_cache
-        one = empty(config, batch, max_length, compute_dtype(self.config))
-
-        def stacked(n: int) -> Any:
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), one) if n else None
-
+        one = self._empty_cache_of_layer(batch, max_length)
         of_runs = [
-            RunCache(stacked(run.groups), stacked(run.groups * run.dense))
+            RunCache(_repeated(one, run.groups), _repeated(one, run.groups * run.dense))
             for run in layout.runs(self.config)
         ]
-        return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0))
+        leading = (one,) * len(self.leading)
+        return Cache.of(leading, of_runs, jnp.int32(0), _nothing(batch, max_length))
+
+    def empty_draft_cache(self, batch: int, max_length: int) -> Cache:
+        """As `empty_cache`, of the modules of multi-token prediction."""
+        one = self._empty_cache_of_layer(batch, max_length)
+        stacked = _repeated(one, self.config.mtp_depth)
+        return Cache((), stacked, jnp.int32(0), _nothing(batch, max_length))
+
+    def _empty_cache_of_layer(self, batch: int, max_length: int) -> Any:
+        config = self.config.attention
+        empty = attention.get(config).empty_cache
+        return empty(config, batch, max_length, compute_dtype(self.config))
+
+
+def _nothing(batch: int, max_length: int) -> jax.Array:
+    """The segments of a cache without tokens, (B, L)."""
+    return jnp.zeros((batch, max_length), jnp.int32)
+
+
+def _repeated(cache: Any, n: int) -> Any:
+    """The cache of a layer n times along a new leading axis; None of no layer."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), cache) if n else None
 
 
 def _in_groups(tree: Any, run: Run) -> Any:
@@ -368,12 +558,19 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
     b, s = inputs.tokens_BS.shape
     segment_ids_BS = inputs.segment_ids_BS
     positions_BS = inputs.positions_BS
-    start = 0 if cache is None else cache.length
-    index_S = start + jnp.arange(s)
-    assert cache is None or segment_ids_BS is None, "a cache continues single documents"
-    mask = CausalMask(segment_ids_BS, start, None if cache is None else cache.max_length)
+    if cache is None:
+        start = 0
+        mask = CausalMask(segment_ids_BS)
+        default_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
+    else:
+        start = cache.length
+        if segment_ids_BS is None:
+            segment_ids_BS = jnp.ones((b, s), jnp.int32)
+        key_ids_BL = jax.lax.dynamic_update_slice(cache.segment_ids_BL, segment_ids_BS, (0, start))
+        mask = CausalMask(segment_ids_BS, start, cache.max_length, key_ids_BL)
+        default_BS = _tokens_before(cache, segment_ids_BS)
     if positions_BS is None:
-        positions_BS = jnp.broadcast_to(index_S, (b, s))
+        positions_BS = default_BS
     valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
     return _EveryLayer(
         inputs.tokens_BS,
@@ -384,6 +581,15 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
         inputs.sequence_ids_B,
         start,
     )
+
+
+def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
+    """Number of each sequence's tokens before each new one, padding not counted."""
+    # What lies past the length was taken back (a draft that was wrong).
+    filled_L = jnp.arange(cache.max_length) < cache.length
+    cached_B = ((cache.segment_ids_BL > 0) & filled_L).sum(axis=1)
+    valid_BS = segment_ids_BS > 0
+    return cached_B[:, None] + jnp.cumsum(valid_BS, axis=1) - valid_BS
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

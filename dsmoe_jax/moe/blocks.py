@@ -49,14 +49,20 @@ class Usual(NamedTuple):
     several: float
 
 
-def usual(t: int, k: int, n_experts: int, n_devices: int) -> Usual:
-    """Expectations of a device that `n_devices` shards of t tokens send to, each with k choices."""
-    others = n_experts - n_experts // n_devices
-    ways = math.comb(n_experts, k)
+def usual(t: int, k: int, n_experts: int, n_devices: int, n_identity: int = 0) -> Usual:
+    """Expectations of a device that `n_devices` shards of t tokens send to, each with k choices.
+
+    `n_identity` choices more are on no device.
+    """
+    here = n_experts // n_devices
+    n_choices = n_experts + n_identity
+    others = n_choices - here
+    ways = math.comb(n_choices, k)
     none = math.comb(others, k) / ways
-    one = (n_experts - others) * math.comb(others, k - 1) / ways
+    one = here * math.comb(others, k - 1) / ways
     sent = n_devices * t
-    return Usual(t * k, sent * (1 - none), sent * max(0.0, 1 - none - one))
+    computed = t * k * n_experts / n_choices
+    return Usual(computed, sent * (1 - none), sent * max(0.0, 1 - none - one))
 
 
 class _Work(NamedTuple):

@@ -72,11 +72,17 @@ POLICIES: dict[str, Policy] = {
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layer that dropping needs: E, K and D."""
+    """Sizes of a layer that dropping needs: E, K and D, and the number of identity experts."""
 
     n_experts: int
     k: int
     n_devices: int
+    n_identity: int = 0
+
+    @property
+    def computed(self) -> Fraction:
+        """Routed experts of a token if all choices are equally likely: the mean load is of them."""
+        return Fraction(self.k * self.n_experts, self.n_experts + self.n_identity)
 
     def capacities(self, drop: DropConfig) -> int:
         """G, the experts or devices that have a capacity."""
@@ -85,7 +91,8 @@ class Sizes(NamedTuple):
 
 def sizes_of(moe: MoEConfig) -> Sizes:
     """The sizes of a layer."""
-    return Sizes(moe.n_routed_experts, moe.num_experts_per_tok, moe.expert_groups)
+    k = moe.num_experts_per_tok
+    return Sizes(moe.n_routed_experts, k, moe.expert_groups, moe.n_identity_experts)
 
 
 def check_policies(moe: MoEConfig, *, scored: bool) -> None:
@@ -138,7 +145,7 @@ def check_capacity(moe: MoEConfig, tokens: int) -> None:
         groups = sizes.capacities(drop)
         by_device = POLICIES[drop.policy].by_device
         need = min(sizes.k, sizes.n_experts // groups) if by_device else 1
-        mean = tokens * sizes.k / groups
+        mean = float(tokens * sizes.computed / groups)
         require(
             drop.capacity_factor * mean >= need,
             f"model.moe.{section}.capacity_factor",
@@ -222,10 +229,12 @@ def max_kept(shape_BS: tuple[int, int], config: DropConfig, sizes: Sizes, n_shar
 def _capacity(tokens: Any, config: DropConfig, sizes: Sizes) -> Any:
     """`ceil(capacity_factor n K / G)`: assignments that one expert or device computes at most.
 
+    With identity experts K is `Sizes.computed`.
+
     Exact for an int and for a traced int32, which has no float of enough digits.
     """
     # The factor as the user wrote it, in decimals: 0.07 of 100 are 7, as a float a bit more.
-    share = Fraction(str(config.capacity_factor)) * sizes.k / sizes.capacities(config)
+    share = Fraction(str(config.capacity_factor)) * sizes.computed / sizes.capacities(config)
     whole, part = divmod(min(share, Fraction(sizes.k)), 1)  # a token has no more than K
     if not part:
         return tokens * whole

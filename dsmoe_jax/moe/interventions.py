@@ -19,7 +19,8 @@ class Intervention:
 
     Attributes:
       mask_best: number of each token's best routed experts to mask; the token takes the next ones
-        (V1 figure 4).  Only for routers that choose by score.
+        (V1 figure 4).  Only for routers that choose by score.  Identity experts are choices like
+        the others here.
       num_experts_per_tok: another K; None: the config's (V1 figure 5).
       shared_experts: False leaves the shared experts out (V1 section 4.5).
       tokens_alone: a token's experts do not depend on other tokens: nothing is dropped, and a
@@ -54,11 +55,12 @@ def check(intervention: Intervention, moe: MoEConfig) -> None:
     name = moe.router.name
     masked = intervention.mask_best
     k = intervention.num_experts_per_tok or settings.k
+    own = settings.k if router.own_k else router.top
     require(
-        router.top in (None, k),
+        own in (None, k),
         "num_experts_per_tok",
         k,
-        f"the {name} router activates exactly {router.top}; must be None",
+        f"the {name} router activates exactly {own}; must be None",
     )
     require(
         router.masks_best or not masked,
@@ -66,7 +68,7 @@ def check(intervention: Intervention, moe: MoEConfig) -> None:
         masked,
         f"the {name} router does not choose by score; must be 0",
     )
-    reachable = moe.router.topk_group * (moe.n_routed_experts // moe.router.n_group)
+    reachable = moe.router.topk_group * (moe.n_choices // moe.router.n_group)
     key, value = ("mask_best", masked) if masked else ("num_experts_per_tok", k)
     require(
         masked + k <= reachable,

@@ -22,9 +22,10 @@ from flax import nnx
 from dsmoe_jax.config import DropConfig, MoEConfig
 from dsmoe_jax.moe import dispatch, dropping, experts, interventions, kernels, losses, routers
 from dsmoe_jax.moe.dropping import Sizes
+from dsmoe_jax.moe.identity import split
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.kernels import RowKernels
-from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs
+from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs, recorded
 from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
 from dsmoe_jax.nn.feed_forward import FeedForward, form_of, init_bias
@@ -67,7 +68,7 @@ class MoELayer(nnx.Module):
         check_layer(moe)
         router, settings = routers.get_router(moe)
         if router.learned:
-            rows = router.logits_per_expert * e
+            rows = router.logits_per_expert * moe.n_choices
             self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
             if moe.router.logits_bias:
                 self.router_bias_E = init_bias(rows)
@@ -132,12 +133,12 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             by_token = _by_token(inputs, sequence_ids_B)
             routing, mean_logit_T = self.route(x_TD, by_token, row_kernels, intervention)
-        e = moe.n_routed_experts
         keep_TK = valid_BS.reshape(-1, 1)
         if by_token.replayed is not None:
             # What the recorded run dropped is not sent; the balance terms count it all the same.
-            keep_TK &= by_token.replayed.ids < e
-        assigned = unassign(routing, keep_TK, e)
+            keep_TK &= by_token.replayed.ids < moe.n_choices
+        # From here on `assigned` and `kept` are of routed experts, which alone are dispatched.
+        assigned, identity = split(unassign(routing, keep_TK, moe.n_choices), moe)
         drop = moe.drop if inputs.rng is not None else moe.evaluation_drop
         if intervention.tokens_alone:
             assert inputs.rng is None, "in training tokens are not alone"
@@ -150,6 +151,8 @@ class MoELayer(nnx.Module):
             y_TD, dispatch_report = routed_experts(
                 x_TD, kept, self.expert_weights(), moe, row_kernels, max_kept
             )
+            if identity is not None:
+                y_TD = identity.add(y_TD, x_TD)
         with jax.named_scope("router"):
             ledger = dropping.ledger(
                 assigned.ids_TK,
@@ -160,13 +163,26 @@ class MoELayer(nnx.Module):
                 sizes,
                 row_kernels.count,
             )
+            identity_Z = None
+            computed = kept
+            if identity is not None:
+                identity_Z = identity.count(moe)
+                computed = identity.join(kept, moe)
+            logged = logged_sums(
+                routing,
+                mean_logit_T,
+                kept.ids_TK,
+                valid_BS,
+                ledger,
+                dispatch_report,
+                moe,
+                identity_Z,
+            )
             segment_ids_BS = valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
             report = LayerReport(
                 loss_inputs(routing, segment_ids_BS, moe),
-                logged_sums(
-                    routing, mean_logit_T, kept.ids_TK, valid_BS, ledger, dispatch_report, moe
-                ),
-                _recorded(routing, kept, valid_BS, e),
+                logged,
+                recorded(routing, computed, valid_BS, moe.n_choices),
                 x_BSD if intervention.keep_inputs else None,
             )
         return y_TD.reshape(x_BSD.shape), report
@@ -282,19 +298,6 @@ def evaluated_together(moe: MoEConfig) -> bool:
     if not moe.n_routed_experts:
         return False
     return moe.evaluation_drop is not None or routers.get_router(moe)[0].alone is not None
-
-
-def _recorded(routing: Routing, kept: Routing, valid_BS: jax.Array, e: int) -> RecordedRouting:
-    """The routing of a batch before and after dropping, (B, S, K), padding unassigned."""
-
-    def by_place(a_TK: jax.Array) -> jax.Array:
-        return a_TK.reshape(*valid_BS.shape, -1)
-
-    sent, chosen = (
-        jnp.where(valid_BS[..., None], by_place(ids_TK), e)
-        for ids_TK in (routing.ids_TK, routing.counted_TK)
-    )
-    return RecordedRouting(by_place(kept.ids_TK), by_place(kept.gates_TK), sent, chosen)
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:

@@ -15,7 +15,8 @@ because P is a sum over tokens.  In scope `global_batch`, f of the whole batch m
 a first pass counts it.
 
 Shapes: B sequences, S their length, T = B*S tokens, E routed experts, K activated per token,
-G groups of experts that a term balances (E, or the devices), L MoE layers.
+G groups of experts that a term balances (E, or the devices), L MoE layers.  Identity experts
+(moe/identity) are among the E, since the router chooses them too.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class WholeBatch(NamedTuple):
 
     Attributes:
       sequences, documents: number of those with a valid token.
-      tokens: number of valid ones.
+      tokens: number of valid ones.  All three are (L,) where layers see different tokens.
       sent_LG: the sum of all parts' `sent_G` by term; None: the part is the whole.
     """
 
@@ -81,10 +82,14 @@ class WholeBatch(NamedTuple):
 
 
 class Devices(NamedTuple):
-    """Placement of the experts on devices: D equal groups, of which a token may use `limit`."""
+    """Placement of the experts on devices: D equal groups, of which a token may use `limit`.
+
+    `n_identity` of the router's last choices are identity experts, which are on no device.
+    """
 
     n: int
     limit: int
+    n_identity: int = 0
 
 
 def expert_balance(routing: Routing, devices: Devices) -> Factors:
@@ -121,12 +126,16 @@ def switch_balance(routing: Routing, devices: Devices) -> Factors:
 def device_balance(routing: Routing, devices: Devices) -> Factors:
     """Device-level balance loss `sum_d f'_d P'_d` (V1 eqs. 15-17).
 
-    f'_d is the mean of f_i over the experts of device d, P'_d the sum of their P_i.
+    f'_d is the mean of f_i over the experts of device d, P'_d the sum of their P_i.  With identity
+    experts both are relative to the share of the routed ones among all choices, so that uniform
+    routing gives 1 all the same.
     """
     ids_TK = routing.counted_TK
     sent_TG = _by_device(_sent(ids_TK, routing), devices).sum(axis=-1)
     affinity_TG = _by_device(_affinity(routing), devices).sum(axis=-1)
-    return Factors(sent_TG, affinity_TG, scale=devices.n / ids_TK.shape[1])
+    n_choices = _affinity(routing).shape[1]
+    routed = (n_choices - devices.n_identity) / n_choices
+    return Factors(sent_TG, affinity_TG, scale=devices.n / ids_TK.shape[1] / routed**2)
 
 
 def communication_balance(routing: Routing, devices: Devices) -> Factors:
@@ -169,7 +178,8 @@ def _sent(ids_TK: jax.Array, routing: Routing) -> jax.Array:
 
 def _by_device(x_TE: jax.Array, devices: Devices) -> jax.Array:
     """The experts in equal groups: (T, D, experts of a device)."""
-    return x_TE.reshape(x_TE.shape[0], devices.n, -1)
+    t, n_choices = x_TE.shape
+    return x_TE[:, : n_choices - devices.n_identity].reshape(t, devices.n, -1)
 
 
 def _has_devices(term: BalanceTerm, moe: MoEConfig, key: str) -> None:
@@ -328,7 +338,7 @@ def _over_document(counts_BSG: jax.Array, within: tuple[jax.Array, jax.Array]) -
 
 def layer_sums(routing: Routing, segment_ids_BS: jax.Array, moe: MoEConfig) -> dict[str, TermSums]:
     """Contribution of these tokens to each balance term of a layer, by name; see `sums`."""
-    devices = Devices(moe.expert_groups, moe.router.topk_group)
+    devices = Devices(moe.expert_groups, moe.router.topk_group, moe.n_identity_experts)
     return {
         name: sums(name, routing, segment_ids_BS, term.scope, devices)
         for name, term in in_order(moe.balance).items()
@@ -365,8 +375,9 @@ def value(name: str, part: TermSums, whole: WholeBatch) -> jax.Array:
     sent_G = part.sent_G
     if sent_G is not None and whole.sent_LG is not None:
         sent_G = whole.sent_LG[name]
-    f_G = 1.0 if sent_G is None else sent_G / whole.tokens
-    return (f_G * part.affinity_G / whole.tokens).sum(axis=-1)
+    tokens = whole.tokens[..., None]
+    f_G = 1.0 if sent_G is None else sent_G / tokens
+    return (f_G * part.affinity_G / tokens).sum(axis=-1)
 
 
 def in_order(balance: Mapping[str, BalanceTerm]) -> dict[str, BalanceTerm]:

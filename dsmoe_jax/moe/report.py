@@ -40,7 +40,7 @@ class LoggedSums(NamedTuple):
 
     Attributes:
       tokens: number of valid tokens.
-      load_E: assignments that each routed expert received.
+      load_E: assignments that each routed expert received, identity experts aside.
       token_sums: of what is logged as a mean over tokens: `top_gate` (the largest gate),
         `gate_sum` (of all K), `entropy` of the affinities in nats (ln E: uniform) and `z`, the
         squared log-sum-exp of the logits (as in `losses.router_z`).  A router without affinities
@@ -49,6 +49,7 @@ class LoggedSums(NamedTuple):
       device_rows_D: tokens sent to each of the `expert_groups` devices, after dropping; a token
         with several experts on a device counts once.
       dispatch: report of the dispatch.
+      identity_Z: choices of each identity expert; None for a layer without.
     """
 
     tokens: jax.Array
@@ -57,6 +58,14 @@ class LoggedSums(NamedTuple):
     ledger: Ledger
     device_rows_D: jax.Array
     dispatch: DispatchReport
+    identity_Z: jax.Array | None = None
+
+    @property
+    def load_of_choices(self) -> jax.Array:
+        """Assignments of all that the router chooses among: `load_E`, then identity experts."""
+        if self.identity_Z is None:
+            return self.load_E
+        return jnp.concatenate([self.load_E, self.identity_Z], axis=-1)
 
 
 class LayerReport(NamedTuple):
@@ -65,7 +74,7 @@ class LayerReport(NamedTuple):
     Attributes:
       loss_inputs: for the training loss.
       logged: for the log.
-      recorded: ids_BSK and gates_BSK after dropping.
+      recorded: ids_BSK and gates_BSK after dropping, in the ids of the router (moe/identity).
       inputs_BSD: activations that the layer got; None unless `Intervention.keep_inputs` asks for
         them.
     """
@@ -99,16 +108,18 @@ def logged_sums(
     ledger: Ledger,
     dispatch: DispatchReport,
     moe: MoEConfig,
+    identity_Z: jax.Array | None = None,
 ) -> LoggedSums:
     """Sums to log of a routing, of which only the assignments `kept_TK` were computed.
 
     Args:
       routing: before dropping.
       mean_logit_T: the mean of each token's logits, if it is known without them.
-      kept_TK: experts after dropping.
+      kept_TK: routed experts after dropping.
       valid_BS: bool, False for padding.
       ledger, dispatch: of the batch.
       moe: config of the layer.
+      identity_Z: choices of each identity expert, if there are any.
     """
     valid_T = valid_BS.reshape(-1).astype(jnp.float32)
     softmax = SCORING[moe.router.scoring_func].is_softmax
@@ -124,7 +135,30 @@ def logged_sums(
         ledger=ledger,
         device_rows_D=jnp.matmul(valid_T, reached(kept_TK, moe), precision="highest"),
         dispatch=dispatch,
+        identity_Z=identity_Z,
     )
+
+
+def recorded(
+    routing: Routing, computed: Routing, valid_BS: jax.Array, unassigned: int
+) -> RecordedRouting:
+    """The routing of a batch, (B, S, K), in the ids of the router; padding is unassigned.
+
+    Args:
+      routing: before dropping.
+      computed: after dropping, padding taken out.
+      valid_BS: bool, False for padding.
+      unassigned: the id of it.
+    """
+
+    def by_place(a_TK: jax.Array) -> jax.Array:
+        return a_TK.reshape(*valid_BS.shape, -1)
+
+    sent, chosen = (
+        jnp.where(valid_BS[..., None], by_place(ids_TK), unassigned)
+        for ids_TK in (routing.ids_TK, routing.counted_TK)
+    )
+    return RecordedRouting(by_place(computed.ids_TK), by_place(computed.gates_TK), sent, chosen)
 
 
 def reached(ids_TK: jax.Array, moe: MoEConfig) -> jax.Array:

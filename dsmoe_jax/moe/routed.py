@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dsmoe_jax.config import DispatchConfig, MoEConfig
+from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.moe import blocks, dispatch
 from dsmoe_jax.moe.dispatch import Arrived, Dispatcher, DispatchReport, local
 from dsmoe_jax.moe.dispatch.expert_parallel import exchanged_rows
@@ -36,7 +36,7 @@ from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, form_of
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import spec
 
-WEIGHT_AXES = ExpertWeights("EFD", "EFD", "EDF", "EF", "EF", "ED")  # pyright: ignore
+WEIGHT_AXES = ("EFD", "EFD", "EDF", "EF", "EF", "ED")  # of `ExpertWeights`
 
 
 class Parts(NamedTuple):
@@ -97,7 +97,7 @@ def routed_experts(
     if dispatcher.needs_mesh or math.prod(mesh.axis_sizes) > 1:
         # The compiled row kernels support neither empty slots nor cut-off rows.
         parts = parts._replace(kernels=JAX_ROWS)
-        return _on_mesh(parts, tokens, weights, moe.dispatch, max_kept)
+        return _on_mesh(parts, tokens, weights, moe, max_kept)
     weights = jax.tree.map(lambda w: w.astype(x_TD.dtype), weights)
     y_TD, computed_E = on_one_device(parts, weights, tokens)
     return y_TD, DispatchReport(computed_E.astype(jnp.float32))
@@ -155,7 +155,7 @@ def _on_mesh(
     parts: Parts,
     tokens: Tokens,
     weights: ExpertWeights,
-    config: DispatchConfig,
+    moe: MoEConfig,
     max_kept: int | None,
 ) -> tuple[jax.Array, DispatchReport]:
     """The composition on every shard of the ambient mesh."""
@@ -164,8 +164,8 @@ def _on_mesh(
 
     def on_shard(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, DispatchReport]:
         whole = _gather_weights(weights, tokens.x_TD.dtype)
-        filled = _fill_up(tokens, config.chunks, n_experts)
-        y_tD, computed_e = _in_chunks(parts, whole, filled, n_experts, config.chunks, max_kept)
+        filled = _fill_up(tokens, moe.dispatch.chunks, n_experts)
+        y_tD, computed_e = _in_chunks(parts, whole, filled, moe, max_kept)
         computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
         rows = jax.lax.psum(exchanged_rows(tokens.ids_TK, n_experts), BATCH_AXES)
         y_tD = jax.lax.psum(y_tD[: tokens.x_TD.shape[0]], "tensor")
@@ -174,14 +174,14 @@ def _on_mesh(
     replicated = PartitionSpec()
     by_token = spec("TD")
     report: Any = DispatchReport(PartitionSpec("expert"), replicated)  # pyright: ignore
-    weight_specs: Any = ExpertWeights(
-        *(None if w is None else spec(axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
-    )
+    specs: Any = [
+        None if w is None else spec(axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True)
+    ]
     # Without check_vma, which would take the zeros that the backends' loops start from for
     # replicated.
     y_TD, report = jax.shard_map(
         on_shard,
-        in_specs=(Tokens(by_token, by_token, by_token), weight_specs),  # pyright: ignore
+        in_specs=(Tokens(by_token, by_token, by_token), ExpertWeights(*specs)),  # pyright: ignore
         out_specs=(by_token, report),
         check_vma=False,
     )(_fill_up(tokens, token_shards(), n_experts), weights)
@@ -192,8 +192,7 @@ def _in_chunks(
     parts: Parts,
     weights: JoinedWeights,
     tokens: Tokens,
-    n_experts: int,
-    n_chunks: int,
+    moe: MoEConfig,
     max_kept: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one chunk of the tokens after the other; the backward pass recomputes each.
@@ -204,8 +203,10 @@ def _in_chunks(
       y_tD, and the rows that each expert of this device computed.
     """
     n_devices = jax.lax.axis_size("expert")
+    n_experts = moe.n_routed_experts
+    n_chunks = moe.dispatch.chunks
     t, k = tokens.ids_TK.shape
-    usual = blocks.usual(t // n_chunks, k, n_experts, n_devices)
+    usual = blocks.usual(t // n_chunks, k, n_experts, n_devices, moe.n_identity_experts)
     per_shard = t // n_chunks * min(k, n_experts // n_devices)
     if max_kept is not None:
         per_shard = min(per_shard, max_kept)

@@ -44,6 +44,7 @@ LOGICAL: dict[str, LogicalAxis] = {
     "V": LogicalAxis("vocabulary", ("tensor",)),
     "D": LogicalAxis("hidden size", ("fsdp", "expert")),
     "E": LogicalAxis("routed experts", ("expert",)),
+    "K": LogicalAxis("activated experts"),
     "F": LogicalAxis("feed-forward width", ("tensor",)),
     "N": LogicalAxis("attention heads", ("tensor",)),
     "M": LogicalAxis("key/value heads", ("tensor",)),

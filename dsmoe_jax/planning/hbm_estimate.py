@@ -72,7 +72,7 @@ def moved(
     recomputed = remat.get(model.remat)
     forward_passes = 2 if recomputed.again else 1
     exchanges = 1 if RECEIVED in recomputed.kept else forward_passes
-    moe_layers = len(model.moe_layers)
+    moe_layers = len(model.moe_layers) + model.mtp_depth
     leading = layout.n_leading(model)
     between = model.n_dense_layers - leading
     rows, exchanged = _rows(config, t, sizes)
@@ -85,7 +85,7 @@ def moved(
         + leading * _of(dense, 1),
         "experts and dispatch": moe_layers
         * (_of(rows, 1) + _of(exchanged, exchanges) + _of(shared, forward_passes)),
-        "logits": t * model.vocab_size / sizes["tensor"] * _LOGIT,
+        "logits": (1 + model.mtp_depth) * t * model.vocab_size / sizes["tensor"] * _LOGIT,
         "weights": in_use * _WEIGHT + local * _STATE_OF_MICRO_BATCH,
     }
     step = {name: accumulation_steps * n_bytes / 1e9 for name, n_bytes in costs.items()}

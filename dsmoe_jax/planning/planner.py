@@ -359,14 +359,15 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     layer += 4 * 3 * moe.n_routed_experts / sizes["expert"] * f * d
     layer += t * _ROW_F * moe.shared_width / tensor
     recomputed = remat.get(model.remat)
-    kept = model.num_hidden_layers * _COMPUTE * t * d
+    layers = model.num_hidden_layers + model.mtp_depth
+    kept = layers * _COMPUTE * t * d
     if ATTENDED in recomputed.kept:
-        kept += model.num_hidden_layers * _COMPUTE * t * attended.result / tensor
+        kept += layers * _COMPUTE * t * attended.result / tensor
     if RECEIVED in recomputed.kept:
-        moe_layers = len(model.moe_layers)
+        moe_layers = len(model.moe_layers) + model.mtp_depth
         kept += moe_layers * rows.buffered * (_COMPUTE * d + rows.label_bytes)
     if not recomputed.again:  # `dots` keeps less than `none`; counted as `none`
-        kept = model.num_hidden_layers * layer / 2
+        kept = layers * layer / 2
     logits = (
         3
         * 4
@@ -386,7 +387,7 @@ def _exchange(
     model = config.model
     d = model.hidden_size
     t = micro_batch * config.data.sequence_length
-    moe_layers = len(model.moe_layers)
+    moe_layers = len(model.moe_layers) + model.mtp_depth
     rows = volume(model.moe, t, sizes["expert"])
     # Rows go out and back, in the forward and in the backward pass; labels go out only.
     row_trips = 4
@@ -397,10 +398,11 @@ def _exchange(
         label_trips += 1
     bytes_a_row = row_trips * _COMPUTE * d + label_trips * rows.label_bytes
     vectors = _COMPUTE * accumulation_steps * t * d
+    layers = model.num_hidden_layers + model.mtp_depth
     return {
         "tokens": moe_layers * accumulation_steps * rows.received * bytes_a_row,
         # Two sums a layer each way; a sum is a scatter and a gather.
-        "tensor": 8 * model.num_hidden_layers * vectors * (1 - 1 / sizes["tensor"]),
+        "tensor": 8 * layers * vectors * (1 - 1 / sizes["tensor"]),
     }
 
 

@@ -57,14 +57,14 @@ def recomputed(config: Config, chips: int) -> float:
     all_flops = size.train_flops_per_token(config)
     routed = scores = 0.0
     if chips > 1 and moe.n_routed_experts:
-        layers = len(model.moe_layers)
-        weights = moe.num_experts_per_tok * 3 * model.hidden_size * moe.moe_intermediate_size
+        layers = len(model.moe_layers) + model.mtp_depth
+        weights = moe.computed_per_token * 3 * model.hidden_size * moe.moe_intermediate_size
         routed = layers * 6 * weights / all_flops
     kind = remat.get(model.remat)
     if ATTENDED in kind.kept and not attention.kernels.keeps_scores(model.attention.kernel):
         length = config.data.sequence_length
         one = attention.get(model.attention).train_flops(model.attention, length)
-        scores = model.num_hidden_layers * one / all_flops
+        scores = (model.num_hidden_layers + model.mtp_depth) * one / all_flops
     rest = 1 - routed - scores if kind.again else 0.0
     return (rest + routed * 2 / 3) / 3
 

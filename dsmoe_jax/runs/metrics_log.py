@@ -5,7 +5,8 @@ without affinities, the share of an unknown machine's peak) has no key, it is ne
 one that is not finite is null, and `read_rows` gives NaN for it.
 
     step, tokens                     updates made, tokens seen so far
-    loss, total_loss                 nats per token: cross-entropy; sum of all parts of the loss
+    loss, total_loss                 nats per token: cross-entropy; sum of all parts of the loss;
+                                     of conversations per token of the answers
     bits_per_byte, grad_norm, learning_rate
     tokens_per_second, flops_per_second, flops_utilization    since the last row
     kernels                          {attention, experts, rows: name}, in the first row of a start
@@ -18,6 +19,9 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     router_entropy, router_top_gate, router_gate_sum, router_z    [layer], means over tokens
     expert_balance, ...              [layer], terms with a weight, here without it; with one of its
                                      own, `router_z` is the term, over the scope of the term
+    mtp_loss, mtp_acceptance         [module]: of multi-token prediction, without the weight; how
+                                     often its best token is the model's.  In training its MoE
+                                     layers come last wherever this says [layer]
     dropped                          [layer]: assignments; sent = computed + dropped is checked
     dropped_by_expert, dropped_by_device, dropped_by_position, dropped_by_reason
                                      [layer][...]: the same, with `model.moe.drop`
@@ -28,7 +32,8 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     validation_maxvio, validation_dropped    [layer]
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
 
-Validation rows come after the training row of their step; `read_rows` joins the two.
+Validation rows come after the training row of their step; `read_rows` joins the two.  A run that
+begins with the parameters of another one has a validation row of step 0.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ It is the routing that the experts computed: after dropping.  A batch in which s
 has `sent_BLSK` too, the experts before; one in which the router itself left something out has
 `chosen_BLSK`, all that it chose.  (See `RecordedRouting`.)
 
-Shapes: B sequences of a batch, L MoE layers, S positions, E routed experts, K columns of a routing.
+Shapes: B sequences of a batch, L MoE layers, S positions, E experts that the router chooses among
+(identity experts last), K columns of a routing.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def belongs_to(config: Config, fingerprint: str) -> dict[str, Any]:
     stages = stages_of(replace(config, **{"optimizer.rate_changes": ()}))
     return {
         "layers": len(model.moe_layers),
-        "experts": model.moe.n_routed_experts,
+        # In training those of multi-token prediction come behind them.
+        "mtp_layers": model.mtp_depth or None,
+        "experts": model.moe.n_choices,
         "experts_per_token": [_columns(stage.config) for stage in stages],
         "stages_after": [stage.first for stage in stages],  # updates made before each stage
         "sequence_length": config.data.sequence_length,
@@ -99,7 +102,7 @@ def _columns(config: Config) -> int:
     moe = config.model.moe
     router = router_of(config)
     assert router is not None, "a model without routed experts has no recording"
-    return router.columns(moe.n_routed_experts, moe.num_experts_per_tok)
+    return router.columns(moe.n_choices, moe.num_experts_per_tok)
 
 
 def validation_name(step: int) -> str:
@@ -185,9 +188,10 @@ class Recording:
         wrong = [f"{k}={found.get(k)}, not {v}" for k, v in wanted.items() if found.get(k) != v]
         if wrong:
             raise ValueError(f"{key}: recorded with {'; '.join(wrong)}")
-        sizes = wanted["layers"], wanted["sequence_length"]
+        self._layers = wanted["layers"]
+        self._mtp_layers = wanted.get("mtp_layers") or 0
         self._n_experts = wanted["experts"]
-        self._shapes_LSK = [(*sizes, k) for k in dict.fromkeys(columns)]
+        self._shapes_SK = [(wanted["sequence_length"], k) for k in dict.fromkeys(columns)]
 
     def check_run(self, config: Config) -> None:
         """Looks for the batches of all steps of a run.
@@ -233,7 +237,8 @@ class Recording:
             raise ValueError(
                 f"{self._key}: {name} has batches of {len(routing.ids)} sequences, not {batch_size}"
             )
-        wanted = [(batch_size, *shape) for shape in self._shapes_LSK]
+        layers = self._layers + (self._mtp_layers if name == TRAIN else 0)
+        wanted = [(batch_size, layers, *shape) for shape in self._shapes_SK]
         shapes = dict.fromkeys(x.shape for x in routing)
         if len(shapes) > 1 or routing.ids.shape not in wanted:
             raise ValueError(

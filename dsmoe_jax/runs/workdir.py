@@ -29,6 +29,7 @@ from dsmoe_jax.config import (
     replace,
     stages_of,
     to_config_dict,
+    trees,
 )
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.config.paths import local_path
@@ -50,6 +51,14 @@ _LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"
 
+# Paths, besides that of the corpus.
+_PATHS = (
+    "data.validation",
+    "data.tokenizer",
+    "train.start_from",
+    "train.replay_routing",
+    "train.trainable.most_used_in",
+)
 # These keys may change between two calls of one run: they do not touch the numbers being trained,
 # but for the order in which they are added up.  Other hardware needs another mesh, and a mesh needs
 # other micro-batches and buffers: to divide the batch, and to fit.
@@ -216,13 +225,10 @@ def with_absolute_paths(config: Config) -> Config:
     paths: dict[str, str] = {}
     if config.data.corpus is not None:
         paths[MOVED] = locate(config.data.corpus)
-    for section, names in (
-        ("data", ("validation", "tokenizer")),
-        ("train", ("start_from", "replay_routing")),
-    ):
-        for name in names:
-            if (path := getattr(getattr(config, section), name)) is not None:
-                paths[f"{section}.{name}"] = str(local_path(f"{section}.{name}", path))
+    values = dict(trees.flatten(trees.to_tree(config)))
+    for key in _PATHS:
+        if values[key] is not None:
+            paths[key] = str(local_path(key, values[key]))
     return replace(config, **paths)
 
 

@@ -26,12 +26,14 @@ from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
 from dsmoe_jax.training.clock import DeviceClock
+from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.profiling import Profiler
 from dsmoe_jax.training.rows import (
     RunningLoad,
+    before_training,
     first_non_finite,
     shown,
     steps_of_lowest_loss,
@@ -54,7 +56,8 @@ class Result:
     Attributes:
       step: updates made.
       metrics: the last row of metrics.jsonl.
-      evaluation: held-out results after the last step, see `HeldOut.measure`.
+      evaluation: held-out results after the last step, see `HeldOut.measure`; of a run that began
+        with the parameters of another one also those `before` the first step.
       resumed_from: the checkpoint that this call continued from (None: from the start).
     """
 
@@ -89,6 +92,7 @@ def train(
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
+    config = derive(config)
     _check(config)
     hosts.require_same_config(config)
     speaks = progress and hosts.is_first()
@@ -292,8 +296,10 @@ class _Trainer:
         return rates | {"overhead": idle / seconds}
 
     def _evaluates(self, step: int) -> bool:
-        every = self.config.train.eval_every
-        return step == self.config.train.steps or bool(every and step and step % every == 0)
+        train = self.config.train
+        if step == 0:  # what it begins with has been trained; a recording has no such pass
+            return train.start_from is not None and self.recording is None
+        return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
 
     def _saves(self, step: int) -> bool:
         train = self.config.train
@@ -367,7 +373,7 @@ class _Trainer:
                 self.checkpoints.wait()
             if last and hosts.is_first():
                 path = self.directory / workdirs.EVALUATION
-                json_files.write(path, {"step": step, **result})
+                json_files.write(path, {"step": step, **result, **before_training(rows)})
 
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         def stop_if_asked(done: int) -> None:

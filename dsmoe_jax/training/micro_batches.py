@@ -18,7 +18,8 @@ from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.evaluation.cross_entropy import Sums, token_sums
+from dsmoe_jax.evaluation.cross_entropy import AheadSums, Sums, ahead_sums, token_sums
+from dsmoe_jax.model import mtp
 from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.model.types import ModelInputs, Scored
 from dsmoe_jax.moe import losses
@@ -52,6 +53,7 @@ class Totals(NamedTuple):
       sums: over predicted tokens.
       terms: of the balance, without their weights, (L,).
       router: sums of the MoE layers, for the log; None without routed experts.
+      ahead: sums of multi-token prediction; None without it.
     """
 
     total_loss: jax.Array
@@ -59,6 +61,7 @@ class Totals(NamedTuple):
     sums: Sums
     terms: dict[str, jax.Array]
     router: LoggedSums | None
+    ahead: AheadSums | None = None
 
 
 class Gradients(NamedTuple):
@@ -97,25 +100,27 @@ class BatchGradient:
         batch: Batch,
         rng: jax.Array,
         weights: dict[str, jax.Array],
+        mtp_weight: jax.Array | None = None,
     ) -> Gradients:
         """Computes the gradient; call it under `jax.jit`.
 
         Args:
           params: to differentiate with respect to.
-          other: variables of the model without a gradient.
+          other: all other arrays of the model, frozen parameters among them.
           batch: the global batch.
           rng: random key of the step.
           weights: of the balance terms.
+          mtp_weight: of multi-token prediction; None without it.
         """
         micros = split(batch, self._n_micro)
         sent_LG = self._load_of_batch(params, other, micros, rng)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
-        whole = losses.whole_batch(jnp.asarray(batch["segment_ids_BS"]), sent_LG)
+        whole = self._whole(jnp.asarray(batch["segment_ids_BS"]), sent_LG)
 
         def part_of(micro: MicroBatch):
             grad_fn = jax.grad(self._loss, has_aux=True)
             grads, (totals, recorded) = grad_fn(
-                params, other, micro, rng, weights, all_tokens, whole
+                params, other, micro, rng, weights, mtp_weight, all_tokens, whole
             )
             return (totals, grads), recorded
 
@@ -126,23 +131,51 @@ class BatchGradient:
         model = nnx.merge(self._graph, params, other)
         inputs = ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng)
         targets_BS = jnp.asarray(micro.batch["targets_BS"])
-        return model.score(inputs, targets_BS, whole_logits=needs_logits(self._config))
+        return model.score(
+            inputs,
+            targets_BS,
+            whole_logits=needs_logits(self._config),
+            look_ahead=self._config.model.mtp is not None,
+        )
 
-    def _loss(self, params, other, micro: MicroBatch, rng, weights, all_tokens, whole):
+    def _whole(self, segment_ids_BS: jax.Array, sent_LG: dict[str, jax.Array] | None):
+        """Counts over the global batch; by layer where modules see fewer tokens than layers do."""
+        model = self._config.model
+        if not model.mtp_depth:
+            return losses.whole_batch(segment_ids_BS, sent_LG)
+        n = len(model.moe_layers)
+        of_layers = jnp.broadcast_to(segment_ids_BS, (n, *segment_ids_BS.shape))
+        of_modules = mtp.segment_ids(segment_ids_BS, model.mtp_depth)
+        counts = jax.vmap(losses.whole_batch)(jnp.concatenate([of_layers, of_modules]))
+        return counts._replace(sent_LG=sent_LG)
+
+    def _loss(self, params, other, micro: MicroBatch, rng, weights, mtp_weight, all_tokens, whole):
         """Share of a micro-batch in the training loss; its `Totals` and recorded routing."""
         output = self._score(params, other, micro, rng)
         with jax.named_scope("head"):
             nll_BS, sums = token_sums(output.nll_BS, micro.batch, self._bytes_V)
+            ahead = None if output.ahead is None else ahead_sums(output.ahead, micro.batch)
         with jax.named_scope("router"):
             terms = balance_terms(output, whole)
         loss, parts = training_loss(
-            LossContext(self._config, micro.batch, output, nll_BS, sums, terms, weights, all_tokens)
+            LossContext(
+                self._config,
+                micro.batch,
+                output,
+                nll_BS,
+                sums,
+                terms,
+                weights,
+                all_tokens,
+                ahead,
+                mtp_weight,
+            )
         )
         report = output.report
         if report is None:
-            return loss, (Totals(loss, parts, sums, terms, None), None)
+            return loss, (Totals(loss, parts, sums, terms, None, ahead), None)
         recorded = report.recorded if self._config.train.record_routing else None
-        return loss, (Totals(loss, parts, sums, terms, report.logged), recorded)
+        return loss, (Totals(loss, parts, sums, terms, report.logged, ahead), recorded)
 
     def _load_of_batch(self, params, other, micros: MicroBatch, rng) -> dict[str, jax.Array] | None:
         """The load of all micro-batches together on each group, by balance term.

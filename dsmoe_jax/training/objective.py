@@ -1,8 +1,9 @@
 """The training loss: a sum of parts, each a line of `LOSS_PARTS`.
 
     loss = cross-entropy + sum of the weighted balance terms + loss of a router that is a policy
+           + weighted loss of multi-token prediction
 
-A new part (multi-token prediction, distillation) is a function of a `LossContext` and a line there.
+A new part (distillation) is a function of a `LossContext` and a line there.
 
 The global batch may be computed in micro-batches, and each computes its share of every part.  The
 shares add up to the part, and so do their gradients: a part divides by counts of the whole batch,
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
-from dsmoe_jax.evaluation.cross_entropy import Sums
+from dsmoe_jax.evaluation.cross_entropy import AheadSums, Sums
 from dsmoe_jax.model.types import Scored
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.routers import get_router
@@ -42,6 +43,8 @@ class LossContext(NamedTuple):
       terms: share of the micro-batch in each balance term, without its weight, (L,).
       weights: of the balance terms in this step.
       all_tokens: predicted tokens of the global batch.
+      ahead: sums of multi-token prediction; None without it.
+      mtp_weight: its weight in this step; None without it.
     """
 
     config: Config
@@ -52,6 +55,8 @@ class LossContext(NamedTuple):
     terms: dict[str, jax.Array]
     weights: dict[str, jax.Array]
     all_tokens: jax.Array
+    ahead: AheadSums | None = None
+    mtp_weight: jax.Array | None = None
 
 
 class LossPart(NamedTuple):
@@ -93,9 +98,23 @@ def policy(context: LossContext) -> jax.Array:
     return policy_loss(sample_LBS, context.nll_BS, mask_BS, factor) / context.all_tokens
 
 
+def multi_token(context: LossContext) -> jax.Array:
+    """Mean loss of the modules of multi-token prediction, times its weight (V3 eqs. 24-25).
+
+    Eq. 24 divides by the number of tokens, not by the smaller one that a module predicts.
+    """
+    assert context.ahead is not None
+    assert context.mtp_weight is not None
+    return context.mtp_weight * context.ahead.nll.mean() / context.all_tokens
+
+
 def _balances(config: Config) -> bool:
     moe = config.model.moe
     return moe.n_routed_experts > 0 and bool(moe.balance)
+
+
+def _looks_ahead(config: Config) -> bool:
+    return config.model.mtp is not None
 
 
 def _samples(config: Config) -> bool:
@@ -108,6 +127,7 @@ LOSS_PARTS: dict[str, LossPart] = {
     "cross_entropy": LossPart(lambda config: True, cross_entropy),  # its key is `loss`
     "balance": LossPart(_balances, balance),  # every term has a key
     "policy": LossPart(_samples, policy),  # the entropy is `router_entropy`
+    "mtp": LossPart(_looks_ahead, multi_token),  # of each module `mtp_loss`, without the weight
 }
 
 

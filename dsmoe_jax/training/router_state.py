@@ -16,6 +16,7 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.model import layout
 from dsmoe_jax.moe.layer import RouterVariable
 from dsmoe_jax.moe.routers import RouterSettings, RouterState, get_router
 from dsmoe_jax.moe.schedules import Progress
@@ -68,8 +69,9 @@ def after_step(
     """The router variables after an optimizer step.
 
     Args:
-      other: with the variables of the stacked MoE layers, each with a leading layer axis.
-      load_LE: assignments of the whole global batch.
+      other: with the variables of all MoE layers, each with a leading layer axis.
+      load_LE: assignments of the whole global batch, of all layers in the order of reports, those
+        of identity experts last.
       progress: of the run.
       model: config of the model.
     """
@@ -79,9 +81,17 @@ def after_step(
     state, settings = found
     assert state.after_step is not None
     variables, _ = nnx.split_state(other, RouterVariable, ...)
-    before = {_name(path): x for path, x in jax.tree.leaves_with_path(variables)}
-    moved = state.after_step(before, load_LE, progress, settings)
-    return _map_variables(lambda path, old: moved.get(_name(path), old), other)
+    before = jax.tree.leaves_with_path(variables)
+    moved = {}
+    first = 0
+    for stack, n in layout.moe_stacks(model):
+        of_stack = {_name(p): x for p, x in before if layout.keys_of(p)[: len(stack)] == stack}
+        load = load_LE[first : first + n]
+        values = state.after_step(of_stack, load, progress, settings)
+        moved |= {(*stack, "moe", name): x for name, x in values.items()}
+        first += n
+    assert first == len(load_LE), "a load for every MoE layer"
+    return _map_variables(lambda path, old: moved.get(layout.keys_of(path), old), other)
 
 
 def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:
@@ -101,5 +111,5 @@ def _map_variables(change: Callable[[tuple, jax.Array], jax.Array], other: nnx.S
 
 
 def _name(path: tuple) -> str:
-    """The variable's name in a path such as ("layers", "moe", "bias_E")."""
-    return next(str(k.key) for k in reversed(path) if hasattr(k, "key"))
+    """The variable's name in its path."""
+    return str(layout.keys_of(path)[-1])

@@ -60,6 +60,7 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": float(metrics.learning_rate),
         **_logged_parts(metrics),
+        **_ahead(metrics),
     }
     if metrics.router is None:
         return row
@@ -68,6 +69,8 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
     row |= {
         f"router_{name}": as_list(sum_L / stats.tokens) for name, sum_L in stats.token_sums.items()
     }
+    if stats.identity_Z is not None:
+        row["identity_per_token"] = as_list(stats.identity_Z.sum(axis=-1) / stats.tokens)
     row |= {_term_key(name): as_list(term_L) for name, term_L in metrics.terms.items()}
     row |= drop_summary(stats.ledger, detailed=bool(model.moe.drop))
     if model.moe.expert_groups > 1:
@@ -90,10 +93,26 @@ def _logged_parts(metrics: StepMetrics) -> dict[str, float]:
     return {key: float(metrics.parts[name]) for name, key in keys.items() if key is not None}
 
 
+def _ahead(metrics: StepMetrics) -> dict[str, list[float]]:
+    """Loss and acceptance of each module of multi-token prediction; NaN where it predicts none."""
+    if metrics.ahead is None:
+        return {}
+    nll_K, tokens_K, agreed_K = (np.asarray(sum_K, np.float64) for sum_K in metrics.ahead)
+    tokens_K = np.where(tokens_K > 0, tokens_K, np.nan)
+    return {"mtp_loss": as_list(nll_K / tokens_K), "mtp_acceptance": as_list(agreed_K / tokens_K)}
+
+
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
     """The results of `HeldOut.measure` after a step; of the loads only how uneven they are."""
     keys = ("loss", "bits_per_byte", "tokens", "maxvio", "dropped", "domains")
     return {"step": step} | {f"validation_{key}": result[key] for key in keys if key in result}
+
+
+def before_training(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Held-out results before the first step as `before`, if they were measured."""
+    keys = ("loss", "bits_per_byte")
+    found = [row for row in rows if row["step"] == 0 and "validation_loss" in row]
+    return {"before": {key: found[0][f"validation_{key}"] for key in keys}} if found else {}
 
 
 def steps_of_lowest_loss(rows: list[dict[str, Any]]) -> list[int]:
@@ -107,6 +126,8 @@ def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
     watched = {"loss": metrics.loss}
     watched |= {_term_key(name): term_L for name, term_L in metrics.terms.items()}
     watched |= _logged_parts(metrics)
+    if metrics.ahead is not None:
+        watched["mtp_loss"] = metrics.ahead.nll
     if metrics.router is not None:
         watched |= {f"router_{name}": sum_L for name, sum_L in metrics.router.token_sums.items()}
     watched |= {"total_loss": metrics.total_loss, "grad_norm": metrics.grad_norm}

@@ -27,6 +27,7 @@ from dsmoe_jax.runs import loading
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints, target
 from dsmoe_jax.training import router_state
+from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.optimizer import optimizer_of
 
 TRAINING = "training"  # the item of a checkpoint that holds what only training needs
@@ -38,7 +39,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32, updates made so far.
       params: the model's `nnx.Param`s, float32.
-      opt_state: of the optax optimizer.
+      opt_state: of the optax optimizer, for the parameters that are trained.
       other: the model's variables that carry no gradient: the routers' loss-free bias.
     """
 
@@ -122,7 +123,7 @@ def from_run(config: Config, corpus: Corpus) -> TrainState:
     check_same_tokenizer(corpus, extra["tokenizer"], key)
 
     def begin(params: nnx.State) -> tuple[jax.Array, Any]:
-        return jnp.int32(0), optimizer_of(config).init(params)
+        return jnp.int32(0), _first_moments(config, params)
 
     shardings = sharding.shardings(state_shapes(config))
     out_shardings = None if shardings is None else (shardings.step, shardings.opt_state)
@@ -173,8 +174,13 @@ def _first_state(
     _, params, other = nnx.split(build_model(config.model, key), nnx.Param, ...)
     if values:
         other = router_state.fill(other, values)
-    opt_state = optimizer_of(config).init(params)
-    return TrainState(jnp.int32(0), params, opt_state, other)
+    return TrainState(jnp.int32(0), params, _first_moments(config, params), other)
+
+
+def _first_moments(config: Config, params: nnx.State) -> Any:
+    """The state of a fresh optimizer, of the parameters that are trained."""
+    trained, _ = Freezing(config).split(params)
+    return optimizer_of(config).init(trained)
 
 
 def _refuse_without_room(config: Config) -> None:

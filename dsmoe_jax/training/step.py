@@ -18,13 +18,15 @@ from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.data.pipeline import Batch
+from dsmoe_jax.evaluation.cross_entropy import AheadSums
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
-from dsmoe_jax.moe.schedules import Progress
+from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
+from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.optimizer import make_schedule, optimizer_of
 from dsmoe_jax.training.start import TrainState, state_shapes
@@ -44,12 +46,13 @@ class StepMetrics(NamedTuple):
       parts: of the loss by name, with their weights, see `objective.LOSS_PARTS`.
       tokens: predicted tokens of the global batch.
       bytes: UTF-8 bytes that those tokens stand for.
-      grad_norm: global norm before clipping.
+      grad_norm: global norm before clipping, of the parameters that are trained.
       learning_rate: of this update.
       terms: value of each balance term that has a weight, here without it, (L,).
       router: sums of the MoE layers, with a leading layer axis, over the global batch; None without
         routed experts.
       recorded: routing of the global batch, (L, B, S, K), if the run records it.
+      ahead: sums of multi-token prediction, by module; None without it.
     """
 
     loss: jax.Array
@@ -62,6 +65,7 @@ class StepMetrics(NamedTuple):
     terms: dict[str, jax.Array]
     router: LoggedSums | None
     recorded: RecordedRouting | None
+    ahead: AheadSums | None = None
 
 
 def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
@@ -75,6 +79,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
     gradient = BatchGradient(config, bytes_V)
     steps = config.train.scheduled_steps
     optimizer = optimizer_of(config)
+    freezing = Freezing(config)
     schedule = make_schedule(config.optimizer, steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -82,10 +87,17 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         progress = Progress(state.step, steps)
         weights = losses.weights_at(config.model.moe.balance, progress)
-        totals, grads, recorded = gradient(state.params, state.other, batch, rng, weights)
+        trained, frozen = freezing.split(state.params)
+        others = nnx.merge_state(frozen, state.other)
+        of_mtp = mtp_weight(config, progress)
+        totals, grads, recorded = gradient(trained, others, batch, rng, weights, of_mtp)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = cast(nnx.State, optax.apply_updates(state.params, updates))
+            grads = freezing.gradient(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            after = freezing.updated(
+                cast(nnx.State, optax.apply_updates(trained, updates)), trained
+            )
+            params = nnx.merge_state(after, frozen)
             grad_norm = optax.tree.norm(grads)
         sums = totals.sums
         metrics = StepMetrics(
@@ -99,14 +111,21 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             terms=totals.terms,
             router=totals.router,
             recorded=recorded,
+            ahead=totals.ahead,
         )
         other = state.other
-        if totals.router is not None:
-            load_LE = totals.router.load_E
+        if totals.router is not None and freezing.moves_router:
+            load_LE = totals.router.load_of_choices
             other = router_state.after_step(other, load_LE, progress, config.model)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step
+
+
+def mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
+    """The weight of multi-token prediction at a step; None without it."""
+    section = config.model.mtp
+    return None if section is None else section.factor * multiple(section.schedule, progress)
 
 
 def assert_shapes(batch: Batch) -> None:

@@ -72,14 +72,20 @@ CONVERSATION = st.builds(
 )
 
 
+SHORT = [Message("user", "a"), Message("assistant", "b")]
+
+
 @given(st.lists(CONVERSATION, min_size=1, max_size=6), st.integers(30, 120))
 def test_exactly_the_answers_count(conversations, length):
     """Read back from the batch: each document is a conversation, its counted targets the answers.
 
     A conversation that is too long shows its beginning; the rest of the record is its own.
     """
-    batch = batch_of([tokens_of(c) for c in conversations], length)
     found = Counter()
+    expected = Counter(filter(None, (whole(c, length) for c in conversations)))
+    # A batch has a record: of conversations that are all too long there is none.
+    batch = batch_of([tokens_of(c) for c in (*conversations, SHORT)], length)
+    expected[whole(SHORT, length)] += 1
     for row in range(len(batch["tokens_BS"])):
         segment_S, told_S, mask_S = (
             batch[f"{name}_BS"][row] for name in ("segment_ids", "targets", "loss_mask")
@@ -90,7 +96,7 @@ def test_exactly_the_answers_count(conversations, length):
             found[(*told_S[mine],), (*told_S[mine & (mask_S == 1)],)] += 1
             assert batch["tokens_BS"][row][mine][0] == EOS
             assert batch["positions_BS"][row][mine].tolist() == list(range(mine.sum()))
-    assert found == Counter(filter(None, (whole(c, length) for c in conversations)))
+    assert found == expected
 
 
 def whole(conversation, length):
@@ -231,9 +237,7 @@ def test_other_refusals(tmp_path: Path):
         prepare(str(text), tmp_path / "out", 262, 100, rows="chat")
     with pytest.raises(ValueError, match=r"^rows='talk': must be one of text, chat"):
         prepare(str(text), tmp_path / "out", 262, 100, rows="talk")
-    with pytest.raises(
-        ValueError, match=r"^rows=chat: is for text of one's own, not for .*'stdlib'"
-    ):
+    with pytest.raises(ValueError, match=r"^rows=chat: is for text of one's own, not for the"):
         prepare("stdlib", tmp_path / "out", 262, 100, rows="chat")
 
 

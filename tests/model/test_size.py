@@ -9,7 +9,7 @@ import pytest
 
 import configs
 from dsmoe_jax.commands import count
-from dsmoe_jax.config import from_config_dict, replace
+from dsmoe_jax.config import AttentionConfig, ModelConfig, from_config_dict, replace
 from dsmoe_jax.model import size
 from dsmoe_jax.planning.plan_report import stage_to_plan
 from tests.tools.patience import PATIENCE
@@ -42,6 +42,21 @@ def test_used_and_nominal_flops_are_close(name):
     config = load(name)
     used = size.train_flops_per_token(config) * config.data.sequence_length
     assert used == pytest.approx(size.flops_per_sequence(config), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("layers", "attends", "thousands"),
+    [
+        (27, {"name": "latent", "num_attention_heads": 16}, 15.6),
+        (60, {"name": "latent", "num_attention_heads": 128}, 34.6),
+        (27, {"num_attention_heads": 16, "head_dim": 128}, 110.6),
+    ],
+)
+def test_bytes_of_a_cache_are_those_that_v2_prints(layers, attends, thousands):
+    """Numbers for each token, V2 (2405.04434) table 9: latent attention of two sizes, all heads."""
+    attends = AttentionConfig(**attends)
+    model = ModelConfig(num_hidden_layers=layers, compute_dtype="bfloat16", attention=attends)
+    assert round(size.cache_bytes_per_token(model) / 2 / 1000, 1) == thousands
 
 
 def test_state_bytes():

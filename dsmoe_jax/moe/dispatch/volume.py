@@ -38,14 +38,14 @@ class Volume(NamedTuple):
 def on_one_chip(moe: MoEConfig, t: int, p: int) -> Volume:
     """One chip holds all experts: nothing travels."""
     del p
-    assignments = float(t * moe.num_experts_per_tok)
+    assignments = t * moe.computed_per_token
     return Volume(float(t), 0.0, 0, 0.0, assignments, assignments)
 
 
 def of_all_to_all(moe: MoEConfig, t: int, p: int) -> Volume:
     """A row travels once to each chip that holds some of its token's experts."""
     visits = chips_of_a_token(moe, p) * t
-    computed = t * moe.num_experts_per_tok
+    computed = t * moe.computed_per_token
     buffered = p * t / moe.dispatch.chunks
     room = _max_rows(moe, t, p)
     return Volume(visits, visits * (p - 1) / p, _label_bytes(moe, p), buffered, room, computed)
@@ -57,7 +57,7 @@ def of_all_gather(moe: MoEConfig, t: int, p: int) -> Volume:
     label_bytes = 8 * moe.num_experts_per_tok
     visits = float(p * t)
     room = _max_rows(moe, t, p)
-    computed = t * moe.num_experts_per_tok
+    computed = t * moe.computed_per_token
     return Volume(visits, visits - t, label_bytes, p * chunk, room, computed)
 
 
@@ -65,10 +65,10 @@ def of_fixed_slots(moe: MoEConfig, t: int, p: int) -> Volume:
     """Each chip has the same number of slots for each other chip, filled or not."""
     slots = t
     if moe.drop is not None:
-        slots = min(t, math.ceil(moe.drop.capacity_factor * t * moe.num_experts_per_tok / p))
+        slots = min(t, math.ceil(moe.drop.capacity_factor * t * moe.computed_per_token / p))
     room = float(p * slots)
     received = room - slots
-    computed = min(room, t * moe.num_experts_per_tok)
+    computed = min(room, t * moe.computed_per_token)
     return Volume(room, received, _label_bytes(moe, p), room, room, computed)
 
 
@@ -99,7 +99,7 @@ def chips_of_a_token(moe: MoEConfig, p: int) -> float:
     m = moe.router.topk_group
     of_chip = e // p
     of_group = e // groups
-    open_ = m * of_group  # experts in the groups that a token may use
+    open_ = m * of_group + moe.n_identity_experts  # what a token may choose
 
     def miss(n: int) -> float:
         """Probability that none of n of the open experts is chosen."""

@@ -61,6 +61,7 @@ class RouterState(NamedTuple):
 
 _BIAS = RouterState(scored.first_bias, after_step=scored.move_bias)
 _TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_counts)
+_CHOICES = RouterState(fixed.first_choices, from_token_counts=fixed.choices_from_counts)
 
 
 class Router(NamedTuple):
@@ -75,11 +76,12 @@ class Router(NamedTuple):
         are (T, rows x E); 0: nothing is learned, `logits` are None.
       alters_logits: the routing's logits are not those that the layer computed.
       top: the K that the router is defined for; None: any.
+      own_k: the K of its variables is that of the config, and no intervention can change it.
       competes: the tokens of a micro-batch compete for experts.
       alone: `(logits, inputs, settings) -> Routing` of each token by itself, for generation; None:
         `route` does so in evaluation.
       balanced: the load is even by construction, or fixed; balance terms have no effect.
-      all_columns: a routing has a column for each of the E experts, not K of them.
+      all_columns: a routing has a column for each of the experts, not K of them.
       masks_best: in evaluation its choice is by score, so that a token's best experts can be left
         out (`RouterSettings.mask_best`).
       samples: draws from a policy, which learns by `policy.policy_loss`.
@@ -94,6 +96,7 @@ class Router(NamedTuple):
     logits_per_expert: int = 1
     alters_logits: bool = False
     top: int | None = None
+    own_k: bool = False
     competes: bool = False
     alone: Callable[..., Routing] | None = None
     balanced: bool = False
@@ -113,9 +116,9 @@ class Router(NamedTuple):
         """All fields of `RouterConfig` that have a meaning for this router."""
         return self.reads | {"logits_dtype", "logits_bias"} if self.learned else self.reads
 
-    def columns(self, n_experts: int, k: int) -> int:
+    def columns(self, n_choices: int, k: int) -> int:
         """Columns of its routings, unassigned ones included."""
-        return n_experts if self.all_columns else k
+        return n_choices if self.all_columns else k
 
 
 ROUTERS: dict[str, Router] = {
@@ -180,6 +183,14 @@ ROUTERS: dict[str, Router] = {
         balanced=True,
         state=_TABLE,
     ),
+    "token_table": Router(
+        scored.token_table,
+        _GATES | {"scoring_func", "jitter"},
+        {"seed": 0},
+        own_k=True,
+        balanced=True,
+        state=_CHOICES,
+    ),
     "replay": Router(fixed.replay, logits_per_expert=0, balanced=True, needs_recording="routing"),
     "replay_ids": Router(
         scored.replay_ids, _GATES | {"scoring_func"}, masks_best=True, needs_recording="ids"
@@ -216,7 +227,7 @@ def get_router(moe: MoEConfig) -> tuple[Router, RouterSettings]:
         )
     options = FrozenDict({**router.options, **config.options})
     filled = dataclasses.replace(config, options=options)
-    return router, RouterSettings(filled, moe.n_routed_experts, k)
+    return router, RouterSettings(filled, moe.n_choices, k, n_identity=moe.n_identity_experts)
 
 
 def _refuse_unread(config: RouterConfig, router: Router) -> None:

@@ -1,4 +1,4 @@
-"""Routers that learn nothing.
+"""Routers that learn nothing, and tables from token ids to experts.
 
 Shapes: T tokens, E routed experts, K activated per token, V vocabulary.
 """
@@ -74,6 +74,53 @@ def balanced_table(counts_V: np.ndarray, n_experts: int) -> np.ndarray:
         table_V[token] = expert
         heapq.heapreplace(load, (so_far + int(counts_V[token]), expert))
     return table_V
+
+
+def first_choices(settings: RouterSettings) -> dict[str, jax.Array]:
+    """A table in which every token is unassigned."""
+    shape = settings.vocab_size, settings.k
+    return {"table_VK": jnp.full(shape, settings.n_experts, jnp.int32)}
+
+
+def choices_from_counts(counts_V: np.ndarray, settings: RouterSettings) -> dict[str, np.ndarray]:
+    """The table of K different experts for each token that balances the training text.
+
+    Args:
+      counts_V: how often each token is an input of the training text.
+      settings: of the layer's router, with its seed.
+    """
+    seed = settings.option("seed")
+    return {"table_VK": balanced_choices(counts_V, settings.n_experts, settings.k, seed)}
+
+
+def balanced_choices(counts_V: np.ndarray, n_experts: int, k: int, seed: int) -> np.ndarray:
+    """K different experts for each token id, by frequency as in `balanced_table`.
+
+    The most frequent remaining token goes to the K experts with the smallest loads so far.  Of
+    equal loads the order is random: else rare tokens, which all count once, would have the same few
+    sets of K experts.
+
+    Args:
+      counts_V: how often each token is an input of the training text.
+      n_experts: E.
+      k: K.
+      seed: of the order among equal loads.
+
+    Returns:
+      int32 (V, K).
+    """
+    counts_V = np.maximum(counts_V, 1)
+    rng = np.random.default_rng(seed)
+    table_VK = np.zeros((len(counts_V), k), np.int32)
+    load = [(0, draw, i) for i, draw in enumerate(rng.random(n_experts))]
+    heapq.heapify(load)
+    draws_VK = rng.random((len(counts_V), k))
+    for token in np.argsort(-counts_V, kind="stable"):
+        smallest = [heapq.heappop(load) for _ in range(k)]
+        table_VK[token] = [expert for _, _, expert in smallest]
+        for (so_far, _, expert), draw in zip(smallest, draws_VK[token], strict=True):
+            heapq.heappush(load, (so_far + int(counts_V[token]), draw, expert))
+    return table_VK
 
 
 def hash_expert(token_ids: jax.Array, n_experts: int, seed: int) -> jax.Array:

@@ -111,6 +111,21 @@ def replay_ids(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSetti
     return unassign(routing, inputs.replayed.sent < settings.n_experts, settings.n_experts)
 
 
+def token_table(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -> Routing:
+    """The K experts of a fixed table, by token id; the gates are learned (V4's first MoE layers).
+
+    The choice is nothing that a bias or a balance term could change: the router has neither.  How
+    the table is built is `fixed.choices_from_counts`.
+    """
+    found = scores(logits_TE, settings.config)
+    ids_TK = inputs.state["table_VK"][inputs.token_ids_T]
+    none = jnp.finfo(jnp.float32).min
+    rank_TK = jnp.take_along_axis(found.order_TE, ids_TK, axis=1, mode="fill", fill_value=none)
+    _, place_TK = settings.top_k(jax.lax.stop_gradient(rank_TK), settings.k)
+    ids_TK = jnp.take_along_axis(ids_TK, place_TK, axis=1)  # best first
+    return Routing(ids_TK, gates(found, ids_TK, settings.config), found.affinity_TE, logits_TE)
+
+
 def first_bias(settings: RouterSettings) -> dict[str, jax.Array]:
     """The loss-free balance bias b of each expert, 0 at the start; nothing without a speed."""
     if settings.config.bias_update_speed is None:
@@ -128,7 +143,9 @@ def move_bias(
 
     Args:
       state: `bias_E` with a leading layer axis L; nothing without a speed.
-      load_LE: assignments of the whole global batch, fewer than 2^31 of them.
+      load_LE: assignments of the whole global batch, fewer than 2^31 of them.  The bias of an
+        identity expert stays as it is (LongCat-Flash, 2509.01322): with those of the others it is
+        settled how many choices it gets.
       progress: of the run, for the schedule of gamma.
       settings: with gamma, `bias_update_speed`.
     """
@@ -136,7 +153,11 @@ def move_bias(
     if config.bias_update_speed is None:
         return {}
     speed = config.bias_update_speed * multiple(config.bias_update_schedule, progress)
-    return {"bias_E": state["bias_E"] + speed * below_mean(load_LE)}
+    moved_LE = speed * below_mean(load_LE)
+    if settings.n_identity:
+        is_routed_E = jnp.arange(settings.n_experts) < settings.n_experts - settings.n_identity
+        moved_LE = jnp.where(is_routed_E, moved_LE, 0.0)
+    return {"bias_E": state["bias_E"] + moved_LE}
 
 
 def below_mean(load_LE: jax.Array) -> jax.Array:

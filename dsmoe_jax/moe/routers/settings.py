@@ -18,10 +18,11 @@ class RouterSettings:
 
     Attributes:
       config: the section `model.moe.router`, with the defaults of missing options filled in.
-      n_experts: E, the routed experts.
+      n_experts: E, all that it chooses among.
       k: K, the experts that a token activates.
       vocab_size: V, of the layer's token ids.
       mask_best: number of each token's best experts to mask (an intervention).
+      n_identity: how many of the last ones are identity experts, see moe/identity.
       top_k: `(x_TE, k) -> values_TK, places_TK`, the kernel in use.
     """
 
@@ -30,6 +31,7 @@ class RouterSettings:
     k: int
     vocab_size: int = 0
     mask_best: int = 0
+    n_identity: int = 0
     top_k: Callable[..., tuple[jax.Array, jax.Array]] = rows.top_k
 
     def option(self, name: str) -> Any:

@@ -146,6 +146,7 @@ def test_auto_asks_the_mesh_what_it_will_run_on():
     for name, chosen in {"tpu": "splash", "cpu": "xla"}.items():
         with on(name):
             assert kernel_of(config, 2048, BF16) == chosen
+            assert kernel_of(AttentionConfig("latent"), 2048, BF16) == chosen
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,12 @@ def test_auto_asks_the_mesh_what_it_will_run_on():
         (
             "cudnn",
             {"platform": "gpu", "documents": False, "key_size": 100},
-            r"multiples of 8 up to 128, not 100 \(model.attention.head_dim\)",
+            r"multiples of 8 up to 128, not 100 \(model.attention.head_dim, or the sizes",
+        ),
+        (
+            "cudnn",
+            {"platform": "gpu", "documents": False, "value_size": 192},
+            r"multiples of 8 up to 128, not 192 ",
         ),
     ],
 )
@@ -202,6 +208,21 @@ def test_a_tpus_program_has_no_scores():
     assert arrays_with_two("f32[2,768,768]{2,1,0} bf16[4,768,64] s32[768,2,768]", 768) == [
         "[2,768,768]", "[768,2,768]"
     ]  # fmt: skip
+
+
+def test_for_tpus_latent_attention_has_no_scores():
+    """V2's heads, keys of 128 + 64 and values of 128: lowered without a TPU, not compiled."""
+    attend = functools.partial(splash.attend, mask=CausalMask())
+    key = jax.ShapeDtypeStruct((1, 384, 2, 192), BF16)
+    value = jax.ShapeDtypeStruct((1, 384, 2, 128), BF16)
+
+    def loss(*qkv):
+        return attend(*qkv).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(key, key, value)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert all(f"splash_mha_{name}" in text for name in ("fwd", "dkv", "dq"))
+    assert "384x384" not in text
 
 
 def test_for_nvidia_the_program_calls_cudnn(monkeypatch):

@@ -52,7 +52,7 @@ def refuse(task: Task) -> str:
     if size > _LARGEST_SIZE or size % 8:
         return (
             f"its heads are multiples of 8 up to {_LARGEST_SIZE}, not {size}"
-            " (model.attention.head_dim); must be 'auto' or 'xla'"
+            " (model.attention.head_dim, or the sizes in its options); must be 'auto' or 'xla'"
         )
     return ""
 
