@@ -135,9 +135,7 @@ def _token_ids() -> list[int] | None:
     try:
         return [int(item) for item in _TOKENS.value.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--tokens={_TOKENS.value}: must be numbers separated by commas"
-        ) from None
+        raise ValueError(f"--tokens={_TOKENS.value}: must be numbers separated by commas") from None
 
 
 # The flags that say what is to be done, others that may be given, and what does it.
@@ -151,5 +149,5 @@ _TASKS: list[tuple[set[str], set[str], Callable[[], dict[str, Any]]]] = [
 
 def _sentence(result: dict[str, Any]) -> str:
     made = result.get("workdir") or f"{result['directory']} ({result['architecture']})"
-    gigabytes = result["peak_memory_bytes"] / 1e9
-    return f"{made}: made in {duration(result['seconds'])}, at most {gigabytes:.2f} GB in memory"
+    peak = workdirs.size_text(result["peak_memory_bytes"])
+    return f"{made}: made in {duration(result['seconds'])}, at most {peak} in memory"

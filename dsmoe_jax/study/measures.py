@@ -107,6 +107,12 @@ def _held_out(key: str, over_layers: Callable[[Any], Any] | None = None):
     return read
 
 
+def _before_training(outcome: Outcome) -> float | None:
+    """The loss of what a run began with, if that had been trained."""
+    before = (outcome.evaluation or {}).get("before")
+    return None if before is None else before["loss"]
+
+
 def _load(reading: Callable[[np.ndarray, Outcome], float | None]):
     """Reads a number from the load on the held-out text."""
 
@@ -195,6 +201,14 @@ MEASURES: dict[str, Measure] = {
         columns={RESULTS: "validation loss"},
         lower_is_better=True,
         note="Loss in nats per token on held-out text.",
+    ),
+    "validation_loss_before": Measure(
+        "validation loss before",
+        _before_training,
+        "nats per token",
+        lower_is_better=True,
+        spread=False,
+        note="Before: the loss of the parameters that the run began with.",
     ),
     "validation_bits_per_byte": Measure(  # compares between tokenizers
         "validation bits per byte",

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, replace
 from dsmoe_jax.model import generation
-from dsmoe_jax.model.generation import generate, routing_notes
+from dsmoe_jax.model.generation import generate, prompt_inputs, routing_notes
 from dsmoe_jax.model.sampling import Sampling
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe.interventions import GENERATION
@@ -88,7 +88,7 @@ def test_prefill_and_decoding_give_the_logits_of_a_whole_pass(model):
         return nnx.merge(graph, state).forward(inputs, cache, GENERATION)
 
     of_text = whole_pass(model)
-    inputs = generation._left_padded(list(map(np.array, PROMPTS)))
+    inputs = prompt_inputs(PROMPTS, V)
     out = step(state, inputs, model.empty_cache(3, 10))
     texts = [list(prompt) for prompt in PROMPTS]
     for token in (11, 12, 13):
@@ -103,7 +103,7 @@ def test_prefill_and_decoding_give_the_logits_of_a_whole_pass(model):
 
 
 def test_padding_is_sent_to_no_expert(model):
-    inputs = generation._left_padded(list(map(np.array, PROMPTS)))
+    inputs = prompt_inputs(PROMPTS, V)
     forward = nnx.jit(lambda model, inputs, cache: model.forward(inputs, cache, GENERATION))
     report = forward(model, inputs, model.empty_cache(3, 10)).report
     unassigned = model.config.moe.n_routed_experts
