@@ -223,7 +223,8 @@ class Transformer(nnx.Module):
 
         Args:
           inputs: a batch; see `ModelInputs`.
-          cache: to continue after the positions it holds (single-document sequences only).
+          cache: to continue after the positions it holds.  A sequence is one document, of segment
+            1; tokens of segment 0 are padding, which no later token sees.
           intervention: a change to how the MoE layers are used, for probes.
         """
         hidden_BSD, report, cache = self.hidden(inputs, cache, intervention)
@@ -248,7 +249,12 @@ class Transformer(nnx.Module):
         return logits_BSV
 
     def draft(
-        self, k: int, hidden_BSD: jax.Array, next_BS: jax.Array, cache: Cache
+        self,
+        k: int,
+        hidden_BSD: jax.Array,
+        next_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """Runs the k-th module of multi-token prediction as a draft of generation.
 
@@ -256,13 +262,14 @@ class Transformer(nnx.Module):
           k: 1, 2, ...
           hidden_BSD: of `hidden` (k = 1) or of the module before it.
           next_BS: int32, the token k ahead of each position.
+          segment_ids_BS: int32, 1 where the position has a token, 0 where it is padding.
           cache: from `empty_draft_cache`; `length` is the first position here.
 
         Returns:
           The representation whose logits predict the token k + 1 ahead, and the cache with this
           module's positions filled.
         """
-        every = _every_layer(ModelInputs(next_BS), cache)
+        every = _every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
         graph, params = nnx.split(self.mtp)
         params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
         module = nnx.merge(graph, params)
@@ -271,7 +278,9 @@ class Transformer(nnx.Module):
             hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
         )
         stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
-        return hidden_BSD, cache._replace(stacked=stacked)
+        segment_ids_BL = every.mask.key_segment_ids_BL
+        assert segment_ids_BL is not None
+        return hidden_BSD, cache._replace(stacked=stacked, segment_ids_BL=segment_ids_BL)
 
     def score(
         self,
@@ -301,6 +310,7 @@ class Transformer(nnx.Module):
         )
         if not look_ahead:
             return Scored(nll_BS, logits_BSV, report)
+        assert best_BS is not None
         of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
         inputs = inputs._replace(replayed=of_modules)
         ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
@@ -415,7 +425,10 @@ class Transformer(nnx.Module):
             outputs.append(output)
         reports, caches = zip(*outputs, strict=True)
         if cache is not None:
-            cache = Cache.of(tuple(leading), caches, cache.length + inputs.tokens_BS.shape[1])
+            length = cache.length + inputs.tokens_BS.shape[1]
+            assert every.mask.key_segment_ids_BL is not None
+            segment_ids_BL = every.mask.key_segment_ids_BL
+            cache = Cache.of(tuple(leading), caches, length, segment_ids_BL)
         return x_BSD, _joined(reports), cache
 
     def _scan(
@@ -440,7 +453,7 @@ class Transformer(nnx.Module):
         """
         moe_layer, moe_params = self._each(stack.layers, every, intervention)
         following = None
-        if run.dense:
+        if stack.between is not None:
             dense_layer, dense_params = self._each(stack.between, every, intervention)
             following = _in_groups((dense_params, dense), run)
 
@@ -482,17 +495,24 @@ class Transformer(nnx.Module):
             RunCache(_repeated(one, run.groups), _repeated(one, run.groups * run.dense))
             for run in layout.runs(self.config)
         ]
-        return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0))
+        leading = (one,) * len(self.leading)
+        return Cache.of(leading, of_runs, jnp.int32(0), _nothing(batch, max_length))
 
     def empty_draft_cache(self, batch: int, max_length: int) -> Cache:
         """As `empty_cache`, of the modules of multi-token prediction."""
         one = self._empty_cache_of_layer(batch, max_length)
-        return Cache((), _repeated(one, self.config.mtp_depth), jnp.int32(0))
+        stacked = _repeated(one, self.config.mtp_depth)
+        return Cache((), stacked, jnp.int32(0), _nothing(batch, max_length))
 
     def _empty_cache_of_layer(self, batch: int, max_length: int) -> Any:
         config = self.config.attention
         empty = attention.get(config).empty_cache
         return empty(config, batch, max_length, compute_dtype(self.config))
+
+
+def _nothing(batch: int, max_length: int) -> jax.Array:
+    """The segments of a cache without tokens, (B, L)."""
+    return jnp.zeros((batch, max_length), jnp.int32)
 
 
 def _repeated(cache: Any, n: int) -> Any:
@@ -538,12 +558,19 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
     b, s = inputs.tokens_BS.shape
     segment_ids_BS = inputs.segment_ids_BS
     positions_BS = inputs.positions_BS
-    start = 0 if cache is None else cache.length
-    index_S = start + jnp.arange(s)
-    assert cache is None or segment_ids_BS is None, "a cache continues single documents"
-    mask = CausalMask(segment_ids_BS, start, None if cache is None else cache.max_length)
+    if cache is None:
+        start = 0
+        mask = CausalMask(segment_ids_BS)
+        default_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
+    else:
+        start = cache.length
+        if segment_ids_BS is None:
+            segment_ids_BS = jnp.ones((b, s), jnp.int32)
+        key_ids_BL = jax.lax.dynamic_update_slice(cache.segment_ids_BL, segment_ids_BS, (0, start))
+        mask = CausalMask(segment_ids_BS, start, cache.max_length, key_ids_BL)
+        default_BS = _tokens_before(cache, segment_ids_BS)
     if positions_BS is None:
-        positions_BS = jnp.broadcast_to(index_S, (b, s))
+        positions_BS = default_BS
     valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
     return _EveryLayer(
         inputs.tokens_BS,
@@ -554,6 +581,15 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
         inputs.sequence_ids_B,
         start,
     )
+
+
+def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
+    """Number of each sequence's tokens before each new one, padding not counted."""
+    # What lies past the length was taken back (a draft that was wrong).
+    filled_L = jnp.arange(cache.max_length) < cache.length
+    cached_B = ((cache.segment_ids_BL > 0) & filled_L).sum(axis=1)
+    valid_BS = segment_ids_BS > 0
+    return cached_B[:, None] + jnp.cumsum(valid_BS, axis=1) - valid_BS
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

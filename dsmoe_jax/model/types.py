@@ -28,7 +28,8 @@ class ModelInputs(NamedTuple):
       tokens_BS: int32 token ids.
       segment_ids_BS: int32, the document of each token; 0 is padding.  A token attends only to its
         own document.  None: one document a sequence.
-      positions_BS: int32, position within the document; None: 0, 1, 2, ...
+      positions_BS: int32, position within the document; None: 0, 1, 2, ..., with a cache the number
+        of tokens before.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: 0, 1, 2, ...
       rng: random key for routers that act at random in training; None is evaluation.
       replayed: recorded routing, (B, L, S, K), for routers that replay; in evaluation it replaces
@@ -106,6 +107,8 @@ class Cache(NamedTuple):
       stacked: of the MoE layers of the first run (`layout.runs`), every array with a leading layer
         axis.
       length: int32, positions filled so far, the same for every sequence.
+      segment_ids_BL: int32, 1 where a token of the sequence is, 0 where padding is, or nothing yet.
+        So sequences may differ in length: a shorter one has padding, before or between its tokens.
       between: of its dense layers, as `stacked`; None without.
       further: of the other runs.
     """
@@ -113,14 +116,21 @@ class Cache(NamedTuple):
     leading: tuple[Any, ...]
     stacked: Any
     length: jax.Array
+    segment_ids_BL: jax.Array
     between: Any = None
     further: tuple[RunCache, ...] = ()
 
     @classmethod
-    def of(cls, leading: tuple[Any, ...], of_runs: Sequence[RunCache], length: jax.Array) -> Cache:
+    def of(
+        cls,
+        leading: tuple[Any, ...],
+        of_runs: Sequence[RunCache],
+        length: jax.Array,
+        segment_ids_BL: jax.Array,
+    ) -> Cache:
         """A cache from those of the leading layers and of the runs."""
         (stacked, between), *further = of_runs
-        return cls(leading, stacked, length, between, tuple(further))
+        return cls(leading, stacked, length, segment_ids_BL, between, tuple(further))
 
     @property
     def of_runs(self) -> list[RunCache]:
@@ -130,8 +140,7 @@ class Cache(NamedTuple):
     @property
     def max_length(self) -> int:
         """Positions that the cache can hold."""
-        # Every attention's arrays begin with (B, L); here the layers come before them.
-        return jax.tree.leaves(self.stacked)[0].shape[2]
+        return self.segment_ids_BL.shape[1]
 
 
 class Output(NamedTuple):

@@ -17,7 +17,7 @@ from dsmoe_jax import commands
 from dsmoe_jax.commands import command_line
 # What the commands import, so that it is imported once.
 from dsmoe_jax.evaluation import held_out
-from dsmoe_jax.model import sampling
+from dsmoe_jax.model import generation
 from dsmoe_jax.planning import ahead_of_time, plan_report
 from dsmoe_jax.report import load_over_training
 from dsmoe_jax.runs import loading

@@ -1,6 +1,7 @@
 """`python -m dsmoe_jax generate` on a run of a few steps."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ import pytest
 
 import configs
 from dsmoe_jax.config import from_config_dict, replace
-from dsmoe_jax.data.corpus import load_corpus
 from dsmoe_jax.training.loop import train
 from tests.tools.patience import PATIENCE
 
@@ -41,11 +41,9 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 # in one other process, where the model is compiled once for all cases of equal shapes.
 DRIVER = """
 import contextlib, io, json, sys
-import numpy as np
 from absl import flags
 from dsmoe_jax.commands import command_line, generate
-from dsmoe_jax.data.corpus import load_corpus
-cases, cuts = json.load(sys.stdin)
+cases = json.load(sys.stdin)
 results = []
 for argv in cases:
     out, err = io.StringIO(), io.StringIO()
@@ -57,9 +55,7 @@ for argv in cases:
             command_line.run(generate.main, argv)
         except SystemExit as stop:
             results.append((stop.code, out.getvalue(), err.getvalue()))
-directory, *rows = cuts
-tokenizer = load_corpus(directory).tokenizer
-json.dump([results, [generate.cut(np.array(row), tokenizer) for row in rows]], sys.stdout)
+json.dump(results, sys.stdout)
 """
 
 SAMPLED = ("--prompt=def ", "--temperature=2", "--json", "--max_new_tokens=8", "--num_samples=3")
@@ -71,6 +67,9 @@ GOOD = {
     "seed 1": (*SAMPLED, "--seed=1"),
     "first checkpoint": (*SAMPLED, "--step=1"),
     "numbered": tuple(a for a in SAMPLED if a != "--json"),
+    "streamed": (*(a for a in SAMPLED if a != "--json"), "--stream"),
+    "stopped": (*SAMPLED, "--stop=e", "--stop=n"),
+    "several prompts": ("--prompt=def ", "--prompts_file={prompts}", *SAMPLED[1:], "--top_k=50"),
     "empty prompt": ("--prompt=", "--max_new_tokens=8", "--json"),
     "any token": ("--prompt=", "--temperature=1e30", "--max_new_tokens=60", "--json"),
     "past the end": ("--prompt=", "--max_new_tokens=64"),
@@ -91,34 +90,48 @@ BAD = {
     ("--prompt=x", "--num_samples=2"): "--num_samples=2: changes nothing at --temperature=0",
     ("--prompt=x", "--num_samples=0"): "--num_samples=0",
     ("--prompt=x", "--seed=-1"): "--seed=-1",
+    ("--prompt=x", "--top_k=3"): "--top_k=3: changes nothing at --temperature=0",
+    ("--prompt=x", "--top_k=0"): "--top_k=0: must be > 0",
+    ("--prompt=x", "--repetition_penalty=0"): "--repetition_penalty=0.0: must be above 0",
+    ("--prompt=x", "--stop="): "--stop='': must not be empty",
+    ("--prompt=x", "--stop=\udcff"): r"--stop='\udcff': must be UTF-8",
+    ("--prompt=x", "--stream", "--json"): "--stream=true: JSON is printed when all is done",
+    ("--prompts_file=no/such",): "--prompts_file=no/such: No such file",
+    ("--prompts_file={damaged}",): "damaged: line 2 must be a JSON string",
+    ("--prompts_file={latin}",): "latin: must be UTF-8",
     ("--promt=x",): "did you mean --prompt?",
 }
 
 
+FILES = {
+    "prompts": b'"import os\\nimport sys"\n""\n',
+    "damaged": b'"import"\nimport\n',
+    "latin": b'"\xe9"',
+}
+
+
 @pytest.fixture(scope="module")
-def driven(workdir, tiny_corpus):
-    """Results of the cases by name or arguments, and what `cut` leaves of three rows of tokens."""
+def results(workdir, tmp_path_factory):
+    """Results of the cases by name or arguments."""
+    directory = tmp_path_factory.mktemp("files")
+    files = {name: str(directory / name) for name in FILES}
+    for name, content in FILES.items():
+        Path(files[name]).write_bytes(content)
     cases = {**GOOD, **{argv: argv for argv in BAD}}
-    lines = [
-        argv if any(a.startswith("--workdir") for a in argv) else (*argv, f"--workdir={workdir}")
-        for argv in cases.values()
-    ]
-    tokenizer = load_corpus(tiny_corpus).tokenizer
-    text, eos = tokenizer.encode("import os"), tokenizer.eos_id
-    rows = [text, [*text, eos, *text, eos], [eos, *text]]
+    lines = [[a.format(**files) if "=" in a else a for a in argv] for argv in cases.values()]
+    for line in lines:
+        if not any(a.startswith("--workdir") for a in line):
+            line.append(f"--workdir={workdir}")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", DRIVER],
-        input=json.dumps([lines, [str(tiny_corpus), *rows]]),
-        capture_output=True, text=True, timeout=PATIENCE,
+        input=json.dumps(lines), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results, cuts = json.loads(done.stdout)
-    return dict(zip(cases, results, strict=True)), cuts, len(text)
+    return dict(zip(cases, json.loads(done.stdout), strict=True))
 
 
-@pytest.fixture
-def results(driven):
-    return driven[0]
+def samples_of(results, name):
+    return json.loads(results[name][1])["samples"]
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -126,19 +139,28 @@ def test_good(results, name):
     code, out, err = results[name]
     assert code == 0
     assert out
-    *other, line = err.splitlines()
+    lines = err.splitlines()
+    if "--json" not in GOOD[name]:
+        *lines, speed, cache = lines
+        assert re.fullmatch(
+            r"speed: prefill \d+ tokens in \S+ s \([\d,]+ tokens/s\), decode \d+ tokens in \S+ s"
+            r" \([\d,]+ tokens/s\); compiling took \S+ s besides",
+            speed,
+        )
+        assert cache.startswith("cache: ")
+    *other, line = lines
     assert line.startswith("note: nothing is dropped here")
     assert bool(other) == (name == "past the end")
 
 
 def test_greedy_is_the_same_on_every_call(results):
-    assert results["greedy"] == results["greedy again"]
+    assert results["greedy"][1] == results["greedy again"][1]
     assert results["greedy"][1].startswith("def ")
 
 
 def test_samples_follow_the_seed_and_the_checkpoint(results):
     texts = {
-        name: [sample["text"] for sample in json.loads(results[name][1])["samples"]]
+        name: [sample["text"] for sample in samples_of(results, name)]
         for name in ("seed 0", "seed 0 again", "seed 1", "first checkpoint")
     }
     assert texts["seed 0"] == texts["seed 0 again"]
@@ -147,22 +169,57 @@ def test_samples_follow_the_seed_and_the_checkpoint(results):
     assert len(set(texts["seed 0"])) == 3, "the samples of one call differ"
 
 
-def test_several_samples_are_numbered(results):
-    found = json.loads(results["seed 0"][1])
-    assert (found["step"], found["prompt"]) == (2, "def ")
-    texts = ["def " + sample["text"] for sample in found["samples"]]
+def test_several_samples_are_numbered_and_streaming_writes_the_same(results):
+    assert json.loads(results["seed 0"][1])["step"] == 2
+    texts = [sample["prompt"] + sample["text"] for sample in samples_of(results, "seed 0")]
+    assert all(text.startswith("def ") for text in texts)
     expected = "\n".join(f"[{i}/3]\n{text}" for i, text in enumerate(texts, start=1))
-    assert results["numbered"][1] == expected + "\n"
+    assert results["numbered"][1] == results["streamed"][1] == expected + "\n"
+
+
+def test_each_prompt_has_its_samples(results):
+    samples = samples_of(results, "several prompts")
+    prompts = ["def ", "import os\nimport sys", ""]
+    assert [sample["prompt"] for sample in samples] == [p for p in prompts for _ in range(3)]
+    assert len({sample["text"] for sample in samples}) == 9
+
+
+def test_a_text_ends_before_a_stop_string(results):
+    """Which does not change what comes before."""
+    reasons = set()
+    for whole, cut in zip(*(samples_of(results, n) for n in ("seed 0", "stopped")), strict=True):
+        text = re.split("e|n", whole["text"])[0]
+        assert cut["text"] == text
+        reasons.add(cut["stop_reason"])
+        assert (cut["stop_reason"] == "stop_string") == (text != whole["text"])
+        assert cut["tokens"] <= whole["tokens"]
+        assert cut["ended"] == (cut["stop_reason"] != "max_new_tokens")
+    assert "stop_string" in reasons
+
+
+def test_speed_and_cache_are_reported(results):
+    """The cache: keys and values of the model's two heads of 8 numbers, in float32."""
+    found = json.loads(results["seed 0"][1])
+    speed, cache = found["speed"], found["cache"]
+    generated = sum(s["tokens"] + (s["stop_reason"] == "end_of_text") for s in found["samples"])
+    assert speed["decode_tokens"] == generated - 3
+    assert speed["prefill_tokens"] % 3 == 0
+    for part in ("prefill", "decode"):
+        rate = speed[f"{part}_tokens"] / speed[f"{part}_seconds"]
+        assert speed[f"{part}_tokens_per_second"] == pytest.approx(rate)
+    assert speed["compile_seconds"] > 0
+    assert cache["bytes_per_token"] % (4 * 2 * 8) == 0
+    assert f"cache: {cache['bytes_per_token']:,} bytes" in results["numbered"][2]
 
 
 def test_an_empty_prompt_starts_a_new_document(results):
-    (sample,) = json.loads(results["empty prompt"][1])["samples"]
+    (sample,) = samples_of(results, "empty prompt")
     assert sample["tokens"] == 8 or sample["ended"]
 
 
 def test_every_token_is_text(results):
     """The model has ids past the tokenizer's; a character has at most four bytes, a token one."""
-    (sample,) = json.loads(results["any token"][1])["samples"]
+    (sample,) = samples_of(results, "any token")
     assert len(sample["text"]) >= sample["tokens"] / 4 > 10
 
 
@@ -181,16 +238,11 @@ def test_bad_input_gives_one_line(results, argv):
     assert BAD[argv] in err
 
 
-def test_text_is_cut_at_the_first_end_of_text(driven):
-    _, cuts, n = driven
-    assert cuts == [["import os", n, False], ["import os", n, True], ["", 0, True]]
-
-
 def test_the_command_as_users_call_it(workdir, results):
     command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate"]
     arguments = [f"--workdir={workdir}", *GOOD["greedy"]]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, done.stdout, done.stderr) == tuple(results["greedy"])
+    assert (done.returncode, done.stdout) == (0, results["greedy"][1])
 
 
 def test_help_explains():
@@ -204,6 +256,9 @@ def test_help_explains():
         "--workdir=runs/dsmoe",
         "--top_p",
         "--num_samples",
+        "--prompts_file",
+        "--repetition_penalty",
+        "12 L D^2",
         "--[no]json",
     ):
         assert text in done.stdout

@@ -15,7 +15,7 @@ from flax import nnx
 from dsmoe_jax.config import replace
 from dsmoe_jax.model import size
 from dsmoe_jax.model.build import build_model
-from dsmoe_jax.model.sampling import generate
+from dsmoe_jax.model.generation import generate
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.attention import Activations, Attention
 from dsmoe_jax.nn.layers import init_matrix, linear
@@ -85,7 +85,7 @@ def test_generation_equals_recomputing_the_whole_sequence(config):
     model = jax.jit(lambda: build_model(sharp.model, jax.random.key(0)))()
     assert jax.tree.map(jnp.shape, model.empty_cache(B, 9).stacked) == MeanCache((2, B, 9, 3))
     prompt = jnp.array([[1, 2, 3], [9, 8, 7]])
-    np.testing.assert_array_equal(generate(model, prompt, 4), greedy(model, prompt, 4))
+    np.testing.assert_array_equal(generate(model, prompt, 4).tokens_BG, greedy(model, prompt, 4))
 
 
 def test_a_step_trains_it(config):
