@@ -100,7 +100,7 @@ def _task() -> Callable[[], dict[str, Any]]:
 
 
 def _to_workdir() -> dict[str, Any]:
-    made = workdirs.from_hf(_FROM_HF.value, _TO.value)
+    made = workdirs.from_hf(_text(_FROM_HF), _text(_TO))
     return {"workdir": str(made), "step": workdirs.STEP}
 
 
@@ -108,7 +108,7 @@ def _to_hugging_face() -> dict[str, Any]:
     if not 0 < _SHARD_GB.value < 1e6:
         raise ValueError(f"--shard_gb={_SHARD_GB.value}: must be above 0")
     shard_bytes = round(_SHARD_GB.value * 1e9)
-    made = workdirs.to_hf(_FROM.value, _TO_HF.value, _STEP.value, _DTYPE.value, shard_bytes)
+    made = workdirs.to_hf(_text(_FROM), _text(_TO_HF), _STEP.value, _DTYPE.value, shard_bytes)
     return {
         "directory": str(made.place),
         "architecture": made.architecture,
@@ -119,14 +119,20 @@ def _to_hugging_face() -> dict[str, Any]:
 
 def _check_theirs() -> dict[str, Any]:
     if _AGAINST.value is None:
-        return agreement.with_transformers(_FROM_HF.value, _token_ids())
-    open_model = functools.partial(loading.load_with_backend, _FROM_HF.value)
+        return agreement.with_transformers(_text(_FROM_HF), _token_ids())
+    open_model = functools.partial(loading.load_with_backend, _text(_FROM_HF))
     return agreement.with_backend(open_model, _AGAINST.value, _token_ids())
 
 
 def _check_ours() -> dict[str, Any]:
-    open_model = functools.partial(workdirs.load_with_backend, _FROM.value, _STEP.value)
-    return agreement.with_backend(open_model, _AGAINST.value, _token_ids())
+    open_model = functools.partial(workdirs.load_with_backend, _text(_FROM), _STEP.value)
+    return agreement.with_backend(open_model, _text(_AGAINST), _token_ids())
+
+
+def _text(flag: flags.FlagHolder[str | None]) -> str:
+    """The value of a flag that `_task` has seen to be there."""
+    assert flag.value is not None
+    return flag.value
 
 
 def _token_ids() -> list[int] | None:
@@ -135,9 +141,7 @@ def _token_ids() -> list[int] | None:
     try:
         return [int(item) for item in _TOKENS.value.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--tokens={_TOKENS.value}: must be numbers separated by commas"
-        ) from None
+        raise ValueError(f"--tokens={_TOKENS.value}: must be numbers separated by commas") from None
 
 
 # The flags that say what is to be done, others that may be given, and what does it.
@@ -151,5 +155,5 @@ _TASKS: list[tuple[set[str], set[str], Callable[[], dict[str, Any]]]] = [
 
 def _sentence(result: dict[str, Any]) -> str:
     made = result.get("workdir") or f"{result['directory']} ({result['architecture']})"
-    gigabytes = result["peak_memory_bytes"] / 1e9
-    return f"{made}: made in {duration(result['seconds'])}, at most {gigabytes:.2f} GB in memory"
+    peak = workdirs.size_text(result["peak_memory_bytes"])
+    return f"{made}: made in {duration(result['seconds'])}, at most {peak} in memory"

@@ -5,13 +5,11 @@ python -m dsmoe_jax generate --workdir=runs/dsmoe --prompt="The " --temperature=
     --num_samples=3 --seed=1
 python -m dsmoe_jax generate --workdir=runs/dsmoe --prompt="def main(" --stream --stop="def "
 python -m dsmoe_jax generate --workdir=runs/dsmoe --prompts_file=prompts.jsonl --json
-python -m dsmoe_jax generate --workdir=runs/chat --chat --prompt="What is 3 plus 4?"
 
 A prompt is the beginning of a document: the model reads the end-of-text token, which comes before
 every document it was trained on, and then the prompt.  So an empty prompt (--prompt="") starts a
 new document.  Several prompts are given by several --prompt, or by a file with a JSON string on
-each line, such as "To be\\n"; they may differ in length.  With --chat a prompt is a question, put
-as a model that was trained on conversations has read them (docs/fine_tuning.md).
+each line, such as "To be\\n"; they may differ in length.
 
 A text ends where the model writes end-of-text, before the first stop string (--stop, as often as
 wanted), or after --max_new_tokens.  The default, --temperature=0, is greedy: the most likely token
@@ -23,11 +21,14 @@ No text depends on the others that are sampled with it: nothing is dropped, each
 experts of its own, also where the router lets the tokens of a batch compete, and every sample of a
 prompt has random numbers of its own.
 
+--draft=mtp writes the greedy text in fewer passes, by a model that was trained with model.mtp, and
+says how many drafted tokens were accepted.
+
 --stream writes texts as they grow, one below the other: each begins when the one before is whole.
 The speed, and the bytes of the cache for each token, go to stderr, or into the JSON.  They stand
 beside the cache of a dense model with the same activated parameters A, L layers and V tokens, with
 plain multi-head attention, a standard FFN of 8 D^2 parameters, and so the hidden size D that solves
-12 L D^2 + 2 V D = A: it keeps 2 L D numbers for each token.
+12 L D^2 + 2 V D = A (V D if embedding and head are tied): it keeps 2 L D numbers for each token.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +46,11 @@ from absl import flags
 
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.commands.text_printer import TextPrinter
-from dsmoe_jax.data import chat
 from dsmoe_jax.data.growing_text import MAX_NEW_TOKENS, GrowingText
-from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.cache_size import CacheSize, cache_size
-from dsmoe_jax.model.generation import CHUNK, Generated, generate, routing_notes
+from dsmoe_jax.model.generation import CHUNK, Seconds, generate, routing_notes
 from dsmoe_jax.model.sampling import GREEDY, Sampling
+from dsmoe_jax.model.speculative import generate_drafted
 from dsmoe_jax.progress import ProgressLine, Silent
 from dsmoe_jax.runs.loading import Writer, load_writer
 
@@ -61,9 +62,6 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "File of more prompts: a JSON string on each line."
-)
-_CHAT = flags.DEFINE_bool(
-    "chat", False, "A prompt is a question to a model that was trained on conversations."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Stop after this many tokens, if the text has not ended.", lower_bound=1
@@ -105,6 +103,22 @@ class Request(NamedTuple):
     stop_strings: list[str]
 
 
+class Work(NamedTuple):
+    """The texts that are to be written, a row for each sample of each prompt."""
+
+    run: Writer
+    sampling: Sampling
+    prompts: list[str]
+    tokens: list[list[int]]
+    sample_ids: list[int]
+    texts: list[GrowingText]
+
+    @property
+    def allowed_V(self) -> np.ndarray:
+        """Tokens that may be generated."""
+        return self.run.tokenizer.may_be_written(self.run.config.model.vocab_size)
+
+
 def main() -> None:
     """Runs the command."""
     request = _checked_flags()
@@ -114,51 +128,93 @@ def main() -> None:
 
 def _generate(request: Request) -> None:
     run = load_writer(request.workdir, _STEP.value)
-    beginnings = [_beginning(p, run.tokenizer) for p in request.prompts]
-    _note_length(run, max(map(len, beginnings)))
+    work = _work(run, request)
+    _note_length(run, max(map(len, work.tokens)))
     for note in routing_notes(run.model.config.moe):
         print(note, file=sys.stderr)
+    printer = TextPrinter(sys.stdout, work.prompts, work.texts)
+    facts = _write(work, printer) if _DRAFT.value is None else DRAFTS[_DRAFT.value](work)
+    for text in work.texts:
+        text.close()
+    size = cache_size(run.config.model)
+    if _JSON.value:
+        samples = [_sample(*pair) for pair in zip(work.prompts, work.texts, strict=True)]
+        print(json.dumps({"step": run.step, "samples": samples, **facts, "cache": size._asdict()}))
+        return
+    printer.show()
+    print(_speed_line(facts["speed"]), _cache_line(size), sep="\n", file=sys.stderr)
+    if "draft" in facts:
+        print(_draft_line(facts["draft"]), file=sys.stderr)
+
+
+def _work(run: Writer, request: Request) -> Work:
     n = _NUM_SAMPLES.value
     prompts = [prompt for prompt in request.prompts for _ in range(n)]
-    texts = [GrowingText(run.tokenizer, request.stop_strings) for _ in prompts]
-    printer = TextPrinter(sys.stdout, prompts, texts)
+    return Work(
+        run,
+        request.sampling,
+        prompts,
+        [[run.tokenizer.eos_id, *run.tokenizer.encode(prompt)] for prompt in prompts],
+        [*range(n)] * len(request.prompts),
+        [GrowingText(run.tokenizer, request.stop_strings) for _ in prompts],
+    )
+
+
+def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
+    """Lets the texts grow; returns facts about it as JSON."""
     # A line that is rewritten would get between the texts.
     progress = Silent() if _STREAM.value else ProgressLine("generate", _MAX_NEW_TOKENS.value)
 
     def watch(news: list[list[int]]) -> np.ndarray:
-        for text, tokens in zip(texts, news, strict=True):
+        for text, tokens in zip(work.texts, news, strict=True):
             text.add(tokens)
-        done = max(text.tokens for text in texts)
+        done = max(text.tokens for text in work.texts)
         if done < _MAX_NEW_TOKENS.value:  # the texts themselves say that all is done
             progress.update(done)
         if _STREAM.value:
             printer.show()
-        return np.array([text.stop_reason is not None for text in texts])
+        return np.array([text.stop_reason is not None for text in work.texts])
 
     generated = generate(
-        run.model,
-        [beginning for beginning in beginnings for _ in range(n)],
+        work.run.model,
+        work.tokens,
         _MAX_NEW_TOKENS.value,
-        sampling=request.sampling,
+        sampling=work.sampling,
         seed=_SEED.value,
-        sample_ids=[*range(n)] * len(beginnings),
-        allowed_V=run.tokenizer.may_be_written(run.config.model.vocab_size),
-        eos_id=run.tokenizer.eos_id,
+        sample_ids=work.sample_ids,
+        allowed_V=work.allowed_V,
+        eos_id=work.run.tokenizer.eos_id,
         watch=watch,
         chunk=1 if _STREAM.value else CHUNK,
     )
     progress.close()
-    for text in texts:
-        text.close()
-    speed = _speed(generated)
-    size = cache_size(run.model)
-    if _JSON.value:
-        samples = [_sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        found = {"step": run.step, "samples": samples, "speed": speed, "cache": size._asdict()}
-        print(json.dumps(found))
-    else:
-        printer.show()
-        print(_speed_line(speed), _cache_line(size), sep="\n", file=sys.stderr)
+    decoded = generated.decoded_tokens
+    return {"speed": _speed(generated.seconds, generated.prompt_tokens, decoded)}
+
+
+def _write_drafted(work: Work) -> dict[str, Any]:
+    """As `_write`, with the modules of multi-token prediction as a draft."""
+    n = _MAX_NEW_TOKENS.value
+    drafted = generate_drafted(work.run.model, work.tokens, n, allowed_V=work.allowed_V)
+    for text, tokens_G in zip(work.texts, drafted.tokens_BG, strict=True):
+        text.add(tokens_G.tolist())
+    draft = {
+        "passes": drafted.passes,
+        "proposed": drafted.proposed.tolist(),
+        "accepted": drafted.accepted.tolist(),
+        "acceptance": drafted.acceptance,
+    }
+    decoded = len(work.texts) * (n - 1)
+    return {"speed": _speed(drafted.seconds, drafted.prompt_tokens, decoded), "draft": draft}
+
+
+DRAFTS: dict[str, Callable[[Work], dict[str, Any]]] = {"mtp": _write_drafted}
+_DRAFT = flags.DEFINE_enum(
+    "draft",
+    None,
+    [*DRAFTS],
+    "Look ahead with a draft, for greedy text: mtp is the modules of multi-token prediction.",
+)
 
 
 def _checked_flags() -> Request:
@@ -175,6 +231,8 @@ def _checked_flags() -> Request:
         raise ValueError("--stop='': must not be empty")
     if _STREAM.value and _JSON.value:
         raise ValueError("--stream=true: JSON is printed when all is done; leave out --json")
+    if _STREAM.value and _DRAFT.value is not None:
+        raise ValueError("--stream=true: a drafted text comes as a whole; leave out --draft")
     return Request(_WORKDIR.value, prompts, _sampling(), stop_strings)
 
 
@@ -193,6 +251,11 @@ def _sampling() -> Sampling:
                     f"--{flag.name}={flag.value}: changes nothing at --temperature=0, which always"
                     " takes the most likely token; raise --temperature"
                 )
+    if _DRAFT.value is not None and sampling != GREEDY:
+        raise ValueError(
+            f"--draft={_DRAFT.value}: drafts greedy text alone; leave out --temperature and"
+            " --repetition_penalty"
+        )
     return sampling
 
 
@@ -226,13 +289,6 @@ def _read_prompt(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def _beginning(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the model reads: a document's beginning, or a question to answer."""
-    if _CHAT.value:
-        return chat.prompt_ids(tokenizer, [chat.Message("user", prompt)])
-    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
-
-
 def _note_length(run: Writer, prompt_tokens: int) -> None:
     trained = run.config.data.sequence_length
     asked = prompt_tokens + _MAX_NEW_TOKENS.value
@@ -255,13 +311,12 @@ def _sample(prompt: str, text: GrowingText) -> dict[str, Any]:
     }
 
 
-def _speed(generated: Generated) -> dict[str, float | None]:
+def _speed(seconds: Seconds, prompt_tokens: int, decoded: int) -> dict[str, float | None]:
     """Tokens and times as JSON; a rate of no token is None."""
-    seconds = generated.seconds
     report: dict[str, float | None] = {"compile_seconds": seconds.compile}
     for part, tokens, took in (
-        ("prefill", generated.prompt_tokens, seconds.prefill),
-        ("decode", generated.decoded_tokens, seconds.decode),
+        ("prefill", prompt_tokens, seconds.prefill),
+        ("decode", decoded, seconds.decode),
     ):
         report[f"{part}_tokens"] = tokens
         report[f"{part}_seconds"] = took
@@ -284,3 +339,8 @@ def _cache_line(size: CacheSize) -> str:
         " model of equal activated size with plain multi-head attention (hidden size"
         f" {size.dense_hidden_size:,}; see --help)"
     )
+
+
+def _draft_line(draft: dict[str, Any]) -> str:
+    shares = [f"{a} of {p}" for a, p in zip(draft["accepted"], draft["proposed"], strict=True)]
+    return f"draft: accepted {', '.join(shares)} tokens by module, in {draft['passes']} passes"

@@ -66,7 +66,7 @@ def with_transformers(directory: str, tokens: Sequence[int] | None) -> dict[str,
     """
     source = loading.open_source(directory, "--from_hf")
     tokens_BS = _batch(tokens, source.config.vocab_size)
-    reference = _theirs(source, tokens_BS)
+    reference = theirs(source, tokens_BS)
     return compare(loading.load(directory), reference, tokens_BS)
 
 
@@ -102,9 +102,7 @@ def _batch(tokens: Sequence[int] | None, vocab_size: int) -> np.ndarray:
     return np.array([tokens], np.int32)
 
 
-def compare(
-    model: Transformer, reference: Trace, tokens_BS: np.ndarray
-) -> dict[str, Any]:
+def compare(model: Transformer, reference: Trace, tokens_BS: np.ndarray) -> dict[str, Any]:
     """Errors of a model in each layer, by name.
 
     Args:
@@ -152,9 +150,7 @@ def trace(model: Transformer, tokens_BS: np.ndarray) -> Trace:
     return _ours(model, tokens_BS, None)
 
 
-def _ours(
-    model: Transformer, tokens_BS: np.ndarray, inputs: list[np.ndarray] | None
-) -> Trace:
+def _ours(model: Transformer, tokens_BS: np.ndarray, inputs: list[np.ndarray] | None) -> Trace:
     """Our model on a batch; each layer gets the input given, or else its own."""
     x_BSD = model.embedding_VD[...][tokens_BS]
     run = _layer_runner(model, jnp.asarray(tokens_BS))
@@ -192,13 +188,19 @@ def _layer_runner(
     return lambda number, x_BSD: run(*nnx.split(model.layer(number)), x_BSD)
 
 
-def _theirs(source: loading.Source, tokens_BS: np.ndarray) -> Trace:
-    """transformers' model on a batch."""
+def theirs(source: loading.Source, tokens_BS: np.ndarray) -> Trace:
+    """The model of transformers on a batch, in float32.
+
+    Raises:
+      ValueError: if it is not installed, or cannot load the model.
+    """
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise ValueError("--check: needs transformers and torch, which are not installed") from error
+        raise ValueError(
+            "--check: needs transformers and torch, which are not installed"
+        ) from error
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source.directory, dtype=torch.float32, attn_implementation="eager"
@@ -235,8 +237,6 @@ def table(result: dict[str, Any]) -> str:
     for row in result["layers"]:
         overlap = "-" if row["overlap"] is None else f"{row['overlap']:.4%}"
         gate = "-" if row["gate_error"] is None else f"{row['gate_error']:.1e}"
-        lines.append(
-            f"{row['layer']:>5}  {overlap:>12}  {gate:>10}  {row['hidden_error']:>12.1e}"
-        )
+        lines.append(f"{row['layer']:>5}  {overlap:>12}  {gate:>10}  {row['hidden_error']:>12.1e}")
     logits = f"{result['logits_error']:.1e} apart, at a scale of {result['logits_scale']:.2f}"
     return "\n".join([*lines, f"logits of the whole models: at most {logits}"])

@@ -126,7 +126,7 @@ def _written(name: str, flat: Tree) -> Tree:
     tree |= {key: served[0] for key, served in family.theirs.items()}
     for key, theirs in family.keys.items():
         value = flat.get(key)
-        is_null = theirs.null is not None and value == theirs.null
+        is_null = value == theirs.null != theirs.default
         tree[theirs.names[0]] = None if is_null else value
     for special in family.special:
         tree |= special.write(flat)
@@ -168,7 +168,8 @@ def _meaning(model: ModelConfig, family: Family) -> Tree:
     # Several keys say which layers are dense, and how wide the shared experts are together.
     meaning["moe_layers"] = model.moe_layers
     meaning["moe.shared_width"] = moe.shared_width
-    without += _LAYERS + _SHARED
+    meaning["mtp_depth"] = model.mtp_depth
+    without += [*_LAYERS, *_SHARED, "mtp"]
     if not model.n_dense_layers:
         without.append("intermediate_size")
     if moe.n_routed_experts:

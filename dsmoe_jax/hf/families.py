@@ -88,7 +88,7 @@ _DENSE_LAYERS = {"intermediate_size": Key("intermediate_size")}
 _DEEPSEEK = _DENSE_LAYERS | {
     "first_k_dense_replace": Key("first_k_dense_replace", 0),
     "moe.n_routed_experts": Key("n_routed_experts"),
-    "moe.n_shared_experts": Key("n_shared_experts", null=0),
+    "moe.n_shared_experts": Key("n_shared_experts"),
     "moe.num_experts_per_tok": Key("num_experts_per_tok"),
     "moe.moe_intermediate_size": Key("moe_intermediate_size"),
 }
@@ -163,7 +163,7 @@ FAMILIES: dict[str, Family] = {
             "topk_method": ("noaux_tc",),
             "moe_layer_freq": (1,),
         },
-        special=(special.ROPE, special.V3_GROUPS, special.KEY_VALUE_HEADS),
+        special=(special.ROPE, special.V3_GROUPS, special.KEY_VALUE_HEADS, special.AHEAD),
         unused=_OF_LATENT,
     ),
     "mixtral": Family(
@@ -238,7 +238,10 @@ FAMILIES: dict[str, Family] = {
         | _GROUPED
         | _DEEPSEEK
         | _NORMALISED
-        | {"moe_layer_freq": Key("moe_layer_freq", 1)},
+        | {
+            "moe_layer_freq": Key("moe_layer_freq", 1),
+            "moe.n_shared_experts": Key("n_shared_experts", null=0),
+        },
         theirs=_THEIRS | {"scoring_func": ("softmax",)},
         special=(special.ROPE, special.EVEN_HEADS),
         auto_map={

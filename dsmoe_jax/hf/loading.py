@@ -74,18 +74,19 @@ def open_source(directory: str | Path, key: str = "directory") -> Source:
     if not (path / CONFIG).is_file():
         raise ValueError(f"{key}={directory}: holds no model (there is no {CONFIG})")
     tree = json_files.read(path / CONFIG)
+    checkpoint = Checkpoint(path)
+    notes = []
     try:
         family, config = configs.read(tree)
+        if config.mtp_depth and not names.has_modules_ahead(config, checkpoint.shapes):
+            # transformers writes the number, but not the tensors.
+            notes.append("has no tensors of modules that predict further tokens: left out")
+            config = dataclasses.replace(config, mtp=None)
         shapes = model_shapes(config)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from error
-    checkpoint = Checkpoint(path)
     lines = names.lines_of(family, config, names.shapes_of(shapes), checkpoint.shapes)
-    further = names.check(checkpoint, lines, config)
-    notes = []
-    if further:
-        n = len(further)
-        notes.append(f"left out: {n} tensors of modules that predict further tokens ({further[0]})")
+    names.check(checkpoint, lines, config)
     return Source(path, tree, config, checkpoint, lines, shapes, notes)
 
 
@@ -148,7 +149,8 @@ def load_state(source: Source, line: ProgressLine, allocate: Allocate = aligned)
         name = names.path_of(path)
         stacked = tensors[name][0][0].sources[0].index is not None
 
-        def block(index: Index) -> np.ndarray:
+        def block(index: Index | None) -> np.ndarray:
+            assert index is not None
             index = tuple(slice(*at.indices(n)) for at, n in zip(index, wanted.shape, strict=True))
             out = allocate(name, tuple(at.stop - at.start for at in index))
             names.read_block(source.checkpoint.read, tensors[name], stacked, index, out)

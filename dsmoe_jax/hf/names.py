@@ -89,6 +89,10 @@ def lines_of(
     for layer, place in enumerate(places(config)):
         at = "".join(f"{part}/" for part in place.path)
         lines += _lines(table, _LAYER.format(layer), at, place.index, shapes)
+    for module in range(config.mtp_depth):
+        prefix = _LAYER.format(config.num_hidden_layers + module)
+        lines += _lines(tables.AHEAD, prefix, "mtp/", module, shapes)
+        lines += _lines(table, prefix, "mtp/block/", module, shapes)
     held = {source.path for line in lines for source in line.sources}
     if missing := [path for path in shapes if path not in held]:
         raise Missing(f"{FAMILIES[family].architecture} has no tensor for {named(missing)}")
@@ -105,9 +109,7 @@ def _table(choices: tuple[Table, ...], there: Collection[str]) -> Table:
     return choices[int(np.argmax(counts))]
 
 
-def _lines(
-    table: Table, prefix: str, at: str, index: int | None, shapes: Shapes
-) -> Iterator[Line]:
+def _lines(table: Table, prefix: str, at: str, index: int | None, shapes: Shapes) -> Iterator[Line]:
     """The lines of a table whose arrays a layer (or the model) has."""
     for tensor in table:
         paths = [at + path for path in tensor.ours]
@@ -123,11 +125,14 @@ def tensor_shapes(lines: list[Line]) -> Shapes:
     return {name: line.tensor.shape(line.shapes) for line in lines for name in line.names()}
 
 
-def check(checkpoint: Checkpoint, lines: list[Line], config: ModelConfig) -> list[str]:
-    """Compares the names and shapes of a checkpoint with those that its model must have.
+def has_modules_ahead(config: ModelConfig, there: Collection[str]) -> bool:
+    """Whether a checkpoint has tensors behind the last layer, of modules of `model.mtp`."""
+    prefix = _LAYER.format(config.num_hidden_layers)
+    return any(name.startswith(prefix) for name in there)
 
-    Returns:
-      Tensors that are left out on purpose, those of modules that predict further tokens.
+
+def check(checkpoint: Checkpoint, lines: list[Line], config: ModelConfig) -> None:
+    """Compares the names and shapes of a checkpoint with those that its model must have.
 
     Raises:
       ValueError: naming all tensors that are missing, too many or of another shape (some of them,
@@ -142,11 +147,7 @@ def check(checkpoint: Checkpoint, lines: list[Line], config: ModelConfig) -> lis
         for name, shape in wanted.items()
         if name in there and there[name] != shape
     ]
-    extra = [name for name in there if name not in wanted and not _BUFFERS.search(name)]
-    if _HEAD in extra:
-        extra.remove(_HEAD)  # it is not wanted where it is the embedding once more
-    further = [name for name in extra if _layer_number(name) >= config.num_hidden_layers]
-    extra = [name for name in extra if name not in set(further)]
+    extra = [name for name in there if name not in wanted and not _is_copy(name, config)]
     problems = [
         f"{len(names)} {what}: {named(names)}"
         for what, names in (("missing", missing), ("too many", extra), ("of another shape", wrong))
@@ -154,7 +155,14 @@ def check(checkpoint: Checkpoint, lines: list[Line], config: ModelConfig) -> lis
     ]
     if problems:
         raise ValueError(f"{checkpoint.directory}: tensors {'; '.join(problems)}")
-    return further
+
+
+def _is_copy(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor that is not wanted says nothing new, or can be computed."""
+    if name == _HEAD:  # it is wanted, unless the head is tied
+        return True
+    ahead = _layer_number(name) >= config.num_hidden_layers
+    return bool(_BUFFERS.search(name)) or (ahead and name.endswith(tables.COPIES))
 
 
 def _scaled(checkpoint: Checkpoint, wanted: Shapes) -> list[str]:

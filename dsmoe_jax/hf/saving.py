@@ -22,6 +22,8 @@ from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import json_files
 
+# Keys of a config.json that would contradict what is written.
+_SAID_ANEW = ("rope_scaling", "rope_parameters", "quantization_config")
 SHARD_BYTES = 5 * 10**9  # what transformers writes, too
 
 
@@ -65,7 +67,8 @@ def describe(config: ModelConfig, dtype: str, about: Mapping[str, Any]) -> Desti
     }
     # Both names: `dtype` since transformers 5, `torch_dtype` before.
     kind = {"dtype": dtype, "torch_dtype": dtype}
-    return Destination({**about, **tree, **kind}, lines, sizes, dtype)
+    others = {key: value for key, value in about.items() if key not in _SAID_ANEW}
+    return Destination({**others, **tree, **kind}, lines, sizes, dtype)
 
 
 def save(

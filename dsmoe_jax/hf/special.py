@@ -55,13 +55,15 @@ def _rope(default_theta: float) -> Special:
         return values
 
     def write(ours: Tree) -> Tree:
-        # In the form of before transformers 5, which every version reads.
-        tree: Tree = {"rope_theta": ours["attention.rope_theta"], "rope_scaling": None}
+        theta = ours["attention.rope_theta"]
         kind = ours.get(f"{_SCALING}rope_type")
+        section = {"rope_type": kind or _NO_SCALING, "rope_theta": theta}
+        # The first for transformers 5, the others for the versions before it.
+        tree: Tree = {"rope_parameters": section, "rope_theta": theta}
         if kind is not None:
             numbers = {name: ours.get(_SCALING + name) for name in _settings(kind)}
-            there = {name: number for name, number in numbers.items() if number is not None}
-            tree["rope_scaling"] = {"rope_type": kind, "type": kind, **there}
+            section |= {name: number for name, number in numbers.items() if number is not None}
+            tree["rope_scaling"] = {"type": kind, **section}
         return tree
 
     return Special(read, write)
@@ -180,4 +182,15 @@ def _read_sparse_step(tree: Tree) -> Tree:
 
 SPARSE_STEP = Special(
     _read_sparse_step, lambda ours: {"decoder_sparse_step": ours["moe_layer_freq"]}
+)
+
+
+def _read_ahead(tree: Tree) -> Tree:
+    depth = tree.get("num_nextn_predict_layers") or 0
+    return {"mtp.num_nextn_predict_layers": depth} if depth else {}
+
+
+AHEAD = Special(
+    _read_ahead,
+    lambda ours: {"num_nextn_predict_layers": ours.get("mtp.num_nextn_predict_layers", 0)},
 )

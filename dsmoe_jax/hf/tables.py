@@ -5,7 +5,8 @@ within a layer (see `Tensor`).  A line holds for every layer that has its arrays
 serves dense and MoE layers, with biases and without.
 
 Axes: D hidden, F feed-forward width, E routed experts, N query heads, M key/value heads, H head
-size; of latent attention R rotated part of a head, I size of a value, Q and Z latents; V vocabulary.
+size; of latent attention R rotated part of a head, I size of a value, Q and Z latents; V
+vocabulary; J two hidden vectors side by side.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ MODEL: Table = (
     Tensor("model.norm.weight", "D", ("final_norm/scale_D",)),
     Tensor("lm_head.weight", "V D", ("head_VD",)),
 )
+
+# Of a module that predicts further tokens, behind the last layer; its block has the names of one.
+# Released checkpoints have embedding and head there once more.
+AHEAD: Table = (
+    Tensor("enorm.weight", "D", ("embedding_norm/scale_D",)),
+    Tensor("hnorm.weight", "D", ("hidden_norm/scale_D",)),
+    Tensor("eh_proj.weight", "D J", ("projection_DJ",)),
+    Tensor("shared_head.norm.weight", "D", ("final_norm/scale_D",)),
+)
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
 NORMS: Table = (
     Tensor("input_layernorm.weight", "D", ("attention_norm/scale_D",)),

@@ -42,7 +42,8 @@ KEPT = "hf"  # in a workdir: the files that a model came with
 STEP = 0  # of the checkpoint of a converted model, before any step
 SCALE = "released"
 MOST_POSITIONS = 4096  # of a sequence in evaluation; models say what they were extended to
-CHUNK_BYTES = 256 * 2**20  # of an array in the checkpoint: what is compressed at once
+CHUNK_BYTES = 64 * 2**20  # of an array in the checkpoint: what is compressed at once
+COLLECTED_BYTES = 2**31  # by Orbax, of what is compressed, before they are written
 
 
 def from_hf(directory: str, workdir: str) -> Path:
@@ -122,14 +123,20 @@ def _run_config(source: Source, found: Tokenizer | None) -> Config:
 
 
 def _needs_from(source: Source) -> str:
+    """What the conversion takes; said before it starts."""
     model = _bytes(source.shapes)
-    largest = max(x.size * 4 for x in jax.tree.leaves(source.shapes))
+    held = min(model, COLLECTED_BYTES) + 4 * CHUNK_BYTES
     return (
-        f"{source.checkpoint.bytes / 1e9:.2f} GB in {len(source.checkpoint.files)} files"
-        f" ({', '.join(source.checkpoint.dtypes())}); as float32 parameters"
-        f" {model / 1e9:.2f} GB, which lie in a file while they are converted: twice that of disk,"
-        f" and memory for blocks of the largest array ({largest / 1e9:.2f} GB)"
+        f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
+        f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
+        f" takes twice the latter on disk (half of it until the end), and up to {size_text(held)}"
+        " in memory, beside pages of those files that the system may take back"
     )
+
+
+def size_text(n: int) -> str:
+    """A number of bytes for the eye."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
 
 
 def _bytes(shapes: ModelState) -> int:
@@ -144,9 +151,7 @@ class Written(NamedTuple):
     step: int
 
 
-def to_hf(
-    workdir: str, directory: str, step: int | None, dtype: str, shard_bytes: int
-) -> Written:
+def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_bytes: int) -> Written:
     """Writes the model of a workdir as a Hugging Face one.
 
     Args:
@@ -213,11 +218,7 @@ def _kept(workdir: Path, config: Config) -> Path | None:
 def _about(kept: Path | None, config: Config) -> dict[str, Any]:
     """Keys of a config.json that are not of the model: of the one that it came with, if any."""
     if kept is not None and (kept / CONFIG).is_file():
-        tree = json_files.read(kept / CONFIG)
-        # What is said anew under another name would be said twice.
-        for key in ("rope_parameters", "quantization_config", "num_nextn_predict_layers"):
-            tree.pop(key, None)
-        return tree
+        return json_files.read(kept / CONFIG)
     scaling = config.model.attention.rope_scaling
     length = config.data.sequence_length
     if scaling is not None:
@@ -227,13 +228,14 @@ def _about(kept: Path | None, config: Config) -> dict[str, Any]:
 
 
 def _needs_to(model: ModelConfig, destination: saving.Destination, shard_bytes: int) -> str:
+    """What the conversion takes; said before it starts."""
     size = _bytes(model_shapes(model))
     shard = min(destination.bytes, max(shard_bytes, max(destination.sizes.values())))
     return (
-        f"{destination.tree['architectures'][0]}, {destination.bytes / 1e9:.2f} GB of"
-        f" {destination.dtype}; in memory about {(size + shard) / 1e9:.2f} GB (the float32"
-        f" parameters {size / 1e9:.2f} GB, on a mesh in its devices, and one file of"
-        f" {shard / 1e9:.2f} GB)"
+        f"{destination.tree['architectures'][0]}, {size_text(destination.bytes)} of"
+        f" {destination.dtype}; takes up to {size_text(2 * size + shard)} in memory: the float32"
+        f" parameters twice while they are loaded ({size_text(size)}; on a mesh, once in its"
+        f" devices), and one file ({size_text(shard)})"
     )
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
-
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.model.size import count_parameters
-from dsmoe_jax.model.transformer import Transformer, compute_dtype
+from dsmoe_jax.model.size import cache_bytes_per_token, count_parameters
+from dsmoe_jax.model.transformer import compute_dtype
 
 
 class CacheSize(NamedTuple):
@@ -29,28 +27,25 @@ class CacheSize(NamedTuple):
     dense_hidden_size: int
 
 
-def cache_size(model: Transformer) -> CacheSize:
+def cache_size(config: ModelConfig) -> CacheSize:
     """The cache of a model beside that of a dense model of equal activated size.
 
     The dense model has as many layers, and plain multi-head attention: it keeps a key and a value
     of D numbers in each layer, 2 L D in all, of the same dtype.
     """
-    cache = jax.eval_shape(lambda: model.empty_cache(1, 1))
-    arrays = jax.tree.leaves((cache.leading, cache.stacked))
-    d = dense_hidden_size(model.config)
-    layers = model.config.num_hidden_layers
-    item = compute_dtype(model.config).itemsize
-    held = sum(x.size * x.dtype.itemsize for x in arrays)
-    return CacheSize(held, round(2 * layers * d * item), round(d))
+    d = dense_hidden_size(config)
+    dense = 2 * config.num_hidden_layers * d * compute_dtype(config).itemsize
+    return CacheSize(cache_bytes_per_token(config), round(dense), round(d))
 
 
 def dense_hidden_size(config: ModelConfig) -> float:
     """D of the dense model that has the activated parameters of a model, and its L and V.
 
     Its layers have 4 D^2 parameters of attention and a standard FFN of 8 D^2 (V1 section 4.1);
-    embedding and head have V D each.  So D solves 12 L D^2 + 2 V D = activated; norms are left out.
+    embedding and head have V D each, or V D together if the model ties them.  So D solves
+    12 L D^2 + 2 V D = activated; norms are left out.
     """
     activated = count_parameters(config).activated
     a = 12 * config.num_hidden_layers
-    b = 2 * config.vocab_size
+    b = (1 if config.tie_word_embeddings else 2) * config.vocab_size
     return (math.sqrt(b * b + 4 * a * activated) - b) / (2 * a)

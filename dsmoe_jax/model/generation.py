@@ -33,6 +33,7 @@ from dsmoe_jax.moe.routers import get_router
 # Tokens of each text that one call adds, unless every one is wanted at once.
 CHUNK = 32
 
+Prompts = Sequence[Sequence[int]] | np.ndarray | jax.Array
 Watch = Callable[[list[list[int]]], np.ndarray]
 
 
@@ -112,7 +113,7 @@ class _UnderWay(NamedTuple):
 
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
@@ -149,7 +150,7 @@ def generate(
     require(chunk > 0, "chunk", chunk, "must be > 0")
     require(allowed_V.shape == (v,), "allowed", allowed_V.shape, f"must be of shape {(v,)}")
     require(bool(allowed_V.any()), "allowed", "none", "must allow a token")
-    inputs = _left_padded(_checked(prompts, v))
+    inputs = prompt_inputs(prompts, v)
     b, p = inputs.tokens_BS.shape
     ids_B = jnp.arange(b) if sample_ids is None else jnp.asarray(sample_ids)
     require(ids_B.shape == (b,), "sample_ids", ids_B.shape, f"must be of shape {(b,)}")
@@ -185,8 +186,16 @@ def routing_notes(moe: MoEConfig) -> list[str]:
     return notes
 
 
-def _checked(prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array, v: int) -> list[np.ndarray]:
-    """The ids of each prompt; refuses ids that the model does not have."""
+def prompt_inputs(prompts: Prompts, vocab_size: int) -> ModelInputs:
+    """One batch of prompts, shorter ones with padding before them.
+
+    Args:
+      prompts: token ids of each text, at least one.
+      vocab_size: ids that the model has.
+
+    Raises:
+      ValueError: for no prompt, an empty one, or ids that the model does not have.
+    """
     rows = [np.asarray(prompt) for prompt in prompts]
     shapes = [row.shape for row in rows]
     some = bool(rows) and all(row.ndim == 1 and row.size for row in rows)
@@ -194,21 +203,16 @@ def _checked(prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array, v: int) 
     for row in rows:
         require(np.issubdtype(row.dtype, np.integer), "prompts", row.dtype, "must be ids")
         ends = int(row.min()), int(row.max())
-        known = ends[0] >= 0 and ends[1] < v
-        require(known, "prompts", ends, f"smallest and largest id; must be 0 to {v - 1}")
-    return rows
-
-
-def _left_padded(prompts: Sequence[np.ndarray]) -> ModelInputs:
-    """One batch of prompts, shorter ones with padding before them."""
-    p = max(map(len, prompts))
-    tokens_BP = np.zeros((len(prompts), p), np.int32)
+        known = ends[0] >= 0 and ends[1] < vocab_size
+        require(known, "prompts", ends, f"smallest and largest id; must be 0 to {vocab_size - 1}")
+    p = max(map(len, rows))
+    tokens_BP = np.zeros((len(rows), p), np.int32)
     segment_ids_BP = np.zeros_like(tokens_BP)
-    for row, prompt in enumerate(prompts):
+    for i, row in enumerate(rows):
         # Padding, whose weight is 0, must be finite: 0 x NaN is NaN.  So it is a token of the text.
-        tokens_BP[row, : p - len(prompt)] = prompt[0]
-        tokens_BP[row, p - len(prompt) :] = prompt
-        segment_ids_BP[row, p - len(prompt) :] = 1
+        tokens_BP[i, : p - len(row)] = row[0]
+        tokens_BP[i, p - len(row) :] = row
+        segment_ids_BP[i, p - len(row) :] = 1
     return ModelInputs(jnp.asarray(tokens_BP), jnp.asarray(segment_ids_BP))
 
 

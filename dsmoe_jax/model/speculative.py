@@ -11,13 +11,14 @@ All sequences of a batch keep as many tokens as the one that agrees least: the c
 Module k needs the token k ahead.  At the last k - 1 positions that is a draft, so what its cache
 has there is computed again when the tokens are known: each pass runs the modules over a window.
 
-Shapes: B prompts, P their length, G generated tokens, S positions of a pass, L positions of the
+Shapes: B prompts, P the longest, G generated tokens, S positions of a pass, L positions of the
 buffers, D hidden, V vocabulary, K modules.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.model.generation import Prompts, Seconds, prompt_inputs
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import Cache, ModelInputs
 from dsmoe_jax.moe import interventions
@@ -39,12 +41,16 @@ class Drafted(NamedTuple):
       passes: of the model over new tokens, the prompt's not counted.
       proposed: drafted tokens of each module, all sequences together, (K,).
       accepted: those that the model found best too, up to the first that it did not, (K,).
+      prompt_tokens: of all texts together, without padding.
+      seconds: that it took.
     """
 
-    tokens_BG: jax.Array
+    tokens_BG: np.ndarray
     passes: int
     proposed: np.ndarray
     accepted: np.ndarray
+    prompt_tokens: int
+    seconds: Seconds
 
     @property
     def acceptance(self) -> float | None:
@@ -58,6 +64,7 @@ class _State(NamedTuple):
 
     Attributes:
       tokens_BL: known tokens, then drafted ones.
+      segment_ids_BL: int32, 0 where padding stands before a shorter prompt, else 1.
       last: int32, position of the last known token, which the model has not seen.
       hidden_BLD: the model's representation of the positions before it.
       cache: of the model.
@@ -67,6 +74,7 @@ class _State(NamedTuple):
     """
 
     tokens_BL: jax.Array
+    segment_ids_BL: jax.Array
     last: jax.Array
     hidden_BLD: jax.Array
     cache: Cache
@@ -79,16 +87,16 @@ class _State(NamedTuple):
 
 def generate_drafted(
     model: Transformer,
-    prompt_BP: jax.Array,
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     allowed_V: np.ndarray | None = None,
 ) -> Drafted:
-    """Continues prompts of equal length greedily, each as if it were alone.
+    """Continues prompts greedily, each as if it were alone.
 
     Args:
       model: trained with `model.mtp`.
-      prompt_BP: int32, at least one token each.
+      prompts: token ids of each text, at least one; texts may differ in length.
       max_new_tokens: G.
       allowed_V: bool, the tokens that may be generated; None: all of the model's.
 
@@ -105,25 +113,53 @@ def generate_drafted(
     require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be > 0")
     v = model.config.vocab_size
     allowed_V = np.ones(v, bool) if allowed_V is None else np.asarray(allowed_V, bool)
-    graph, state = nnx.split(model)
-    prompt_BP = jnp.asarray(prompt_BP, jnp.int32)
-    done = _run(graph, state, prompt_BP, jnp.asarray(allowed_V), max_new_tokens)
+    inputs = prompt_inputs(prompts, v)
+    done, seconds = _run(model, inputs, jnp.asarray(allowed_V), max_new_tokens)
     if not done.finite:
         raise ValueError(
             "logits of a generated token: not finite; the model's training diverged or its"
             " parameters are damaged; an earlier checkpoint may be sound"
         )
-    p = prompt_BP.shape[1]
-    tokens_BG = done.tokens_BL[:, p : p + max_new_tokens]
-    counts = np.asarray(done.proposed), np.asarray(done.accepted)
-    return Drafted(tokens_BG, int(done.passes), *counts)
+    assert inputs.segment_ids_BS is not None
+    p = inputs.tokens_BS.shape[1]
+    return Drafted(
+        np.asarray(done.tokens_BL)[:, p : p + max_new_tokens],
+        int(done.passes),
+        np.asarray(done.proposed),
+        np.asarray(done.accepted),
+        int(inputs.segment_ids_BS.sum()),
+        seconds,
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _run(graph, state, prompt_BP, allowed_V, max_new_tokens: int) -> _State:
+def _run(
+    model: Transformer, inputs: ModelInputs, allowed_V: jax.Array, max_new_tokens: int
+) -> tuple[_State, Seconds]:
+    """The texts when all tokens are known, and the times."""
+    graph, state = nnx.split(model)
+    start = time.perf_counter()
+    read = _read.lower(graph, max_new_tokens, state, inputs, allowed_V).compile()
+    compiled = time.perf_counter()
+    first = jax.block_until_ready(read(state, inputs, allowed_V))
+    filled = time.perf_counter()
+    last = jnp.int32(inputs.tokens_BS.shape[1] + max_new_tokens - 1)
+    go_on = _go_on.lower(graph, state, allowed_V, first, last).compile()
+    ready = time.perf_counter()
+    done = jax.block_until_ready(go_on(state, allowed_V, first, last))
+    compiling = compiled - start + ready - filled
+    return done, Seconds(compiling, filled - compiled, time.perf_counter() - ready)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(graph, max_new_tokens: int, state, inputs: ModelInputs, allowed_V) -> _State:
+    """The texts behind their prompts."""
+    return _Drafting(nnx.merge(graph, state), allowed_V).prompt(inputs, max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _go_on(graph, state, allowed_V, first: _State, last: jax.Array) -> _State:
+    """The texts whose last token stands at `last`, or behind."""
     run = _Drafting(nnx.merge(graph, state), allowed_V)
-    first = run.prompt(prompt_BP, max_new_tokens)
-    last = prompt_BP.shape[1] + max_new_tokens - 1
     return jax.lax.while_loop(lambda state: state.last < last, run.one_pass, first)
 
 
@@ -143,19 +179,23 @@ class _Drafting:
         # adds up to K + 1 positions.
         self._window = 2 * self._depth
 
-    def prompt(self, prompt_BP: jax.Array, max_new_tokens: int) -> _State:
+    def prompt(self, inputs: ModelInputs, max_new_tokens: int) -> _State:
         """The state behind a prompt: its next token is known, and K more are drafted."""
+        prompt_BP = inputs.tokens_BS
         b, p = prompt_BP.shape
         # The last pass may go beyond the end; the window may be longer than what there is.
         length = max(p + max_new_tokens, self._window) + self._depth + 1
         cache = self._model.empty_cache(b, length)
-        hidden_BSD, best_BS, cache, finite = self._look(prompt_BP, cache)
+        hidden_BSD, best_BS, cache, finite = self._look(inputs, cache)
         tokens_BL = jnp.zeros((b, length), jnp.int32)
         tokens_BL = tokens_BL.at[:, :p].set(prompt_BP).at[:, p].set(best_BS[:, -1])
         hidden_BLD = jnp.zeros((b, length, hidden_BSD.shape[-1]), hidden_BSD.dtype)
+        assert inputs.segment_ids_BS is not None
+        segment_ids_BL = jnp.ones_like(tokens_BL).at[:, :p].set(inputs.segment_ids_BS)
         none = jnp.zeros(self._depth, jnp.int32)
         state = _State(
             tokens_BL,
+            segment_ids_BL,
             jnp.int32(p),
             hidden_BLD.at[:, :p].set(hidden_BSD),
             cache,
@@ -171,7 +211,7 @@ class _Drafting:
         """Verifies the drafted tokens and drafts new ones."""
         b = len(state.tokens_BL)
         seen_BS = jax.lax.dynamic_slice_in_dim(state.tokens_BL, state.last, self._depth + 1, axis=1)
-        hidden_BSD, best_BS, cache, finite = self._look(seen_BS, state.cache)
+        hidden_BSD, best_BS, cache, finite = self._look(ModelInputs(seen_BS), state.cache)
         agrees_BK = jnp.cumprod(seen_BS[:, 1:] == best_BS[:, :-1], axis=1)
         kept = agrees_BK.min(axis=0).sum()  # of all sequences
         behind = state.last + 1
@@ -190,12 +230,10 @@ class _Drafting:
         return self._draft(state, jnp.maximum(state.last - self._window, 0), self._window)
 
     def _look(
-        self, tokens_BS: jax.Array, cache: Cache
+        self, inputs: ModelInputs, cache: Cache
     ) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
         """The model on tokens: representation, best next tokens, cache, whether all was finite."""
-        hidden_BSD, _, updated = self._model.hidden(
-            ModelInputs(tokens_BS), cache, interventions.GENERATION
-        )
+        hidden_BSD, _, updated = self._model.hidden(inputs, cache, interventions.GENERATION)
         assert updated is not None
         best_BS, finite = self._best(hidden_BSD)
         return hidden_BSD, best_BS, updated, finite
@@ -214,11 +252,12 @@ class _Drafting:
         """
         tokens_BL = state.tokens_BL
         hidden_BSD = jax.lax.dynamic_slice_in_dim(state.hidden_BLD, first, length, axis=1)
+        ids_BS = jax.lax.dynamic_slice_in_dim(state.segment_ids_BL, first, length, axis=1)
         at = state.last - 1 - first  # place of the last position with a representation
         cache = state.draft_cache._replace(length=jnp.int32(first))
         for k in range(1, self._depth + 1):
             next_BS = jax.lax.dynamic_slice_in_dim(tokens_BL, first + k, length, axis=1)
-            hidden_BSD, cache = self._model.draft(k, hidden_BSD, next_BS, cache)
+            hidden_BSD, cache = self._model.draft(k, hidden_BSD, next_BS, ids_BS, cache)
             last_B1D = jax.lax.dynamic_slice_in_dim(hidden_BSD, at, 1, axis=1)
             best_B1, _ = self._best(last_B1D)
             tokens_BL = jax.lax.dynamic_update_slice(tokens_BL, best_B1, (0, state.last + k))

@@ -118,9 +118,7 @@ class Block(nnx.Module):
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
-    def alone(
-        self, x_BSD: jax.Array, inputs: ModelInputs
-    ) -> tuple[jax.Array, LayerReport | None]:
+    def alone(self, x_BSD: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, LayerReport | None]:
         """The block by itself, to compare layer by layer.
 
         Args:
@@ -251,7 +249,12 @@ class Transformer(nnx.Module):
         return logits_BSV
 
     def draft(
-        self, k: int, hidden_BSD: jax.Array, next_BS: jax.Array, cache: Cache
+        self,
+        k: int,
+        hidden_BSD: jax.Array,
+        next_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """Runs the k-th module of multi-token prediction as a draft of generation.
 
@@ -259,13 +262,14 @@ class Transformer(nnx.Module):
           k: 1, 2, ...
           hidden_BSD: of `hidden` (k = 1) or of the module before it.
           next_BS: int32, the token k ahead of each position.
+          segment_ids_BS: int32, 1 where the position has a token, 0 where it is padding.
           cache: from `empty_draft_cache`; `length` is the first position here.
 
         Returns:
           The representation whose logits predict the token k + 1 ahead, and the cache with this
           module's positions filled.
         """
-        every = _every_layer(ModelInputs(next_BS), cache)
+        every = _every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
         graph, params = nnx.split(self.mtp)
         params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
         module = nnx.merge(graph, params)

@@ -1,8 +1,14 @@
 """DeepSeek-V3: sigmoid scores with a bias for the choice, groups scored by their two best."""
 
+import jax
 import numpy as np
 import pytest
+import torch
 from against_transformers import assert_round_trip, draw
+from safetensors.torch import load_file, save_file
+
+from dsmoe_jax.hf import loading, names, saving
+from dsmoe_jax.progress import Silent
 
 TINY = {
     "intermediate_size": 24,
@@ -48,3 +54,42 @@ VARIATIONS = {
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_alike_and_back(name, tmp_path):
     assert_round_trip(draw("deepseek_v3", **{**TINY, **VARIATIONS[name]}), tmp_path)
+
+
+def test_modules_that_predict_further_tokens(tmp_path):
+    """Under the released names, behind the last layer; transformers has no class for them."""
+    model = draw("deepseek_v3", **TINY)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    ahead = {
+        "model.layers.2." + name.removeprefix("model.layers.1."): torch.randn_like(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.1.")
+    }
+    for name, shape in (("enorm", 16), ("hnorm", 16), ("shared_head.norm", 16)):
+        ahead[f"model.layers.2.{name}.weight"] = torch.randn(shape)
+    ahead["model.layers.2.eh_proj.weight"] = torch.randn(16, 32)
+    copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+    copied = {
+        f"model.layers.2.{a}.weight": tensors[f"{b}.weight"].clone() for a, b in copies.items()
+    }
+    save_file({**tensors, **ahead, **copied}, tmp_path / "model.safetensors")
+    source = loading.open_source(tmp_path)
+    assert source.config.mtp_depth == 1
+    state = loading.load_state(source, Silent())
+    found = {names.path_of(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
+    for ours, theirs in {
+        "mtp/projection_DJ": "eh_proj.weight",
+        "mtp/embedding_norm/scale_D": "enorm.weight",
+        "mtp/hidden_norm/scale_D": "hnorm.weight",
+        "mtp/final_norm/scale_D": "shared_head.norm.weight",
+        "mtp/block/moe/bias_E": "mlp.gate.e_score_correction_bias",
+    }.items():
+        np.testing.assert_array_equal(found[ours][0], ahead[f"model.layers.2.{theirs}"])
+    (tmp_path / "back").mkdir()
+    destination = saving.describe(source.config, "float32", source.tree)
+    saving.save(destination, state, tmp_path / "back", Silent())
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys() | ahead.keys()
+    assert all(torch.equal(x, back[name]) for name, x in {**tensors, **ahead}.items())

@@ -1,4 +1,4 @@
-"""Forms of a checkpoint: shards, fused experts, 16 and 8 bits; blocks of tensors; shards written."""
+"""Forms of a checkpoint: shards, fused experts, 16 and 8 bits; a mesh; shards that we write."""
 
 import json
 

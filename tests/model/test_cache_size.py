@@ -15,8 +15,8 @@ def test_a_cache_has_that_many_bytes():
     config = config_of().model
     model = nnx.merge(abstract_model(config), *model_shapes(config))
     cache = model.empty_cache(3, 7)
-    held = sum(x.nbytes for x in jax.tree.leaves((cache.leading, cache.stacked)))
-    size = cache_size(model)
+    held = sum(x.nbytes for x in jax.tree.leaves((cache.leading, cache.of_runs)))
+    size = cache_size(config)
     assert size.bytes_per_token == held / (3 * 7) == 4 * 2 * 2 * 8 * 4
     dense = 2 * 4 * dense_hidden_size(model.config) * 4
     assert size.dense_bytes_per_token == round(dense)

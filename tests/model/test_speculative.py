@@ -1,19 +1,16 @@
 """Generation with a draft: the tokens of plain greedy generation, and the drafts that are right."""
 
-import functools
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.model.sampling import generate
+from dsmoe_jax.model.generation import generate
 from dsmoe_jax.model.speculative import generate_drafted
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
-from tests.model.tiny_model import V, config_of, make
+from tests.model.tiny_model import V, make
 
 DEPTH, P, G = 2, 3, 12
 SIZES = {
@@ -22,6 +19,7 @@ SIZES = {
     "model.mtp.num_nextn_predict_layers": DEPTH,
     "model.initializer_range": 0.5,
 }
+UNEQUAL = [[9, 8, 7], [4, 5, 5, 1, 2]]
 PROMPTS = jax.random.randint(jax.random.key(3), (2, P), 0, V)
 
 
@@ -32,19 +30,16 @@ def model():
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    return np.asarray(generate(model, PROMPTS, G))
+    return generate(model, UNEQUAL, G).tokens_BG
 
 
-@pytest.fixture(scope="module")
-def drafted(model):
-    return generate_drafted(model, PROMPTS, G)
-
-
-def test_tokens_are_those_of_greedy_generation(drafted, greedy):
-    np.testing.assert_array_equal(drafted.tokens_BG, greedy)
+def test_tokens_are_those_of_greedy_generation(model, greedy):
+    found = generate_drafted(model, UNEQUAL, G)
+    np.testing.assert_array_equal(found.tokens_BG, greedy)
+    assert found.prompt_tokens == 3 + 5
     # A draft of a model that was never trained is right by chance.
-    assert (drafted.proposed == 2 * drafted.passes).all()
-    assert 0 <= drafted.acceptance < 0.5
+    assert (found.proposed == 2 * found.passes).all()
+    assert 0 <= found.acceptance < 0.5
 
 
 def test_a_draft_that_is_always_right_saves_passes(model):
@@ -53,15 +48,14 @@ def test_a_draft_that_is_always_right_saves_passes(model):
     With a model whose next token depends on the last one alone, module k finds the token k + 1
     ahead from the embedding of the token k ahead.
     """
-    graph, state = nnx.split(model)
-    copy = nnx.merge(graph, state)
+    copy = nnx.clone(model)
     for block in (copy.layers, copy.mtp.block):
         for weight in (block.attention.out_DNH, block.moe.down_EDF, block.moe.shared.down_DF):
             weight[...] = 0 * weight[...]
     d = copy.config.hidden_size
     takes_embedding = jnp.concatenate([jnp.eye(d), jnp.zeros((d, d))], axis=1)
     copy.mtp.projection_DJ[...] = jnp.stack([takes_embedding] * DEPTH)
-    wanted = np.asarray(generate(copy, PROMPTS, G))
+    wanted = generate(copy, PROMPTS, G).tokens_BG
     found = generate_drafted(copy, PROMPTS, G)
     np.testing.assert_array_equal(found.tokens_BG, wanted)
     assert found.acceptance == 1.0
@@ -69,33 +63,31 @@ def test_a_draft_that_is_always_right_saves_passes(model):
     assert found.passes == -(-(G - 1) // (1 + DEPTH))
 
 
-def test_the_draft_is_what_training_predicts(model, greedy, drafted):
-    """Drafted tokens that were accepted in turn: by the modules on the whole text at once."""
-    tokens_BS = jnp.concatenate([PROMPTS, greedy], axis=1)
-    graph, state = nnx.split(model)
-
-    @functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
-    def agrees(state):
-        scored = nnx.merge(graph, state).score(
-            ModelInputs(tokens_BS), tokens_BS, interventions.GENERATION, look_ahead=True
+def test_the_draft_is_what_training_predicts(model, greedy):
+    """Drafted tokens that were accepted in turn: by the modules on the whole texts at once."""
+    found = generate_drafted(model, UNEQUAL, G)
+    longest = max(map(len, UNEQUAL))
+    tokens_BS = jnp.array(
+        [[*p, *g, *[0] * (longest - len(p))] for p, g in zip(UNEQUAL, greedy, strict=True)]
+    )
+    targets_BS = jnp.roll(tokens_BS, -1, axis=1)
+    scored = model.score(
+        ModelInputs(tokens_BS), targets_BS, interventions.GENERATION, look_ahead=True
+    )
+    agrees_KBS = np.asarray(scored.ahead.agrees_KBS)
+    # The walk of generation: at each place as many drafts as agree in turn in both texts.
+    walked, passes, accepted = 0, 0, np.zeros(DEPTH, int)
+    while walked + 1 < G:
+        kept_BK = np.array(
+            [np.cumprod(agrees_KBS[:, i, len(p) - 1 + walked]) for i, p in enumerate(UNEQUAL)]
         )
-        return scored.ahead.agrees_KBS
-
-    agrees_KBS = np.asarray(agrees(state))
-    # The walk of generation: at each place as many drafts as agree in turn, in all sequences.
-    at, passes, accepted = P - 1, 0, np.zeros(DEPTH, int)
-    while at + 1 < P + G - 1:
-        kept_KB = np.cumprod(agrees_KBS[:, :, at], axis=0)
-        accepted += kept_KB.sum(axis=1)
-        at += 1 + kept_KB.min(axis=1).sum()
+        accepted += kept_BK.sum(axis=0)
+        walked += 1 + kept_BK.sum(axis=1).min()
         passes += 1
-    assert passes == drafted.passes
-    np.testing.assert_array_equal(accepted, drafted.accepted)
+    assert passes == found.passes
+    np.testing.assert_array_equal(accepted, found.accepted)
 
 
-def test_impossible_drafts_are_refused(model):
-    without = types.SimpleNamespace(config=config_of().model)
+def test_a_model_without_modules_is_refused():
     with pytest.raises(ValueError, match=r"model\.mtp=None: there is no draft"):
-        generate_drafted(without, PROMPTS, 1)
-    with pytest.raises(ValueError, match="max_new_tokens=0: must be > 0"):
-        generate_drafted(model, PROMPTS, 0)
+        generate_drafted(make(), PROMPTS, 1)

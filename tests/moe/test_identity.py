@@ -20,7 +20,7 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.schedules import Progress
-from dsmoe_jax.moe.types import MoEInputs, Routing
+from dsmoe_jax.moe.types import MoEInputs, RouterInputs, Routing
 from tests.tools.tiny import tiny
 
 B, S, D, E, Z, K = 2, 12, 8, 6, 3, 4
@@ -122,10 +122,13 @@ def test_balance_terms_of_a_uniform_routing_are_one(name):
 
 def test_masking_the_best_masks_them_too():
     layer = make_layer()
-    best = layer(X, inputs())[1].recorded.ids
-    masked = layer(X, inputs(), Intervention(mask_best=1))[1].recorded.ids
-    np.testing.assert_array_equal(masked[0, :, : K - 1], best[0, :, 1:])
-    assert (best[0, :, 0] >= E).any()
+    tokens = RouterInputs(jnp.zeros(T, jnp.int32))
+    best, masked = (
+        layer.route(X.reshape(T, D), tokens, intervention=Intervention(mask_best=n))[0].ids_TK
+        for n in (0, 1)
+    )
+    np.testing.assert_array_equal(masked[:, : K - 1], best[:, 1:])
+    assert (best[:, 0] >= E).any()
 
 
 def test_what_is_counted_is_the_mean_of_routed_experts():

@@ -43,11 +43,11 @@ def wide(ffn):
 
 def value_and_gradients(layer, x_BSD, token_ids_BS, apply):
     """The output, and gradients to the input and all parameters of a fixed projection of it."""
-    graph, params = nnx.split(layer)
+    graph, params, other = nnx.split(layer, nnx.Param, ...)
     probe = jax.random.normal(jax.random.key(7), x_BSD.shape)
 
     def loss(params, x_BSD):
-        y_BSD = apply(nnx.merge(graph, params), x_BSD, token_ids_BS)
+        y_BSD = apply(nnx.merge(graph, params, other), x_BSD, token_ids_BS)
         return (y_BSD * probe).sum(), y_BSD
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
