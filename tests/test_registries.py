@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import dsmoe_jax
+from dsmoe_jax.data import row_kinds
 from dsmoe_jax.moe import dispatch, dropping, experts, kernels, losses, routers
 from dsmoe_jax.nn import attention
+from dsmoe_jax.training import freezing
 
 PACKAGE = Path(dsmoe_jax.__file__).parent
 REGISTRIES = {
@@ -24,13 +26,25 @@ REGISTRIES = {
     attention: attention.ATTENTION,
     attention.kernels: attention.kernels.KERNELS,
     attention.latent: attention.latent.FORMS,
+    freezing: freezing.PARTS,
+    row_kinds: row_kinds.ROW_KINDS,
 }
 
 
 def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
     tables = {
-        *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
+        *(
+            "PARTS",
+            "ROW_KINDS",
+            "ROUTERS",
+            "TERMS",
+            "POLICIES",
+            "DISPATCHERS",
+            "BACKENDS",
+            "ROW_KERNELS",
+            "ATTENTION",
+        ),
         *("KERNELS", "FORMS"),
     }
     for node in ast.walk(ast.parse(source)):
