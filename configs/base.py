@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -32,6 +32,7 @@ from dsmoe_jax.config import (
     OptimizerConfig,
     RouterConfig,
     TrainConfig,
+    replace,
     to_config_dict,
 )
 from dsmoe_jax.config.frozen import FrozenDict
@@ -136,6 +137,10 @@ class Setup:
         nominal ones (found by comparing digits: 145B and 142B).
       beside: the settings of the mixture that a dense model is compared with: below the paper's
         scale it is as many times as wide and as deep as that; None is the same width and depth.
+      queries: with latent attention, the latent of the queries in head sizes, 0 for none; None is
+        grouped attention.  Sizes of its heads and of the latent of keys and values: `latent`.
+      changes: other keys of the config by dotted name, at every scale.
+      released: those that only the scale "paper" has: what was added or chosen for its size.
       width_percent: hidden size, in per cent of the scale's; see `resized`.
       steps_percent: steps and warm-up, in per cent of the scale's.
     """
@@ -155,6 +160,9 @@ class Setup:
     intermediate_size: int | None = None
     flops_at_released_width: bool = False
     beside: Settings | None = None
+    queries: int | None = None
+    changes: FrozenDict[str, Any] = FrozenDict()
+    released: FrozenDict[str, Any] = FrozenDict()
     width_percent: int = 100
     steps_percent: int = 100
 
@@ -192,31 +200,36 @@ def build(setup: Setup, arg: str) -> ml_collections.ConfigDict:
     scale = Scale(setup.settings) if name == "paper" else _small(setup, SMALL[name])
     settings = resized(scale.settings, setup.width_percent, setup.steps_percent)
     scale = dataclasses.replace(scale, settings=settings)
-    return to_config_dict(
-        Config(
-            name=setup.name,
-            scale=name,
-            model=_model(setup, scale, at_paper_scale=name == "paper"),
-            data=DataConfig(
-                corpus=scale.corpus,
-                sequence_length=settings.sequence_length,
-                tokenizer_vocab_size=settings.tokenizer_vocab_size or settings.vocab_size,
-            ),
-            optimizer=OptimizerConfig(
-                peak_learning_rate=settings.peak_learning_rate,
-                warmup_steps=settings.warmup_steps,
-                decay_at=settings.decay_at,
-            ),
-            train=TrainConfig(
-                steps=settings.steps,
-                global_batch_size=settings.global_batch_size,
-                accumulation_steps=scale.accumulation_steps,
-                log_every=scale.log_every,
-                checkpoint_every=scale.checkpoint_every,
-                eval_every=scale.eval_every,
-                eval_batches=scale.eval_batches,
-            ),
-        )
+    changes = {**setup.changes, **(setup.released if name == "paper" else {})}
+    return to_config_dict(replace(_config(setup, scale, name), **changes))
+
+
+def _config(setup: Setup, scale: Scale, name: str) -> Config:
+    """The config of a model at a scale, without `Setup.changes`."""
+    settings = scale.settings
+    return Config(
+        name=setup.name,
+        scale=name,
+        model=_model(setup, scale, at_paper_scale=name == "paper"),
+        data=DataConfig(
+            corpus=scale.corpus,
+            sequence_length=settings.sequence_length,
+            tokenizer_vocab_size=settings.tokenizer_vocab_size or settings.vocab_size,
+        ),
+        optimizer=OptimizerConfig(
+            peak_learning_rate=settings.peak_learning_rate,
+            warmup_steps=settings.warmup_steps,
+            decay_at=settings.decay_at,
+        ),
+        train=TrainConfig(
+            steps=settings.steps,
+            global_batch_size=settings.global_batch_size,
+            accumulation_steps=scale.accumulation_steps,
+            log_every=scale.log_every,
+            checkpoint_every=scale.checkpoint_every,
+            eval_every=scale.eval_every,
+            eval_batches=scale.eval_batches,
+        ),
     )
 
 
@@ -280,16 +293,15 @@ def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
         num_hidden_layers=sizes.num_hidden_layers,
-        first_k_dense_replace=setup.first_k_dense_replace,
+        # A shallow model has one dense layer where a deep one has three.
+        first_k_dense_replace=setup.first_k_dense_replace
+        if at_paper_scale
+        else min(setup.first_k_dense_replace, 1),
         intermediate_size=widths.dense,
         nominal_dense_width=widths.nominal_dense,
         initializer_range=sizes.initializer_range,
         remat=scale.remat,
-        attention=AttentionConfig(
-            num_attention_heads=sizes.num_attention_heads,
-            num_key_value_heads=_key_value_heads(setup, sizes),
-            head_dim=sizes.head_dim,
-        ),
+        attention=_attention(setup, sizes),
         moe=MoEConfig(
             n_routed_experts=setup.n_routed_experts,
             n_shared_experts=setup.n_shared_experts,
@@ -302,6 +314,35 @@ def _model(setup: Setup, scale: Scale, *, at_paper_scale: bool) -> ModelConfig:
             ),
             expert_groups=setup.expert_groups,
         ),
+    )
+
+
+def _attention(setup: Setup, sizes: Settings) -> AttentionConfig:
+    heads = AttentionConfig(
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=_key_value_heads(setup, sizes),
+        head_dim=sizes.head_dim,
+    )
+    if setup.queries is None:
+        return heads
+    return dataclasses.replace(
+        heads, name="latent", rope_interleaved=True, options=latent(setup.queries, sizes.head_dim)
+    )
+
+
+def latent(queries: int, head_dim: int) -> FrozenDict[str, int]:
+    """Sizes of latent attention; those of V2 and V3 where the size of a head is 128.
+
+    Args:
+      queries: latent of the queries, in head sizes.
+      head_dim: of a value, and of a query or key without its rotated part.
+    """
+    return FrozenDict(
+        q_lora_rank=queries * head_dim,
+        kv_lora_rank=4 * head_dim,
+        qk_nope_head_dim=head_dim,
+        qk_rope_head_dim=head_dim // 2,
+        v_head_dim=head_dim,
     )
 
 
@@ -327,7 +368,9 @@ def _widths(setup: Setup, sizes: Settings, *, at_paper_scale: bool) -> _Widths:
 
 
 def _key_value_heads(setup: Setup, sizes: Settings) -> int:
-    """Number of key/value heads: the query heads, or an eighth with grouped-query attention."""
-    if setup.settings.num_key_value_heads is None:
+    """Number of key/value heads: the query heads, or with grouped queries the paper's share."""
+    paper = setup.settings
+    if paper.num_key_value_heads is None:
         return sizes.num_attention_heads
-    return max(sizes.num_attention_heads // 8, 1)
+    share = paper.num_attention_heads // paper.num_key_value_heads
+    return max(sizes.num_attention_heads // share, 1)

@@ -27,6 +27,7 @@ recipe, the training settings of a scale:
     deviations         the standard deviation of the initial weights
     lengths            half to four times the steps
     stages             three stages of training beside constant settings
+    fine_tuning        of a trained model on conversations: all of it, or a part of it
 laws, of the loss:
     granularity        m = 1 to 16 experts of each FFN, at equal FLOPs (2402.07871; 2507.17702)
     granularity_time   the same at equal wall-clock

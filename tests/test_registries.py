@@ -23,6 +23,7 @@ REGISTRIES = {
     kernels: kernels.ROW_KERNELS,
     attention: attention.ATTENTION,
     attention.kernels: attention.kernels.KERNELS,
+    attention.latent: attention.latent.FORMS,
 }
 
 
@@ -30,7 +31,7 @@ def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
-        "KERNELS",
+        *("KERNELS", "FORMS"),
     }
     for node in ast.walk(ast.parse(source)):
         match node:

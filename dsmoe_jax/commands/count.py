@@ -27,6 +27,7 @@ _ALL = flags.DEFINE_bool("all", False, "Every model of the paper (the default wi
 QUANTITIES = {
     "total": "total",
     "activated": "activated",
+    "activated_without_embedding": "w/o embedding",
     "expert_total": "experts",
     "expert_activated": "experts act.",
     "flops_per_sequence": "FLOPs/sequence",

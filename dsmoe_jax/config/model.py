@@ -13,10 +13,12 @@ from dsmoe_jax.config.moe import SCHEDULE_FORM, MoEConfig, Schedule, is_schedule
 class RopeScaling:
     """Rotary frequencies of a longer context than the first; names as in Hugging Face's configs.
 
-    A rope type (dsmoe_jax/nn/attention/rope.py) refuses a setting that it would ignore.
+    A rope type (dsmoe_jax/nn/attention/rope.py) refuses a setting that it would ignore.  A run that
+    ends with a stage of long documents (V2 section 3.1.4) has
+    `train.stages.model.attention.rope_scaling.factor = (1.0, 40.0)`.
     """
 
-    factor: float  # how many times longer the context is
+    factor: float = 1.0  # how many times longer the context is
     rope_type: str = "yarn"  # in dsmoe_jax/nn/attention/rope.py
     original_max_position_embeddings: int | None = None  # positions of the first context
     beta_fast: float = 32.0  # yarn: pairs with more turns in the first context stay as they are

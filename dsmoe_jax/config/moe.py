@@ -132,14 +132,14 @@ class MoEConfig:
 
     n_routed_experts: int = 63  # without the shared ones
     n_shared_experts: int = 1  # always active; computed as one FFN of this many widths
-    n_identity_experts: int = 0  # more choices of the router, which give their input back (LongCat)
     num_experts_per_tok: int = 7  # K: routed experts a token activates
     moe_intermediate_size: int = 853  # width of one expert
-    shared_expert_intermediate_size: int | None = None  # of one shared expert; None: as the routed
-    shared_expert_gate: bool = False  # the shared output times sigmoid(x . w) (Qwen2-MoE)
     # Width of one expert as the paper prints it, relative to a standard FFN of 8 d^2 parameters.
     # Only the FLOPs that the paper prints need it: they are at nominal width.
     nominal_width: float = 0.25
+    shared_expert_intermediate_size: int | None = None  # of one shared expert; None: as the routed
+    shared_expert_gate: bool = False  # the shared output times sigmoid(x . w) (Qwen2-MoE)
+    n_identity_experts: int = 0  # more choices of the router, which give their input back (LongCat)
     expert_groups: int = 1  # D: devices of the device and communication terms and of device drops
     router: RouterConfig = RouterConfig()
     # By name of the term: model.moe.balance.expert.factor=0.01; None takes a term out.

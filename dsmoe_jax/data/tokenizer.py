@@ -64,7 +64,23 @@ class Tokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        bpe = _read(path)
+        return cls._adopted(_read(path), path)
+
+    @classmethod
+    def adopt_json(cls, content: str, path: Path) -> "Tokenizer":
+        """Like `adopt`, from the content of the file.
+
+        Args:
+          content: JSON of the `tokenizers` library.
+          path: where it is from, for errors.
+
+        Raises:
+          ValueError: as `adopt` does.
+        """
+        return cls._adopted(_parse(content, path), path)
+
+    @classmethod
+    def _adopted(cls, bpe: _Tokenizer, path: Path) -> "Tokenizer":
         if not _is_byte_level(json.loads(bpe.to_str())["decoder"]):
             raise ValueError(
                 f"tokenizer {path}: must be byte-level (with the decoder ByteLevel), so that any"
@@ -135,7 +151,15 @@ def _read(path: Path) -> _Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {path}: no such file")
     try:
-        return _Tokenizer.from_str(path.read_text("utf-8"))
+        content = path.read_text("utf-8")
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path}: not a tokenizers file ({error})") from error
+    return _parse(content, path)
+
+
+def _parse(content: str, path: Path) -> _Tokenizer:
+    try:
+        return _Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"tokenizer {path}: not a tokenizers file ({error})") from error
 

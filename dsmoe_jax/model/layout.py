@@ -10,7 +10,7 @@ the last group is shorter; only `mlp_only_layers` can make it more.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
 
@@ -79,3 +79,8 @@ def places(config: ModelConfig) -> list[Place]:
             first = group * run.dense
             found += [Place((*at, "between"), first + i) for i in range(run.dense)]
     return found
+
+
+def keys_of(path: tuple) -> tuple[Any, ...]:
+    """The path of an array of a state as `jax.tree` gives it, without what is no key."""
+    return tuple(key.key for key in path if hasattr(key, "key"))

@@ -9,7 +9,8 @@ and 9):
   the modules of multi-token prediction, which are `mtp`: papers print the model without them.
 - `activated` is `total` without the routed experts a token is not sent to (with identity experts,
   which have no parameters: if all choices are equally likely).  The embedding table
-  counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).
+  counts in full (16B: 2.83B with it, 2.62B without; the paper says 2.8B).  V2-Lite's 2.4B are
+  without it: `activated_without_embedding`.  A table that is the head too stays.
 - `activated`, `expert_activated` and FLOPs of a run in stages are means over its tokens.
 - `expert_total` and `expert_activated` are the FFNs of the MoE layers, shared experts included;
   neither the router, the gate of the shared experts nor dense layers.  A dense model's FFN is its
@@ -45,6 +46,12 @@ class Parameters:
     expert_activated: int
     mtp: int = 0
     mtp_activated: int = 0
+    embedding: int = 0  # of a table that is no head
+
+    @property
+    def activated_without_embedding(self) -> int:
+        """Activated parameters that take part in a product."""
+        return self.activated - self.embedding
 
 
 @functools.cache  # an experiment asks for each model many times: with every seed, rate and batch
@@ -56,7 +63,10 @@ def count_parameters(model: ModelConfig) -> Parameters:
     """
     sizes = {"routed": 0, "shared": 0, "router": 0, "other": 0}
     mtp = dict(sizes)
+    embedding = 0
     for path, param in nnx.to_flat_state(model_shapes(model).params):
+        if path == ("embedding_VD",) and not model.tie_word_embeddings:
+            embedding = math.prod(param.shape)
         of = mtp if path[0] == "mtp" else sizes
         of[_part(path)] += math.prod(param.shape)
     moe = model.moe
@@ -74,6 +84,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         expert_activated=sizes["shared"] + routed_activated,
         mtp=sum(mtp.values()),
         mtp_activated=sum(mtp.values()) - mtp["routed"] + activated(mtp["routed"]),
+        embedding=embedding,
     )
 
 
@@ -127,7 +138,11 @@ def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
         routed = expert * moe.n_routed_experts
         expert_activated += routed * moe.num_experts_per_tok // moe.n_choices
     return Parameters(
-        outside + expert_total, outside + expert_activated, expert_total, expert_activated
+        outside + expert_total,
+        outside + expert_activated,
+        expert_total,
+        expert_activated,
+        embedding=0 if model.tie_word_embeddings else model.vocab_size * d,
     )
 
 
@@ -276,5 +291,9 @@ def account(config: Config) -> dict[str, float]:
 
 
 def _account(config: Config) -> dict[str, float]:
-    parameters = dataclasses.asdict(count_parameters(config.model))
-    return {**parameters, "flops_per_sequence": _flops_per_sequence(config)}
+    parameters = count_parameters(config.model)
+    return {
+        **dataclasses.asdict(parameters),
+        "activated_without_embedding": parameters.activated_without_embedding,
+        "flops_per_sequence": _flops_per_sequence(config),
+    }

@@ -118,6 +118,16 @@ class Block(nnx.Module):
         chex.assert_equal_shape([x_BSD, y_BSD])
         return constrain(x_BSD + y_BSD, "BSD"), report, cache
 
+    def alone(self, x_BSD: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, LayerReport | None]:
+        """The block by itself, to compare layer by layer.
+
+        Args:
+          x_BSD: its input.
+          inputs: the batch.
+        """
+        x_BSD, report, _ = self(x_BSD, _every_layer(inputs, None), _OneLayer())
+        return x_BSD, report
+
 
 class Groups(nnx.Module):
     """The layers of a run (`layout.Run`).  Those of the first one the model itself has."""
@@ -188,6 +198,17 @@ class Transformer(nnx.Module):
         """The matrix of the output head, (V, D): the embedding if the two are tied."""
         return self.embedding_VD if self.config.tie_word_embeddings else self.head_VD
 
+    def layer(self, number: int) -> Block:
+        """A layer by its number, from 0, with parameters of its own."""
+        place = layout.places(self.config)[number]
+        module: Any = self
+        for part in place.path:
+            module = module[part] if isinstance(part, int) else getattr(module, part)
+        if place.index is None:
+            return module
+        graph, params = nnx.split(module)
+        return nnx.merge(graph, jax.tree.map(operator.itemgetter(place.index), params))
+
     def __call__(self, tokens_BS: jax.Array) -> jax.Array:
         """Logits (float32, B x S x V) of whole single-document sequences."""
         return self.forward(ModelInputs(tokens_BS)).logits_BSV
@@ -257,9 +278,9 @@ class Transformer(nnx.Module):
             hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
         )
         stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
-        assert every.mask.key_segment_ids_BL is not None
-        ids_BL = every.mask.key_segment_ids_BL
-        return hidden_BSD, cache._replace(stacked=stacked, segment_ids_BL=ids_BL)
+        segment_ids_BL = every.mask.key_segment_ids_BL
+        assert segment_ids_BL is not None
+        return hidden_BSD, cache._replace(stacked=stacked, segment_ids_BL=segment_ids_BL)
 
     def score(
         self,
@@ -289,6 +310,7 @@ class Transformer(nnx.Module):
         )
         if not look_ahead:
             return Scored(nll_BS, logits_BSV, report)
+        assert best_BS is not None
         of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
         inputs = inputs._replace(replayed=of_modules)
         ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
@@ -405,7 +427,8 @@ class Transformer(nnx.Module):
         if cache is not None:
             length = cache.length + inputs.tokens_BS.shape[1]
             assert every.mask.key_segment_ids_BL is not None
-            cache = Cache.of(tuple(leading), caches, length, every.mask.key_segment_ids_BL)
+            segment_ids_BL = every.mask.key_segment_ids_BL
+            cache = Cache.of(tuple(leading), caches, length, segment_ids_BL)
         return x_BSD, _joined(reports), cache
 
     def _scan(
@@ -430,7 +453,7 @@ class Transformer(nnx.Module):
         """
         moe_layer, moe_params = self._each(stack.layers, every, intervention)
         following = None
-        if run.dense:
+        if stack.between is not None:
             dense_layer, dense_params = self._each(stack.between, every, intervention)
             following = _in_groups((dense_params, dense), run)
 
@@ -472,19 +495,24 @@ class Transformer(nnx.Module):
             RunCache(_repeated(one, run.groups), _repeated(one, run.groups * run.dense))
             for run in layout.runs(self.config)
         ]
-        nothing_BL = jnp.zeros((batch, max_length), jnp.int32)
-        return Cache.of((one,) * len(self.leading), of_runs, jnp.int32(0), nothing_BL)
+        leading = (one,) * len(self.leading)
+        return Cache.of(leading, of_runs, jnp.int32(0), _nothing(batch, max_length))
 
     def empty_draft_cache(self, batch: int, max_length: int) -> Cache:
         """As `empty_cache`, of the modules of multi-token prediction."""
         one = self._empty_cache_of_layer(batch, max_length)
-        nothing_BL = jnp.zeros((batch, max_length), jnp.int32)
-        return Cache((), _repeated(one, self.config.mtp_depth), jnp.int32(0), nothing_BL)
+        stacked = _repeated(one, self.config.mtp_depth)
+        return Cache((), stacked, jnp.int32(0), _nothing(batch, max_length))
 
     def _empty_cache_of_layer(self, batch: int, max_length: int) -> Any:
         config = self.config.attention
         empty = attention.get(config).empty_cache
         return empty(config, batch, max_length, compute_dtype(self.config))
+
+
+def _nothing(batch: int, max_length: int) -> jax.Array:
+    """The segments of a cache without tokens, (B, L)."""
+    return jnp.zeros((batch, max_length), jnp.int32)
 
 
 def _repeated(cache: Any, n: int) -> Any:
@@ -557,7 +585,7 @@ def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
 
 def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
     """Number of each sequence's tokens before each new one, padding not counted."""
-    # What lies past the length may be left of tokens that were taken back.
+    # What lies past the length was taken back (a draft that was wrong).
     filled_L = jnp.arange(cache.max_length) < cache.length
     cached_B = ((cache.segment_ids_BL > 0) & filled_L).sum(axis=1)
     valid_BS = segment_ids_BS > 0

@@ -107,8 +107,8 @@ class Cache(NamedTuple):
       stacked: of the MoE layers of the first run (`layout.runs`), every array with a leading layer
         axis.
       length: int32, positions filled so far, the same for every sequence.
-      segment_ids_BL: int32, 1 where a token of the sequence is, 0 where padding is.  So sequences
-        may differ in length: a shorter one has padding, before or between its tokens.
+      segment_ids_BL: int32, 1 where a token of the sequence is, 0 where padding is, or nothing yet.
+        So sequences may differ in length: a shorter one has padding, before or between its tokens.
       between: of its dense layers, as `stacked`; None without.
       further: of the other runs.
     """
@@ -128,7 +128,7 @@ class Cache(NamedTuple):
         length: jax.Array,
         segment_ids_BL: jax.Array,
     ) -> Cache:
-        """A cache from those of the leading layers and of the runs, and what all layers share."""
+        """A cache from those of the leading layers and of the runs."""
         (stacked, between), *further = of_runs
         return cls(leading, stacked, length, segment_ids_BL, between, tuple(further))
 

@@ -36,7 +36,7 @@ from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, form_of
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import spec
 
-WEIGHT_AXES = ExpertWeights("EFD", "EFD", "EDF", "EF", "EF", "ED")  # pyright: ignore
+WEIGHT_AXES = ("EFD", "EFD", "EDF", "EF", "EF", "ED")  # of `ExpertWeights`
 
 
 class Parts(NamedTuple):
@@ -174,14 +174,14 @@ def _on_mesh(
     replicated = PartitionSpec()
     by_token = spec("TD")
     report: Any = DispatchReport(PartitionSpec("expert"), replicated)  # pyright: ignore
-    weight_specs: Any = ExpertWeights(
-        *(None if w is None else spec(axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
-    )
+    specs: Any = [
+        None if w is None else spec(axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True)
+    ]
     # Without check_vma, which would take the zeros that the backends' loops start from for
     # replicated.
     y_TD, report = jax.shard_map(
         on_shard,
-        in_specs=(Tokens(by_token, by_token, by_token), weight_specs),  # pyright: ignore
+        in_specs=(Tokens(by_token, by_token, by_token), ExpertWeights(*specs)),  # pyright: ignore
         out_specs=(by_token, report),
         check_vma=False,
     )(_fill_up(tokens, token_shards(), n_experts), weights)

@@ -67,14 +67,16 @@ def nll_in_blocks(
       n_blocks: into which the tokens of one device are cut; they need not divide them.  The
         sequences must divide over the devices.
     """
-    return _nll(x_BSD, head_VD[...], targets_BS, n_blocks, False)[0]
+    found: Any = _nll(x_BSD, head_VD[...], targets_BS, n_blocks, False)
+    return found[0]
 
 
 def nll_and_best_in_blocks(
     x_BSD: jax.Array, head_VD: nnx.Param[jax.Array], targets_BS: jax.Array, n_blocks: int
 ) -> tuple[jax.Array, jax.Array]:
     """As `nll_in_blocks`, and the word of the largest logit of every token, int32 (B, S)."""
-    return _nll(x_BSD, head_VD[...], targets_BS, n_blocks, True)
+    found: Any = _nll(x_BSD, head_VD[...], targets_BS, n_blocks, True)
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -4,6 +4,9 @@ Config files take their sizes and training settings from here; `count` and the t
 figures with the printed ones, experiments compare losses.
 
 V1  DeepSeekMoE, arXiv 2401.06066
+V2  DeepSeek-V2, arXiv 2405.04434; V2-Lite is its appendix B
+V3  DeepSeek-V3, arXiv 2412.19437
+Other open mixtures: their model cards.
 
 Figures keep their printed digits ("16.4B"), because these show the precision of a figure.
 dsmoe_jax/model/size.py defines what each of them includes.
@@ -21,6 +24,7 @@ from dsmoe_jax.config.frozen import FrozenDict
 TOLERANCE = {
     "total": 0.01,
     "activated": 0.01,
+    "activated_without_embedding": 0.01,
     "expert_total": 0.01,
     "expert_activated": 0.01,
     "flops_per_sequence": 0.003,
@@ -63,7 +67,8 @@ class Model:
       source: tables, figures and sections of the paper.
       settings: of its training run.
       loss: on held-out text at the end of training, nats per token.
-      total, activated, expert_total, expert_activated: numbers of parameters.
+      total, activated, activated_without_embedding, expert_total, expert_activated: numbers of
+        parameters.
       flops_per_sequence: training FLOPs of one sequence.
       flops_percent: its FLOPs in per cent of those of other models.
       irreproducible: figures that do not follow from the paper's own sizes, with the reason.
@@ -74,6 +79,7 @@ class Model:
     loss: float | None = None
     total: str | None = None
     activated: str | None = None
+    activated_without_embedding: str | None = None
     expert_total: str | None = None
     expert_activated: str | None = None
     flops_per_sequence: str | None = None
@@ -191,7 +197,62 @@ V1: dict[str, Model] = {
     ),
 }  # fmt: skip
 
-MODELS: dict[str, Model] = {**V1}  # the models of all papers
+
+def _steps(tokens: float, sequences: int) -> int:
+    """Optimizer steps of a number of tokens in sequences of 4096."""
+    return round(tokens / (sequences * 4096))
+
+
+# V2 section 3.1.2 and appendix B.  The batch of V2 grows from 2304 to 9216 sequences in the first
+# 225B tokens; here it is 9216 throughout.
+V2_LITE = dataclasses.replace(V1_16B, num_hidden_layers=27, steps=_steps(5.7e12, 4608))
+V2_236B = dataclasses.replace(
+    V1_16B, hidden_size=5120, num_hidden_layers=60, num_attention_heads=128,
+    global_batch_size=9216, steps=_steps(8.1e12, 9216), peak_learning_rate=2.4e-4,
+    decay_at=(0.6, 0.9),
+)  # fmt: skip
+# V3 section 4.2.  The batch grows from 3072 to 15360 sequences in the first 469B tokens; here it is
+# 15360 throughout.  The rate is constant up to 10 of 14.8T tokens, then a cosine; here constant.
+V3_671B = dataclasses.replace(
+    V1_16B, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, vocab_size=129_280,
+    tokenizer_vocab_size=None, global_batch_size=15_360, steps=_steps(14.8e12, 15_360),
+    peak_learning_rate=2.2e-4, decay_at=(),
+)  # fmt: skip
+# Sizes from the released configs.  Not all of their training settings are published: those of V1's
+# 16B stand for them.
+MIXTRAL = dataclasses.replace(
+    V1_16B, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=32_000, tokenizer_vocab_size=None,
+)  # fmt: skip
+QWEN1_5 = dataclasses.replace(
+    V1_16B, num_hidden_layers=24, vocab_size=151_936, tokenizer_vocab_size=None
+)
+QWEN3 = dataclasses.replace(
+    QWEN1_5, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4
+)
+OLMOE = dataclasses.replace(
+    V1_16B, num_hidden_layers=16, vocab_size=50_304, tokenizer_vocab_size=None
+)
+
+# Activated parameters are with embedding and head but for V2-Lite, whose 2.4B are without the
+# embedding.
+V2: dict[str, Model] = {
+    "deepseek_v2_lite": Model(
+        "V2 appendix B", V2_LITE, total="15.7B", activated_without_embedding="2.4B"
+    ),
+    "deepseek_v2": Model("V2 abstract", V2_236B, total="236B", activated="21B"),
+}
+V3: dict[str, Model] = {
+    "deepseek_v3": Model("V3 abstract", V3_671B, total="671B", activated="37B"),
+}
+RELEASED: dict[str, Model] = {
+    "mixtral_8x7b": Model("2401.04088", MIXTRAL, total="46.7B", activated="12.9B"),
+    "qwen1_5_moe_a2_7b": Model("model card", QWEN1_5, total="14.3B", activated="2.7B"),
+    "qwen3_30b_a3b": Model("model card", QWEN3, total="30.5B", activated="3.3B"),
+    "olmoe_1b_7b": Model("2409.02060", OLMOE, total="6.9B", activated="1.3B"),
+}
+
+MODELS: dict[str, Model] = {**V1, **V2, **V3, **RELEASED}  # the models of all papers
 
 
 def value(digits: str) -> float:

@@ -78,12 +78,21 @@ class Checkpoints:
       directory: where the step directories are.
       keep: how many of the newest are kept; None opens them for reading only.
       keep_every: those of every so many steps are kept too.
+      chunk_bytes: the most of an array that is compressed, and held once more, at a time; None:
+        what a device has of it.
     """
 
-    def __init__(self, directory: Path, keep: int | None, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int | None,
+        keep_every: int | None = None,
+        chunk_bytes: int | None = None,
+    ):
         logging.set_verbosity(logging.FATAL)  # Orbax logs pages of what it then raises anyway
         self.directory = directory
         self._saving: int | None = None
+        self._chunk_bytes = chunk_bytes
         self._named = _Named()
         kept = [preservation_policy.LatestN(keep), self._named]
         if keep_every is not None:
@@ -126,7 +135,7 @@ class Checkpoints:
         found = {name: digests(tree) for name, tree in items.items()}
         args: dict[str, Any] = {_META: ocp.args.JsonSave({**extra, "step": step, "digests": found})}
         for name, tree in items.items():
-            args[name] = ocp.args.StandardSave(tree)
+            args[name] = ocp.args.StandardSave(tree, save_args=self._save_args(tree))
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
@@ -179,6 +188,11 @@ class Checkpoints:
         self.wait()
         with contextlib.suppress(Exception):  # an error that `_not_written` has told already
             self._manager.close()
+
+    def _save_args(self, tree: Any) -> Any:
+        if self._chunk_bytes is None:
+            return None
+        return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), tree)
 
     def _check_space(self, needed: int) -> None:
         """Refuses to begin on a disk that is too full."""

@@ -71,7 +71,12 @@ def load_run(workdir: str | Path, step: int | None = None, corpus: str | None = 
     config = workdirs.read_config(workdir)
     if corpus is not None:
         config = replace(config, **{workdirs.MOVED: locate(corpus, "--moved_corpus")})
-    elif config.data.corpus is not None and not is_there(config.data.corpus):
+    elif config.data.corpus is None:
+        raise ValueError(
+            "data.corpus=None: the model was not trained here, so there is no text of its own;"
+            " --corpus=PATH measures other text"
+        )
+    elif not is_there(config.data.corpus):
         raise ValueError(
             f"data.corpus={config.data.corpus!r}: the text of the run is not there any more; say"
             " where it is now: --moved_corpus=PATH"
@@ -94,6 +99,8 @@ def load_writer(workdir: str | Path, step: int | None = None) -> Writer:
     """
     config = workdirs.read_config(workdir)
     path = local_path("--workdir", workdir) / workdirs.TOKENIZER
+    if not path.exists() and config.data.corpus is None:
+        raise ValueError(f"{path}: there is none; the model was converted without a tokenizer")
     if not path.exists():  # a run from before it was kept
         run = load_run(workdir, step)
         file = run.corpus.directory / TOKENIZER

@@ -19,6 +19,9 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     router_entropy, router_top_gate, router_gate_sum, router_z    [layer], means over tokens
     expert_balance, ...              [layer], terms with a weight, here without it; with one of its
                                      own, `router_z` is the term, over the scope of the term
+    mtp_loss, mtp_acceptance         [module]: of multi-token prediction, without the weight; how
+                                     often its best token is the model's.  In training its MoE
+                                     layers come last wherever this says [layer]
     dropped                          [layer]: assignments; sent = computed + dropped is checked
     dropped_by_expert, dropped_by_device, dropped_by_position, dropped_by_reason
                                      [layer][...]: the same, with `model.moe.drop`

@@ -3,7 +3,7 @@
     all             everything
     dense_part      all but routed experts and router (ST-MoE, 2202.08906, fine-tunes it alone and
                     finds about the same quality)
-    experts         the routed experts alone
+    experts         the routed experts alone, all of them
     chosen_experts  some routed experts of each layer (ESFT 2407.01906: those that the task uses)
 
 Frozen parameters are no argument of the loss's gradient: nothing is computed, accumulated or kept
@@ -12,7 +12,7 @@ is of the others.  Of chosen experts the arrays are trained as a whole, but the 
 other experts is 0 and their values are put back after the update; their moments stay 0.  A router
 whose parameters are frozen keeps its bias too.
 
-Shapes: L MoE layers, E routed experts.
+Shapes: L MoE layers, those of multi-token prediction last; E routed experts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, TrainableConfig
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.model import layout
 from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.parallel.sharding import parameter_name
 
@@ -74,8 +75,8 @@ def check(config: Config) -> None:
     trainable = config.train.trainable
     part = get_part(trainable)
     params = model_shapes(config.model).params
-    routed = [x for path, x in jax.tree.leaves_with_path(params) if _is_routed(path)]
-    trains_some = part.rest or bool(routed)
+    routed = any(_is_routed(path) for path, _ in jax.tree.leaves_with_path(params))
+    trains_some = part.rest or routed
     require(trains_some, f"{_KEY}part", trainable.part, "the model has no routed experts")
     if not part.chosen:
         for name in ("experts", "most_used_in"):
@@ -87,7 +88,8 @@ def check(config: Config) -> None:
     wanted = "must be ids by layer; or name results of evaluate --out in most_used_in"
     require(ids is not None, f"{_KEY}experts", ids, wanted)
     assert ids is not None
-    n_layers, n_experts = routed[0].shape[:2]
+    n_experts = config.model.moe.n_routed_experts
+    n_layers = sum(n for _, n in layout.moe_stacks(config.model))
     require(len(ids) == n_layers, f"{_KEY}experts", ids, f"must be of {n_layers} MoE layers")
     known = all(len(set(layer)) == len(layer) for layer in ids)
     known &= all(0 <= i < n_experts for layer in ids for i in layer)
@@ -101,13 +103,7 @@ class Freezing:
     def __init__(self, config: Config):
         check(config)
         self._part = get_part(config.train.trainable)
-        self._chosen_LE: np.ndarray | None = None
-        if self._part.chosen:
-            ids = config.train.trainable.experts or ()
-            chosen_LE = np.zeros((len(ids), config.model.moe.n_routed_experts), bool)
-            for layer, of_layer in enumerate(ids):
-                chosen_LE[layer, list(of_layer)] = True
-            self._chosen_LE = chosen_LE
+        self._chosen = _chosen(config) if self._part.chosen else None
 
     @property
     def moves_router(self) -> bool:
@@ -128,14 +124,16 @@ class Freezing:
         return self._of_chosen(params, before)
 
     def _of_chosen(self, chosen: nnx.State, others: nnx.State) -> nnx.State:
-        if self._chosen_LE is None:
+        if self._chosen is None:
             return chosen
-        mask_LE = self._chosen_LE
+        by_stack = self._chosen
 
-        def pick(x: jax.Array, other: jax.Array) -> jax.Array:
+        def pick(path: tuple, x: jax.Array, other: jax.Array) -> jax.Array:
+            keys = layout.keys_of(path)
+            (mask_LE,) = (m for stack, m in by_stack.items() if keys[: len(stack)] == stack)
             return jnp.where(jnp.expand_dims(mask_LE, range(2, x.ndim)), x, other)
 
-        return jax.tree.map(pick, chosen, others)
+        return jax.tree.map_with_path(pick, chosen, others)
 
     def _is_trained(self, path: tuple, variable: Any) -> bool:
         del variable
@@ -144,14 +142,25 @@ class Freezing:
         return self._part.router if _is_router(path) else self._part.rest
 
 
+def _chosen(config: Config) -> dict[layout.Path, np.ndarray]:
+    """Whether each expert is chosen, bool (L, E), by the path of its stack of layers."""
+    layers = iter(config.train.trainable.experts or ())
+    found = {}
+    for stack, n in layout.moe_stacks(config.model):
+        found[stack] = np.zeros((n, config.model.moe.n_routed_experts), bool)
+        for mask_E in found[stack]:
+            mask_E[list(next(layers))] = True
+    return found
+
+
 def _is_routed(path: tuple) -> bool:
     """Whether a parameter is of the routed experts: it has the axis E, and is no router's."""
     return "E" in _axes(path) and not _is_router(path)
 
 
 def _is_router(path: tuple) -> bool:
-    """Whether a parameter is of a router: it is named so, or is a number for each expert."""
-    return (parameter_name(path) or "").startswith("router") or _axes(path) == "E"
+    """Whether a parameter is of a router: it is named so."""
+    return (parameter_name(path) or "").startswith("router_")
 
 
 def _axes(path: tuple) -> str:

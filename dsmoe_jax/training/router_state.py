@@ -57,7 +57,7 @@ def fill(other: nnx.State, values: Mapping[str, Any]) -> nnx.State:
     """Gives every layer's router variables these values, by name."""
 
     def filled(path: tuple, old: jax.Array) -> jax.Array:
-        name = _keys(path)[-1]
+        name = _name(path)
         return jnp.broadcast_to(values[name], old.shape) if name in values else old
 
     return _map_variables(filled, other)
@@ -81,17 +81,17 @@ def after_step(
     state, settings = found
     assert state.after_step is not None
     variables, _ = nnx.split_state(other, RouterVariable, ...)
-    before = {_keys(path): x for path, x in jax.tree.leaves_with_path(variables)}
+    before = jax.tree.leaves_with_path(variables)
     moved = {}
     first = 0
     for stack, n in layout.moe_stacks(model):
-        of_stack = {keys[-1]: x for keys, x in before.items() if keys[: len(stack)] == stack}
+        of_stack = {_name(p): x for p, x in before if layout.keys_of(p)[: len(stack)] == stack}
         load = load_LE[first : first + n]
         values = state.after_step(of_stack, load, progress, settings)
         moved |= {(*stack, "moe", name): x for name, x in values.items()}
         first += n
     assert first == len(load_LE), "a load for every MoE layer"
-    return _map_variables(lambda path, old: moved.get(_keys(path), old), other)
+    return _map_variables(lambda path, old: moved.get(layout.keys_of(path), old), other)
 
 
 def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:
@@ -110,6 +110,6 @@ def _map_variables(change: Callable[[tuple, jax.Array], jax.Array], other: nnx.S
     return nnx.merge_state(jax.tree.map_with_path(change, variables), rest)
 
 
-def _keys(path: tuple) -> layout.Path:
-    """The path of a variable such as ("layers", "moe", "bias_E")."""
-    return tuple(key.key for key in path if hasattr(key, "key"))
+def _name(path: tuple) -> str:
+    """The variable's name in its path."""
+    return str(layout.keys_of(path)[-1])

@@ -93,16 +93,13 @@ def _logged_parts(metrics: StepMetrics) -> dict[str, float]:
     return {key: float(metrics.parts[name]) for name, key in keys.items() if key is not None}
 
 
-def _ahead(metrics: StepMetrics) -> dict[str, list[float | None]]:
-    """Loss and acceptance of each module of multi-token prediction; None where it predicts none."""
+def _ahead(metrics: StepMetrics) -> dict[str, list[float]]:
+    """Loss and acceptance of each module of multi-token prediction; NaN where it predicts none."""
     if metrics.ahead is None:
         return {}
     nll_K, tokens_K, agreed_K = (np.asarray(sum_K, np.float64) for sum_K in metrics.ahead)
-
-    def mean(sum_K: np.ndarray) -> list[float | None]:
-        return [x / n if n else None for x, n in zip(sum_K.tolist(), tokens_K, strict=True)]
-
-    return {"mtp_loss": mean(nll_K), "mtp_acceptance": mean(agreed_K)}
+    tokens_K = np.where(tokens_K > 0, tokens_K, np.nan)
+    return {"mtp_loss": as_list(nll_K / tokens_K), "mtp_acceptance": as_list(agreed_K / tokens_K)}
 
 
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         weights = losses.weights_at(config.model.moe.balance, progress)
         trained, frozen = freezing.split(state.params)
         others = nnx.merge_state(frozen, state.other)
-        mtp_weight = _mtp_weight(config, progress)
-        totals, grads, recorded = gradient(trained, others, batch, rng, weights, mtp_weight)
+        of_mtp = mtp_weight(config, progress)
+        totals, grads, recorded = gradient(trained, others, batch, rng, weights, of_mtp)
         with jax.named_scope("optimizer"):
             grads = freezing.gradient(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -122,7 +122,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
     return train_step
 
 
-def _mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
+def mtp_weight(config: Config, progress: Progress) -> jax.Array | None:
     """The weight of multi-token prediction at a step; None without it."""
     section = config.model.mtp
     return None if section is None else section.factor * multiple(section.schedule, progress)

@@ -74,6 +74,8 @@ GOOD = {
     "several prompts": ("--prompt=def ", "--prompts_file={prompts}", *SAMPLED[1:], "--top_k=50"),
     "empty prompt": ("--prompt=", "--max_new_tokens=8", "--json"),
     "any token": ("--prompt=", "--temperature=1e30", "--max_new_tokens=60", "--json"),
+    "a question": ("--prompt=hi", "--chat", "--max_new_tokens=8", "--json"),
+    "as it is put": ("--prompt=User: hi\n\nAssistant:", "--max_new_tokens=8", "--json"),
     "past the end": ("--prompt=", "--max_new_tokens=64"),
 }
 BAD = {
@@ -222,6 +224,12 @@ def test_speed_and_cache_are_reported(results):
 def test_an_empty_prompt_starts_a_new_document(results):
     (sample,) = samples_of(results, "empty prompt")
     assert sample["tokens"] == 8 or sample["ended"]
+
+
+def test_a_question_is_put_as_in_training(results):
+    found = [samples_of(results, name) for name in ("a question", "as it is put")]
+    assert [sample.pop("prompt") for (sample,) in found] == ["hi", "User: hi\n\nAssistant:"]
+    assert found[0] == found[1]
 
 
 def test_every_token_is_text(results):

@@ -167,7 +167,7 @@ def test_a_token_cannot_use_more_groups_than_there_are():
         (
             "model.moe.xyz",
             4,
-            "model.moe has balance, dispatch, drop, evaluation_drop, expert_backend, ",
+            "model.moe has balance, dispatch, drop, evaluation_drop, expert, expert_backend, ",
         ),
         ("modle.hidden_size", 4, "did you mean model.hidden_size?"),
         ("norm_topk_prob", True, "did you mean model.moe.router.norm_topk_prob?"),

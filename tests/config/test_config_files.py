@@ -6,8 +6,7 @@ import configs
 from configs import base
 from dsmoe_jax.config import Config, from_config_dict, stages_of, tokens_after
 from dsmoe_jax.model.size import flops_per_sequence, parameters_by_formula
-
-ALL = [(name, scale) for name in configs.names() for scale in base.SCALES]
+from dsmoe_jax.planning import papers
 
 # Expert parameters in standard FFNs of 8 d^2 a MoE layer: (total, activated), at nominal width.
 STANDARD_FFNS = {
@@ -32,6 +31,10 @@ STANDARD_FFNS = {
     "deepseek_67b": (1, 1),
 }
 
+ALL = [(name, scale) for name in STANDARD_FFNS for scale in base.SCALES]
+# In a file of their own: test_released_configs.
+RELEASED = {*papers.V2, *papers.V3, *papers.RELEASED}
+
 # V1 figure 3 and section 4.4 as arguments of dsmoe_2b: (shared, routed, top-k, relative width).
 VARIANTS = {
     "split=1,shared=0": (0, 16, 2, 1.0),
@@ -55,7 +58,7 @@ def relative_experts(config: Config) -> tuple[float, float]:
 
 
 def test_no_file_is_left_out():
-    assert set(configs.names()) == set(STANDARD_FFNS)
+    assert set(configs.names()) == set(STANDARD_FFNS) | RELEASED
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
@@ -182,7 +185,7 @@ def test_paper_settings():
     assert c.model.moe.balance["expert"].factor == 0.003
     assert (c.model.moe.balance["device"].factor, c.model.moe.expert_groups) == (0.05, 4)
     assert load("hash_2b", "paper").model.moe.balance == {}
-    for name in configs.names():
+    for name in STANDARD_FFNS:
         config = load(name, "paper")
         assert config.data.corpus is None  # the user's to choose
         assert not config.model.moe.router.norm_topk_prob

@@ -41,6 +41,8 @@ MODELS = [
             OPTIONS + "qk_norm": "all",
             "model.moe.router.logits_bias": True,
             "model.moe.shared_expert_gate": True,
+            "model.moe.expert.name": "gpt_oss",
+            "model.mtp.num_nextn_predict_layers": 1,
         },
         {},
     ),

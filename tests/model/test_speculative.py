@@ -51,8 +51,7 @@ def test_a_draft_that_is_always_right_saves_passes(model):
     With a model whose next token depends on the last one alone, module k finds the token k + 1
     ahead from the embedding of the token k ahead.
     """
-    graph, state = nnx.split(model)
-    copy = nnx.merge(graph, state)
+    copy = nnx.clone(model)
     for block in (copy.layers, copy.mtp.block):
         for weight in (block.attention.out_DNH, block.moe.down_EDF, block.moe.shared.down_DF):
             weight[...] = 0 * weight[...]

@@ -1,5 +1,6 @@
 """Every expert backend against `loop`, values and all gradients, and `loop` against numpy."""
 
+import functools
 import importlib.util
 
 import hypothesis
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsmoe_jax.config import ExpertConfig
 from dsmoe_jax.moe import experts, kernels
 from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, check_backend, choose_backend
 from dsmoe_jax.moe.kernels import blocked, native
+from dsmoe_jax.nn.feed_forward import form_of
 from tests.tools.rounding import ROUNDING, Bounded
 
 FAST_BACKENDS = sorted(set(BACKENDS) - {"loop"})
@@ -145,6 +148,106 @@ def test_weights_of_results_inside_are_those_outside(backend, loads):
 
 
 careless_weighted = experts.Backend(None, product=careless).run_weighted
+
+
+FORMS = {
+    "clamped_swiglu": ExpertConfig("clamped_swiglu", limit=0.7),
+    "gpt_oss": ExpertConfig("gpt_oss", limit=0.9),
+}
+
+
+def of_form(name, loads):
+    """The arguments of `make` with biases where the form has them, and its activation."""
+    rows_ND, sizes_E, weights, dy_ND = make(*LOADS[loads])
+    form = form_of(FORMS[name])
+    if form.biases:
+        e, f, d = weights.gate_EFD.shape
+        rng = np.random.default_rng(2)
+        shapes = {"gate_bias_EF": (e, f), "up_bias_EF": (e, f), "down_bias_ED": (e, d)}
+        biases = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+        weights = weights._replace(**biases)
+    return rows_ND, sizes_E, weights, dy_ND, form.activation
+
+
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [
+        *((n, "gpt_oss") for n in FAST_BACKENDS if not BACKENDS[n].only_swiglu),
+        ("ragged_dot", "clamped_swiglu"),
+    ],
+)
+def test_every_form_of_expert(backend, form):
+    """Values and gradients are those of the loop; padding of NaN stays out of every bias."""
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def found(rows_ND, weights, sizes_E, dy_ND, name):
+        def run(x_ND, w):
+            return BACKENDS[name].run(x_ND, sizes_E, w, activation)
+
+        y_ND, transpose = jax.vjp(run, rows_ND, weights)
+        return y_ND, transpose(dy_ND)
+
+    for loads in ("one takes most, trailing padding", "empty experts"):
+        rows_ND, sizes_E, weights, dy_ND, activation = of_form(form, loads)
+        args = rows_ND, weights, sizes_E, dy_ND
+        assert_close(found(*args, backend), found(*args, "loop"), 5e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["loop", "ragged_dot", "careless"])
+def test_weights_of_results_of_every_form(backend, form):
+    """A gate weighs all of an expert's output, its bias too."""
+    loads = "one takes most, trailing padding"
+    rows_ND, sizes_E, weights, dy_ND, activation = of_form(form, loads)
+    rows_ND, dy_ND = jnp.nan_to_num(rows_ND), jnp.nan_to_num(dy_ND)
+    in_group_N1 = (jnp.arange(len(rows_ND)) < sizes_E.sum())[:, None]
+    gates_N = jnp.asarray(np.random.default_rng(1).uniform(-1, 2, len(rows_ND)), jnp.float32)
+
+    def inside(x_ND, gates_N, weights):
+        run = BACKENDS[backend].run_weighted if backend in BACKENDS else careless_weighted
+        return run(x_ND, gates_N, sizes_E, experts.join(weights), activation)
+
+    def outside(x_ND, gates_N, weights):
+        return gates_N[:, None] * BACKENDS["loop"].run(x_ND, sizes_E, weights, activation)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(f):
+        y_ND, transpose = jax.vjp(f, rows_ND, gates_N, weights)
+        dx_ND, dgates_N, dweights = transpose(dy_ND)
+        rows = jnp.concatenate([y_ND, dx_ND, dgates_N[:, None]], axis=1)
+        return jnp.where(in_group_N1, rows, 0), dweights
+
+    assert_close(found(inside), found(outside), 5e-5)
+
+
+def test_the_written_gradient_is_that_of_the_function():
+    rng = np.random.default_rng(0)
+    g, u, dhidden = (jnp.asarray(rng.normal(size=50), jnp.float32) for _ in range(3))
+    for form in ("swiglu", *FORMS):
+        activation = form_of(FORMS.get(form, ExpertConfig())).activation
+        _, transpose = jax.vjp(activation.hidden, g, u)
+        assert_close(activation.gradient(g, u, dhidden), transpose(dhidden), 1e-6)
+
+
+def test_the_compiled_backend_refuses_other_forms():
+    form = form_of(FORMS["clamped_swiglu"])
+    with pytest.raises(ValueError, match=r"expert_backend='native': computes SwiGLU.*'blocked'"):
+        check_backend("native", form)
+    assert choose_backend("auto", jnp.dtype("float32"), form) is BACKENDS["blocked"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "geglu"}, r"expert\.name='geglu': must be one of \['clamped_swiglu', 'gpt_oss'"),
+        ({"limit": 3.0}, r"expert\.limit=3\.0: the swiglu experts do not have it; must be None"),
+        ({"name": "clamped_swiglu", "alpha": 2.0}, r"expert\.alpha=2\.0: .*one of \['gpt_oss'\]"),
+        ({"name": "gpt_oss", "limit": -1.0}, r"expert\.limit=-1\.0: must be > 0"),
+    ],
+)
+def test_impossible_forms(section, message):
+    with pytest.raises(ValueError, match=message):
+        form_of(ExpertConfig(**section))
 
 
 @hypothesis.settings(max_examples=30, derandomize=True)

@@ -29,7 +29,11 @@ def make_layer(**changed):
     """A layer of the small sizes; dotted keys of `model.moe`, with "__" for the dots, changed."""
     keys = {f"model.moe.{key.replace('__', '.')}": v for key, v in {**SMALL, **changed}.items()}
     moe = replace(Config(), **keys).model.moe
-    return MoELayer(moe, hidden_size=D, vocab_size=50, initializer_range=0.4, rngs=nnx.Rngs(0))
+    layer = MoELayer(moe, hidden_size=D, vocab_size=50, initializer_range=0.4, rngs=nnx.Rngs(0))
+    if hasattr(layer, "table_VK"):  # of a router that has its experts from the training text
+        k = moe.num_experts_per_tok
+        layer.table_VK[...] = (jnp.arange(50)[:, None] + jnp.arange(k)) % moe.n_choices
+    return layer
 
 
 def wide(ffn):
@@ -39,11 +43,11 @@ def wide(ffn):
 
 def value_and_gradients(layer, x_BSD, token_ids_BS, apply):
     """The output, and gradients to the input and all parameters of a fixed projection of it."""
-    graph, params = nnx.split(layer)
+    graph, params, other = nnx.split(layer, nnx.Param, ...)
     probe = jax.random.normal(jax.random.key(7), x_BSD.shape)
 
     def loss(params, x_BSD):
-        y_BSD = apply(nnx.merge(graph, params), x_BSD, token_ids_BS)
+        y_BSD = apply(nnx.merge(graph, params, other), x_BSD, token_ids_BS)
         return (y_BSD * probe).sum(), y_BSD
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -319,6 +323,34 @@ def test_the_bias_chooses_in_evaluation_too():
         (
             {"router__name": "hash", "num_experts_per_tok": 1, "router__logits_bias": True},
             r"router\.logits_bias=True: the hash router does not know it",
+        ),
+        (
+            {"router__name": "token_table"},
+            r"balance\.expert\.factor=0\.01: the token_table router has",
+        ),
+        (
+            {
+                "router__name": "token_table",
+                "balance__expert": None,
+                "router__bias_update_speed": 1e-3,
+            },
+            r"router\.bias_update_speed=0\.001: the token_table router does not know it",
+        ),
+        (
+            {"n_identity_experts": 2, "router__n_group": 2},
+            r"router\.n_group=2: identity experts are in no group; with them it must be 1",
+        ),
+        (
+            {
+                "n_identity_experts": 2,
+                "n_routed_experts": 0,
+                "num_experts_per_tok": 0,
+            },
+            r"n_identity_experts=2: needs n_routed_experts > 0; must be 0",
+        ),
+        (
+            {"expert__name": "gpt_oss", "expert_backend": "native"},
+            r"expert_backend='native': computes SwiGLU experts without biases and no others",
         ),
         (
             {"n_shared_experts": 0, "shared_expert_gate": True},

@@ -71,6 +71,17 @@ def test_values_and_gradients(b, s, v, n_blocks):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_blocks", [1, 4])
+def test_best_words_are_the_first_of_the_largest_logits(n_blocks):
+    x_BSD, head_VD, targets_BS, _ = arrays(2, 5, 6)
+    head_VD[4] = head_VD[1]  # a tie
+    of_tokens = x_BSD, nnx.Param(head_VD), targets_BS, n_blocks
+    nll_BS, best_BS = jax.jit(head.nll_and_best_in_blocks, static_argnums=3)(*of_tokens)
+    np.testing.assert_array_equal(best_BS, (x_BSD @ head_VD.T).argmax(axis=-1))
+    assert (best_BS == 1).any()
+    np.testing.assert_array_equal(nll_BS, head.nll_in_blocks(*of_tokens))
+
+
 def test_large_logits_do_not_overflow():
     x_BSD, *rest = arrays(2, 3, 5)
     nll_BS, *gradients = in_blocks(1e4 * x_BSD, *rest, 2)

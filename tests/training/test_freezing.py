@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsmoe_jax.config import replace
+from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.training import freezing
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.freezing import Freezing, most_used
@@ -88,6 +90,27 @@ def test_experts_are_those_that_others_are_chosen_from():
         for part in ("experts", "chosen_experts")
     ]
     assert jax.tree.structure(split[0]) == jax.tree.structure(split[1])
+
+
+@pytest.mark.parametrize("part", ["dense_part", "chosen_experts"])
+def test_dense_layers_between_and_multi_token_prediction(part):
+    """By the shapes: all is split and put together again, and each layer has its own ids."""
+    layers = {"model.num_hidden_layers": 6, "model.moe_layer_freq": 2}
+    mtp = {"model.mtp.num_nextn_predict_layers": 1}
+    config = tiny(**layers, **mtp, **{"train.trainable.part": part})
+    if part == "chosen_experts":
+        config = replace(config, **{"train.trainable.experts": ((0,), (1,), (2,), (0, 3))})
+    freezing_of = Freezing(config)
+    params = jax.tree.map(lambda x: np.ones(x.shape, bool), model_shapes(config.model).params)
+    trained, frozen = freezing_of.split(params)
+    assert jax.tree.structure(nnx.merge_state(trained, frozen)) == jax.tree.structure(params)
+    assert set(by_path(trained)) == {name for name in by_path(params) if is_trained(part, name)}
+    if part == "chosen_experts":
+        kept = by_path(freezing_of.updated(trained, jax.tree.map(np.zeros_like, trained)))
+        stacks = [x for name, x in kept.items() if "up_EFD" in name]
+        layers = sorted(tuple(np.flatnonzero(e)) for x in stacks for e in np.asarray(x)[..., 0, 0])
+        assert layers == [(0,), (0, 3), (1,), (2,)]
+        assert [len(x) for name, x in kept.items() if "mtp" in name] == [1, 1, 1]
 
 
 def test_of_chosen_experts_the_others_keep_their_bits():

@@ -22,7 +22,7 @@ from dsmoe_jax.training import micro_batches, router_state
 from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.rows import training_row
 from dsmoe_jax.training.start import init_state
-from dsmoe_jax.training.step import make_train_step
+from dsmoe_jax.training.step import StepMetrics, mtp_weight
 from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
@@ -84,16 +84,24 @@ def initial_state():
     return init_state(config_of())
 
 
-WEIGHTS = {name: jnp.float32(0.5) for name in ("expert", "sequence", "router_z")}
+@functools.cache
+def compiled(micro_batches):
+    gradient = BatchGradient(config_of(**{"train.accumulation_steps": micro_batches}), jnp.ones(V))
+    return jax.jit(gradient, compiler_options=FAST)
 
 
-def gradients(inputs=None, **overrides):
-    """Gradient and totals of a batch."""
-    gradient = BatchGradient(config_of(**overrides), jnp.ones(V))
+def gradients(micro_batches=1, inputs=None, params=None, term_weight=0.5):
+    """Gradient and totals of a batch, with the same weight for all balance terms."""
     state = initial_state()
-    run = jax.jit(gradient, compiler_options=FAST)
-    key = jax.random.key(0)
-    return run(state.params, state.other, inputs or batch(), key, WEIGHTS, jnp.float32(WEIGHT))
+    weights = dict.fromkeys(("expert", "sequence", "router_z"), jnp.float32(term_weight))
+    return compiled(micro_batches)(
+        params or state.params,
+        state.other,
+        inputs or batch(),
+        jax.random.key(0),
+        weights,
+        jnp.float32(WEIGHT),
+    )
 
 
 @functools.cache
@@ -143,45 +151,46 @@ def block(x_LD, w):
 
 
 def plain_loss(params, hidden_BSD, arrays):
-    """V3 eqs. 21-25, document by document: weighted loss, and by module the sum and the number."""
-    embedding = params["embedding_VD"]
-    nll, numbers = [0.0] * DEPTH, [0] * DEPTH
-    for row, lengths in enumerate(DOCUMENTS):
-        first = 0
-        for n in lengths:
-            document = slice(first, first + n)
-            first += n
-            h_LD = hidden_BSD[row, document]
-            tokens = [*arrays["tokens_BS"][row, document], arrays["targets_BS"][row, first - 1]]
-            counts = arrays["loss_mask_BS"][row, document]
-            for k in range(1, DEPTH + 1):
-                if n <= k:
-                    break
-                w = jax.tree.map(lambda x, k=k: x[k - 1], params["mtp"])
-                e_LD = embedding[np.array(tokens[k:n])]
-                pair = (
-                    rms(e_LD, w["embedding_norm"]["scale_D"]),
-                    rms(h_LD[: n - k], w["hidden_norm"]["scale_D"]),
-                )
-                x_LD = jnp.concatenate(pair, axis=1) @ w["projection_DJ"].T
-                h_LD = rms(block(x_LD, w["block"]), w["final_norm"]["scale_D"])
-                log_p = jax.nn.log_softmax(h_LD @ embedding.T)
-                target = np.array(tokens[k + 1 :])
-                nll[k - 1] -= (log_p[np.arange(n - k), target] * counts[k:]).sum()
-                numbers[k - 1] += int(counts[k:].sum())
+    """V3 eqs. 21-25, each document by itself: weighted loss, and by module the sum and the number.
+
+    Documents are padded at the end, which no position before it sees.
+    """
+    places = [
+        (row, sum(lengths[:i]), n)
+        for row, lengths in enumerate(DOCUMENTS)
+        for i, n in enumerate(lengths)
+    ]
+    tokens = np.zeros((len(places), 2 * S), np.int32)
+    counts = np.zeros((len(places), 2 * S), np.float32)
+    hidden = []
+    for document, (row, first, n) in enumerate(places):
+        own = slice(first, first + n)
+        tokens[document, :n] = arrays["tokens_BS"][row, own]
+        tokens[document, n] = arrays["targets_BS"][row, first + n - 1]
+        counts[document, :n] = arrays["loss_mask_BS"][row, own]
+        hidden.append(jnp.pad(hidden_BSD[row, own], [(0, S - n), (0, 0)]))
+    h = jnp.stack(hidden)
+    nll, numbers = [], []
+    for k in range(1, DEPTH + 1):
+        w = jax.tree.map(lambda x, k=k: x[k - 1], params["mtp"])
+        e = rms(params["embedding_VD"][tokens[:, k : k + S]], w["embedding_norm"]["scale_D"])
+        pair = jnp.concatenate([e, rms(h, w["hidden_norm"]["scale_D"])], axis=-1)
+        x = jax.vmap(block, (0, None))(pair @ w["projection_DJ"].T, w["block"])
+        h = rms(x, w["final_norm"]["scale_D"])
+        log_p = jax.nn.log_softmax(h @ params["embedding_VD"].T)
+        target = tokens[:, k + 1 : k + 1 + S, None]
+        weight = counts[:, k : k + S]
+        nll.append(-(jnp.take_along_axis(log_p, target, axis=-1)[..., 0] * weight).sum())
+        numbers.append(weight.sum())
     total = arrays["loss_mask_BS"].sum()
     return WEIGHT / DEPTH * sum(x / total for x in nll), (jnp.stack(nll), numbers)
 
 
 def test_loss_and_gradient_are_those_of_the_plain_formula():
-    """Beside the model's own cross-entropy; without balance terms."""
+    """Beside the model's own cross-entropy; balance terms have no weight."""
     arrays = batch()
-    no_terms = {f"model.moe.balance.{name}": None for name in WEIGHTS}
-    gradient = BatchGradient(config_of(**no_terms), jnp.ones(V))
     state = initial_state()
-    key = jax.random.key(0)
-    run = jax.jit(gradient, compiler_options=FAST)
-    found = run(state.params, state.other, arrays, key, {}, jnp.float32(WEIGHT))
+    found = gradients(term_weight=0.0)
     graph = abstract_model(config_of().model)
 
     def loss(params):
@@ -205,8 +214,7 @@ def test_loss_and_gradient_are_those_of_the_plain_formula():
 
 
 def test_micro_batches_change_nothing():
-    found = gradients(**{"train.accumulation_steps": 4})
-    _assert_same(found, whole())
+    _assert_same(gradients(micro_batches=4), whole())
 
 
 @pytest.mark.eight_devices
@@ -214,7 +222,7 @@ def test_a_mesh_changes_nothing():
     sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:8])):
         arrays = sharding.global_batch(batch(), sharding.local_rows(B), B)
-        found = gradients(arrays)
+        found = gradients(inputs=arrays)
     _assert_same(found, whole())
 
 
@@ -232,12 +240,15 @@ def test_balance_terms_and_loads_of_the_modules_count():
     tokens = [sum(max(n - k, 0) for row in DOCUMENTS for n in row) for k in range(DEPTH + 1)]
     np.testing.assert_array_equal(totals.router.tokens, tokens)
     np.testing.assert_array_equal(totals.router.load_E.sum(axis=1), [2 * n for n in tokens])
-    for term in totals.terms.values():
-        assert term.shape == (1 + DEPTH,)
-        assert (np.asarray(term) > 0).all()
-    # At least 1, were every token's affinity its choice; far more would be a mean over the wrong
-    # number of tokens.
-    assert (np.abs(np.asarray(totals.terms["sequence"]) - 1.2) < 0.3).all()
+    # With the same affinity for all experts a term is exactly 1, whatever the load: every mean is
+    # over the tokens that its layer sees.
+    even = jax.tree.map_with_path(
+        lambda path, x: 0 * x if "router" in jax.tree_util.keystr(path) else x,
+        initial_state().params,
+    )
+    terms = gradients(params=even).totals.terms
+    for name in ("expert", "sequence"):
+        np.testing.assert_allclose(terms[name], np.ones(1 + DEPTH), rtol=1e-5)
 
 
 def test_as_many_biases_move_as_there_are_routers():
@@ -273,23 +284,28 @@ def test_parameters_by_formula_are_those_of_the_module():
     assert more == 6 * products + scores
 
 
-def test_its_weight_follows_a_schedule_and_a_row_has_loss_and_acceptance():
+def test_its_weight_follows_a_schedule():
     schedule = ((0.5, 1.0), (0.5, 0.1))
     config = config_of(**{"model.mtp.schedule": schedule, "train.steps": 4})
-    state = initial_state()
-    step = jax.jit(make_train_step(config, np.ones(V, np.int32)), compiler_options=FAST)
-    parts = []
-    for at in (1, 2):
-        after, metrics = step(state._replace(step=jnp.int32(at)), batch())
-        row = training_row(metrics, config.model)
-        parts.append(float(metrics.parts["mtp"]))
-        assert all(0 <= share <= 1 for share in row["mtp_acceptance"])
-        mean = np.dot(row["mtp_loss"], np.asarray(metrics.ahead.tokens)) / DEPTH
-        weight = WEIGHT * (1.0 if at == 1 else 0.1)
-        assert parts[-1] == pytest.approx(weight * mean / float(metrics.tokens), rel=1e-5)
-    assert parts[0] == pytest.approx(10 * parts[1])
-    bias_LE = by_path(after.other)["['mtp']['block']['moe']['bias_E'].value"]
-    assert (np.abs(bias_LE).max(axis=1) > 0).all()
+    found = [mtp_weight(config, Progress(jnp.int32(step), 4)) for step in range(4)]
+    np.testing.assert_allclose(found, [WEIGHT, WEIGHT, WEIGHT / 10, WEIGHT / 10], rtol=1e-6)
+    assert mtp_weight(replace(config, **{"model.mtp": None}), Progress(jnp.int32(0), 4)) is None
+
+
+def test_a_row_has_loss_and_acceptance_of_each_module():
+    totals = whole().totals
+    number = jnp.float32(1.0)
+    metrics = StepMetrics(
+        number, number, totals.parts, *[number] * 4, totals.terms, totals.router, None, totals.ahead
+    )
+    row = training_row(metrics, config_of().model)
+    sums = totals.ahead
+    np.testing.assert_allclose(row["mtp_loss"], sums.nll / sums.tokens, rtol=1e-6)
+    np.testing.assert_allclose(row["mtp_acceptance"], sums.agreed / sums.tokens, rtol=1e-6)
+    assert all(0 <= share <= 1 for share in row["mtp_acceptance"])
+    assert len(row["maxvio"]) == 1 + DEPTH
+    none = metrics._replace(ahead=jax.tree.map(jnp.zeros_like, sums))
+    assert np.isnan(training_row(none, config_of().model)["mtp_loss"]).all()
 
 
 def test_impossible_modules_are_refused():

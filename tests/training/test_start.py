@@ -12,6 +12,7 @@ from dsmoe_jax.config import replace
 from dsmoe_jax.data import opening
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.workdir import read_evaluation
 from dsmoe_jax.training import start
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.loop import train
@@ -54,8 +55,9 @@ def test_a_run_starts_there_and_resumes_its_own(other_run, tiny_config, tmp_path
     config = tiny_config(**BIASED, **{"train.start_from": str(moved)})
     short = replace(config, **{"train.steps": 3, "train.eval_every": None})
     train(short, tmp_path / "run", progress=False)
-    first = read_rows(tmp_path / "run")[0]
-    assert first["step"] == 1
+    begun, first = read_rows(tmp_path / "run")[:2]
+    assert (begun["step"], first["step"]) == (0, 1)
+    assert begun["validation_loss"] == read_evaluation(tmp_path / "run")["before"]["loss"]
     assert first["loss"] < read_rows(other_run)[0]["loss"] - 0.02
     (tmp_path / "run/evaluation.json").unlink()
     shutil.rmtree(moved / "checkpoints" / "4" / TRAINING)  # only the model is read of it

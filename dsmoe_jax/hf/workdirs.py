@@ -1,0 +1,282 @@
+"""A workdir from a Hugging Face model, and back.
+
+WORKDIR/hf/ keeps the files of the model that are not weights: its config.json, its tokenizer with
+the chat template.  They go back with the model, and with those that were trained from it.
+
+Nothing is left half-written: what is made lies beside its place under another name until it is
+whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsmoe_jax.config import Config, DataConfig, ModelConfig, stage_of, to_config_dict
+from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.data.opening import tokenizer_fingerprint
+from dsmoe_jax.data.tokenizer import Tokenizer
+from dsmoe_jax.hf import loading, saving, tokenizers
+from dsmoe_jax.hf.loading import CONFIG, Source
+from dsmoe_jax.model.build import ModelState, abstract_model, model_shapes
+from dsmoe_jax.model.transformer import Transformer
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.progress import ProgressLine
+from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs import workdir as workdirs
+from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints
+from dsmoe_jax.runs.loading import load_model_state
+
+KEPT = "hf"  # in a workdir: the files that a model came with
+STEP = 0  # of the checkpoint of a converted model, before any step
+SCALE = "released"
+MOST_POSITIONS = 4096  # of a sequence in evaluation; models say what they were extended to
+CHUNK_BYTES = 64 * 2**20  # of an array in the checkpoint: what is compressed at once
+COLLECTED_BYTES = 2**31  # by Orbax, of what is compressed, before they are written
+
+
+def from_hf(directory: str, workdir: str) -> Path:
+    """Makes a workdir of a Hugging Face model: `evaluate`, `generate` and `train` take it.
+
+    Args:
+      directory: of the model.
+      workdir: must not exist, or be empty.
+
+    Returns:
+      The workdir.
+
+    Raises:
+      ValueError: for a model that we do not have or that is damaged; for a workdir with something
+        in it.
+      OSError: if the disk is full.
+    """
+    place = _new(workdir, "--to")
+    source = loading.open_source(directory, "--from_hf")
+    if not (mesh := jax.sharding.get_mesh()).empty:
+        sharding.check(source.shapes, mesh.shape)
+    found, notes = tokenizers.adopt(source.directory, source.config.vocab_size)
+    for note in (*source.notes, *notes, _needs_from(source)):
+        print(f"{source.directory}: {note}", file=sys.stderr)
+    _check_space(place, _bytes(source.shapes), copies=2)
+    with _beside(place) as made:
+        config = _run_config(source, found)
+        json_files.write(made / workdirs.CONFIG, to_config_dict(config).to_dict())
+        if found is not None:
+            json_files.write_text(made / workdirs.TOKENIZER, found.to_json())
+        tokenizers.carry(source.directory, made / KEPT)
+        fingerprint = None if found is None else tokenizer_fingerprint(found)
+        extra = {"corpus": None, "tokenizer": fingerprint, "converted": str(source.directory)}
+        _save_checkpoint(source, made, extra)
+    return place
+
+
+def _save_checkpoint(source: Source, made: Path, extra: dict[str, Any]) -> None:
+    line = ProgressLine(f"reading {source.directory.name}", len(source.lines))
+    with _on_disk(made / ".arrays") as allocate:
+        state = loading.load_state(source, line, allocate)
+        print(f"{source.directory.name}: writing the checkpoint", file=sys.stderr)
+        checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1, chunk_bytes=CHUNK_BYTES)
+        checkpoints.save(STEP, {MODEL: state}, extra)
+        checkpoints.close()
+
+
+@contextlib.contextmanager
+def _on_disk(directory: Path) -> Iterator[loading.Allocate]:
+    """Makes arrays in files that are gone afterwards: the system may take their pages back."""
+    directory.mkdir()
+    n = 0
+
+    def allocate(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        nonlocal n
+        n += 1
+        if not shape or 0 in shape:
+            return loading.aligned(path, shape)
+        return np.memmap(directory / str(n), np.float32, "w+", shape=shape)
+
+    try:
+        yield allocate
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _run_config(source: Source, found: Tokenizer | None) -> Config:
+    """The config of the workdir; what a training would need says `train.start_from`'s own."""
+    length = source.tree.get("max_position_embeddings") or MOST_POSITIONS
+    vocab_size = source.config.vocab_size if found is None else found.vocab_size
+    return Config(
+        name=source.directory.name,
+        scale=SCALE,
+        model=source.config,
+        data=DataConfig(None, min(int(length), MOST_POSITIONS), vocab_size),
+    )
+
+
+def _needs_from(source: Source) -> str:
+    """What the conversion takes; said before it starts."""
+    model = _bytes(source.shapes)
+    held = min(model, COLLECTED_BYTES) + 4 * CHUNK_BYTES
+    return (
+        f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
+        f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
+        f" takes twice the latter on disk (half of it until the end), and up to {size_text(held)}"
+        " in memory, beside pages of those files that the system may take back"
+    )
+
+
+def size_text(n: int) -> str:
+    """A number of bytes for the eye."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
+
+
+def _bytes(shapes: ModelState) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+class Written(NamedTuple):
+    """The model of a workdir, as it was written for Hugging Face."""
+
+    place: Path
+    architecture: str
+    step: int
+
+
+def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_bytes: int) -> Written:
+    """Writes the model of a workdir as a Hugging Face one.
+
+    Args:
+      workdir: of a run, or converted.
+      directory: must not exist, or be empty.
+      step: of the checkpoint; None is the newest.
+      dtype: "float32" or "bfloat16".
+      shard_bytes: the most that a file may have.
+
+    Raises:
+      ValueError: naming the keys of a model that no architecture of Hugging Face expresses; if
+        there is no run or checkpoint, or it is damaged; for a directory with something in it.
+      OSError: if the disk is full.
+    """
+    place = _new(directory, "--to_hf")
+    config = workdirs.read_config(workdir, f"--from={workdir}")
+    model = _model_of(config, step)
+    kept = _kept(local_path("--from", workdir), config)
+    destination = saving.describe(model, dtype, _about(kept, config))
+    print(f"{workdir}: {_needs_to(model, destination, shard_bytes)}", file=sys.stderr)
+    _check_space(place, destination.bytes, copies=1)
+    shapes = model_shapes(model)
+    loaded = load_model_state(workdir, shapes, step, key=f"--from={workdir}")
+    with _beside(place) as made:
+        line = ProgressLine(f"writing {place.name}", len(destination.lines))
+        saving.save(destination, loaded.state, made, line, shard_bytes)
+        if kept is not None:
+            tokenizers.carry(kept, made, without=(CONFIG,))
+        elif (own := local_path("--from", workdir) / workdirs.TOKENIZER).is_file():
+            tokenizers.write(own, made)
+    return Written(place, destination.tree["architectures"][0], loaded.step)
+
+
+def load_with_backend(workdir: str, step: int | None, backend: str | None) -> Transformer:
+    """The model of a workdir, with an expert backend by name; None leaves its own.
+
+    Raises:
+      ValueError: if there is no run or checkpoint, or it is damaged.
+    """
+    key = f"--from={workdir}"
+    model = _model_of(workdirs.read_config(workdir, key), step)
+    loaded = load_model_state(workdir, model_shapes(model), step, key=key)
+    if backend is not None:
+        moe = dataclasses.replace(model.moe, expert_backend=backend)
+        model = dataclasses.replace(model, moe=moe)
+    return nnx.merge(abstract_model(model), *loaded.state)
+
+
+def _model_of(config: Config, step: int | None) -> ModelConfig:
+    """The model as it is in the stage of a step."""
+    return stage_of(config, config.train.steps if step is None else step).config.model
+
+
+def _kept(workdir: Path, config: Config) -> Path | None:
+    """The files that a model came with, or that the one came with from which it was trained."""
+    if (workdir / KEPT).is_dir():
+        return workdir / KEPT
+    start = config.train.start_from
+    if start is None or not Path(start).is_dir():
+        return None
+    return _kept(Path(start), workdirs.read_config(start))
+
+
+def _about(kept: Path | None, config: Config) -> dict[str, Any]:
+    """Keys of a config.json that are not of the model: of the one that it came with, if any."""
+    if kept is not None and (kept / CONFIG).is_file():
+        return json_files.read(kept / CONFIG)
+    scaling = config.model.attention.rope_scaling
+    length = config.data.sequence_length
+    if scaling is not None:
+        first = scaling.original_max_position_embeddings or length
+        length = round(first * scaling.factor)
+    return {"max_position_embeddings": length}
+
+
+def _needs_to(model: ModelConfig, destination: saving.Destination, shard_bytes: int) -> str:
+    """What the conversion takes; said before it starts."""
+    size = _bytes(model_shapes(model))
+    shard = min(destination.bytes, max(shard_bytes, max(destination.sizes.values())))
+    return (
+        f"{destination.tree['architectures'][0]}, {size_text(destination.bytes)} of"
+        f" {destination.dtype}; takes up to {size_text(2 * size + shard)} in memory: the float32"
+        f" parameters twice while they are loaded ({size_text(size)}; on a mesh, once in its"
+        f" devices), and one file ({size_text(shard)})"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most, mapped files included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _new(directory: str, flag: str) -> Path:
+    """The path of a directory that is to be made."""
+    path = local_path(flag, directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{flag}={directory}: exists already; name a new or empty directory")
+    return path
+
+
+@contextlib.contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A directory under another name, which gets the right one when it is whole."""
+    made = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        made.mkdir(parents=True)
+        yield made
+        if place.is_dir():
+            place.rmdir()  # it is empty
+        made.rename(place)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(f"{place}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_space(place: Path, needed: int, copies: int) -> None:
+    """Refuses to begin on a disk that is too full."""
+    there = next(path for path in place.parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < copies * needed:
+        raise OSError(
+            f"{place}: {copies * needed / 1e9:,.2f} GB of disk are needed, {free / 1e9:,.2f} GB are"
+            " free"
+        )

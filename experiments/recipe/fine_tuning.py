@@ -1,0 +1,53 @@
+"""Fine-tuning a trained DeepSeekMoE on small tasks: all of it, the dense part, the experts alone.
+
+    python -m experiments.recipe.fine_tuning --scale=demo \\
+        --set=train.start_from=RUN --set=data.tokenizer=RUN/tokenizer.json
+
+RUN is the workdir of a `dsmoe_2b` of the same scale, such as runs/table1-demo/deepseekmoe/seed0 of
+`experiments.v1.table1`.  The loss is of the answers alone, the rate constant and conversations are
+packed as densely as possible, as in V1 section 6.1.  The rate is a tenth of the scale's; V1's 1e-5
+is 1/42 of the highest rate that the 16B was trained with.
+"""
+
+from dsmoe_jax.commands import experiment
+from dsmoe_jax.study.experiment import Arm, Experiment
+
+SETTINGS = {
+    "data.corpus": "tasks",
+    "data.domains": None,
+    "train.steps": 100,
+    "train.eval_every": 25,
+    "train.eval_batches": None,
+    "train.log_every": 5,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+}
+
+
+def _arm(label: str, part: str) -> Arm:
+    return Arm(
+        label,
+        "dsmoe_2b",
+        overrides={**SETTINGS, "train.trainable.part": part},
+        multiples={"optimizer.peak_learning_rate": 0.1},
+    )
+
+
+EXPERIMENT = Experiment(
+    module="experiments.recipe.fine_tuning",
+    title="Fine-tuning all of a model, or a part of it",
+    source="ST-MoE (2202.08906); ESFT (2407.01906)",
+    summary="ST-MoE: fine-tuning all but the experts and the router is about as good as fine-tuning"
+    " everything. ESFT: so is fine-tuning the experts that a task uses.",
+    arms=(
+        _arm("everything", "all"),
+        _arm("dense part", "dense_part"),
+        _arm("experts", "experts"),
+    ),
+    may_differ=("train.trainable.",),
+    measures=("validation_loss", "validation_loss_before", "validation_bits_per_byte", "maxvio"),
+    seeds={"smoke": 1, "demo": 2, "gpu": 1, "proxy": 1, "paper": 1},
+)
+
+if __name__ == "__main__":
+    experiment.main(EXPERIMENT)
