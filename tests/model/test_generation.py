@@ -218,6 +218,7 @@ def test_a_text_ends_at_the_end_token(model, texts):
         np.testing.assert_array_equal(row, np.where(np.arange(G) < n, text, 0))
     assert np.sum(calls, axis=0).tolist() == ends
     assert sum(map(max, calls)) == max(ends) < G
+    assert generate(model, PROMPTS, G, eos_id=eos, chunk=G).passes == max(ends) - 1
 
 
 def test_who_watches_may_end_texts(model, texts):
