@@ -12,6 +12,7 @@ FLAGS = {
     (): "convert needs --from_hf and --to, or --from and --to_hf, or --check and --from_hf; see",
     ("--from_hf=x",): "convert needs --from_hf and --to",
     ("--from_hf=x", "--to=y", "--step=3"): "--step=3: has no meaning beside --from_hf --to",
+    ("--from_hf=x", "--to=y", "--dtype=bfloat16"): "--dtype=bfloat16: has no meaning beside",
     ("--from_hf=x", "--to=y", "--tokens=3"): "--tokens=3: has no meaning beside --from_hf --to",
     ("--check", "--from_hf=x", "--to=y"): "--to=y: has no meaning beside --check --from_hf",
     ("--from=no/such", "--to_hf=new"): "--from=no/such: holds no run (there is no config.json)",
@@ -72,7 +73,7 @@ def test_there_and_back_and_the_agreement(model, tmp_path):
     assert result["architecture"] == "MixtralForCausalLM"
     assert result["step"] == 0
     assert result["peak_memory_bytes"] > 1e8
-    assert "takes up to 0.08 MB in memory: the float32 parameters twice" in written.err
+    assert "MB in memory: the float32 parameters twice while they are loaded" in written.err
     assert len(list(back.glob("model-*.safetensors"))) > 1
     agreement = json.loads(checked.out)
     assert agreement["tokens"] == 5
