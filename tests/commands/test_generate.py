@@ -75,6 +75,7 @@ GOOD = {
     "empty prompt": ("--prompt=", "--max_new_tokens=8", "--json"),
     "any token": ("--prompt=", "--temperature=1e30", "--max_new_tokens=60", "--json"),
     "a question": ("--prompt=hi", "--chat", "--max_new_tokens=8", "--json"),
+    "a question, as text": ("--prompt=hi", "--chat", "--max_new_tokens=8"),
     "as it is put": ("--prompt=User: hi\n\nAssistant:", "--max_new_tokens=8", "--json"),
     "past the end": ("--prompt=", "--max_new_tokens=64"),
 }
@@ -103,6 +104,7 @@ BAD = {
     ("--prompt=x", "--draft=mtp", "--stream"): "--stream=true: a drafted text comes as a whole",
     ("--prompt=x", "--draft=mtp", "--temperature=1"): "--draft=mtp: drafts greedy text alone",
     ("--prompt=x", "--draft=small"): "--draft=small",
+    ("--prompt= ", "--chat"): "--prompt='': with --chat it is a question",
     ("--prompts_file=no/such",): "--prompts_file=no/such: No such file",
     ("--prompts_file={damaged}",): "damaged: line 2 must be a JSON string",
     ("--prompts_file={latin}",): "latin: must be UTF-8",
@@ -230,6 +232,9 @@ def test_a_question_is_put_as_in_training(results):
     found = [samples_of(results, name) for name in ("a question", "as it is put")]
     assert [sample.pop("prompt") for (sample,) in found] == ["hi", "User: hi\n\nAssistant:"]
     assert found[0] == found[1]
+    ((sample,), _) = found
+    written = f"User: hi\n\nAssistant:{sample['text']}\n"
+    assert results["a question, as text"][1] == written
 
 
 def test_every_token_is_text(results):
