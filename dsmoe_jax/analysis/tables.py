@@ -116,30 +116,40 @@ def experts_per_token(subject: Subject) -> dict[str, Any]:
 def committees(subject: Subject) -> dict[str, Any]:
     """Committees by layer: of all text, of each domain, and how far the domains share theirs.
 
+    Domains of fewer tokens than `summaries.MIN_DOMAIN_TOKENS` have none: chance would choose it.
     `chance_overlap` is the overlap of sets of the same sizes drawn at random; `in_every_domain`
-    are the experts that all domains' committees have.
+    are the experts that all domains' committees have, and `mass_in_every_domain` is their share of
+    all gates.
     """
     text = subject.text
-    n_domains = len(text.domains)
     mass_GLE = committee.mass_by_group(
-        text.ids_LTK, text.gates_LTK, text.domain_T, n_domains, text.n_experts
+        text.ids_LTK, text.gates_LTK, text.domain_T, len(text.domains), text.n_experts
     )
-    layers = []
-    for mass_GE in mass_GLE.swapaxes(0, 1):
-        by_domain = [committee.committee(mass_E) for mass_E in mass_GE]
-        sizes = [len(members) for members in by_domain]
-        whole = committee.committee(mass_GE.sum(axis=0))
-        layers.append(
-            {
-                "members": whole,
-                "share_of_experts": len(whole) / text.n_experts,
-                "by_domain": dict(zip(text.domains, by_domain, strict=True)),
-                "in_every_domain": committee.in_every(by_domain),
-                "overlap": committee.mean_overlap(by_domain),
-                "chance_overlap": committee.chance_overlap(sizes, text.n_experts),
-            }
-        )
-    return {"share_of_mass": committee.HALF, "layers": layers}
+    tokens_G = np.bincount(text.domain_T, minlength=len(text.domains))
+    large = [g for g, tokens in enumerate(tokens_G) if tokens >= summaries.MIN_DOMAIN_TOKENS]
+    return {
+        "share_of_mass": committee.HALF,
+        "layers": [_committees(mass_GE, large, text) for mass_GE in mass_GLE.swapaxes(0, 1)],
+    }
+
+
+def _committees(mass_GE: np.ndarray, large: Sequence[int], text: RoutedText) -> dict[str, Any]:
+    """`committees` of one layer."""
+    by_domain = [committee.committee(mass_GE[g]) for g in large]
+    mass_E = mass_GE.sum(axis=0)
+    whole = committee.committee(mass_E)
+    shared = committee.in_every(by_domain)
+    sizes = [len(members) for members in by_domain]
+    comparable = len(by_domain) > 1
+    return {
+        "members": whole,
+        "share_of_experts": len(whole) / text.n_experts,
+        "by_domain": {text.domains[g]: found for g, found in zip(large, by_domain, strict=True)},
+        "in_every_domain": shared if comparable else None,
+        "mass_in_every_domain": float(mass_E[shared].sum() / mass_E.sum()) if comparable else None,
+        "overlap": committee.mean_overlap(by_domain),
+        "chance_overlap": committee.chance_overlap(sizes, text.n_experts) if comparable else None,
+    }
 
 
 def coactivation(subject: Subject) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from absl import flags
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.hf import agreement, loading, workdirs
 from dsmoe_jax.hf.files import WRITTEN
+from dsmoe_jax.hf.saving import SHARD_BYTES
 from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import json_files
 
@@ -51,8 +52,12 @@ _TO = flags.DEFINE_string("to", None, "Workdir to make of it.")
 _FROM = flags.DEFINE_string("from", None, "Workdir of a run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from; the newest if not given.")
 _TO_HF = flags.DEFINE_string("to_hf", None, "Directory of a Hugging Face model to write.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", [*WRITTEN], "Of the weights in --to_hf.")
-_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "The most that a file in --to_hf may have.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, [*WRITTEN], "Of the weights in --to_hf; float32 if not given."
+)
+_SHARD_GB = flags.DEFINE_float(
+    "shard_gb", None, "The most that a file in --to_hf may have; 5 if not given."
+)
 _CHECK = flags.DEFINE_bool("check", False, "Compare the model with transformers'.")
 _AGAINST = flags.DEFINE_string(
     "against", None, "For --check: an expert backend on one device, instead of transformers."
@@ -83,7 +88,8 @@ def _task() -> Callable[[], dict[str, Any]]:
     Raises:
       ValueError: for flags that do not belong together.
     """
-    values = {flag.name: flag.value for flag in (_FROM_HF, _TO, _FROM, _STEP, _TO_HF)}
+    of_files = (_FROM_HF, _TO, _FROM, _STEP, _TO_HF, _DTYPE, _SHARD_GB)
+    values = {flag.name: flag.value for flag in of_files}
     checks = {"check": _CHECK.value or None, _AGAINST.name: _AGAINST.value}
     values |= checks | {_TOKENS.name: _TOKENS.value}
     given = {name for name, value in values.items() if value is not None}
@@ -100,33 +106,43 @@ def _task() -> Callable[[], dict[str, Any]]:
 
 
 def _to_workdir() -> dict[str, Any]:
-    made = workdirs.from_hf(_FROM_HF.value, _TO.value)
+    made = workdirs.from_hf(_text(_FROM_HF), _text(_TO))
     return {"workdir": str(made), "step": workdirs.STEP}
 
 
 def _to_hugging_face() -> dict[str, Any]:
-    if not 0 < _SHARD_GB.value < 1e6:
-        raise ValueError(f"--shard_gb={_SHARD_GB.value}: must be above 0")
-    shard_bytes = round(_SHARD_GB.value * 1e9)
-    made = workdirs.to_hf(_FROM.value, _TO_HF.value, _STEP.value, _DTYPE.value, shard_bytes)
+    gigabytes = _SHARD_GB.value
+    shard_bytes = SHARD_BYTES
+    if gigabytes is not None:
+        if not 0 < gigabytes < 1e6:
+            raise ValueError(f"--shard_gb={gigabytes}: must be above 0")
+        shard_bytes = round(gigabytes * 1e9)
+    dtype = _DTYPE.value or "float32"
+    made = workdirs.to_hf(_text(_FROM), _text(_TO_HF), _STEP.value, dtype, shard_bytes)
     return {
         "directory": str(made.place),
         "architecture": made.architecture,
         "step": made.step,
-        "dtype": _DTYPE.value,
+        "dtype": dtype,
     }
 
 
 def _check_theirs() -> dict[str, Any]:
     if _AGAINST.value is None:
-        return agreement.with_transformers(_FROM_HF.value, _token_ids())
-    open_model = functools.partial(loading.load_with_backend, _FROM_HF.value)
+        return agreement.with_transformers(_text(_FROM_HF), _token_ids())
+    open_model = functools.partial(loading.load_with_backend, _text(_FROM_HF))
     return agreement.with_backend(open_model, _AGAINST.value, _token_ids())
 
 
 def _check_ours() -> dict[str, Any]:
-    open_model = functools.partial(workdirs.load_with_backend, _FROM.value, _STEP.value)
-    return agreement.with_backend(open_model, _AGAINST.value, _token_ids())
+    open_model = functools.partial(workdirs.load_with_backend, _text(_FROM), _STEP.value)
+    return agreement.with_backend(open_model, _text(_AGAINST), _token_ids())
+
+
+def _text(flag: flags.FlagHolder[str | None]) -> str:
+    """The value of a flag that `_task` has seen to be there."""
+    assert flag.value is not None
+    return flag.value
 
 
 def _token_ids() -> list[int] | None:
@@ -143,7 +159,7 @@ _TASKS: list[tuple[set[str], set[str], Callable[[], dict[str, Any]]]] = [
     ({"check", "from_hf"}, {"tokens", "against"}, _check_theirs),
     ({"check", "from", "against"}, {"tokens", "step"}, _check_ours),
     ({"from_hf", "to"}, set(), _to_workdir),
-    ({"from", "to_hf"}, {"step"}, _to_hugging_face),
+    ({"from", "to_hf"}, {"step", "dtype", "shard_gb"}, _to_hugging_face),
 ]
 
 

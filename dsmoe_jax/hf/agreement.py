@@ -66,7 +66,7 @@ def with_transformers(directory: str, tokens: Sequence[int] | None) -> dict[str,
     """
     source = loading.open_source(directory, "--from_hf")
     tokens_BS = _batch(tokens, source.config.vocab_size)
-    reference = _theirs(source, tokens_BS)
+    reference = theirs(source, tokens_BS)
     return compare(loading.load(directory), reference, tokens_BS)
 
 
@@ -188,8 +188,12 @@ def _layer_runner(
     return lambda number, x_BSD: run(*nnx.split(model.layer(number)), x_BSD)
 
 
-def _theirs(source: loading.Source, tokens_BS: np.ndarray) -> Trace:
-    """transformers' model on a batch."""
+def theirs(source: loading.Source, tokens_BS: np.ndarray) -> Trace:
+    """The model of transformers on a batch, in float32.
+
+    Raises:
+      ValueError: if it is not installed, or cannot load the model.
+    """
     try:
         import torch
         import transformers

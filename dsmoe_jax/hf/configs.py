@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = (
 )
 
 _LAYERS = ["first_k_dense_replace", "moe_layer_freq", "moe_layer_offset", "mlp_only_layers"]
+_BIAS = "moe.router.bias_update_speed"
 _SHARED = ["moe.n_shared_experts", "moe.shared_expert_intermediate_size"]
 
 
@@ -114,7 +115,13 @@ def write(model: ModelConfig, first: str | None = None) -> Described:
 
 def _unlike(family: Family, flat: Tree) -> int:
     """How many of the keys that are alike in all models of a family are not."""
-    return sum(flat.get(key) != value for key, value in family.ours.items())
+    there = {**flat, **family.ours}
+    return sum(_seen(flat).get(key) != _seen(there)[key] for key in family.ours)
+
+
+def _seen(flat: Tree) -> Tree:
+    """The same keys; of the bias's speed only whether there is a bias at all."""
+    return {**flat, _BIAS: flat.get(_BIAS) is not None}
 
 
 def _written(name: str, flat: Tree) -> Tree:
@@ -172,9 +179,8 @@ def _meaning(model: ModelConfig, family: Family) -> Tree:
     without += [*_LAYERS, *_SHARED, "mtp"]
     if not model.n_dense_layers:
         without.append("intermediate_size")
-    if moe.n_routed_experts:
-        meaning["moe.router.bias_update_speed"] = router.bias_update_speed is not None
-    else:
+    meaning = _seen(meaning)
+    if not moe.n_routed_experts:
         without += ["moe.router", "moe.moe_intermediate_size"]
     if router.topk_group == router.n_group:
         without += [f"moe.router.{key}" for key in ("n_group", "topk_group", "group_score")]

@@ -185,16 +185,10 @@ FAMILIES: dict[str, Family] = {
         layers=_layers(
             tables.GROUPED_ATTENTION, tables.DENSE_FFN + tables.GATED_SHARED_EXPERT + tables.ROUTER
         ),
-        keys=_MODEL
-        | _GROUPED
-        | _QWEN
-        | {
-            "attention.options.bias": Key("qkv_bias", True),
-            "moe.shared_expert_intermediate_size": Key("shared_expert_intermediate_size"),
-        },
-        ours={"moe.n_shared_experts": 1, "moe.shared_expert_gate": True},
+        keys=_MODEL | _GROUPED | _QWEN | {"attention.options.bias": Key("qkv_bias", True)},
+        ours={"moe.shared_expert_gate": True},
         theirs=_THEIRS | _NO_WINDOW_IN_USE,
-        special=(special.ROPE, special.HEAD_DIM, special.SPARSE_STEP),
+        special=(special.ROPE, special.HEAD_DIM, special.SPARSE_STEP, special.SHARED_EXPERT),
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -219,14 +213,10 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
         layers=(tables.NORMS + tables.GROUPED_ATTENTION + tables.SHARED_AS_DENSE,),
-        keys=_MODEL | _GROUPED | {"moe.moe_intermediate_size": Key("intermediate_size")},
-        ours={
-            "moe.n_routed_experts": 0,
-            "moe.num_experts_per_tok": 0,
-            "moe.n_shared_experts": 1,
-        },
+        keys=_MODEL | _GROUPED,
+        ours={"moe.n_routed_experts": 0, "moe.num_experts_per_tok": 0},
         theirs=_THEIRS,
-        special=(special.ROPE, special.HEAD_DIM),
+        special=(special.ROPE, special.HEAD_DIM, special.DENSE),
     ),
     # Last: where another family expresses a model too, transformers has a class for that one.
     "deepseek": Family(

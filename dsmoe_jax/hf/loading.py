@@ -149,7 +149,8 @@ def load_state(source: Source, line: ProgressLine, allocate: Allocate = aligned)
         name = names.path_of(path)
         stacked = tensors[name][0][0].sources[0].index is not None
 
-        def block(index: Index) -> np.ndarray:
+        def block(index: Index | None) -> np.ndarray:
+            assert index is not None
             index = tuple(slice(*at.indices(n)) for at, n in zip(index, wanted.shape, strict=True))
             out = allocate(name, tuple(at.stop - at.start for at in index))
             names.read_block(source.checkpoint.read, tensors[name], stacked, index, out)

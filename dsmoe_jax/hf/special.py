@@ -194,3 +194,28 @@ AHEAD = Special(
     _read_ahead,
     lambda ours: {"num_nextn_predict_layers": ours.get("mtp.num_nextn_predict_layers", 0)},
 )
+
+
+def _shared_width(ours: Tree) -> int:
+    """Width of all shared experts together, as theirs has them."""
+    one = ours["moe.shared_expert_intermediate_size"] or ours["moe.moe_intermediate_size"]
+    return ours["moe.n_shared_experts"] * one
+
+
+def _read_shared(tree: Tree) -> Tree:
+    width = _whole(tree, "shared_expert_intermediate_size")
+    return {"moe.n_shared_experts": 1, "moe.shared_expert_intermediate_size": width}
+
+
+SHARED_EXPERT = Special(
+    _read_shared, lambda ours: {"shared_expert_intermediate_size": _shared_width(ours)}
+)
+
+# A dense model of ours is one of shared experts alone.
+DENSE = Special(
+    lambda tree: {
+        "moe.n_shared_experts": 1,
+        "moe.moe_intermediate_size": _whole(tree, "intermediate_size"),
+    },
+    lambda ours: {"intermediate_size": _shared_width(ours)},
+)

@@ -42,7 +42,8 @@ KEPT = "hf"  # in a workdir: the files that a model came with
 STEP = 0  # of the checkpoint of a converted model, before any step
 SCALE = "released"
 MOST_POSITIONS = 4096  # of a sequence in evaluation; models say what they were extended to
-CHUNK_BYTES = 256 * 2**20  # of an array in the checkpoint: what is compressed at once
+CHUNK_BYTES = 64 * 2**20  # of an array in the checkpoint: what is compressed at once
+COLLECTED_BYTES = 2**31  # by Orbax, of what is compressed, before they are written
 
 
 def from_hf(directory: str, workdir: str) -> Path:
@@ -124,13 +125,12 @@ def _run_config(source: Source, found: Tokenizer | None) -> Config:
 def _needs_from(source: Source) -> str:
     """What the conversion takes; said before it starts."""
     model = _bytes(source.shapes)
-    largest = max(x.size * 4 for x in jax.tree.leaves(source.shapes))
-    block = min(largest, CHUNK_BYTES)
+    held = min(model, COLLECTED_BYTES) + 4 * CHUNK_BYTES
     return (
         f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
         f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
-        f" takes twice the latter on disk (half of it until the end), and in memory some blocks of"
-        f" {size_text(block)} beside pages of those files that the system may take back"
+        f" takes twice the latter on disk (half of it until the end), and up to {size_text(held)}"
+        " in memory, beside pages of those files that the system may take back"
     )
 
 
@@ -233,8 +233,9 @@ def _needs_to(model: ModelConfig, destination: saving.Destination, shard_bytes: 
     shard = min(destination.bytes, max(shard_bytes, max(destination.sizes.values())))
     return (
         f"{destination.tree['architectures'][0]}, {size_text(destination.bytes)} of"
-        f" {destination.dtype}; takes {size_text(size + shard)} in memory: the float32 parameters"
-        f" ({size_text(size)}; on a mesh, in its devices) and one file ({size_text(shard)})"
+        f" {destination.dtype}; takes up to {size_text(2 * size + shard)} in memory: the float32"
+        f" parameters twice while they are loaded ({size_text(size)}; on a mesh, once in its"
+        f" devices), and one file ({size_text(shard)})"
     )
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from dsmoe_jax.report.blocks import Block, Code, Heading, Picture, Pictures, Table, Text
 from dsmoe_jax.report.load_maps import load_bar, load_map
 from dsmoe_jax.report.names import short
-from dsmoe_jax.report.numbers import fixed
+from dsmoe_jax.report.numbers import NONE, fixed
 from dsmoe_jax.report.style import WIDTH, styled
 
 Tables = Mapping[str, Any]
@@ -95,9 +95,9 @@ def _by_layer(tables: Tables) -> Table:
                 _number(tables["vocabulary"]["vocabulary_specialisation"][i], 3),
                 fixed(tables["experts_per_token"]["mean"][i], 2),
                 str(len(layer["members"])),
-                str(len(layer["in_every_domain"])),
+                _count(layer["in_every_domain"]),
                 _number(layer["overlap"], 2),
-                fixed(layer["chance_overlap"], 2),
+                _number(layer["chance_overlap"], 2),
                 _number(alike_L[i], 3),
             ]
         )
@@ -288,7 +288,11 @@ def _mean(values: Sequence[float | None] | None, digits: int) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return fixed(value, digits)
+    return NONE if value is None else fixed(value, digits)
+
+
+def _count(members: Sequence[int] | None) -> str:
+    return NONE if members is None else str(len(members))
 
 
 def _percent(values: Sequence[float]) -> str:

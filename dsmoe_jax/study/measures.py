@@ -146,6 +146,24 @@ def _language_over_kind(outcome: Outcome) -> float | None:
     return None if language is None or kind is None else language - kind
 
 
+def _inside(key: str, factor: float = 1.0) -> Callable[[Outcome], float | None]:
+    """Reads a number that `probes.inside` finds, mean over the layers."""
+
+    def read(outcome: Outcome) -> float | None:
+        by_layer = (outcome.evaluation or {}).get("inside", {}).get(key)
+        if not by_layer or None in by_layer:
+            return None
+        return factor * float(np.mean(by_layer))
+
+    return read
+
+
+def _overlap_over_chance(outcome: Outcome) -> float | None:
+    overlap = _inside("committee_overlap")(outcome)
+    chance = _inside("committee_chance_overlap")(outcome)
+    return None if overlap is None or chance is None else overlap - chance
+
+
 def _loss_rise(outcome: Outcome) -> float | None:
     """How far a logged training loss was above the lowest one before it, at most."""
     losses = [row["loss"] for row in outcome.rows if "loss" in row]
@@ -313,6 +331,51 @@ MEASURES: dict[str, Measure] = {
     ),
     "language_over_kind": Measure(
         "specialisation by language over that by kind of text", _language_over_kind
+    ),
+    "vocabulary_specialisation": Measure(
+        "vocabulary specialisation",
+        _inside("vocabulary_specialisation"),
+        note="Vocabulary specialisation: the largest share of one expert in the occurrences of a"
+        " token id, mean over ids that occur often enough, and over layers.",
+    ),
+    "committee": Measure(
+        "committee of half the gates",
+        _inside("committee", 100),
+        "% of the experts",
+        digits=1,
+        note="Committee: the smallest set of experts with half of the sum of all gates; mean over"
+        " layers.",
+    ),
+    "committee_overlap": Measure(
+        "overlap of the domains' committees",
+        _inside("committee_overlap"),
+        note="Overlap: Jaccard index of two domains' committees, mean over pairs and layers.",
+    ),
+    "committee_over_chance": Measure(
+        "overlap of the domains' committees over that of random sets",
+        _overlap_over_chance,
+        note="Over that of random sets: of the same sizes; 0 is what chance gives.",
+    ),
+    "invariant_mass": Measure(
+        "gates of experts in every domain's committee",
+        _inside("mass_in_every_domain", 100),
+        "% of all gates",
+        digits=1,
+    ),
+    "experts_per_token": Measure(
+        "effective experts of a token",
+        _inside("experts_per_token"),
+        digits=2,
+        note="Effective experts of a token: exp of the entropy of its gates, divided by their sum.",
+    ),
+    "weights_alike": Measure(
+        "likeness of two experts' weights", _inside("weights_alike"), lower_is_better=True
+    ),
+    "outputs_alike": Measure(
+        "likeness of two experts' outputs",
+        _inside("outputs_alike"),
+        lower_is_better=True,
+        note="Likeness: mean cosine over pairs of experts; of outputs, for the same tokens.",
     ),
     "busiest_three": Measure(
         "share of the three busiest experts",

@@ -1,16 +1,21 @@
 """Probes: measurements of a finished run's model under an intervention.
 
 A probe is a function from a run and an intervention to what evaluation.json holds; the measures
-read that.  `held_out` gives loss and load on the held-out text; a probe that measures something
-else is a function like it, and an entry in `measures.MEASURES` that reads its number.
+read that.  `held_out` gives loss and load on the held-out text, `inside` also what the experts
+serve there; a probe that measures something else is a function like them, and an entry in
+`measures.MEASURES` that reads its number.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from dsmoe_jax.analysis import tables
+from dsmoe_jax.analysis.routed_text import layer_weights, route_text
 from dsmoe_jax.config import stage_of
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.evaluation.held_out import evaluate
+from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.runs.loading import Run
 
@@ -33,3 +38,39 @@ def held_out(run: Run, intervention: Intervention) -> dict[str, Any]:
         max_batches=train.eval_batches,
         intervention=intervention,
     )
+
+
+def inside(run: Run, intervention: Intervention) -> dict[str, Any]:
+    """`held_out`, and below `inside` what the experts serve on the same text, by layer.
+
+    Args:
+      run: a finished run, of a model with routed experts.
+      intervention: none; the experts are looked at as they were trained.
+
+    Raises:
+      ValueError: for an intervention.
+    """
+    plain = intervention == interventions.NONE
+    require(plain, "intervention", intervention, "the inside is of the model as it was trained")
+    found = held_out(run, intervention)
+    train = stage_of(run.config, run.step).config.train
+    text = route_text(
+        run.model,
+        run.corpus,
+        max_tokens=found["tokens"],
+        batch_size=train.global_batch_size // train.accumulation_steps,
+    )
+    looked = tables.compute(tables.Subject(text, layer_weights(run.model, run.corpus)))
+    layers = looked["committees"]["layers"]
+    alike = looked["similarity"]["layers"]
+    found["inside"] = {
+        "committee": [layer["share_of_experts"] for layer in layers],
+        "committee_overlap": [layer["overlap"] for layer in layers],
+        "committee_chance_overlap": [layer["chance_overlap"] for layer in layers],
+        "mass_in_every_domain": [layer["mass_in_every_domain"] for layer in layers],
+        "vocabulary_specialisation": looked["vocabulary"]["vocabulary_specialisation"],
+        "experts_per_token": looked["experts_per_token"]["mean"],
+        "weights_alike": [layer["weights_mean"] for layer in alike],
+        "outputs_alike": [layer["outputs_mean"] for layer in alike],
+    }
+    return found

@@ -33,7 +33,19 @@ def test_the_released_16b():
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("dsmoe_145b", "deepseek"), ("llama2_7b", "llama"), ("deepseek_67b", "llama")],
+    [
+        ("dsmoe_145b", "deepseek"),
+        ("llama2_7b", "llama"),
+        ("deepseek_67b", "llama"),
+        ("dense_2b_x16", "llama"),
+        ("deepseek_v2_lite", "deepseek_v2"),
+        ("deepseek_v2", "deepseek_v2"),
+        ("deepseek_v3", "deepseek_v3"),
+        ("mixtral_8x7b", "mixtral"),
+        ("olmoe_1b_7b", "olmoe"),
+        ("qwen1_5_moe_a2_7b", "qwen2_moe"),
+        ("qwen3_30b_a3b", "qwen3_moe"),
+    ],
 )
 def test_of_what_family(name, family):
     model = model_of(name)

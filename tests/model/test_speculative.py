@@ -25,7 +25,10 @@ PROMPTS = jax.random.randint(jax.random.key(3), (2, P), 0, V)
 
 @pytest.fixture(scope="module")
 def model():
-    return make(**SIZES)
+    """One whose best token is one of four, so that drafts are often right."""
+    model = make(**SIZES)
+    model.head_VD[...] = model.head_VD[...].at[3:].set(0.0)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,9 @@ def test_tokens_are_those_of_greedy_generation(model, greedy):
     found = generate_drafted(model, UNEQUAL, G)
     np.testing.assert_array_equal(found.tokens_BG, greedy)
     assert found.prompt_tokens == 3 + 5
-    # A draft of a model that was never trained is right by chance.
+    # A draft of a model that was never trained is right by chance: not 0, not 1.
     assert (found.proposed == 2 * found.passes).all()
-    assert 0 <= found.acceptance < 0.5
+    assert 0 < found.acceptance < 1
 
 
 def test_a_draft_that_is_always_right_saves_passes(model):
