@@ -103,7 +103,7 @@ def parameters(text: str, model: ModelConfig, key: str, digits: str, why: str = 
     return Computed(
         text,
         f"{key} parameters",
-        functools.partial(figures.with_latent_attention, model, key),
+        functools.partial(figures.parameters, model, key),
         papers.accepted(digits, 0.01),  # the tolerance of `count`
         papers.value(digits),
         why=why,
@@ -715,14 +715,14 @@ CLAIMS = (
             Computed(
                 "it has 47B parameters",
                 "total parameters",
-                functools.partial(figures.mixtral, "total"),
+                functools.partial(figures.parameters, figures.MIXTRAL, "total"),
                 papers.accepted("47B", papers.TOLERANCE["total"]),
                 papers.value("47B"),
             ),
             Computed(
                 "it activates 12 to 13B",
                 "activated parameters",
-                functools.partial(figures.mixtral, "activated"),
+                functools.partial(figures.parameters, figures.MIXTRAL, "activated"),
                 (papers.accepted("12B")[0], papers.accepted("13B")[1]),
                 why="The source prints a range: everything that rounds to 12B or 13B counts.",
             ),

@@ -1,7 +1,6 @@
 """Numbers of the ledger that need no training: from configs, formulas and pure functions.
 
-Sizes and FLOPs are those of `python -m dsmoe_jax count`.  The sizes of models that no config file
-has, Mixtral 8x7B, DeepSeek-V2 and V3, are those of their released configs.
+Sizes and FLOPs are those of `python -m dsmoe_jax count`.
 
 Shapes: T tokens, D hidden, E routed experts, K activated per token.
 """
@@ -10,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.config import (
-    AttentionConfig,
     Config,
     DropConfig,
     ModelConfig,
@@ -34,7 +31,6 @@ from dsmoe_jax.moe.dispatch.volume import of_fixed_slots
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.scored import SUB_EXPERTS
 from dsmoe_jax.moe.types import RouterInputs, Routing
-from dsmoe_jax.nn import attention
 from dsmoe_jax.planning import papers
 from dsmoe_jax.study.ledger import Computed
 
@@ -96,10 +92,10 @@ TITLES = {
 
 
 def printed_figures() -> tuple[Computed, ...]:
-    """Every size and FLOPs figure that the papers print, with the tolerance of `count`."""
+    """Every size and FLOPs figure that V1 prints, with the tolerance of `count`."""
     return tuple(
         _printed(name, key, digits)
-        for name, model in papers.MODELS.items()
+        for name, model in papers.V1.items()
         for key, digits in model.figures.items()
     )
 
@@ -132,77 +128,16 @@ def printed_flops_percent(name: str) -> tuple[Computed, ...]:
     )
 
 
-# Models without a config file here
+# Models of other papers
+
+MIXTRAL = config("mixtral_8x7b").model
+DEEPSEEK_V2 = config("deepseek_v2").model
+DEEPSEEK_V3 = config("deepseek_v3").model
 
 
-class LatentAttention(NamedTuple):
-    """Sizes of latent attention (V2 section 2.1); no config has it yet."""
-
-    query_rank: int = 1536
-    key_value_rank: int = 512
-    nope_dim: int = 128
-    rope_dim: int = 64
-    value_dim: int = 128
-
-    def parameters(self, hidden_size: int, heads: int) -> int:
-        """Parameters of one layer, with the norms of the two latent vectors."""
-        d = hidden_size
-        query = d * self.query_rank + self.query_rank
-        query += self.query_rank * heads * (self.nope_dim + self.rope_dim)
-        key_value = d * (self.key_value_rank + self.rope_dim) + self.key_value_rank
-        key_value += self.key_value_rank * heads * (self.nope_dim + self.value_dim)
-        return query + key_value + heads * self.value_dim * d
-
-
-def _experts(total: int, shared: int, activated: int, width: int) -> MoEConfig:
-    return MoEConfig(
-        n_routed_experts=total,
-        n_shared_experts=shared,
-        num_experts_per_tok=activated,
-        moe_intermediate_size=width,
-        balance=FrozenDict(),
-    )
-
-
-MIXTRAL = ModelConfig(
-    vocab_size=32_000,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    attention=AttentionConfig(num_attention_heads=32, num_key_value_heads=8, head_dim=128),
-    moe=_experts(8, 0, 2, 14_336),
-)
-DEEPSEEK_V2 = ModelConfig(
-    vocab_size=102_400,
-    hidden_size=5120,
-    num_hidden_layers=60,
-    first_k_dense_replace=1,
-    intermediate_size=12_288,
-    attention=AttentionConfig(num_attention_heads=128),
-    moe=_experts(160, 2, 6, 1536),
-)
-DEEPSEEK_V3 = ModelConfig(
-    vocab_size=129_280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    first_k_dense_replace=3,
-    intermediate_size=18_432,
-    attention=AttentionConfig(num_attention_heads=128),
-    moe=_experts(256, 1, 8, 2048),
-)
-
-
-def mixtral(key: str) -> int:
-    """Parameters of Mixtral 8x7B, a field of `size.Parameters`."""
-    return getattr(size.parameters_by_formula(MIXTRAL), key)
-
-
-def with_latent_attention(model: ModelConfig, key: str) -> int:
-    """Parameters of V2 or V3: `total` or `activated`, without multi-token prediction."""
-    d = model.hidden_size
-    grouped = attention.get(model.attention).parameters(d, model.attention)
-    latent = LatentAttention().parameters(d, model.attention.num_attention_heads)
-    counted = getattr(size.parameters_by_formula(model), key)
-    return counted + model.num_hidden_layers * (latent - grouped)
+def parameters(model: ModelConfig, key: str) -> int:
+    """Parameters of a model, a field of `size.Parameters`."""
+    return getattr(size.parameters_by_formula(model), key)
 
 
 def share_of_experts(model: ModelConfig) -> float:
@@ -225,7 +160,7 @@ def all_experts(model: ModelConfig) -> int:
 
 def mixtral_share_of_parameters() -> float:
     """Activated parameters in per cent of the dense model's that activates all experts."""
-    return 100 * mixtral("activated") / mixtral("total")
+    return 100 * parameters(MIXTRAL, "activated") / parameters(MIXTRAL, "total")
 
 
 def mixtral_share_of_flops(sequence_length: int) -> float:

@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 
 import dsmoe_jax
+from dsmoe_jax.data import row_kinds
 from dsmoe_jax.moe import dispatch, dropping, experts, kernels, losses, routers
-from dsmoe_jax.nn import attention
+from dsmoe_jax.moe.routers import scores
+from dsmoe_jax.nn import attention, feed_forward
+from dsmoe_jax.training import freezing
 
 PACKAGE = Path(dsmoe_jax.__file__).parent
 REGISTRIES = {
     routers: routers.ROUTERS,
+    scores: scores.SCORING,
+    feed_forward: feed_forward.FORMS,
     losses: losses.TERMS,
     dropping: dropping.POLICIES,
     dispatch: dispatch.DISPATCHERS,
@@ -24,6 +29,8 @@ REGISTRIES = {
     attention: attention.ATTENTION,
     attention.kernels: attention.kernels.KERNELS,
     attention.latent: attention.latent.FORMS,
+    freezing: freezing.PARTS,
+    row_kinds: row_kinds.ROW_KINDS,
 }
 
 
@@ -31,7 +38,7 @@ def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
-        *("KERNELS", "FORMS"),
+        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS"),
     }
     for node in ast.walk(ast.parse(source)):
         match node:

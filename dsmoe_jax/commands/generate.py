@@ -11,6 +11,9 @@ every document it was trained on, and then the prompt.  So an empty prompt (--pr
 new document.  Several prompts are given by several --prompt, or by a file with a JSON string on
 each line, such as "To be\\n"; they may differ in length.
 
+With --chat a prompt is a question, put as fine-tuning on conversations puts it: "User: QUESTION",
+a blank line, "Assistant:".  The chat template of a converted model is not applied.
+
 A text ends where the model writes end-of-text, before the first stop string (--stop, as often as
 wanted), or after --max_new_tokens.  The default, --temperature=0, is greedy: the most likely token
 each time, and the same text on every call.  Above 0 the same --seed gives the same texts.
@@ -44,11 +47,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from dsmoe_jax.commands import command_line
+from dsmoe_jax.commands import command_line, generation_report
 from dsmoe_jax.commands.text_printer import TextPrinter
+from dsmoe_jax.data import chat
 from dsmoe_jax.data.growing_text import MAX_NEW_TOKENS, GrowingText
-from dsmoe_jax.model.cache_size import CacheSize, cache_size
-from dsmoe_jax.model.generation import CHUNK, Seconds, generate, routing_notes
+from dsmoe_jax.data.tokenizer import Tokenizer
+from dsmoe_jax.model.cache_size import cache_size
+from dsmoe_jax.model.generation import CHUNK, generate, routing_notes
 from dsmoe_jax.model.sampling import GREEDY, Sampling
 from dsmoe_jax.model.speculative import generate_drafted
 from dsmoe_jax.progress import ProgressLine, Silent
@@ -62,6 +67,9 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "File of more prompts: a JSON string on each line."
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Prompts are questions to a model that was trained on conversations."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Stop after this many tokens, if the text has not ended.", lower_bound=1
@@ -104,7 +112,16 @@ class Request(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The texts that are to be written, a row for each sample of each prompt."""
+    """The texts that are to be written, a row for each sample of each prompt.
+
+    Attributes:
+      run: the model and its tokenizer.
+      sampling: how tokens are drawn.
+      prompts: as given.
+      tokens: of each prompt, as the model reads it.
+      sample_ids: of each text among those of its prompt.
+      texts: what follows.
+    """
 
     run: Writer
     sampling: Sampling
@@ -132,7 +149,10 @@ def _generate(request: Request) -> None:
     _note_length(run, max(map(len, work.tokens)))
     for note in routing_notes(run.model.config.moe):
         print(note, file=sys.stderr)
-    printer = TextPrinter(sys.stdout, work.prompts, work.texts)
+    beginnings = work.prompts
+    if _CHAT.value:
+        beginnings = [run.tokenizer.decode(tokens) for tokens in work.tokens]
+    printer = TextPrinter(sys.stdout, beginnings, work.texts)
     facts = _write(work, printer) if _DRAFT.value is None else DRAFTS[_DRAFT.value](work)
     for text in work.texts:
         text.close()
@@ -142,9 +162,14 @@ def _generate(request: Request) -> None:
         print(json.dumps({"step": run.step, "samples": samples, **facts, "cache": size._asdict()}))
         return
     printer.show()
-    print(_speed_line(facts["speed"]), _cache_line(size), sep="\n", file=sys.stderr)
+    print(
+        generation_report.speed_line(facts["speed"]),
+        generation_report.cache_line(size),
+        sep="\n",
+        file=sys.stderr,
+    )
     if "draft" in facts:
-        print(_draft_line(facts["draft"]), file=sys.stderr)
+        print(generation_report.draft_line(facts["draft"]), file=sys.stderr)
 
 
 def _work(run: Writer, request: Request) -> Work:
@@ -154,10 +179,17 @@ def _work(run: Writer, request: Request) -> Work:
         run,
         request.sampling,
         prompts,
-        [[run.tokenizer.eos_id, *run.tokenizer.encode(prompt)] for prompt in prompts],
+        [_prompt_ids(run.tokenizer, prompt) for prompt in prompts],
         [*range(n)] * len(request.prompts),
         [GrowingText(run.tokenizer, request.stop_strings) for _ in prompts],
     )
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens after which the model goes on."""
+    if _CHAT.value:
+        return chat.prompt_ids(tokenizer, [chat.Message("user", prompt)])
+    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
 def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
@@ -189,7 +221,7 @@ def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
     )
     progress.close()
     decoded = generated.decoded_tokens
-    return {"speed": _speed(generated.seconds, generated.prompt_tokens, decoded)}
+    return {"speed": generation_report.speed(generated.seconds, generated.prompt_tokens, decoded)}
 
 
 def _write_drafted(work: Work) -> dict[str, Any]:
@@ -205,7 +237,10 @@ def _write_drafted(work: Work) -> dict[str, Any]:
         "acceptance": drafted.acceptance,
     }
     decoded = len(work.texts) * (n - 1)
-    return {"speed": _speed(drafted.seconds, drafted.prompt_tokens, decoded), "draft": draft}
+    return {
+        "speed": generation_report.speed(drafted.seconds, drafted.prompt_tokens, decoded),
+        "draft": draft,
+    }
 
 
 DRAFTS: dict[str, Callable[[Work], dict[str, Any]]] = {"mtp": _write_drafted}
@@ -226,6 +261,8 @@ def _checked_flags() -> Request:
         prompts += _read_prompts(_PROMPTS_FILE.value)
     elif not prompts:
         raise ValueError("--prompt: missing; --prompt='' starts a new document")
+    if _CHAT.value and not all(map(str.strip, prompts)):
+        raise ValueError("--prompt='': with --chat it is a question, and must not be empty")
     stop_strings = [_utf8("--stop", string) for string in _STOP.value]
     if "" in stop_strings:
         raise ValueError("--stop='': must not be empty")
@@ -309,38 +346,3 @@ def _sample(prompt: str, text: GrowingText) -> dict[str, Any]:
         "ended": text.stop_reason != MAX_NEW_TOKENS,
         "stop_reason": text.stop_reason,
     }
-
-
-def _speed(seconds: Seconds, prompt_tokens: int, decoded: int) -> dict[str, float | None]:
-    """Tokens and times as JSON; a rate of no token is None."""
-    report: dict[str, float | None] = {"compile_seconds": seconds.compile}
-    for part, tokens, took in (
-        ("prefill", prompt_tokens, seconds.prefill),
-        ("decode", decoded, seconds.decode),
-    ):
-        report[f"{part}_tokens"] = tokens
-        report[f"{part}_seconds"] = took
-        report[f"{part}_tokens_per_second"] = tokens / took if tokens else None
-    return report
-
-
-def _speed_line(speed: dict[str, Any]) -> str:
-    parts = []
-    for part in ("prefill", "decode"):
-        rate = speed[f"{part}_tokens_per_second"]
-        words = f"{part} {speed[f'{part}_tokens']} tokens in {speed[f'{part}_seconds']:.3g} s"
-        parts.append(words if rate is None else f"{words} ({rate:,.0f} tokens/s)")
-    return f"speed: {', '.join(parts)}; compiling took {speed['compile_seconds']:.2g} s besides"
-
-
-def _cache_line(size: CacheSize) -> str:
-    return (
-        f"cache: {size.bytes_per_token:,} bytes a token; {size.dense_bytes_per_token:,} in a dense"
-        " model of equal activated size with plain multi-head attention (hidden size"
-        f" {size.dense_hidden_size:,}; see --help)"
-    )
-
-
-def _draft_line(draft: dict[str, Any]) -> str:
-    shares = [f"{a} of {p}" for a, p in zip(draft["accepted"], draft["proposed"], strict=True)]
-    return f"draft: accepted {', '.join(shares)} tokens by module, in {draft['passes']} passes"

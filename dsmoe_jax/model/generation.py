@@ -51,12 +51,14 @@ class Generated(NamedTuple):
     Attributes:
       tokens_BG: int32; what stands after the end of a text is 0.
       n_tokens_B: int32, the tokens of each text, an end-of-text included.
+      passes: of the model over new tokens, the prompts not counted.
       prompt_tokens: of all texts together, without padding.
       seconds: that it took.
     """
 
     tokens_BG: np.ndarray
     n_tokens_B: np.ndarray
+    passes: int
     prompt_tokens: int
     seconds: Seconds
 
@@ -242,7 +244,8 @@ def _run(
         seconds = seconds._replace(decode=seconds.decode + time.perf_counter() - begun)
     assert inputs.segment_ids_BS is not None
     prompt_tokens = int(inputs.segment_ids_BS.sum())
-    return Generated(np.asarray(way.tokens_BG), np.asarray(way.n_tokens_B), prompt_tokens, seconds)
+    tokens_BG, n_tokens_B = np.asarray(way.tokens_BG), np.asarray(way.n_tokens_B)
+    return Generated(tokens_BG, n_tokens_B, reached - 1, prompt_tokens, seconds)
 
 
 def _begin(

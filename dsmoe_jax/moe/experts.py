@@ -79,8 +79,8 @@ def split(joined: JoinedWeights) -> ExpertWeights:
     gate_EFD, up_EFD = jnp.split(joined.gate_up_EGD, 2, axis=1)
     if joined.gate_up_bias_EG is None:
         return ExpertWeights(gate_EFD, up_EFD, joined.down_EDF)
-    biases_EF = jnp.split(joined.gate_up_bias_EG, 2, axis=1)
-    return ExpertWeights(gate_EFD, up_EFD, joined.down_EDF, *biases_EF, joined.down_bias_ED)
+    gate_EF, up_EF = jnp.split(joined.gate_up_bias_EG, 2, axis=1)
+    return ExpertWeights(gate_EFD, up_EFD, joined.down_EDF, gate_EF, up_EF, joined.down_bias_ED)
 
 
 def loop(

@@ -189,10 +189,11 @@ class MoELayer(nnx.Module):
 
     def expert_weights(self) -> experts.ExpertWeights:
         """The parameters of the routed experts."""
-        names = experts.ExpertWeights._fields
-        return experts.ExpertWeights(
-            *(getattr(self, name)[...] if hasattr(self, name) else None for name in names)
-        )
+        matrices = self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+        if not form_of(self.config.expert).biases:
+            return experts.ExpertWeights(*matrices)
+        biases = self.gate_bias_EF[...], self.up_bias_EF[...], self.down_bias_ED[...]
+        return experts.ExpertWeights(*matrices, *biases)
 
     def route(
         self,

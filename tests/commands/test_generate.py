@@ -21,7 +21,8 @@ def workdir(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         from_config_dict(configs.load("dsmoe_2b", "smoke,split=1")),
         **{
             "model.hidden_size": 16, "model.num_hidden_layers": 1, "model.attention.head_dim": 8,
-            "model.initializer_range": 0.3, "model.moe.n_routed_experts": 4,
+            "model.mtp.num_nextn_predict_layers": 1, "model.initializer_range": 0.3,
+            "model.moe.n_routed_experts": 4,
             "model.moe.moe_intermediate_size": 8, "model.moe.expert_backend": "loop",
             "model.moe.evaluation_drop.capacity_factor": 1.0, "model.vocab_size": 16384,
             "data.corpus": str(tiny_corpus),
@@ -62,6 +63,7 @@ SAMPLED = ("--prompt=def ", "--temperature=2", "--json", "--max_new_tokens=8", "
 GOOD = {
     "greedy": ("--prompt=def ", "--max_new_tokens=8"),
     "greedy again": ("--prompt=def ", "--max_new_tokens=8"),
+    "drafted": ("--prompt=def ", "--max_new_tokens=8", "--draft=mtp"),
     "seed 0": SAMPLED,
     "seed 0 again": (*SAMPLED, "--seed=0"),
     "seed 1": (*SAMPLED, "--seed=1"),
@@ -72,6 +74,9 @@ GOOD = {
     "several prompts": ("--prompt=def ", "--prompts_file={prompts}", *SAMPLED[1:], "--top_k=50"),
     "empty prompt": ("--prompt=", "--max_new_tokens=8", "--json"),
     "any token": ("--prompt=", "--temperature=1e30", "--max_new_tokens=60", "--json"),
+    "a question": ("--prompt=hi", "--chat", "--max_new_tokens=8", "--json"),
+    "a question, as text": ("--prompt=hi", "--chat", "--max_new_tokens=8"),
+    "as it is put": ("--prompt=User: hi\n\nAssistant:", "--max_new_tokens=8", "--json"),
     "past the end": ("--prompt=", "--max_new_tokens=64"),
 }
 BAD = {
@@ -96,6 +101,10 @@ BAD = {
     ("--prompt=x", "--stop="): "--stop='': must not be empty",
     ("--prompt=x", "--stop=\udcff"): r"--stop='\udcff': must be UTF-8",
     ("--prompt=x", "--stream", "--json"): "--stream=true: JSON is printed when all is done",
+    ("--prompt=x", "--draft=mtp", "--stream"): "--stream=true: a drafted text comes as a whole",
+    ("--prompt=x", "--draft=mtp", "--temperature=1"): "--draft=mtp: drafts greedy text alone",
+    ("--prompt=x", "--draft=small"): "--draft=small",
+    ("--prompt= ", "--chat"): "--prompt='': with --chat it is a question",
     ("--prompts_file=no/such",): "--prompts_file=no/such: No such file",
     ("--prompts_file={damaged}",): "damaged: line 2 must be a JSON string",
     ("--prompts_file={latin}",): "latin: must be UTF-8",
@@ -140,6 +149,8 @@ def test_good(results, name):
     assert code == 0
     assert out
     lines = err.splitlines()
+    if name == "drafted":
+        assert re.fullmatch(r"draft: accepted \d of \d tokens by module, in \d passes", lines.pop())
     if "--json" not in GOOD[name]:
         *lines, speed, cache = lines
         assert re.fullmatch(
@@ -154,7 +165,7 @@ def test_good(results, name):
 
 
 def test_greedy_is_the_same_on_every_call(results):
-    assert results["greedy"][1] == results["greedy again"][1]
+    assert results["greedy"][1] == results["greedy again"][1] == results["drafted"][1]
     assert results["greedy"][1].startswith("def ")
 
 
@@ -215,6 +226,15 @@ def test_speed_and_cache_are_reported(results):
 def test_an_empty_prompt_starts_a_new_document(results):
     (sample,) = samples_of(results, "empty prompt")
     assert sample["tokens"] == 8 or sample["ended"]
+
+
+def test_a_question_is_put_as_in_training(results):
+    found = [samples_of(results, name) for name in ("a question", "as it is put")]
+    assert [sample.pop("prompt") for (sample,) in found] == ["hi", "User: hi\n\nAssistant:"]
+    assert found[0] == found[1]
+    ((sample,), _) = found
+    written = f"User: hi\n\nAssistant:{sample['text']}\n"
+    assert results["a question, as text"][1] == written
 
 
 def test_every_token_is_text(results):

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.model import generation
+from dsmoe_jax.model import generation, transformer
+from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.generation import generate, prompt_inputs, routing_notes
 from dsmoe_jax.model.sampling import Sampling
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe.interventions import GENERATION
-from tests.model.tiny_model import V, make
+from tests.model.tiny_model import V, config_of, make
 
 # Logits far apart: greedy choices that rounding does not change.
 SHARP = {"model.initializer_range": 0.5, "model.num_hidden_layers": 2}
@@ -62,10 +63,16 @@ def alone(of_text, prompt, choose=lambda logits_V, text: logits_V.argmax()):
 MODELS = {
     "dropping": {"model.moe.evaluation_drop.capacity_factor": 0.5},
     "expert_choice": {"model.moe.router.name": "expert_choice", "model.moe.balance.expert": None},
-    "uniform": {
+    "latent": {  # with the absorbed form of its cache
         "model.moe.router.name": "uniform",
         "model.moe.balance.expert": None,
         "model.moe.balance.router_z": None,
+        "model.attention.name": "latent",
+        "model.attention.num_key_value_heads": None,
+        "model.attention.options.kv_lora_rank": 8,
+        "model.attention.options.qk_nope_head_dim": 8,
+        "model.attention.options.qk_rope_head_dim": 4,
+        "model.attention.options.v_head_dim": 8,
     },
 }
 
@@ -102,6 +109,19 @@ def test_prefill_and_decoding_give_the_logits_of_a_whole_pass(model):
     np.testing.assert_array_equal(out.cache.segment_ids_BL.sum(axis=1), [6, 10, 4])
 
 
+def test_positions_count_tokens_alone(model):
+    """Padding before and between them, and what was taken back, is not counted."""
+    ids_BL = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 0, 1, 0, 0, 0]])
+    cache = model.empty_cache(2, 8)._replace(length=jnp.int32(4), segment_ids_BL=ids_BL)
+    inputs = ModelInputs(jnp.zeros((2, 3), jnp.int32), jnp.array([[1, 0, 1], [1, 1, 1]]))
+    every = transformer._every_layer(inputs, cache)
+    positions_BS = np.where(every.valid_BS, every.positions_BS, -1)
+    np.testing.assert_array_equal(positions_BS, [[4, -1, 5], [1, 2, 3]])
+    seen_BSL = every.mask.dense(2, 3)
+    np.testing.assert_array_equal(seen_BSL[0, 2], [1, 1, 1, 1, 1, 0, 1, 0])
+    np.testing.assert_array_equal(seen_BSL[1, 1], [0, 0, 1, 0, 1, 1, 0, 0])
+
+
 def test_padding_is_sent_to_no_expert(model):
     inputs = prompt_inputs(PROMPTS, V)
     forward = nnx.jit(lambda model, inputs, cache: model.forward(inputs, cache, GENERATION))
@@ -130,9 +150,11 @@ def test_a_repetition_penalty_counts_prompt_and_text(model):
 
 
 def test_a_recorded_routing_has_no_new_text():
-    replays = {**MODELS["uniform"], "model.moe.router.name": "replay"}
+    replays = {**MODELS["latent"], "model.moe.router.name": "replay"}
+    config = config_of(**replays).model
+    model = nnx.merge(abstract_model(config), *model_shapes(config))
     with pytest.raises(ValueError, match=r"'replay': there is no recorded routing for this text"):
-        generate(make(**replays), [[1]], 1)
+        generate(model, [[1]], 1)
 
 
 def test_samples_follow_the_seed_and_their_number(model):
@@ -196,6 +218,7 @@ def test_a_text_ends_at_the_end_token(model, texts):
         np.testing.assert_array_equal(row, np.where(np.arange(G) < n, text, 0))
     assert np.sum(calls, axis=0).tolist() == ends
     assert sum(map(max, calls)) == max(ends) < G
+    assert generate(model, PROMPTS, G, eos_id=eos, chunk=G).passes == max(ends) - 1
 
 
 def test_who_watches_may_end_texts(model, texts):

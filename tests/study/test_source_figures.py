@@ -15,11 +15,13 @@ def parameters(config) -> int:
 
 
 def test_mixtral_has_the_parameters_of_hugging_faces():
-    assert source_figures.mixtral("total") == parameters(transformers.MixtralConfig())
+    assert source_figures.parameters(source_figures.MIXTRAL, "total") == parameters(
+        transformers.MixtralConfig()
+    )
 
 
 def test_v3_has_the_parameters_of_hugging_faces():
-    ours = source_figures.with_latent_attention(source_figures.DEEPSEEK_V3, "total")
+    ours = source_figures.parameters(source_figures.DEEPSEEK_V3, "total")
     assert ours == parameters(transformers.DeepseekV3Config())
 
 
@@ -42,7 +44,7 @@ def test_v2_has_the_parameters_of_hugging_faces():
         qk_rope_head_dim=64,
         v_head_dim=128,
     )
-    ours = source_figures.with_latent_attention(source_figures.DEEPSEEK_V2, "total")
+    ours = source_figures.parameters(source_figures.DEEPSEEK_V2, "total")
     assert ours == parameters(config)
 
 
