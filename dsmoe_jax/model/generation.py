@@ -289,17 +289,17 @@ def _prefill(
     b, p = inputs.tokens_BS.shape
     g = plan.max_new_tokens
     # The last token is never read, so it needs no place.
-    cache = model.empty_cache(b, p + g - 1)
-    output = model.forward(inputs, cache, interventions.GENERATION)
+    empty = model.empty_cache(b, p + g - 1)
+    hidden_BPD, _, cache = model.hidden(inputs, empty, interventions.GENERATION)
     seen_BV = None
     if plan.sampling.repetition_penalty != 1.0:
         assert inputs.segment_ids_BS is not None
         seen_BV = jnp.zeros((b, model.config.vocab_size), bool)
         is_token_BP = inputs.segment_ids_BS > 0
         seen_BV = seen_BV.at[jnp.arange(b)[:, None], inputs.tokens_BS].max(is_token_BP)
-    assert output.cache is not None
+    assert cache is not None
     way = _UnderWay(
-        cache=output.cache,
+        cache=cache,
         token_B=jnp.zeros(b, jnp.int32),
         n=jnp.int32(0),
         n_finite=jnp.int32(0),
@@ -308,7 +308,9 @@ def _prefill(
         ended_B=jnp.zeros(b, bool),
         seen_BV=seen_BV,
     )
-    return _with_token(way, output.logits_BSV[:, -1], given, plan)
+    # The logits of all positions would be as large as P of a step.
+    logits_BV = model.logits(hidden_BPD[:, -1:])[:, 0]
+    return _with_token(way, logits_BV, given, plan)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
