@@ -39,7 +39,7 @@ class RoutedText:
       sequence_T: int32, number of the sequence that a token stands in.
       position_T: int32, position in its document, as the model saw it.
       domain_T: int32, index in `domains`.
-      ids_LTK: int32, the experts that computed the token; E is unassigned.
+      ids_LTK: int32, the experts that computed the token; E is unassigned, or an identity expert.
       gates_LTK: float32, their gates; 0 for unassigned ones.
       n_experts: E.
       domains: names.
@@ -104,7 +104,10 @@ def route_text(
     for batch in validation_batches(corpus.directory, batch_size, None, rows):
         on_mesh = sharding.global_batch(batch, rows, batch_size)
         ids_LBSK, gates_LBSK, batch = jax.device_get((*step(graph, state, on_mesh), on_mesh))
-        part = _flat(batch, ids_LBSK, gates_LBSK, n_sequences)
+        # Identity experts are choices of the router behind the E experts; they serve nothing.
+        real_LBSK = ids_LBSK < moe.n_routed_experts
+        ids_LBSK = np.where(real_LBSK, ids_LBSK, moe.n_routed_experts)
+        part = _flat(batch, ids_LBSK, np.where(real_LBSK, gates_LBSK, 0), n_sequences)
         parts.append(part)
         n_sequences += batch_size
         tokens += len(part[0])
