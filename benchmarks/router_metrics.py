@@ -127,7 +127,7 @@ def layers_case(config: Config) -> Case:
         )
         return jnp.square(y_BSD).mean() + balance, logged
 
-    no_experts = {NO_EXPERTS: experts.Backend(lambda rows_ND, group_sizes_E, weights: rows_ND)}
+    no_experts = {NO_EXPERTS: experts.Backend(lambda rows_ND, *_: rows_ND)}
     with mock.patch.dict(experts.BACKENDS, no_experts):
         graph = nnx.split(nnx.eval_shape(lambda: nnx.merge(*make(jax.random.key(0)))))[0]
         params_L = jax.vmap(lambda key: make(key)[1])(jax.random.split(jax.random.key(0), n_layers))

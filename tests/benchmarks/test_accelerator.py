@@ -71,11 +71,11 @@ def test_all_parts_in_their_order(called, tmp_path: Path):
 
 
 def test_a_failure_is_a_row_and_the_rest_goes_on(called, monkeypatch: pytest.MonkeyPatch):
-    def broken(rows_ND, group_sizes_E, weights):
+    def broken(rows_ND, group_sizes_E, weights, *activation):
         raise RuntimeError("no kernel\nfor this")
 
-    def unfit(rows_ND, group_sizes_E, weights):
-        return 1.5 * BACKENDS["ragged_dot"].run(rows_ND, group_sizes_E, weights)
+    def unfit(*arguments):
+        return 1.5 * BACKENDS["ragged_dot"].run(*arguments)
 
     monkeypatch.setitem(BACKENDS, "broken", Backend(broken))
     monkeypatch.setitem(BACKENDS, "unfit", Backend(unfit))

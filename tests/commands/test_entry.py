@@ -17,7 +17,7 @@ from tests.tools.patience import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 # What is no command: what they share, and the one that `python -m experiments.NAME` gives its name.
-SHARED = {"command_line", "console", "experiment", "ledger"}
+SHARED = {"command_line", "console", "experiment", "generation_report", "ledger", "text_printer"}
 LIST = """
 import sys
 from dsmoe_jax import commands
