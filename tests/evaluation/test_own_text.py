@@ -149,7 +149,10 @@ def test_a_run_starts_from_another_on_other_text_of_its_tokenizer(
     train(config, tmp_path / "run", progress=False)
     fresh = replace(config, **{"train.start_from": None})
     train(fresh, tmp_path / "fresh", progress=False)
-    rows, fresh_rows = read_rows(tmp_path / "run"), read_rows(tmp_path / "fresh")
+    before, *rows = read_rows(tmp_path / "run")
+    assert before["step"] == 0
+    assert rows[-1]["validation_loss"] < before["validation_loss"]
+    fresh_rows = read_rows(tmp_path / "fresh")
     assert rows[0]["loss"] < fresh_rows[0]["loss"] - 0.2, "the model has learned letters"
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.02, "and goes on with this text"
     rates = [[row["learning_rate"] for row in log] for log in (rows, fresh_rows)]
