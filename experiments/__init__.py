@@ -39,4 +39,6 @@ balancing, ways to balance the load of the experts:
     capacity           GShard with experts that take 1 to 2 times their mean load (2006.16668)
     router_stability   a float32 router and the z-loss at a high rate (2101.03961; 2202.08906)
     learned_routers    noisy top-k, Sinkhorn, REINFORCE, BASE beside top-k and Hash (their papers)
+inside, what the experts of finished models learned:
+    committees         experts with half of the gates: do all domains share them (2601.03425)
 """

@@ -54,7 +54,8 @@ def test_a_measure_that_is_best_when_high_ranks_the_other_way_round(fake_run, mo
 def test_committed_results_are_read(path, tmp_path):
     rows = results.load_rows(path)
     assert all(row.finished for row in rows)
-    assert all(row["validation_loss"] > 3 for row in rows)
+    lowest = 0.5 if "fine_tuning" in path.parent.name else 3  # that of answers alone
+    assert all(row["validation_loss"] > lowest for row in rows)
     assert {row["maxvio"] is None for row in rows if row.arm == "Dense"} <= {True}
     results.write_rows(tmp_path / "results.jsonl", rows)
     again = (tmp_path / "results.jsonl").read_text().splitlines()
