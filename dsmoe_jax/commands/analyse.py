@@ -16,7 +16,6 @@ the same held-out text. Dropping and competing tokens do as in evaluation.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -30,6 +29,7 @@ from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.report import analysis_page, explorer
 from dsmoe_jax.report.html_page import to_html
+from dsmoe_jax.report.names import telling_apart
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.loading import Run, load_run, saved_checkpoints
 
@@ -50,7 +50,7 @@ def main() -> None:
     to = local_path("--to", _TO.value)
     if to.exists():
         raise ValueError(f"--to={_TO.value}: exists already; name a new folder")
-    names = _names(_WORKDIR.value)
+    names = dict(zip(telling_apart(_WORKDIR.value), _WORKDIR.value, strict=True))
     partial = to.with_name(to.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -65,16 +65,6 @@ def main() -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(json_files.dumps(found) if _JSON.value else to / "report.html")
-
-
-def _names(workdirs: Sequence[str]) -> dict[str, str]:
-    """Workdirs by the shortest names that tell them apart."""
-    paths = [Path(workdir).absolute() for workdir in workdirs]
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["-".join(path.parts[-depth:]).strip("/") for path in paths]
-        if len(set(names)) == len(names):
-            return dict(zip(names, workdirs, strict=True))
-    raise ValueError(f"--workdir={workdirs[0]}: is given twice; give each run once")
 
 
 def _analyse(names: dict[str, str], to: Path) -> dict[str, tables.Tables]:

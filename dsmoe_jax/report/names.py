@@ -6,6 +6,8 @@ A name is shown literally: nothing in it is understood as markup, mathematics or
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 _MARKUP = re.compile(r"[\\`*]")
 # Line breaks and other control characters, halves of characters, and what turns the direction of
@@ -27,3 +29,18 @@ def short(name: str, length: int = 24) -> str:
     """A name for a picture, which has no room for a long one."""
     line = one_line(name)
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def telling_apart(paths: Sequence[str | Path]) -> list[str]:
+    """The shortest ends of paths that all differ, their parts joined by a dash.
+
+    Raises:
+      ValueError: if a path is there twice.
+    """
+    whole = [Path(path).absolute() for path in paths]
+    for depth in range(1, max(len(path.parts) for path in whole) + 1):
+        names = ["-".join(path.parts[-depth:]).strip("/") for path in whole]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(path for i, path in enumerate(whole) if path in whole[:i])
+    raise ValueError(f"{twice}: is given twice; give each run once")

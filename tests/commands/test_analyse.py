@@ -8,7 +8,7 @@ import pytest
 from forked import run_all
 
 from dsmoe_jax.analysis.routed_text import route_text
-from dsmoe_jax.commands import analyse
+from dsmoe_jax.report.names import telling_apart
 from dsmoe_jax.runs.loading import load_run
 
 
@@ -83,8 +83,7 @@ def test_bad_input_leaves_nothing(case, says, results, directory):
 
 
 def test_names_are_the_shortest_that_differ():
-    assert list(analyse._names(["x/dsmoe/seed0", "x/gshard/seed0"])) == [
-        "dsmoe-seed0",
-        "gshard-seed0",
-    ]
-    assert list(analyse._names(["runs/dsmoe"])) == ["dsmoe"]
+    assert telling_apart(["x/dsmoe/seed0", "x/gshard/seed0"]) == ["dsmoe-seed0", "gshard-seed0"]
+    assert telling_apart(["runs/dsmoe"]) == ["dsmoe"]
+    with pytest.raises(ValueError, match="x: is given twice"):
+        telling_apart(["x", "y", "./x"])

@@ -33,7 +33,9 @@ FLAGS = {
     "count": ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--[no]all"),
     "plan": ("--chip", "--chips", "--config"),
     "aot": ("--topology", "--[no]json"),
-    "prepare_data": ("--corpus", "--vocab_size", "--domains"),
+    "convert": ("--from_hf", "--to_hf", "--[no]check", "--against", "--mesh"),
+    "analyse": ("--workdir", "--to", "--max_tokens", "--[no]json"),
+    "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
     "plot_load": ("--workdir", "--out"),
 }
 
