@@ -34,6 +34,8 @@ CASES: list[tuple[str, str, dict[str, int], int]] = [
     ("dsmoe_145b", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 9),
     ("gshard_137b", "v5p:4x8x8", {"fsdp": 16, "expert": 16}, 9),
     ("gshard_137b", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 9),
+    ("deepseek_v2_lite", "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 36),
+    ("deepseek_v3", "v5p:8x8x8", {"fsdp": 32, "expert": 16}, 30),
 ]
 COLUMNS: tuple[str, ...] = (
     "model", "slice", "mesh", "micro-batches", "memory, GB", "state, GB", "temporaries, GB",
