@@ -1,4 +1,4 @@
-"""What the experts of a trained model learned: tables from its routing of a text.
+"""Tables of what the experts of a trained model learned, from its routing of a text.
 
     routed_text      runs a model over held-out text and keeps where every token went
     specialisation   experts by domain, by token, by position; tokens in context

@@ -13,27 +13,6 @@ import numpy as np
 HALF = 0.5
 
 
-def mass_by_group(
-    ids_LTK: np.ndarray,
-    gates_LTK: np.ndarray,
-    group_T: np.ndarray,
-    n_groups: int,
-    n_experts: int,
-) -> np.ndarray:
-    """Sums of the gates of each expert over the tokens of each group, float64 (G, L, E)."""
-    width = n_experts + 1  # with a column for unassigned ones, cut off below
-    mass_LGE = []
-    for ids_TK, gates_TK in zip(ids_LTK, gates_LTK, strict=True):
-        places_TK = group_T[:, None].astype(np.int64) * width + ids_TK
-        sums = np.bincount(
-            places_TK.reshape(-1),
-            gates_TK.reshape(-1).astype(np.float64),
-            minlength=n_groups * width,
-        )
-        mass_LGE.append(sums.reshape(n_groups, width)[:, :n_experts])
-    return np.stack(mass_LGE, axis=1)
-
-
 def committee(mass_E: np.ndarray, share: float = HALF) -> list[int]:
     """The fewest experts that have a share of the mass together, the heaviest first.
 

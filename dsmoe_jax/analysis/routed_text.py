@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from flax import nnx
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
-from dsmoe_jax.model import layout
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import experts
@@ -155,7 +154,8 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
     outputs = jax.jit(
         jax.vmap(lambda x_TD, w: experts.one_expert_on(x_TD, w, activation), (None, 0))
     )
-    for x_BSD, layer in zip(step(graph, state, inputs), _experts(model), strict=True):
+    for x_BSD, number in zip(step(graph, state, inputs), model.config.moe_layers, strict=True):
+        layer = model.layer(number).moe.expert_weights()
         x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
         places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
         outputs_ETD = outputs(jnp.asarray(x_TD[places]), layer)
@@ -165,25 +165,13 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
 
 
 def _layer_inputs(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
-    """What each MoE layer gets, (L, B, S, D)."""
+    """The input of each MoE layer, (L, B, S, D)."""
     model: Transformer = nnx.merge(graph, state)
     kept = Intervention(keep_inputs=True)
     report = model.score(inputs, inputs.tokens_BS, kept).report
     assert report is not None, "a model with routed experts reports its layers"
     assert report.inputs_BSD is not None, "see `keep_inputs`"
     return report.inputs_BSD
-
-
-def _experts(model: Transformer) -> list[experts.ExpertWeights]:
-    """The routed experts of each MoE layer."""
-    found = []
-    for number, run in enumerate(layout.runs(model.config)):
-        at: Any = model
-        for key in layout.path_of_run(number):
-            at = at[key] if isinstance(key, int) else getattr(at, key)
-        stacked = at.layers.moe.expert_weights()
-        found += [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(run.groups)]
-    return found
 
 
 def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:

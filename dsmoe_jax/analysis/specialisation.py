@@ -23,13 +23,27 @@ def load_by_group(
       n_groups: G.
       n_experts: E.
     """
+    ones_LTK = np.broadcast_to(1.0, ids_LTK.shape)
+    return sums_by_group(ones_LTK, ids_LTK, group_T, n_groups, n_experts).astype(np.int64)
+
+
+def sums_by_group(
+    x_LTK: np.ndarray, ids_LTK: np.ndarray, group_T: np.ndarray, n_groups: int, n_experts: int
+) -> np.ndarray:
+    """Sums of a number of each assignment by group and expert, float64 (G, L, E).
+
+    Args:
+      x_LTK: the numbers, such as gates.
+      ids_LTK, group_T, n_groups, n_experts: as for `load_by_group`.
+    """
     width = n_experts + 1  # with a column for unassigned ones, cut off below
-    load_LGE = []
-    for ids_TK in ids_LTK:
+    sums_LGE = []
+    for x_TK, ids_TK in zip(x_LTK, ids_LTK, strict=True):
         places_TK = group_T[:, None].astype(np.int64) * width + ids_TK
-        counts = np.bincount(places_TK.reshape(-1), minlength=n_groups * width)
-        load_LGE.append(counts.reshape(n_groups, width)[:, :n_experts])
-    return np.stack(load_LGE, axis=1)
+        numbers = x_TK.reshape(-1).astype(np.float64)
+        sums = np.bincount(places_TK.reshape(-1), numbers, minlength=n_groups * width)
+        sums_LGE.append(sums.reshape(n_groups, width)[:, :n_experts])
+    return np.stack(sums_LGE, axis=1)
 
 
 def shares(load_GLE: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from dsmoe_jax.runs import summaries
 MIN_COUNT = 20  # occurrences of a token id, for its shares to say something
 FAVOURITES = 12  # token ids listed for each expert
 Tables = dict[str, Any]  # what `compute` returns
-ALIKE = 0.85  # similarity from which experts are taken for doubles (claims: B)
+ALIKE = 0.85  # similarity from which experts are taken for doubles (a blog's advice for pruning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,10 @@ class Table(NamedTuple):
     Attributes:
       compute: the function.
       weights: whether it looks at `Subject.layers`.
-      cheap: whether a training run writes it too (`train.analyse_every`).
     """
 
     compute: Callable[[Subject], Any]
     weights: bool = False
-    cheap: bool = False
 
 
 def domains(subject: Subject) -> dict[str, Any]:
@@ -122,8 +120,8 @@ def committees(subject: Subject) -> dict[str, Any]:
     all gates.
     """
     text = subject.text
-    mass_GLE = committee.mass_by_group(
-        text.ids_LTK, text.gates_LTK, text.domain_T, len(text.domains), text.n_experts
+    mass_GLE = specialisation.sums_by_group(
+        text.gates_LTK, text.ids_LTK, text.domain_T, len(text.domains), text.n_experts
     )
     tokens_G = np.bincount(text.domain_T, minlength=len(text.domains))
     large = [g for g, tokens in enumerate(tokens_G) if tokens >= summaries.MIN_DOMAIN_TOKENS]
@@ -188,24 +186,24 @@ def similarity(subject: Subject) -> dict[str, Any]:
 
 
 TABLES: dict[str, Table] = {
-    "load": Table(loads, cheap=True),
-    "domains": Table(domains, cheap=True),
-    "positions": Table(positions, cheap=True),
+    "load": Table(loads),
+    "domains": Table(domains),
+    "positions": Table(positions),
     "vocabulary": Table(vocabulary),
-    "experts_per_token": Table(experts_per_token, cheap=True),
-    "committees": Table(committees, cheap=True),
+    "experts_per_token": Table(experts_per_token),
+    "committees": Table(committees),
     "coactivation": Table(coactivation),
     "saturation": Table(saturation),
     "similarity": Table(similarity, weights=True),
 }
 
 
-def compute(subject: Subject, names: Sequence[str] = tuple(TABLES)) -> Tables:
-    """The named tables that the subject has what it takes for."""
+def compute(subject: Subject) -> Tables:
+    """All tables; without weights, those that need none."""
     return {
-        name: TABLES[name].compute(subject)
-        for name in names
-        if subject.layers or not TABLES[name].weights
+        name: table.compute(subject)
+        for name, table in TABLES.items()
+        if subject.layers or not table.weights
     }
 
 

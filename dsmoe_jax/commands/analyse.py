@@ -59,7 +59,7 @@ def main() -> None:
             found = _analyse(names, partial)
         json_files.write(partial / "analysis.json", found)
         files = {name: f"{name}.html" for name in names}
-        blocks = analysis_page.styled_blocks(found, _command(), files)
+        blocks = analysis_page.blocks(found, _command(), files)
         (partial / "report.html").write_text(to_html("What the experts learned", blocks), "utf-8")
         partial.rename(to)
     finally:

@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _task() -> Callable[[], dict[str, Any]]:
-    """What the flags ask for.
+    """The task that the flags ask for.
 
     Raises:
       ValueError: for flags that do not belong together.

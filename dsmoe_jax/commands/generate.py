@@ -103,7 +103,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the texts.")
 
 
 class Request(NamedTuple):
-    """What the command line asks for."""
+    """The task that the command line asks for."""
 
     workdir: str
     prompts: list[str]

@@ -187,7 +187,7 @@ def from_text(text: str) -> list[Message]:
 
 
 def pieces(messages: Sequence[Message]) -> list[Piece]:
-    """What is tokenised of a conversation: context and answers in turn.
+    """The parts of a conversation that are tokenised: context and answers in turn.
 
     The end-of-text token that follows each answer is not in them.
     """

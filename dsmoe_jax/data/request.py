@@ -85,7 +85,7 @@ def make_request(
 
 
 def kind_of(request: Request) -> RowKind:
-    """What the rows of a request are."""
+    """The kind of the rows of a request."""
     return row_kinds.get_kind(request.get("rows", row_kinds.TEXT))
 
 

@@ -1,4 +1,4 @@
-"""What a row of the user's text is: a document of text, or a conversation (`data.rows`)."""
+"""Kinds of rows in the user's text: a document, or a conversation (`data.rows`)."""
 
 from __future__ import annotations
 

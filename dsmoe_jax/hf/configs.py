@@ -164,7 +164,7 @@ def _flat(model: ModelConfig) -> Tree:
 
 
 def _meaning(model: ModelConfig, family: Family) -> Tree:
-    """What a config says of the numbers that its model computes."""
+    """The part of a config that changes the numbers its model computes."""
     moe = model.moe
     router = moe.router
     meaning = _flat(model)

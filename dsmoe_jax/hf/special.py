@@ -1,4 +1,4 @@
-"""What a config.json says otherwise than by a key that is one of ours.
+"""Parts of a config.json that say otherwise than by a key what one of ours says.
 
 A `Special` reads some keys of theirs into some of ours (below `model`, by dotted name), and writes
 them back.

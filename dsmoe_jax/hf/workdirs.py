@@ -123,7 +123,7 @@ def _run_config(source: Source, found: Tokenizer | None) -> Config:
 
 
 def _needs_from(source: Source) -> str:
-    """What the conversion takes; said before it starts."""
+    """A sentence on the memory and disk that a conversion takes, said before it starts."""
     model = _bytes(source.shapes)
     held = min(model, COLLECTED_BYTES) + 4 * CHUNK_BYTES
     return (
@@ -228,7 +228,7 @@ def _about(kept: Path | None, config: Config) -> dict[str, Any]:
 
 
 def _needs_to(model: ModelConfig, destination: saving.Destination, shard_bytes: int) -> str:
-    """What the conversion takes; said before it starts."""
+    """A sentence on the memory and disk that a conversion takes, said before it starts."""
     size = _bytes(model_shapes(model))
     shard = min(destination.bytes, max(shard_bytes, max(destination.sizes.values())))
     return (

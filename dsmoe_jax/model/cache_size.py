@@ -9,8 +9,8 @@ import math
 from typing import NamedTuple
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.model.size import cache_bytes_per_token, count_parameters
-from dsmoe_jax.model.transformer import compute_dtype
 
 
 class CacheSize(NamedTuple):

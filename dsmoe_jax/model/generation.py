@@ -69,7 +69,7 @@ class Generated(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What the compiled programs are made for."""
+    """Settings that the compiled programs are made for."""
 
     max_new_tokens: int
     sampling: Sampling

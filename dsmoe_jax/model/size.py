@@ -29,8 +29,8 @@ from collections.abc import Callable, Sequence
 from flax import nnx
 
 from dsmoe_jax.config import Config, ModelConfig, Stage, stages_of
+from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.model.build import model_shapes
-from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.feed_forward import form_of

@@ -60,7 +60,7 @@ class Drafted(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a pass changes.
+    """The state that a pass changes.
 
     Attributes:
       tokens_BL: known tokens, then drafted ones.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -23,110 +23,18 @@ from flax import nnx
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model import layout, mtp, remat
+from dsmoe_jax.model.block import Block, EveryLayer, OneLayer, compute_dtype, inputs_of_every_layer
 from dsmoe_jax.model.layout import Run
 from dsmoe_jax.model.mtp import Ahead
 from dsmoe_jax.model.types import Cache, ModelInputs, Output, RunCache, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
-from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.report import LayerReport
-from dsmoe_jax.moe.types import MoEInputs, RecordedRouting
 from dsmoe_jax.nn import attention, head
-from dsmoe_jax.nn.attention import CausalMask
-from dsmoe_jax.nn.feed_forward import FeedForward, form_of
 from dsmoe_jax.nn.layers import RMSNorm, init_matrix
 from dsmoe_jax.parallel.sharding import constrain, gathered
 
 UNROLLED_LAYERS = 8  # at most, on a CPU
-
-
-class _EveryLayer(NamedTuple):
-    """Inputs that all layers share, besides the activations."""
-
-    token_ids_BS: jax.Array
-    positions_BS: jax.Array
-    mask: CausalMask
-    valid_BS: jax.Array
-    segment_ids_BS: jax.Array | None
-    sequence_ids_B: jax.Array | None
-    cache_length: jax.Array | int
-
-
-class _OneLayer(NamedTuple):
-    """Inputs of a single layer; for the scan with a leading layer axis."""
-
-    cache: Any = None
-    rng: jax.Array | None = None
-    replayed: RecordedRouting | None = None
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and feed-forward with residuals; the latter is an MoE layer or `dense`."""
-
-    def __init__(self, config: ModelConfig, *, dense: bool, rngs: nnx.Rngs):
-        d = config.hidden_size
-        std = config.initializer_range
-        self.attention_norm = RMSNorm(d, config.rms_norm_eps)
-        make_attention = attention.get(config.attention).module
-        self.attention = make_attention(
-            d, std, config.attention, rms_norm_eps=config.rms_norm_eps, rngs=rngs
-        )
-        self.ffn_norm = RMSNorm(d, config.rms_norm_eps)
-        self.dense = dense
-        if dense:
-            form = form_of(config.moe.expert)
-            self.ffn = FeedForward(d, config.intermediate_size, std, form, rngs=rngs)
-        else:
-            self.moe = MoELayer(
-                config.moe,
-                hidden_size=d,
-                vocab_size=config.vocab_size,
-                initializer_range=std,
-                rngs=rngs,
-            )
-
-    def __call__(
-        self,
-        x_BSD: jax.Array,
-        every: _EveryLayer,
-        one: _OneLayer,
-        intervention: Intervention = interventions.NONE,
-    ) -> tuple[jax.Array, LayerReport | None, Any]:
-        """Returns the block's output, the report of its MoE layer (or None), the updated cache."""
-        with jax.named_scope("attention"):
-            normed_BSD = self.attention_norm(x_BSD)
-            y_BSD, cache = self.attention(
-                normed_BSD, every.positions_BS, every.mask, one.cache, every.cache_length
-            )
-        chex.assert_equal_shape([x_BSD, y_BSD])
-        x_BSD = x_BSD + y_BSD
-        normed_BSD = self.ffn_norm(x_BSD)
-        report = None
-        if self.dense:
-            with jax.named_scope("dense_ffn"):
-                y_BSD = self.ffn(normed_BSD)
-        else:
-            moe_inputs = MoEInputs(
-                every.token_ids_BS,
-                every.valid_BS,
-                one.rng,
-                every.sequence_ids_B,
-                one.replayed,
-                every.segment_ids_BS,
-            )
-            y_BSD, report = self.moe(normed_BSD, moe_inputs, intervention)
-        chex.assert_equal_shape([x_BSD, y_BSD])
-        return constrain(x_BSD + y_BSD, "BSD"), report, cache
-
-    def alone(self, x_BSD: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, LayerReport | None]:
-        """The block by itself, to compare layer by layer.
-
-        Args:
-          x_BSD: its input.
-          inputs: the batch.
-        """
-        x_BSD, report, _ = self(x_BSD, _every_layer(inputs, None), _OneLayer())
-        return x_BSD, report
 
 
 class Groups(nnx.Module):
@@ -269,11 +177,11 @@ class Transformer(nnx.Module):
           The representation whose logits predict the token k + 1 ahead, and the cache with this
           module's positions filled.
         """
-        every = _every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
+        every = inputs_of_every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
         graph, params = nnx.split(self.mtp)
         params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
         module = nnx.merge(graph, params)
-        one = _OneLayer(own)
+        one = OneLayer(own)
         hidden_BSD, _, own = module(
             hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
         )
@@ -355,7 +263,7 @@ class Transformer(nnx.Module):
           targets_BS: the token after each one.
           intervention: see `score`.
         """
-        every = _every_layer(inputs, None)
+        every = inputs_of_every_layer(inputs, None)
         depth = self.config.mtp_depth
         ids_BS = every.valid_BS if inputs.segment_ids_BS is None else inputs.segment_ids_BS
         graph, params = nnx.split(self.mtp)
@@ -379,7 +287,7 @@ class Transformer(nnx.Module):
             return hidden_BSD, (Ahead(nll_BS, found_BS == best_BS), report)
 
         rng = inputs.rng
-        one = _OneLayer(
+        one = OneLayer(
             rng=None if rng is None else jax.random.split(jax.random.fold_in(rng, 1), depth),
             replayed=jax.tree.map(lambda x: x.swapaxes(0, 1), inputs.replayed),
         )
@@ -401,11 +309,11 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
         """The last layer's output, the report of the MoE layers, and the updated cache."""
         inputs.assert_shapes(self.n_scanned)
-        every = _every_layer(inputs, cache)
+        every = inputs_of_every_layer(inputs, cache)
         x_BSD = self._embed(inputs.tokens_BS)
         leading = []
         for i, block in enumerate(self.leading):
-            one = _OneLayer(cache.leading[i] if cache else None)
+            one = OneLayer(cache.leading[i] if cache else None)
             x_BSD, _, layer_cache = block(x_BSD, every, one)
             leading.append(layer_cache)
         stacks = [self, *self.further]
@@ -419,8 +327,8 @@ class Transformer(nnx.Module):
             of_run = slice(first, first + run.groups)
             first = of_run.stop
             noise, recorded = jax.tree.map(operator.itemgetter(of_run), (rngs, replayed))
-            moe = _OneLayer(run_cache.layers if run_cache else None, noise, recorded)
-            dense = _OneLayer(run_cache.between if run_cache else None)
+            moe = OneLayer(run_cache.layers if run_cache else None, noise, recorded)
+            dense = OneLayer(run_cache.between if run_cache else None)
             x_BSD, *output = self._scan(stack, run, x_BSD, every, moe, dense, intervention)
             outputs.append(output)
         reports, caches = zip(*outputs, strict=True)
@@ -436,9 +344,9 @@ class Transformer(nnx.Module):
         stack: Transformer | Groups,
         run: Run,
         x_BSD: jax.Array,
-        every: _EveryLayer,
-        moe: _OneLayer,
-        dense: _OneLayer,
+        every: EveryLayer,
+        moe: OneLayer,
+        dense: OneLayer,
         intervention: Intervention,
     ) -> tuple[jax.Array, LayerReport | None, RunCache]:
         """Runs the layers of a run as one scan over its groups.
@@ -476,7 +384,7 @@ class Transformer(nnx.Module):
         return x_BSD, report, RunCache(cache.layers, _in_order(cache.between))
 
     def _each(
-        self, stacked: Block, every: _EveryLayer, intervention: Intervention
+        self, stacked: Block, every: EveryLayer, intervention: Intervention
     ) -> tuple[Callable[..., Any], Any]:
         """A layer of a stack, `(x_BSD, params, one) -> (x_BSD, report, cache)`, and all params."""
         graph, params = nnx.split(stacked)
@@ -551,49 +459,3 @@ def _groups_at_once(run: Run) -> int:
     """
     shallow = run.groups * (1 + run.dense) <= UNROLLED_LAYERS
     return run.groups if platform() == "cpu" and shallow else 1
-
-
-def _every_layer(inputs: ModelInputs, cache: Cache | None) -> _EveryLayer:
-    """Positions and validity of the tokens, and the keys that each query may see."""
-    b, s = inputs.tokens_BS.shape
-    segment_ids_BS = inputs.segment_ids_BS
-    positions_BS = inputs.positions_BS
-    if cache is None:
-        start = 0
-        mask = CausalMask(segment_ids_BS)
-        default_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
-    else:
-        start = cache.length
-        if segment_ids_BS is None:
-            segment_ids_BS = jnp.ones((b, s), jnp.int32)
-        key_ids_BL = jax.lax.dynamic_update_slice(cache.segment_ids_BL, segment_ids_BS, (0, start))
-        mask = CausalMask(segment_ids_BS, start, cache.max_length, key_ids_BL)
-        default_BS = _tokens_before(cache, segment_ids_BS)
-    if positions_BS is None:
-        positions_BS = default_BS
-    valid_BS = jnp.ones((b, s), bool) if segment_ids_BS is None else segment_ids_BS > 0
-    return _EveryLayer(
-        inputs.tokens_BS,
-        positions_BS,
-        mask,
-        valid_BS,
-        segment_ids_BS,
-        inputs.sequence_ids_B,
-        start,
-    )
-
-
-def _tokens_before(cache: Cache, segment_ids_BS: jax.Array) -> jax.Array:
-    """Number of each sequence's tokens before each new one, padding not counted."""
-    # What lies past the length was taken back (a draft that was wrong).
-    filled_L = jnp.arange(cache.max_length) < cache.length
-    cached_B = ((cache.segment_ids_BL > 0) & filled_L).sum(axis=1)
-    valid_BS = segment_ids_BS > 0
-    return cached_B[:, None] + jnp.cumsum(valid_BS, axis=1) - valid_BS
-
-
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype of activations: as configured, or float32 on CPU and bfloat16 elsewhere."""
-    if config.compute_dtype == "auto":
-        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
-    return jnp.dtype(config.compute_dtype)

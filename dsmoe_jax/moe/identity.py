@@ -44,7 +44,7 @@ class Identity(NamedTuple):
         return (y_TD.astype(jnp.float32) + weighted_TD).astype(y_TD.dtype)
 
     def join(self, kept: Routing, moe: MoEConfig) -> Routing:
-        """What is computed of the whole routing, in the ids of the router.
+        """The computed part of the whole routing, in the ids of the router.
 
         Args:
           kept: of routed experts, after dropping.

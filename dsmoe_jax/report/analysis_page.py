@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsmoe_jax.report.blocks import Block, Code, Heading, Picture, Pictures, Table, Text
-from dsmoe_jax.report.load_maps import load_bar, load_map
-from dsmoe_jax.report.names import short
+from dsmoe_jax.report.load_maps import LoadMap, order_by_domain, stacked
 from dsmoe_jax.report.numbers import NONE, fixed
 from dsmoe_jax.report.style import WIDTH, styled
 
@@ -34,13 +33,15 @@ def blocks(runs: Mapping[str, Tables], command: str, explorers: Mapping[str, str
         _table(runs, _overview),
         Text(_SUMMARY_NOTE, "note"),
     ]
+    with styled():
+        pictures = {name: _pictures(name, tables) for name, tables in runs.items()}
     for name, tables in runs.items():
         found += [Heading(name), Text(f"Text coloured by expert: `{explorers[name]}`.")]
         found += [
             _by_layer(tables),
             *_doubles(tables),
             *_saturation(tables),
-            Pictures(_pictures(name, tables)),
+            Pictures(pictures[name]),
         ]
     return [*found, Heading("How to repeat it"), Code(command)]
 
@@ -160,8 +161,7 @@ def shown_layers(n_layers: int) -> list[int]:
 
 def _order(tables: Tables, layer: int) -> np.ndarray:
     """The experts of a layer in the order of the domain that uses each most."""
-    load_GE = _relative(np.array(tables["domains"]["load"])[:, layer])
-    return np.lexsort((-load_GE.max(axis=0), load_GE.argmax(axis=0)))
+    return order_by_domain(_relative(np.array(tables["domains"]["load"])[:, layer]))
 
 
 def _relative(load_XE: np.ndarray) -> np.ndarray:
@@ -171,45 +171,30 @@ def _relative(load_XE: np.ndarray) -> np.ndarray:
 
 
 def _domain_maps(tables: Tables) -> Figure:
-    load_GLE = np.array(tables["domains"]["load"])
-    names = [short(name, 16) for name in tables["domains"]["names"]]
-    maps = [
-        _relative(load_GLE[:, layer])[:, _order(tables, layer)]
-        for layer in shown_layers(load_GLE.shape[1])
-    ]
-    return _maps(maps, names, "routed experts, by the domain that uses each most")
+    label = "routed experts, by the domain that uses each most"
+    return _maps(tables, tables["domains"]["load"], tables["domains"]["names"], label)
 
 
 def _position_maps(tables: Tables) -> Figure:
     found = tables["positions"]
-    load_PLE = np.array(found["load"])
     names = [str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b in found["ranges"]]
-    maps = [
-        _relative(load_PLE[:, layer])[:, _order(tables, layer)]
-        for layer in shown_layers(load_PLE.shape[1])
-    ]
-    return _maps(maps, names, "routed experts, in the same order")
+    return _maps(tables, found["load"], names, "routed experts, in the same order")
 
 
-def _maps(maps: Sequence[np.ndarray], names: Sequence[str], label: str) -> Figure:
-    """One load map below the other, one for each shown layer."""
-    row, title, below = 0.125, 0.26, 0.42  # inches
-    taken = title + row * len(names)
-    height = taken * len(maps) + below
-    figure = Figure(figsize=(WIDTH, height), dpi=200)
-    cells = None
-    for i, load_XE in enumerate(maps):
-        bottom = height - taken * (i + 1)
-        ax = figure.add_axes((0.24, bottom / height, 0.63, (taken - title) / height))
-        edges = [np.arange(n + 1) + 0.5 for n in load_XE.shape]
-        cells = load_map(ax, edges[1], edges[0], load_XE)
-        ax.set_title(f"layer {shown_layers(len(maps))[i] + 1}", loc="left", pad=3)
-        ax.set_yticks(range(1, len(names) + 1), names, fontsize=7)
-        ax.set_xticks([])
-    assert cells is not None, "a model with routed experts has a layer of them"
-    figure.text(0.24, 0.12 / height, label)
-    load_bar(figure, cells, (0.89, (height - 1.5) / height, 0.022, 1.1 / height))
-    return figure
+def _maps(tables: Tables, load: Any, names: Sequence[str], label: str) -> Figure:
+    """A load map for each shown layer, from a load of (rows, layers, experts)."""
+    load_XLE = np.array(load)
+    return stacked(
+        [
+            LoadMap(
+                f"layer {layer + 1}",
+                names,
+                _relative(load_XLE[:, layer])[:, _order(tables, layer)],
+            )
+            for layer in shown_layers(load_XLE.shape[1])
+        ],
+        label,
+    )
 
 
 def _together_maps(tables: Tables) -> Figure:
@@ -272,14 +257,6 @@ def _saturation(tables: Tables) -> list[Block]:
         for i, shares in enumerate(by_layer, start=1)
     ]
     return [Text(_SATURATION), Table(["", *(f"step {step}" for step in found)], rows)]
-
-
-def styled_blocks(
-    runs: Mapping[str, Tables], command: str, explorers: Mapping[str, str]
-) -> list[Block]:
-    """`blocks` with pictures in the style of the reports."""
-    with styled():
-        return blocks(runs, command, explorers)
 
 
 def _mean(values: Sequence[float | None] | None, digits: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.moe.losses import TERMS
 from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary, maxvio
 from dsmoe_jax.training.objective import LOSS_PARTS

@@ -12,8 +12,8 @@ from dsmoe_jax.config.stages import without_stages
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
+from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.model.build import abstract_model
-from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.moe import experts, kernels
 from dsmoe_jax.nn import attention
 from dsmoe_jax.nn.feed_forward import form_of

@@ -1,1 +1,1 @@
-"""What the experts of finished models learned; nothing is trained here."""
+"""Looks at what the experts of finished models learned; nothing is trained here."""

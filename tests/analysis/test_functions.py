@@ -46,7 +46,7 @@ def test_loads_masses_and_pairs_are_those_of_plain_loops(case):
                 together_LEE[layer, expert, other] += 1
     groups = group_T, n_groups, n_experts
     np.testing.assert_array_equal(specialisation.load_by_group(ids_LTK, *groups), load_GLE)
-    got_GLE = committee.mass_by_group(ids_LTK, gates_LTK, *groups)
+    got_GLE = specialisation.sums_by_group(gates_LTK, ids_LTK, *groups)
     np.testing.assert_allclose(got_GLE, mass_GLE, rtol=1e-6)
     for layer, together_EE in enumerate(together_LEE):
         tokens_E1 = np.maximum(np.diag(together_EE), 1)[:, None]

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.model import generation, transformer
+from dsmoe_jax.model import block, generation
 from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.generation import generate, prompt_inputs, routing_notes
 from dsmoe_jax.model.sampling import Sampling
@@ -114,7 +114,7 @@ def test_positions_count_tokens_alone(model):
     ids_BL = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 0, 1, 0, 0, 0]])
     cache = model.empty_cache(2, 8)._replace(length=jnp.int32(4), segment_ids_BL=ids_BL)
     inputs = ModelInputs(jnp.zeros((2, 3), jnp.int32), jnp.array([[1, 0, 1], [1, 1, 1]]))
-    every = transformer._every_layer(inputs, cache)
+    every = block.inputs_of_every_layer(inputs, cache)
     positions_BS = np.where(every.valid_BS, every.positions_BS, -1)
     np.testing.assert_array_equal(positions_BS, [[4, -1, 5], [1, 2, 3]])
     seen_BSL = every.mask.dense(2, 3)

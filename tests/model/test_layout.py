@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_jax.config import ModelConfig, replace
-from dsmoe_jax.model import layout, size, transformer
+from dsmoe_jax.model import block, layout, size, transformer
 from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.generation import generate
 from dsmoe_jax.model.types import ModelInputs
@@ -118,11 +118,11 @@ def test_values_and_gradients_are_those_of_a_plain_loop(between, monkeypatch):
         return output.logits_BSV, output.report.logged.load_E
 
     def by_loop(model):
-        every = transformer._every_layer(ModelInputs(TOKENS), None)
+        every = block.inputs_of_every_layer(ModelInputs(TOKENS), None)
         x_BSD = model.embedding_VD[...][TOKENS]
         loads = []
         for place in layout.places(model.config):
-            one = transformer._OneLayer()
+            one = block.OneLayer()
             x_BSD, report, _ = block_at(model, place)(x_BSD, every, one)
             if report is not None:
                 loads.append(report.logged.load_E)

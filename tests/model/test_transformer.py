@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.model import transformer
+from dsmoe_jax.model import block, transformer
+from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.model.build import abstract_model, model_shapes
-from dsmoe_jax.model.transformer import compute_dtype
 from dsmoe_jax.model.types import ModelInputs
 from tests.model.tiny_model import V, config_of, make
 
@@ -24,8 +24,8 @@ def test_dense_model_agrees_with_hugging_face_llama():
     model = make(**dense, **{"model.moe.moe_intermediate_size": 48})
     c = model.config
     norms = [model.final_norm]
-    for block in (*model.leading, model.layers):
-        norms += [block.attention_norm, block.ffn_norm]
+    for layer in (*model.leading, model.layers):
+        norms += [layer.attention_norm, layer.ffn_norm]
     for i, norm in enumerate(norms):  # at 1 they could be taken for one another
         noise = jax.random.normal(jax.random.key(i), norm.scale_D[...].shape)
         norm.scale_D[...] = 1 + 0.3 * noise
@@ -218,6 +218,6 @@ def test_bfloat16_logits_are_sums_in_float32():
 
 def test_compute_dtype_follows_the_platform(monkeypatch):
     for platform, dtype in (("cpu", jnp.float32), ("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16)):
-        monkeypatch.setattr(transformer, "platform", lambda name=platform: name)
+        monkeypatch.setattr(block, "platform", lambda name=platform: name)
         assert compute_dtype(config_of().model) == dtype
         assert compute_dtype(config_of(**{"model.compute_dtype": "float32"}).model) == jnp.float32

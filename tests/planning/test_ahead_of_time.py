@@ -18,7 +18,7 @@ from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model import size
-from dsmoe_jax.model.transformer import compute_dtype
+from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.moe import experts
 from dsmoe_jax.planning import ahead_of_time, memory_traffic
 from dsmoe_jax.planning.memory_traffic import Move
