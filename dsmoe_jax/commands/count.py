@@ -138,7 +138,8 @@ def details(config: Config) -> str:
     """Bytes of training state, and FLOPs at the widths used, which the paper does not print."""
     counted = size.parameters_by_formula(config.model)
     state = size.state_bytes(counted.total + counted.mtp)
-    gb = {key: f"{value / 1e9:.3g} GB" for key, value in state.items()}
+    # Three digits, without an exponent: 2,730 GB.
+    gb = {key: f"{float(f'{value / 1e9:.3g}'):,g} GB" for key, value in state.items()}
     return (
         f"Training state (float32): parameters {gb['parameters']}, optimizer {gb['optimizer']},"
         f" gradients {gb['gradients']}\n"
