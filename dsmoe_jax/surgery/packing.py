@@ -62,7 +62,7 @@ def _greedy(load_X: np.ndarray, n_bins: int, kind_X: np.ndarray) -> np.ndarray:
 
 
 def _improved(bins: np.ndarray, load_X: np.ndarray, kind_X: np.ndarray) -> np.ndarray:
-    """Swaps an item of the heaviest bin with a lighter one of another bin, as long as that helps."""
+    """Swaps an item of the heaviest bin with one of another bin, as long as that helps."""
     bins = bins.copy()
     while True:
         total = load_X[bins].sum(axis=1)

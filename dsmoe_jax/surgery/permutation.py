@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ def check(config: ModelConfig) -> None:
 
 
 def whole_parts(config: ModelConfig) -> dict[str, int]:
-    """Equal parts of the experts that must stay together, by the key that asks for it, fewest first.
+    """Equal parts of the experts that must stay together, by the key that asks for it.
 
-    Groups of group-limited routing, and the devices that have a capacity.
+    Groups of group-limited routing, and the devices that have a capacity; the fewest parts first.
     """
     moe = config.moe
     parts = {"model.moe.router.n_group": moe.router.n_group}
@@ -98,16 +98,13 @@ def permuted_config(config: Config, orders: Sequence[np.ndarray]) -> Config:
         return config
     places = [np.argsort(order) for order in orders]
     experts = tuple(
-        tuple(sorted(int(place[i]) for i in ids))
-        for ids, place in zip(chosen, places, strict=True)
+        tuple(sorted(int(place[i]) for i in ids)) for ids, place in zip(chosen, places, strict=True)
     )
     trainable = {"experts": experts, "most_used_in": None}
     return replace(config, **{f"train.trainable.{key}": x for key, x in trainable.items()})
 
 
-def _change(
-    config: ModelConfig, name: str, x: jax.Array, order_LE: np.ndarray
-) -> jax.Array:
+def _change(config: ModelConfig, name: str, x: jax.Array, order_LE: np.ndarray) -> jax.Array:
     """One array of stacked layers; of an optimizer's state, too."""
     if name in _ids(config):
         return _renamed(x, order_LE)

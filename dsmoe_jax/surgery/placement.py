@@ -5,7 +5,8 @@ of the experts is a placement, and a checkpoint with its experts in that order i
 is loaded.  Group-limited routing keeps its groups whole; where devices have a capacity, the experts
 of a device stay together.
 
-Half of the recorded batches decide, the other half judges.
+Every second of the recorded batches decides, by its sum with the others; the rest judges.  Judged
+is the mean over batches of how uneven each one is, which can rise where the sum gets more even.
 
 Replicas of busy experts (DeepSeek-V3, 2412.19437 section 3.4) are planned and judged, not made:
 the layer holds each expert once.
@@ -72,9 +73,7 @@ def place(subject: Subject, options: Mapping[str, Any]) -> Outcome:
     levels = _levels(config, options)
     parts = list(permutation.whole_parts(config.model).values())
     halves = _halves(config, options)
-    orders = [
-        packing.arranged(load_E, levels, parts) for load_E in halves.decide.sum(axis=0)
-    ]
+    orders = [packing.arranged(load_E, levels, parts) for load_E in halves.decide.sum(axis=0)]
     given = [np.arange(len(order)) for order in orders]
     report = {
         "orders": [order.tolist() for order in orders],
@@ -161,10 +160,14 @@ def _by_half(by_layer: Sequence[np.ndarray], halves: Halves) -> dict[str, Any]:
     e = halves.decide.shape[2]
     found: dict[str, Any] = {}
     for name, load_SLE in (("decide", halves.decide), ("judge", halves.judge)):
-        found[name] = load_SLE if load_SLE is None else [
-            packing.imbalance(load_SLE[:, layer], packing.shares(experts_PX, e))
-            for layer, experts_PX in enumerate(by_layer)
-        ]
+        found[name] = (
+            load_SLE
+            if load_SLE is None
+            else [
+                packing.imbalance(load_SLE[:, layer], packing.shares(experts_PX, e))
+                for layer, experts_PX in enumerate(by_layer)
+            ]
+        )
     return found
 
 
@@ -177,17 +180,22 @@ def _replicas(halves: Halves, levels: Sequence[int], places: int) -> dict[str, A
 def _text(report: Mapping[str, Any], levels: Sequence[int], places: int | None) -> str:
     """The imbalance before and after, one line each."""
     decided, judged = report["batches"]
-    lines = [f"MaxVio over devices, mean over layers, of {decided} batches that decided, and of"
-             f" {judged} others" if judged else
-             f"MaxVio over devices, mean over layers, of {decided} batches that decided; there are"
-             " no others to judge by"]
+    lines = [
+        f"MaxVio over devices, mean over layers, of {decided} batches that decided, and of"
+        f" {judged} others"
+        if judged
+        else f"MaxVio over devices, mean over layers, of {decided} batches that decided; there are"
+        " no others to judge by"
+    ]
     for when in ("before", "after"):
         for name, found in report[when].items():
             lines.append(f"{when:7} {name:8} {_mean(found['decide'])}  {_mean(found['judge'])}")
     if "replicas" in report:
         found = report["replicas"]["devices"]
-        lines.append(f"{places} places  {_mean(found['decide'])}  {_mean(found['judge'])}"
-                     "  (a plan: the layer holds each expert once, so replicas are not made)")
+        lines.append(
+            f"{places} places  {_mean(found['decide'])}  {_mean(found['judge'])}"
+            "  (a plan: the layer holds each expert once, so replicas are not made)"
+        )
     lines.append(f"use it with --config.mesh.expert={levels[-1]}")
     return "\n".join(lines)
 

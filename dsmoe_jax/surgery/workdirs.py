@@ -69,7 +69,7 @@ MOMENTS: dict[str, Callable[[Outcome, TrainState], Any] | None] = {
 
 
 class Made(NamedTuple):
-    """A workdir that was made: its place, the step of its checkpoint, and what the operation says."""
+    """A workdir that was made, the step of its checkpoint, and what the operation gave."""
 
     place: Path
     step: int

@@ -1,4 +1,4 @@
-"""Experts to devices: against all possible packings, and the properties that a packing must have."""
+"""Experts to devices: against all packings there are, and what every packing must have."""
 
 import itertools
 

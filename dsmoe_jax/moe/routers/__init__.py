@@ -62,9 +62,7 @@ class RouterState(NamedTuple):
 
 
 _BIAS = RouterState(scored.first_bias, after_step=scored.move_bias)
-_TABLE = RouterState(
-    fixed.first_table, from_token_counts=fixed.table_from_counts, holds_ids=True
-)
+_TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_counts, holds_ids=True)
 _CHOICES = RouterState(
     fixed.first_choices, from_token_counts=fixed.choices_from_counts, holds_ids=True
 )
