@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "Measure a trained run on held-out text.",
     "generate": "Continue a prompt with a trained model.",
     "count": "Count parameters and FLOPs, beside the paper's figures.",
+    "economics": "Say what models cost to train and to serve, dense beside sparse.",
     "plan": "Propose a mesh for a number of chips, with its costs.",
     "aot": "Compile the train step for a TPU slice, without a TPU.",
     "prepare_data": "Prepare a corpus: fetch or read text, train a tokenizer, pack sequences.",

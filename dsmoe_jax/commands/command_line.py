@@ -44,19 +44,40 @@ def define_config() -> None:
     flags.DEFINE_string("config", None, _CONFIG_HELP)
 
 
+def define_configs() -> None:
+    """The same for a command of several configs: `--config` may be repeated."""
+    flags.DEFINE_multi_string("config", [], f"{_CONFIG_HELP}.  May be repeated.")
+
+
 def config() -> Config:
-    """The validated config of the command line.
+    """The validated config of the command line; of several, the first.
 
     Raises:
       ValueError: if `--config` is missing or describes an impossible run.
     """
-    if FLAGS.config is None:
+    return configs()[0]
+
+
+def configs() -> list[Config]:
+    """The validated configs of the command line, each with the same overrides.
+
+    Raises:
+      ValueError: if `--config` is missing or describes an impossible run.
+    """
+    names = _names()
+    if not names:
         raise ValueError("--config: missing; for example --config=configs/dsmoe_2b.py:demo")
-    loaded = from_config_dict(files.load(FLAGS.config))
+    loaded = [from_config_dict(files.load(name)) for name in names]
     try:
-        return replace(loaded, **dict(map(overrides.parse, _overrides)))
+        return [replace(one, **dict(map(overrides.parse, _overrides))) for one in loaded]
     except ValueError as error:
         raise ValueError(f"--config.{error}") from error
+
+
+def _names() -> list[str]:
+    """What `--config` names: one file, several, or none."""
+    given = FLAGS.config
+    return [given] if isinstance(given, str) else given or []
 
 
 def define_words(purposes: Mapping[str, str]) -> None:
@@ -176,7 +197,7 @@ def parse(arguments: Sequence[str]) -> None:
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(f"{rest[0]!r}: unexpected argument; options look like --name=value")
-    if _overrides and FLAGS.config is None:
+    if _overrides and not _names():
         raise ValueError("--config: missing; the file whose keys --config.KEY=VALUE changes")
 
 

@@ -83,7 +83,7 @@ def _of_pass(folder: Path, config: Config, key: str) -> list[np.ndarray]:
     if wrong:
         raise ValueError(f"{key}: recorded with {'; '.join(wrong)}; must be of this model")
     files = sorted(folder.glob("[0-9]*.npz"))
-    return [_count(routing_records.load(file).ids, config) for file in files]
+    return [_count(np.asarray(routing_records.load(file).ids), config) for file in files]
 
 
 def _count(ids_BLSK: np.ndarray, config: Config) -> np.ndarray:
