@@ -67,6 +67,7 @@ from dsmoe_jax.report.names import telling_apart
 from dsmoe_jax.report.text import held_out_text
 from dsmoe_jax.runs import json_files, routing_records
 from dsmoe_jax.runs.loading import Run, Writer, load_run, load_writer
+from dsmoe_jax.runs.workdir import read_config
 
 command_line.define_mesh()
 _WORKDIR = flags.DEFINE_multi_string(
@@ -121,8 +122,7 @@ def main() -> None:
     tasks = _TASKS.value
     _refuse_flags(tasks)
     out = _new_file(_OUT.value)
-    with jax.set_mesh(command_line.mesh()):
-        result, text = _measure() if tasks is None else _ask(tasks)
+    result, text = _measure() if tasks is None else _ask(tasks)
     if out is not None:
         json_files.write(out, result)
     print(json_files.dumps(result) if _JSON.value else text)
@@ -143,14 +143,15 @@ def _measure() -> tuple[dict[str, Any], str]:
     workdir, *more = _WORKDIR.value
     if more:
         raise ValueError(f"--workdir={more[0]}: a second run is for --tasks; give only one")
-    run, corpus = _opened(workdir)
-    tokens = _BATCH_SIZE.value * run.config.data.sequence_length
-    dropping.check_capacity(run.config.model.moe, tokens)
-    graph, params, other = nnx.split(run.model, nnx.Param, ...)
-    recorder, replayed, name = _routing(run, corpus)
-    held_out = HeldOut(graph, corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, recorder, replayed)
-    line = ProgressLine(run.config.name, held_out.n_batches)
-    result = {"step": run.step} | held_out.measure(params, other, line.update, name)
+    with jax.set_mesh(command_line.mesh()):
+        run, corpus = _opened(workdir)
+        tokens = _BATCH_SIZE.value * run.config.data.sequence_length
+        dropping.check_capacity(run.config.model.moe, tokens)
+        graph, params, other = nnx.split(run.model, nnx.Param, ...)
+        recorder, replayed, name = _routing(run, corpus)
+        held_out = HeldOut(graph, corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, recorder, replayed)
+        line = ProgressLine(run.config.name, held_out.n_batches)
+        result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
     if _CORPUS.value is not None:
         result["corpus"] = _CORPUS.value
@@ -162,8 +163,11 @@ def _ask(tasks: list[str]) -> tuple[dict[str, Any], str]:
     """Numbers of the tasks for each run, as JSON and for a terminal."""
     require(bool(tasks), "--tasks", "", "must name a question set or a file")
     workdirs = dict(zip(telling_apart(_WORKDIR.value), _WORKDIR.value, strict=True))
+    for workdir in workdirs.values():  # before the first run is measured
+        read_config(workdir)
     sets = {name: read_task(name, _SHOTS.value, _LIMIT.value) for name in tasks}
-    runs = {name: _asked(name, workdir, sets) for name, workdir in workdirs.items()}
+    with jax.set_mesh(command_line.mesh()):
+        runs = {name: _asked(name, workdir, sets) for name, workdir in workdirs.items()}
     return {"runs": runs}, downstream_text(runs)
 
 
