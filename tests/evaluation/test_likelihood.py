@@ -4,19 +4,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_jax.config import replace
-from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.evaluation import likelihood
 from dsmoe_jax.evaluation.likelihood import Encoded, Request, Scorer, encode, windows
-from dsmoe_jax.hf import loading
 from dsmoe_jax.model.build import abstract_model
-from dsmoe_jax.progress import Silent
-from tests.tools.tiny import tiny
 
 LENGTH = 24
 REQUESTS = [
@@ -28,33 +23,6 @@ REQUESTS = [
     ("Столица Китая:", " 北京"),  # in none of the text that the tokenizer learned from
     ("for i in range(10):\n" * 6, "    print(i)"),  # longer than what is read at once
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_corpus):
-    return Tokenizer.load(tiny_corpus / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    """A random model of transformers, large enough in its weights to have opinions."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        "olmoe", vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_experts=4, num_experts_per_tok=2, initializer_range=0.3,
-        attn_implementation="eager", pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module")
-def converted(theirs, tmp_path_factory):
-    """Its config and arrays as ours."""
-    directory = tmp_path_factory.mktemp("olmoe")
-    theirs.save_pretrained(directory)
-    source = loading.open_source(directory)
-    config = replace(tiny(), model=source.config, **{"model.moe.expert_backend": "loop"})
-    return config, loading.load_state(source, Silent())
 
 
 def scorer_of(config, state, batch_size):
