@@ -28,7 +28,7 @@ python -m dsmoe_jax evaluate --workdir=runs/dsmoe --workdir=runs/gshard --tasks=
 python -m dsmoe_jax evaluate --workdir=runs/dsmoe --tasks=own.jsonl --shots=2 --out=own.json
 
 A task is one of the sets that the field uses (named at the flag below; 86 MB are downloaded once),
-or a file of one's own with a question on each line:
+or a file of one's own with a question on each line, all of them with choices or all without:
 
     {"context": "Question: 2 + 3?\nAnswer:", "choices": [" 4", " 5"], "label": 1}
     {"context": "The capital of France is", "answer": " Paris"}

