@@ -64,8 +64,8 @@ def test_the_bootstrap_is_as_wide_as_the_normal_interval():
     found = summary([answered((x, -1.0, -1.0), 0) for x in nats])["bits_per_byte"]
     bits = -nats / 2 / math.log(2)
     half = 1.96 * bits.std() / math.sqrt(len(bits))
-    assert found["low"] == pytest.approx(bits.mean() - half, abs=0.3 * half)
-    assert found["high"] == pytest.approx(bits.mean() + half, abs=0.3 * half)
+    assert found["low"] == pytest.approx(bits.mean() - half, abs=0.12 * half)
+    assert found["high"] == pytest.approx(bits.mean() + half, abs=0.12 * half)
 
 
 def test_written_answers_have_no_accuracy():
