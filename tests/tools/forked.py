@@ -20,7 +20,7 @@ import json, os, sys, tempfile
 from dsmoe_jax import commands
 from dsmoe_jax.commands import command_line
 # What the commands import, so that it is imported once.
-from dsmoe_jax.evaluation import held_out
+from dsmoe_jax.evaluation import downstream, held_out
 from dsmoe_jax.model import generation
 from dsmoe_jax.planning import ahead_of_time, plan_report
 from dsmoe_jax.report import load_over_training
