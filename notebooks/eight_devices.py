@@ -22,9 +22,9 @@
 # that a pod runs.  There is no network between them, so nothing is timed.  It takes half a minute.
 # [README.md](README.md) says how to open this notebook; every claim ends in an `assert`.
 #
-# Shapes are suffixes of names: `T` tokens, `t` of one device, `D` hidden, `E` routed experts, `e` of
-# one device, `K` activated ones per token, `P` devices, `R` rows that a device has room for, `F`
-# width of an expert.
+# Shapes are suffixes of names: `T` tokens, `t` of one device, `D` hidden, `E` routed experts, `e`
+# of one device, `K` activated ones per token, `P` devices, `R` rows that a device has room for,
+# `F` width of an expert.
 
 # %%
 # Where the package is not installed (Colab, say), it comes from the checkout around this notebook.
@@ -81,8 +81,8 @@ matplotlib.rcParams.update(STYLE)
 #
 # **Question: where do tokens and experts lie before anything moves?**
 #
-# A mesh gives the devices a shape.  One axis of ours is longer than 1: `expert`.  Like every axis of
-# the batch it splits the tokens; and it alone splits the experts.
+# A mesh gives the devices a shape.  One axis of ours is longer than 1: `expert`.  Like every axis
+# of the batch it splits the tokens; and it alone splits the experts.
 
 # %%
 P = 8
@@ -116,28 +116,31 @@ print(f"\n{elsewhere:.0%} of all choices are on another device than their token"
 assert abs(elsewhere - (P - 1) / P) < 0.1, "seven of eight, if all devices are equally likely"
 
 # %% [markdown]
-# **Answer:** tokens lie by their place in the batch, and expert $i$ on device $\lfloor i/e \rfloor$,
-# here $\lfloor i/2 \rfloor$.  The one has nothing to do with the other, so with $P$ devices about
-# $(P-1)/P$ of the choices are elsewhere.
+# **Answer:** tokens lie by their place in the batch, and expert $i$ on device $\lfloor i/e
+# \rfloor$, here $\lfloor i/2 \rfloor$.  The one has nothing to do with the other, so with $P$
+# devices about $(P-1)/P$ of the choices are elsewhere.
 #
 # ## 2. What is sent where?
 #
 # **Question: how many rows does each device send to each other one?**
 #
-# A row is sent to a *device*, not to an expert: a token with two experts on one device travels there
-# once, and a label on the row says which experts it is for.  We count with numpy what has to be sent:
+# A row is sent to a *device*, not to an expert: a token with two experts on one device travels
+# there once, and a label on the row says which experts it is for.  We count with numpy what has
+# to be sent:
 
 # %%
 on_TP = (device_TK[:, :, None] == np.arange(P)).any(axis=1)  # whether a token is needed on a device
 by_hand_PP = on_TP.reshape(P, t, P).sum(axis=1)  # from (first axis) and to
-print(f"{T * K} choices, {by_hand_PP.sum()} rows, {np.trace(by_hand_PP)} of them stay where they are")
+stay = np.trace(by_hand_PP)
+print(f"{T * K} choices, {by_hand_PP.sum()} rows, of which {stay} stay where they are")
 assert by_hand_PP.sum() < T * K, "some tokens have two experts on one device"
 
 # %% [markdown]
-# Now the package.  `expert_parallel.all_to_all` is what each device runs, inside of `shard_map`, with
-# its own tokens: it packs their rows, all devices tell each other how many will come, and the rows
-# are exchanged.  `combine_all_to_all` is the way home.  To recognise a row, we let it hold the number
-# of its token and nothing else; and the experts in between give back what they get.
+# Now the package.  `expert_parallel.all_to_all` is what each device runs, inside of `shard_map`,
+# with its own tokens: it packs their rows, all devices tell each other how many will come, and
+# the rows are exchanged.  `combine_all_to_all` is the way home.  To recognise a row, we let it
+# hold the number of its token and nothing else; and the experts in between give back what they
+# get.
 
 # %%
 most = P * t * e  # every token may choose both experts of one device
@@ -174,9 +177,10 @@ np.testing.assert_array_equal(came_P, by_hand_PP.sum(axis=0))
 display(Drawn(exchange_plots.rows_sent(sent_PPP[0])))
 
 # %% [markdown]
-# In the picture each device sends what stands in its row, and receives what stands in its column; the
-# diagonal stays at home, and the sums are at the right and below.  Are they the right rows?  We ask
-# each device which numbers came, and for which of its experts (label 0 or 1; 2 is no choice).
+# In the picture each device sends what stands in its row, and receives what stands in its column;
+# the diagonal stays at home, and the sums are at the right and below.  Are they the right rows?
+# We ask each device which numbers came, and for which of its experts (label 0 or 1; 2 is no
+# choice).
 
 # %%
 for device in range(P):
@@ -189,8 +193,8 @@ for device in range(P):
     print(f"device {device}: {came_P[device]} rows for {choices} choices; {numbers[:8]} ...")
 
 # %% [markdown]
-# **Answer:** one row for each pair of a token and a device that holds some of its experts.  The counts
-# are ours, and so are the rows.
+# **Answer:** one row for each pair of a token and a device that holds some of its experts.  The
+# counts are ours, and so are the rows.
 #
 # ## 3. What comes home?
 #
@@ -208,8 +212,8 @@ for token in (4, 5):
     print(f"number {token + 1} was on devices {devices} and is {home_TD[token, 0]:.3f} at home")
 
 # %% [markdown]
-# **Answer:** both.  The device of the experts adds up those it has, the home of the token adds up the
-# devices.  Neither needs to know the other's part.
+# **Answer:** both.  The device of the experts adds up those it has, the home of the token adds up
+# the devices.  Neither needs to know the other's part.
 #
 # ## 4. Is it the layer of one device?
 #
@@ -264,8 +268,9 @@ assert report.exchanged_rows == by_hand_PP.sum() - np.trace(by_hand_PP)
 print(f"{report.computed_E.sum():.0f} choices computed, {report.exchanged_rows:.0f} rows exchanged")
 
 # %% [markdown]
-# **Answer:** yes, to the rounding of float32.  A wrong scale of gradients under expert parallelism is a
-# well-known fault of large trainers, and a loss curve does not show it; this comparison does.
+# **Answer:** yes, to the rounding of float32.  A wrong scale of gradients under expert
+# parallelism is a well-known fault of large trainers, and a loss curve does not show it; this
+# comparison does.
 #
 # ## 5. What if everyone wants the same expert?
 #
@@ -288,17 +293,18 @@ assert came_P[6 // e] == T, "all tokens come"
 assert came_P.max() <= T, "and no token twice"
 
 # %% [markdown]
-# **Answer:** time.  All devices wait for the one of the favourite.  That is why V1 adds a balance term
-# over *devices* (eqs. 15-17) when experts are on several of them, and a weaker one over experts.
+# **Answer:** time.  All devices wait for the one of the favourite.  That is why V1 adds a balance
+# term over *devices* (eqs.  15-17) when experts are on several of them, and a weaker one over
+# experts.
 #
 # ## 6. How much travels on a real pod?
 #
 # **Question: does the traffic grow with the number of chips?**
 #
-# The layer of DeepSeekMoE 16B has 64 experts, of which a token takes 6.  `dispatch.volume` says how
-# many rows a chip receives for each token of its own if all choices are equally likely.  V2 limits
-# each token to the best $M$ of $D$ groups of experts, one on each chip; we draw logits, route them by
-# the package's router for every $M$, and count.
+# The layer of DeepSeekMoE 16B has 64 experts, of which a token takes 6.  `dispatch.volume` says
+# how many rows a chip receives for each token of its own if all choices are equally likely.  V2
+# limits each token to the best $M$ of $D$ groups of experts, one on each chip; we draw logits,
+# route them by the package's router for every $M$, and count.
 
 # %%
 config = from_config_dict(files.load("configs/dsmoe_16b.py"))
@@ -313,13 +319,14 @@ for m in (1, 2, 3, 4, 6, 8):
     on_TP = (ids_TK[:, :, None] // (64 // P) == np.arange(P)).any(axis=1)
     counted[m] = on_TP.sum(axis=1).mean() * (P - 1) / P  # one of P is the token's own
     expected[m] = dispatch.volume(limited, len(logits_TE), P).received / len(logits_TE)
-    print(f"at most {m} chips: {expected[m]:.2f} copies of a token expected, {counted[m]:.2f} counted")
+    print(f"at most {m} chips: {expected[m]:.2f} copies expected, {counted[m]:.2f} counted")
     assert counted[m] <= m
     assert counted[m] > 0.98 * expected[m]
 assert abs(counted[8] / expected[8] - 1) < 0.02, "without a limit all choices are equally likely"
 
 # %%
-whole = dispatch.volume(replace(config, **{"model.moe.dispatch.name": "all_gather"}).model.moe, 1, P)
+gathering = replace(config, **{"model.moe.dispatch.name": "all_gather"})
+whole = dispatch.volume(gathering.model.moe, 1, P)
 figure, ax = axes(height=2.4)
 ax.axhline(whole.received, color=ARM_COLOURS[0], ls=":")
 ax.text(8, whole.received - 0.1, "all_gather: every token to every chip", ha="right", va="top")
@@ -331,15 +338,15 @@ display(Drawn(figure))
 assert whole.received == P - 1
 
 # %% [markdown]
-# **Answer:** up to a point.  A token is sent to at most $\min(K, M)$ chips, however many there are;
-# `all_gather`, which is simpler, sends it to all.  Between the ends more is counted than expected: the
-# formula opens $M$ chips at random, the router those with the best experts, which it then uses.
-# `docs/scale.md` has the same arithmetic up to 4,096 chips.
+# **Answer:** up to a point.  A token is sent to at most $\min(K, M)$ chips, however many there
+# are; `all_gather`, which is simpler, sends it to all.  Between the ends more is counted than
+# expected: the formula opens $M$ chips at random, the router those with the best experts, which
+# it then uses.  `docs/scale.md` has the same arithmetic up to 4,096 chips.
 #
 # ## Where to go on
 #
-# - In a run all of this is `--config.mesh.expert=8`; `--config.model.moe.dispatch.name` picks another
-#   dispatcher.  `docs/pods.md` says what else changes on a pod.
+# - In a run all of this is `--config.mesh.expert=8`; `--config.model.moe.dispatch.name` picks
+#   another dispatcher.  `docs/pods.md` says what else changes on a pod.
 # - `dsmoe_jax/moe/dispatch/expert_parallel.py` is the exchange; `dsmoe_jax/moe/routed.py` the
 #   composition around it.
 # - Next: `plan_a_pod_run.py` chooses the mesh.

@@ -14,14 +14,15 @@
 # # From GShard to DeepSeekMoE, step by step
 #
 # A conventional mixture of experts, such as [GShard](https://arxiv.org/abs/2006.16668), has a few
-# large experts and sends each token to two.  [DeepSeekMoE](https://arxiv.org/abs/2401.06066) ("V1")
-# arrives at 63 small ones and a shared one in two steps, and neither costs parameters or FLOPs.  We
-# take the steps one at a time.  At each we count what it costs, show that what the layer could do
-# before it can still do, and count what is new.  Then come the balance losses that keep many experts
-# at work, and what a comparison of trained models says.
+# large experts and sends each token to two.  [DeepSeekMoE](https://arxiv.org/abs/2401.06066)
+# ("V1") arrives at 63 small ones and a shared one in two steps, and neither costs parameters or
+# FLOPs.  We take the steps one at a time.  At each we count what it costs, show that what the
+# layer could do before it can still do, and count what is new.  Then come the balance losses that
+# keep many experts at work, and what a comparison of trained models says.
 #
-# The models are the paper's, at the paper's size; they are counted, not trained.  The notebook takes
-# a quarter of a minute.  [README.md](README.md) says how to open it; every claim ends in an `assert`.
+# The models are the paper's, at the paper's size; they are counted, not trained.  The notebook
+# takes a quarter of a minute.  [README.md](README.md) says how to open it; every claim ends in an
+# `assert`.
 #
 # Shapes are suffixes of names: `T` tokens, `D` hidden, `E` routed experts, `K` activated ones per
 # token, `F` width of an expert.
@@ -87,19 +88,20 @@ steps = {
 configs = {name: from_config_dict(files.load(file)) for name, file in steps.items()}
 moes = {name: config.model.moe for name, config in configs.items()}
 accounts = {name: size.account(config) for name, config in configs.items()}
-rows = [
-    [
-        name,
-        f"{moes[name].n_shared_experts} + {moes[name].n_routed_experts}",
-        f"{moes[name].n_shared_experts} + {moes[name].num_experts_per_tok if moes[name].n_routed_experts else 0}",
-        f"{moes[name].moe_intermediate_size}",
-        f"{account['total'] / 1e9:.3f}B",
-        f"{account['activated'] / 1e9:.3f}B",
-        f"{account['flops_per_sequence'] / 1e12:.2f}T",
-    ]
-    for name, account in accounts.items()
-]
-head = ["", "shared + routed", "active", "width", "parameters", "activated", "FLOPs a sequence"]
+rows = []
+for (name, account), moe in zip(accounts.items(), moes.values(), strict=True):
+    active = moe.num_experts_per_tok if moe.n_routed_experts else 0
+    rows.append(
+        [
+            name,
+            f"{moe.n_shared_experts} + {active} of {moe.n_routed_experts}",
+            f"{moe.moe_intermediate_size}",
+            f"{account['total'] / 1e9:.3f}B",
+            f"{account['activated'] / 1e9:.3f}B",
+            f"{account['flops_per_sequence'] / 1e12:.2f}T",
+        ]
+    )
+head = ["", "shared + routed", "width", "parameters", "activated", "FLOPs a sequence"]
 print(to_text(Table(head, rows)))
 
 # %%
@@ -110,17 +112,17 @@ assert gshard["expert_total"] == 16 * dense["expert_total"]
 assert gshard["expert_activated"] == 2 * dense["expert_activated"]
 
 # %% [markdown]
-# **Answer:** ten times the parameters for one and a half times the arithmetic.  Look at the last four
-# rows: from here on, nothing in the table but the number of experts and their width moves.
+# **Answer:** ten times the parameters for one and a half times the arithmetic.  Look at the last
+# four rows: from here on, nothing in the table but the number of experts and their width moves.
 #
 # ## 1. First step: cut the experts
 #
 # **Question: what is lost when an expert is cut into pieces?**
 #
-# Nothing.  The hidden units of an FFN do not know of each other: its output is a sum over them.  So an
-# expert of width $F$ is the sum of $m$ experts of width $F/m$, which have its units between them.  If
-# a token that went to the whole expert goes to all its pieces, with the same gate, the layer computes
-# what it did.  We try it: four experts, two chosen, then each cut in $m = 2$.
+# Nothing.  The hidden units of an FFN do not know of each other: its output is a sum over them.
+# So an expert of width $F$ is the sum of $m$ experts of width $F/m$, which have its units between
+# them.  If a token that went to the whole expert goes to all its pieces, with the same gate, the
+# layer computes what it did.  We try it: four experts, two chosen, then each cut in $m = 2$.
 
 # %%
 T, D, E, K, F, m = 5, 16, 4, 2, 24, 2
@@ -145,8 +147,8 @@ after_TD = reference.moe_layer(u_TD, Routing(ids_TK, gates_TK, None), pieces)
 np.testing.assert_allclose(after_TD, before_TD, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
-# **Answer:** so the conventional layer is one way to use the finer one: the way in which pieces of an
-# expert always go together.  The finer layer may also pick them apart.
+# **Answer:** so the conventional layer is one way to use the finer one: the way in which pieces
+# of an expert always go together.  The finer layer may also pick them apart.
 #
 # **Question: how many more ways are there?**
 #
@@ -167,8 +169,8 @@ for cut in cuts:
     assert cut["flops_per_sequence"] == gshard["flops_per_sequence"]
 
 # %% [markdown]
-# The two parts in a thousand that we allow are of widths that must be whole numbers (a quarter of 3413
-# is 853 here), and of the router, which has a row for every expert.
+# The two parts in a thousand that we allow are of widths that must be whole numbers (a quarter of
+# 3413 is 853 here), and of the router, which has a row for every expert.
 #
 # Are these sets used?  We draw 4,096 tokens and a router, and count the different sets:
 
@@ -186,10 +188,10 @@ assert used["GShard: 16, two chosen"] <= 120
 assert used["cut in four"] > 4000, "nearly every token has its own"
 
 # %% [markdown]
-# **Answer:** with 16 experts many tokens have to share a set; with 64 almost none has to.  That is
-# V1's argument for finer experts: a token can be given what it needs, and an expert can keep to what
-# it knows.  It is an argument about what is *possible*; what training makes of it is another question,
-# to which we come at the end.
+# **Answer:** with 16 experts many tokens have to share a set; with 64 almost none has to.  That
+# is V1's argument for finer experts: a token can be given what it needs, and an expert can keep
+# to what it knows.  It is an argument about what is *possible*; what training makes of it is
+# another question, to which we come at the end.
 #
 # ## 2. Second step: set one aside
 #
@@ -218,8 +220,9 @@ np.testing.assert_allclose(as_routed_TD, with_shared_TD, rtol=1e-4, atol=1e-5)
 # choice:
 
 # %%
-layers, hidden = (configs["cut in four"].model.num_hidden_layers, configs["cut in four"].model.hidden_size)
-assert cuts[-1]["total"] - deepseek["total"] == layers * hidden, "a row of the router each"
+model = configs["and one shared"].model
+rows_saved = model.num_hidden_layers * model.hidden_size
+assert cuts[-1]["total"] - deepseek["total"] == rows_saved, "a row of the router in each layer"
 assert deepseek["expert_total"] == cuts[-1]["expert_total"]
 assert deepseek["expert_activated"] == cuts[-1]["expert_activated"]
 assert deepseek["flops_per_sequence"] == gshard["flops_per_sequence"]
@@ -231,28 +234,30 @@ for n in (0, 1, 2, 4):
     assert left == math.comb(64 - n, 8 - n)
 
 # %% [markdown]
-# Here are the three layers with the experts of one token, drawn with the routers of above.  All rows
-# are equally long: they have the same parameters.
+# Here are the three layers with the experts of one token, drawn with the routers of above.  All
+# rows are equally long: they have the same parameters.
 
 # %%
 name = "and one shared"
-router_ED = jax.random.normal(jax.random.key(3), (moes[name].n_routed_experts, 64)) / 8
-chosen[name] = reference.route(tokens_TD, router_ED, moes[name].num_experts_per_tok).ids_TK[0].tolist()
+moe = moes[name]
+router_ED = jax.random.normal(jax.random.key(3), (moe.n_routed_experts, 64)) / 8
+drawn = reference.route(tokens_TD, router_ED, moe.num_experts_per_tok)
+chosen[name] = drawn.ids_TK[0].tolist()
 shown = {name: ExpertsOfToken(moes[name], ids_K) for name, ids_K in chosen.items()}
 display(Drawn(expert_plots.of_a_token(shown)))
 
 # %% [markdown]
-# **Answer:** an expert that is always on.  It takes choices from the router, of which there are plenty,
-# and relieves the routed experts of what all tokens need.
+# **Answer:** an expert that is always on.  It takes choices from the router, of which there are
+# plenty, and relieves the routed experts of what all tokens need.
 #
 # ## 3. Keeping 63 experts at work
 #
 # **Question: what stops the router from using a few experts only?**
 #
-# Two losses (V1 eqs. 12-17), both of the form $\sum f P$: $f$ counts how many tokens an expert (or a
-# device with some of the experts) got relative to its fair share, $P$ is the mean affinity for it.
-# Each is 1 if all is even.  To see the difference between the two we make routings by hand, of 64
-# tokens that take one of 8 experts, which lie on 4 devices:
+# Two losses (V1 eqs.  12-17), both of the form $\sum f P$: $f$ counts how many tokens an expert
+# (or a device with some of the experts) got relative to its fair share, $P$ is the mean affinity
+# for it.  Each is 1 if all is even.  To see the difference between the two we make routings by
+# hand, of 64 tokens that take one of 8 experts, which lie on 4 devices:
 
 # %%
 E, T, D = 8, 64, 4
@@ -285,10 +290,10 @@ for name, ids_T in by_hand.items():
 print(to_text(Table(["who works", "expert term", "device term"], rows)))
 
 # %% [markdown]
-# In the second row half of the experts are idle while all devices are equally busy.  The expert term
-# sees that, the device term does not.  On one device it does not matter for speed, and forcing experts
-# to be even may cost quality; over several devices uneven *devices* make everyone wait.  The paper's
-# factors say so:
+# In the second row half of the experts are idle while all devices are equally busy.  The expert
+# term sees that, the device term does not.  On one device it does not matter for speed, and
+# forcing experts to be even may cost quality; over several devices uneven *devices* make everyone
+# wait.  The paper's factors say so:
 
 # %%
 for name in ("dsmoe_2b", "dsmoe_16b", "dsmoe_145b"):
@@ -298,18 +303,18 @@ for name in ("dsmoe_2b", "dsmoe_16b", "dsmoe_145b"):
 assert factors == {"expert": 0.003, "device": 0.05}
 
 # %% [markdown]
-# **Answer:** a small price on uneven experts and, where experts are on several devices, a larger one on
-# uneven devices.  How the gradient moves the router, `deepseekmoe_in_ten_minutes.py` shows; other
-# terms, and V3's way without a loss, are in `docs/routers_and_losses.md`.
+# **Answer:** a small price on uneven experts and, where experts are on several devices, a larger
+# one on uneven devices.  How the gradient moves the router, `deepseekmoe_in_ten_minutes.py`
+# shows; other terms, and V3's way without a loss, are in `docs/routers_and_losses.md`.
 #
 # ## 4. Does it help?
 #
 # **Question: is a model better after each step?**
 #
-# V1's figure 3 says so: each step lowers the loss, at 2B parameters and 100B tokens.  Training for some
-# seconds in this notebook would not tell: at that scale two seeds of one model differ by as much as two
-# models.  The repository has the same comparison at a scale of a minute a model, with several seeds and
-# their spread; the results are read from there.
+# V1's figure 3 says so: each step lowers the loss, at 2B parameters and 100B tokens.  Training
+# for some seconds in this notebook could not tell: as we shall see, even a minute a model leaves
+# some of the orderings open.  That comparison is in the repository, with several seeds and their
+# spread, and its results are read from there.
 
 # %%
 results = files.REPOSITORY / "experiments" / "results" / "fig3-demo" / "results.jsonl"
@@ -319,8 +324,8 @@ assert all(comparison.finished(arm) for arm in comparison.arms)
 display(Drawn(loss_plots.final(comparison)))
 
 # %% [markdown]
-# Each dot is a run, each stroke the mean of a model; a name reads shared + routed (chosen).  Are the
-# differences larger than the noise?
+# Each dot is a run, each stroke the mean of a model; a name reads shared + routed (chosen).  Are
+# the differences larger than the noise?
 
 # %%
 judged = verdicts.judge(comparison)
@@ -330,15 +335,16 @@ losses_by_arm = tables.ranking(comparison, "validation_loss")
 assert next(iter(losses_by_arm)) == "1 + 63 (7)", "the finest has the lowest mean"
 
 # %% [markdown]
-# **Answer:** in part.  A verdict is *holds* or *reversed* if an interval of 95 % excludes no difference.
-# Finer experts help where there is a shared one, clearly; a shared one alone, with only one expert of
-# standard width left to choose, does not help here.  This is a ten-thousandth of the paper's tokens and
-# models of a million parameters: orders and signs may be compared, not sizes, and what small models do
-# is no proof of what large ones do.
+# **Answer:** in part.  A verdict is *holds* or *reversed* if an interval of 95 % excludes no
+# difference.  Finer experts help where there is a shared one, clearly; a shared one alone, with
+# only one expert of standard width left to choose, does not help here.  This is a ten-thousandth
+# of the paper's tokens and models of a million parameters: orders and signs may be compared, not
+# sizes, and what small models do is no proof of what large ones do.
 #
 #     python -m experiments.v1.fig3 --scale=demo
 #
-# trains it again, `--scale=proxy` on one GPU; `experiments/results/fig3-demo/report.md` is the report.
+# trains it again, `--scale=proxy` on one GPU; `experiments/results/fig3-demo/report.md` is the
+# report.
 #
 # ## Where to go on
 #

@@ -69,17 +69,19 @@ config = from_config_dict(files.load("configs/dsmoe_16b.py"))
 count = size.count_parameters(config.model)
 state = size.state_bytes(count.total)
 state_gb = sum(state.values()) / 1e9
-print(f"{count.total / 1e9:.1f}B parameters: " + ", ".join(f"{k} {v / 1e9:.0f} GB" for k, v in state.items()))
-rows = [
-    [name, f"{CHIPS[name].hbm_gb} GB", str(math.ceil(state_gb / CHIPS[name].hbm_gb))] for name in TPUS
-]
+parts = ", ".join(f"{name} {n_bytes / 1e9:.0f} GB" for name, n_bytes in state.items())
+print(f"{count.total / 1e9:.1f}B parameters: {parts}\n")
+rows = []
+for name in TPUS:
+    hbm_gb = CHIPS[name].hbm_gb
+    rows.append([name, f"{hbm_gb} GB", str(math.ceil(state_gb / hbm_gb))])
 print(to_text(Table(["chip", "memory", "to hold the state"], rows)))
 assert state_gb == 16 * count.total / 1e9
 assert 16.3 < count.total / 1e9 < 16.5, "the paper's 16.4B"
 
 # %% [markdown]
-# **Answer:** 16 bytes a parameter, 262 GB here.  No chip holds it, a few would.  But a step also needs
-# room for activations, and the batch should be done before the money is: so, more chips.
+# **Answer:** 16 bytes a parameter, 262 GB here.  No chip holds it, a few would.  But a step also
+# needs room for activations, and the batch should be done before the money is: so, more chips.
 #
 # ## 2. How can it be split?
 #
@@ -99,9 +101,9 @@ for name in ("gate_EFD", "down_EDF", "query_NHD", "embedding_VD"):
 assert sharding.split("EFD") == [("expert",), ("tensor",), ("fsdp",)]
 
 # %% [markdown]
-# An axis has its price.  `data` splits nothing but the batch; `fsdp` gathers weights before they are
-# used; `expert` sends tokens to their experts and back; `tensor` adds up activations in every layer.
-# Not every mesh of 64 chips is possible, since sizes must be divided evenly:
+# An axis has its price.  `data` splits nothing but the batch; `fsdp` gathers weights before they
+# are used; `expert` sends tokens to their experts and back; `tensor` adds up activations in every
+# layer.  Not every mesh of 64 chips is possible, since sizes must be divided evenly:
 
 # %%
 shapes = state_shapes(config)
@@ -134,9 +136,9 @@ fitting = [other for other in plans if other.used <= limit]
 assert plan.bounds(config, "v5p").serial == min(p.bounds(config, "v5p").serial for p in fitting)
 
 # %% [markdown]
-# **Answer:** the planner's, unless you know something that it does not.  The last lines say what each
-# other choice would cost: often little.  Below we also look at the mesh that was compiled for this
-# model, 8 x 8 with 36 micro-batches.
+# **Answer:** the planner's, unless you know something that it does not.  The last lines say what
+# each other choice would cost: often little.  Below we also look at the mesh that was compiled
+# for this model, 8 x 8 with 36 micro-batches.
 #
 # ## 4. What fills the memory?
 #
@@ -155,9 +157,10 @@ shown = {
 display(Drawn(plan_plots.memory(shown, CHIPS["v5p"].hbm_gb, planner.USABLE)))
 
 # %% [markdown]
-# Parameters, moments and gradients are exact.  They are split over all chips but along `data`, where
-# each has a copy: with `data` 4 they take four times as much.  Activations are an estimate.  More
-# micro-batches are smaller ones, which need less room at once, but gather the weights more often.
+# Parameters, moments and gradients are exact.  They are split over all chips but along `data`,
+# where each has a copy: with `data` 4 they take four times as much.  Activations are an estimate.
+# More micro-batches are smaller ones, which need less room at once, but gather the weights more
+# often.
 
 # %%
 for p in shown.values():
@@ -167,23 +170,25 @@ assert small.used < plan.used / 3
 assert small.traffic["weights"] > plan.traffic["weights"]
 
 # %% [markdown]
-# **Answer:** to activations, not to the state.  How many tokens are on a chip at once decides whether a
-# step fits, and `train.accumulation_steps` decides that.
+# **Answer:** to activations, not to the state.  How many tokens are on a chip at once decides
+# whether a step fits, and `train.accumulation_steps` decides that.
 #
 # ## 5. What does a step wait for?
 #
 # **Question: arithmetic, memory or the network?**
 #
-# A roofline divides the work of a chip by its data sheet: FLOPs by its peak, bytes moved in its memory
-# by the memory's speed, bytes received by that of its links.  None of the three can be undercut.
+# A roofline divides the work of a chip by its data sheet: FLOPs by its peak, bytes moved in its
+# memory by the memory's speed, bytes received by that of its links.  None of the three can be
+# undercut.
 
 # %%
 bounds = {name: p.bounds(config, "v5p") for name, p in shown.items()}
 display(Drawn(plan_plots.times(bounds)))
 
 # %% [markdown]
-# By hand for the first: 6 FLOPs for each activated parameter in a product, and those of attention; a
-# third of it again, since the layers are computed once more on the way back (`model.remat`).
+# By hand for the first: 6 FLOPs for each activated parameter in a product, and those of
+# attention; a third of it again, since the layers are computed once more on the way back
+# (`model.remat`).
 
 # %%
 tokens = config.train.global_batch_size * config.data.sequence_length / 64
@@ -192,9 +197,9 @@ seconds = flops / CHIPS["v5p"].peak_flops
 best = bounds[next(iter(bounds))]
 assert math.isclose(best.model_compute, seconds)
 assert 1.2 < best.compute / seconds <= 4 / 3 + 1e-6
-print(f"{tokens:,.0f} tokens a chip and step: {flops / 1e15:.2f} PFLOP, {seconds:.1f} s at the peak")
+print(f"{tokens:,.0f} tokens: {flops / 1e15:.2f} PFLOP, {seconds:.1f} s of a chip at its peak")
 slow, fast = best.mfu
-print(f"so at most {fast:.0%} of the peak can be useful work, {slow:.0%} if the network is waited for")
+print(f"useful work is at most {fast:.0%} of the peak, {slow:.0%} if the network is waited for")
 
 # %% [markdown]
 # The same model on as many other chips:
@@ -240,8 +245,9 @@ assert serial[16] > serial[64] > serial[256]
 assert 256 * hours[256] > 16 * hours[16], "the network costs more of a shorter step"
 
 # %% [markdown]
-# **Answer:** days, and for a while at almost the same price.  These are the least hours at full speed;
-# a real run reaches a part of it, and `--utilisation` of an experiment's `--plan` says which.
+# **Answer:** days, and for a while at almost the same price.  These are the least hours at full
+# speed; a real run reaches a part of it, and `--utilisation` of an experiment's `--plan` says
+# which.
 #
 # Too few chips are refused in a sentence, with the numbers of the mesh that came closest:
 
@@ -261,10 +267,10 @@ except ValueError as error:
 #
 #     python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
 #
-# compiles the training step itself (some minutes, and `pip install 'dsmoe_jax[tpu]'`), and reads the
-# program: what it allocates, what it moves in memory by part of the model, what chips exchange, and
-# whether exchanges have computation beside them.  Results for the paper's models are in the
-# repository; here is that of our model beside the planner's figures for the same mesh:
+# compiles the training step itself (some minutes, and `pip install 'dsmoe_jax[tpu]'`), and reads
+# the program: what it allocates, what it moves in memory by part of the model, what chips
+# exchange, and whether exchanges have computation beside them.  Results for the paper's models
+# are in the repository; here is that of our model beside the planner's figures for the same mesh:
 
 # %%
 results = files.REPOSITORY / "benchmarks" / "results" / "slices.jsonl"
@@ -291,9 +297,9 @@ for name in ("memory of a chip, GB", "moved in it in a step, TB", "compute, s"):
     assert abs(ours / theirs - 1) < 0.2, name
 
 # %% [markdown]
-# **Answer:** near enough to choose by, not to rely on.  Memory and traffic are close; the network is
-# where the compiler does things that the planner does not know (`docs/scale.md` says which).  Compile
-# before the chips are paid for: a step that does not fit is then an error with numbers.
+# **Answer:** near enough to choose by, not to rely on.  Memory and traffic are close; the network
+# is where the compiler does things that the planner does not know (`docs/scale.md` says which).
+# Compile before the chips are paid for: a step that does not fit is then an error with numbers.
 #
 # ## 8. Start it
 #
@@ -303,12 +309,13 @@ for name in ("memory of a chip, GB", "moved in it in a step, TB", "compute, s"):
 
 # %%
 flags = planner.flags(small)
-print(" \\\n    ".join(["python -m dsmoe_jax train --config=configs/dsmoe_16b.py", "--workdir=DIR", *flags]))
+command = ["python -m dsmoe_jax train --config=configs/dsmoe_16b.py", "--workdir=DIR", *flags]
+print(" \\\n    ".join(command))
 
 # %% [markdown]
-# Once on each host; `launch/` has the files for TPU VMs, GKE and Slurm, and `docs/pods.md` says what
-# happens on several hosts.  DIR must be on a file system that all of them see.  The flags are keys of
-# the config, so we can check that they say what was planned:
+# Once on each host; `launch/` has the files for TPU VMs, GKE and Slurm, and `docs/pods.md` says
+# what happens on several hosts.  DIR must be on a file system that all of them see.  The flags
+# are keys of the config, so we can check that they say what was planned:
 
 # %%
 again = replace(config, **dict(overrides.parse(flag.removeprefix("--config.")) for flag in flags))

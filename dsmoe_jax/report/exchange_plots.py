@@ -32,7 +32,9 @@ def rows_sent(sent_PP: np.ndarray, label: str = "rows") -> Figure:
         rows = sent_PP[source, destination]
         ink = "white" if rows > DARK * most else INK
         weight = "bold" if source == destination else "normal"
-        ax.text(destination, source, f"{rows:g}", ha="center", va="center", color=ink, weight=weight)
+        ax.text(
+            destination, source, f"{rows:g}", ha="center", va="center", color=ink, weight=weight
+        )
     _sums(ax, sent_PP)
     ax.set(xticks=range(n), yticks=range(n), ylabel="from device")
     ax.set_title(f"{label}, to device", pad=7)
