@@ -73,9 +73,9 @@ matplotlib.rcParams.update(STYLE)
 #
 # **Question: what does a conventional mixture cost, and what does it give?**
 #
-# The dense model has one feed-forward network (FFN) in each of its 9 layers.  GShard has 16 of the
-# same size and uses 2 for a token.  `size.account` counts as the paper does; it builds the real
-# module, without allocating its arrays.
+# The dense model has one feed-forward network (FFN) in each of its 9 layers; the table counts it
+# as a shared expert.  GShard has 16 of the same size and uses 2 for a token.  `size.account`
+# counts as the paper does; it builds the real module, without allocating its arrays.
 
 # %%
 steps = {
@@ -161,7 +161,7 @@ for name in ("GShard: 16, two chosen", "cut in two", "cut in four"):
     moe = moes[name]
     sets[name] = math.comb(moe.n_routed_experts, moe.num_experts_per_tok)
     print(f"{name:24} {sets[name]:>15,} sets")
-assert list(sets.values()) == [120, 35_960, 4_426_165_368]  # V1 section 3.1
+assert list(sets.values()) == [120, 35_960, 4_426_165_368]  # V1 3.1 has the first and the last
 
 for cut in cuts:
     for figure in ("total", "activated", "expert_total", "expert_activated"):
@@ -234,7 +234,7 @@ for n in (0, 1, 2, 4):
     assert left == math.comb(64 - n, 8 - n)
 
 # %% [markdown]
-# Here are the three layers with the experts of one token, drawn with the routers of above.  All
+# Here are the four layers with the experts of one token, drawn with the routers of above.  All
 # rows are equally long: they have the same parameters.
 
 # %%
@@ -331,15 +331,25 @@ display(Drawn(loss_plots.final(comparison)))
 judged = verdicts.judge(comparison)
 print(to_text(tables.claims_table(judged)))
 assert len(judged) == math.comb(len(comparison.arms), 2), "every pair of models"
-losses_by_arm = tables.ranking(comparison, "validation_loss")
-assert next(iter(losses_by_arm)) == "1 + 63 (7)", "the finest has the lowest mean"
+ranking = tables.ranking(comparison, "validation_loss")
+assert next(iter(ranking)) == "1 + 63 (7)", "the finest has the lowest mean"
+verdict = {finding.claim.text: finding.verdict for finding in judged}
+assert verdict["1 + 15 (1) below 0 + 16 (2)"] == verdicts.REVERSED
+for finer, coarser in (("1 + 31 (3)", "1 + 15 (1)"), ("1 + 63 (7)", "1 + 31 (3)")):
+    assert verdict[f"{finer} below {coarser}"] == verdicts.HOLDS
+
+paper = configs["and one shared"].train
+tokens = paper.steps * paper.global_batch_size * 2048
+less = tokens / comparison.rows[0]["tokens"]
+print(f"the paper's models saw {less:,.0f} times as many tokens")
+assert 0.5e5 < less < 2e5
 
 # %% [markdown]
 # **Answer:** in part.  A verdict is *holds* or *reversed* if an interval of 95 % excludes no
-# difference.  Finer experts help where there is a shared one, clearly; a shared one alone, with
-# only one expert of standard width left to choose, does not help here.  This is a ten-thousandth
-# of the paper's tokens and models of a million parameters: orders and signs may be compared, not
-# sizes, and what small models do is no proof of what large ones do.
+# difference.  With a shared expert, finer experts are better at both cuts.  A shared expert by
+# itself is not better here: beside it a token has only one expert left to choose.  These are
+# models of a million parameters and a hundred-thousandth of the paper's tokens.  Orders and signs
+# may be compared, not sizes, and what small models do is no proof of what large ones do.
 #
 #     python -m experiments.v1.fig3 --scale=demo
 #

@@ -17,11 +17,10 @@
 # with what gates.  That is all one needs to ask whether experts serve domains or single tokens,
 # who works with whom, whether a few do most of the work, and when in training it was decided.
 #
-# We train a small DeepSeekMoE for some seconds, so that there is something to look at, and then
-# ask one question a section.  The model is tiny and hardly trained: the notebook shows how to
-# look, not what large models do.  To look at a run of your own, set `workdir` to it and leave out
-# the training.  The notebook takes less than a minute.  [README.md](README.md) says how to open
-# it; every claim ends in an `assert`.
+# We train a small DeepSeekMoE for some seconds, so that there is something to look at, and then ask
+# one question a section.  The model is tiny and hardly trained: the notebook shows how to look, not
+# what large models do; the end says how to look at a run of your own.  It takes less than a minute.
+# [README.md](README.md) says how to open this notebook; every claim ends in an `assert`.
 #
 # Shapes are suffixes of names: `T` tokens of a text, `L` MoE layers, `E` routed experts, `K`
 # activated ones per token, `G` domains.
@@ -85,8 +84,8 @@ config = replace(
         "data.corpus": str(corpus.directory),
         "train.steps": 60,
         "train.global_batch_size": 8,
-        "train.checkpoint_every": 20,
-        "train.keep_checkpoints": 3,
+        "train.checkpoint_every": 15,
+        "train.keep_checkpoints": 4,
         "train.eval_every": 60,
         "train.eval_batches": 20,
         "optimizer.warmup_steps": 10,
@@ -111,9 +110,10 @@ run = load_run(workdir)
 text = route_text(run.model, run.corpus, max_tokens=evaluation["tokens"], batch_size=8)
 L, T, K = text.ids_LTK.shape
 E = text.n_experts
+tokenizer = run.corpus.tokenizer
 print(f"{T:,} tokens, {L} layers, {K} of {E} experts each; domains: {', '.join(text.domains)}")
-for place in range(3, 6):
-    token = repr(run.corpus.tokenizer.token(int(text.token_ids_T[place])))
+for place in range(100, 103):
+    token = repr(tokenizer.token(int(text.token_ids_T[place])))
     gates = ", ".join(f"{g:.3f}" for g in text.gates_LTK[-1, place, :3])
     print(f"{token:8} layer {L}: experts {text.ids_LTK[-1, place, :3]} ..., gates {gates} ...")
 
@@ -122,7 +122,7 @@ for place in range(3, 6):
 # some it wants the weights too, and the routing by earlier checkpoints.
 
 # %%
-steps = (20, 40)
+steps = (15, 30, 45)
 earlier = {
     step: route_text(load_run(workdir, step).model, run.corpus, max_tokens=T, batch_size=8)
     for step in steps
@@ -171,9 +171,9 @@ assert all(0 < value < 1 for value in trained_L + untrained_L)
 # %% [markdown]
 # The number is 0 if all domains use the same experts, and 1 if every expert serves one domain.
 #
-# **Answer:** it does, somewhat; but look at the column *before training*.  Domains have different
-# words, and a router that was never trained sends different words to different experts.  Ask of
-# every number like this what an untrained model has.
+# **Answer:** it does.  But look at the numbers before training, too: they are not 0.  Domains have
+# different words, and a router that was never trained sends different words to different experts.
+# Ask of every number like this what an untrained model has.
 #
 # ## 3. Do they serve tokens?
 #
@@ -188,30 +188,40 @@ for layer in range(L):
     print(f"layer {layer + 1}: {trained_L[layer]:.2f}, before training {untrained_L[layer]:.2f}")
 print(f"no preference: {K / E:.2f}")
 assert min(trained_L + untrained_L) > 2 * K / E
+assert trained_L[0] > trained_L[-1]
 
 # %% [markdown]
-# Which tokens are that?  Three experts of the last layer with the clearest taste: the ids of
-# which each gets the largest share, and its strongest uses in context, the token in brackets.
+# Here are the five most frequent tokens and where they go in the first layer.  A fixed table would
+# have 100 % three times in each line.
 
 # %%
 vocabulary = specialisation.by_vocabulary(
     text.ids_LTK, text.token_ids_T, E, min_count=tables.MIN_COUNT
 )
-tokenizer = run.corpus.tokenizer
-favourites = specialisation.favourite_tokens(vocabulary, layer=L - 1, n=6)
-taste = [sum(share for _, share in of_expert) for of_expert in favourites]
-for expert in np.argsort(taste)[::-1][:3]:
-    words = [f"{tokenizer.token(i)!r} {share:.0%}" for i, share in favourites[expert]]
-    print(f"expert {expert}: {', '.join(words)}")
-    for use in specialisation.strongest_uses(
-        text.ids_LTK[-1], text.gates_LTK[-1], expert, 3, apart=10
-    ):
-        ids = text.token_ids_T[max(use.place - 6, 0) : use.place + 4].tolist()
-        here = min(use.place, 6)
-        parts = (ids[:here], ids[here : here + 1], ids[here + 1 :])
-        left, token, right = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
-        print(f"    gate {use.gate:.2f}  {left + '[' + token + ']' + right!r}")
-assert max(taste) > 3, "of six"
+for c in np.argsort(-vocabulary.counts_C)[:5]:
+    share_E = vocabulary.share_LCE[0, c]
+    best = np.argsort(-share_E)[:K]
+    shares = ", ".join(f"expert {i:2} {share_E[i]:4.0%}" for i in best)
+    token = tokenizer.token(int(vocabulary.token_ids_C[c]))
+    print(f"{token!r:8} {vocabulary.counts_C[c]:4} times: {shares}")
+    occurs_T = text.token_ids_T == vocabulary.token_ids_C[c]
+    assert np.isclose(share_E[best[0]], (text.ids_LTK[0, occurs_T] == best[0]).any(axis=1).mean())
+assert np.allclose(vocabulary.share_LCE.sum(axis=2), K), "every occurrence has K experts"
+
+# %% [markdown]
+# And the other way round: the strongest uses of one expert of the last layer, the busiest, in their
+# context; the token is in brackets.
+
+# %%
+busiest = int(np.argmax(found["load"]["load"][-1]))
+uses = specialisation.strongest_uses(text.ids_LTK[-1], text.gates_LTK[-1], busiest, 5, apart=10)
+print(f"expert {busiest} of layer {L}")
+for use in uses:
+    left, right = (tokenizer.decode(ids) for ids in text.around(use.place, 6))
+    token = tokenizer.token(int(text.token_ids_T[use.place]))
+    shown = repr(f"{left}[{token}]{right}")
+    print(f"    gate {use.gate:.3f}  {shown}")
+assert uses[0].gate == text.gates_LTK[-1][text.ids_LTK[-1] == busiest].max()
 
 # %% [markdown]
 # **Answer:** far, and the first layer most of all: it sees little but the token.
@@ -229,10 +239,11 @@ share_EE = pairs.coactivation(text.ids_LTK[-1], E)
 np.fill_diagonal(share_EE, 0)
 together = np.unravel_index(np.argsort(-share_EE, axis=None)[:3], share_EE.shape)
 by_chance = (K - 1) / (E - 1)
+print(f"by chance an expert sees {by_chance:.0%} of the tokens of another one")
 for i, j in zip(*together, strict=True):
-    print(f"expert {j} sees {share_EE[i, j]:.0%} of the tokens of expert {i}; mean {by_chance:.0%}")
     chosen_T = (text.ids_LTK[-1] == i).any(axis=1)
     both_T = chosen_T & (text.ids_LTK[-1] == j).any(axis=1)
+    print(f"expert {j} sees {both_T.sum()} of the {chosen_T.sum()} tokens of expert {i}")
     assert np.isclose(share_EE[i, j], both_T.sum() / chosen_T.sum())
 assert share_EE.max() > 3 * by_chance
 
@@ -305,12 +316,12 @@ for number, layer in enumerate(found["similarity"]["layers"], start=1):
 for step, share_L in found["saturation"].items():
     print(f"step {step}: {', '.join(f'{share:.0%}' for share in share_L)}")
 for layer in range(L):
-    early, late = (found["saturation"][str(step)][layer] for step in steps)
-    assert K / E < late < 1
-    assert late > early, "later checkpoints agree more"
+    first, *_, last = (share_L[layer] for share_L in found["saturation"].values())
+    assert first < last < 1, "the last agrees more than the first"
+print(f"by chance {K / E:.0%}")
 
 # %% [markdown]
-# **Answer:** here the choice is still moving when training ends, which is no surprise after 60
+# **Answer:** here the choice is still moving when training ends, which is no surprise after so few
 # steps.
 #
 # ## 8. See for yourself
@@ -320,7 +331,7 @@ for layer in range(L):
 # nothing.
 
 # %%
-page = explorer.to_html("Routing of a small model", text, run.corpus.tokenizer)
+page = explorer.to_html("Routing of a small model", text, tokenizer)
 assert page.count("<script") >= 1
 display(Page(page, height=720))
 
