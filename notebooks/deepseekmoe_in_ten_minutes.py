@@ -70,6 +70,7 @@ from dsmoe_jax.moe.types import MoEInputs, RouterInputs, count_load
 from dsmoe_jax.report import expert_plots
 from dsmoe_jax.report.expert_plots import ExpertsOfToken
 from dsmoe_jax.report.inline import Drawn
+from dsmoe_jax.report.style import styled
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
@@ -366,7 +367,9 @@ for name, sets in combinations.items():
     ids_K = reference.route(logits_1E, jnp.eye(moe.n_routed_experts), moe.num_experts_per_tok)
     title = f"{name}: {moe.n_shared_experts} shared + {moe.num_experts_per_tok} of"
     shown[f"{title} {moe.n_routed_experts}, {sets:,} sets"] = ExpertsOfToken(moe, ids_K.ids_TK[0])
-display(Drawn(expert_plots.of_a_token(shown)))
+with styled():  # as the package's own pictures are
+    figure = expert_plots.of_a_token(shown)
+display(Drawn(figure))
 
 # %% [markdown]
 # ## 6. Train one

@@ -82,11 +82,11 @@ config = replace(
         "model.vocab_size": 1024,
         "data.tokenizer_vocab_size": 1024,
         "data.corpus": str(corpus.directory),
-        "train.steps": 60,
+        "train.steps": 45,
         "train.global_batch_size": 8,
         "train.checkpoint_every": 15,
-        "train.keep_checkpoints": 4,
-        "train.eval_every": 60,
+        "train.keep_checkpoints": 3,
+        "train.eval_every": 45,
         "train.eval_batches": 20,
         "optimizer.warmup_steps": 10,
     },
@@ -94,7 +94,7 @@ config = replace(
 workdir = Path(folder.name) / "run"
 evaluation = train(config, workdir).evaluation
 print(f"held-out loss {evaluation['loss']:.2f} nats per token, {np.log(1024):.2f} before training")
-assert evaluation["loss"] < np.log(1024) - 1, "it has learned something"
+assert evaluation["loss"] < np.log(1024) - 0.7, "it has learned something"
 
 # %% [markdown]
 # ## 1. Where did every token go?
@@ -122,7 +122,7 @@ for place in range(100, 103):
 # some it wants the weights too, and the routing by earlier checkpoints.
 
 # %%
-steps = (15, 30, 45)
+steps = (15, 30)
 earlier = {
     step: route_text(load_run(workdir, step).model, run.corpus, max_tokens=T, batch_size=8)
     for step in steps

@@ -71,7 +71,7 @@ def test_bars_of_memory_follow_each_other():
     (ax,) = figure.axes
     bars = [[(bar.get_x(), bar.get_width()) for bar in group] for group in ax.containers]
     assert bars == [[(0, 1), (0, 4)], [(1, 2), (4, 0)], [(3, 0), (4, 8)]]
-    assert [line.get_xdata()[0] for line in ax.lines] == [18, 20]
+    assert [np.asarray(line.get_xdata())[0] for line in ax.lines] == [18, 20]
     assert [text.get_text() for text in figure.legends[0].texts] == [
         "parameters", "moments", "activations kept",
     ]  # fmt: skip
