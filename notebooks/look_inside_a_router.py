@@ -82,11 +82,11 @@ config = replace(
         "model.vocab_size": 1024,
         "data.tokenizer_vocab_size": 1024,
         "data.corpus": str(corpus.directory),
-        "train.steps": 45,
+        "train.steps": 60,
         "train.global_batch_size": 8,
         "train.checkpoint_every": 15,
-        "train.keep_checkpoints": 3,
-        "train.eval_every": 45,
+        "train.keep_checkpoints": 4,
+        "train.eval_every": 60,
         "train.eval_batches": 20,
         "optimizer.warmup_steps": 10,
     },
@@ -94,7 +94,7 @@ config = replace(
 workdir = Path(folder.name) / "run"
 evaluation = train(config, workdir).evaluation
 print(f"held-out loss {evaluation['loss']:.2f} nats per token, {np.log(1024):.2f} before training")
-assert evaluation["loss"] < np.log(1024) - 0.7, "it has learned something"
+assert evaluation["loss"] < np.log(1024) - 1, "it has learned something"
 
 # %% [markdown]
 # ## 1. Where did every token go?
@@ -114,15 +114,15 @@ tokenizer = run.corpus.tokenizer
 print(f"{T:,} tokens, {L} layers, {K} of {E} experts each; domains: {', '.join(text.domains)}")
 for place in range(100, 103):
     token = repr(tokenizer.token(int(text.token_ids_T[place])))
-    gates = ", ".join(f"{g:.3f}" for g in text.gates_LTK[-1, place, :3])
-    print(f"{token:8} layer {L}: experts {text.ids_LTK[-1, place, :3]} ..., gates {gates} ...")
+    gates = ", ".join(f"{g:.3f}" for g in text.gates_LTK[-1, place])
+    print(f"{token:8} layer {L}: experts {text.ids_LTK[-1, place]}, gates {gates}")
 
 # %% [markdown]
 # `tables.compute` makes all tables of the command `python -m dsmoe_jax analyse` from it.  For
 # some it wants the weights too, and the routing by earlier checkpoints.
 
 # %%
-steps = (15, 30)
+steps = (15, 30, 45)
 earlier = {
     step: route_text(load_run(workdir, step).model, run.corpus, max_tokens=T, batch_size=8)
     for step in steps
@@ -237,6 +237,7 @@ assert uses[0].gate == text.gates_LTK[-1][text.ids_LTK[-1] == busiest].max()
 display(Drawn(maps["run-together"].figure))
 share_EE = pairs.coactivation(text.ids_LTK[-1], E)
 np.fill_diagonal(share_EE, 0)
+share_EE[np.array(found["load"]["load"][-1]) < 100] = 0  # a few tokens may be chance
 together = np.unravel_index(np.argsort(-share_EE, axis=None)[:3], share_EE.shape)
 by_chance = (K - 1) / (E - 1)
 print(f"by chance an expert sees {by_chance:.0%} of the tokens of another one")

@@ -319,7 +319,7 @@ print(" \\\n    ".join(command))
 
 # %%
 again = replace(config, **dict(overrides.parse(flag.removeprefix("--config.")) for flag in flags))
-assert again == compiled_config or again.mesh.sizes(64) == small.sizes
+assert again.mesh.sizes(64) == compiled_config.mesh.sizes(64)
 assert planner.examine(again, "v5p", 64) == small
 
 # %% [markdown]
