@@ -57,7 +57,7 @@ def _row(ax: Axes, found: ExpertsOfToken) -> None:
     moe = found.moe
     n_shared = moe.n_shared_experts
     n = n_shared + moe.n_routed_experts
-    chosen = {n_shared + i for i in found.ids_K}
+    chosen = {n_shared + int(i) for i in found.ids_K}
     for i in range(n):
         ink = SHARED if i < n_shared else CHOSEN if i in chosen else IDLE
         ax.add_patch(Rectangle((i + GAP / 2, 0), 1 - GAP, 1, color=ink, lw=0))
