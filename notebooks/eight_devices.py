@@ -294,7 +294,7 @@ assert came_P.max() <= T, "and no token twice"
 
 # %% [markdown]
 # **Answer:** time.  All devices wait for the one of the favourite.  That is why V1 adds a balance
-# term over *devices* (eqs.  15-17) when experts are on several of them, and a weaker one over
+# term over *devices* (eqs. 15-17) when experts are on several of them, and a weaker one over
 # experts.
 #
 # ## 6. How much travels on a real pod?
