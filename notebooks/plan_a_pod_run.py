@@ -309,8 +309,8 @@ for name in ("memory of a chip, GB", "moved in it in a step, TB", "compute, s"):
 
 # %%
 flags = planner.flags(small)
-command = ["python -m dsmoe_jax train --config=configs/dsmoe_16b.py", "--workdir=DIR", *flags]
-print(" \\\n    ".join(command))
+command = ["python", "-m", "dsmoe_jax", "train", "--config=configs/dsmoe_16b.py", "--workdir=DIR"]
+print(" ".join(command), *flags, sep=" \\\n    ")
 
 # %% [markdown]
 # Once on each host; `launch/` has the files for TPU VMs, GKE and Slurm, and `docs/pods.md` says
