@@ -111,10 +111,14 @@ def by_vocabulary(
       min_count: ids that occur less often are left out.
     """
     token_ids_V, place_T, counts_V = np.unique(token_ids_T, return_inverse=True, return_counts=True)
-    load_VLE = load_by_group(ids_LTK, place_T, len(token_ids_V), n_experts)
     often_V = counts_V >= min_count
     counts_C = counts_V[often_V]
-    share_LCE = load_VLE[often_V].swapaxes(0, 1) / counts_C[:, None]
+    often_T = often_V[place_T]
+    # Rare ids are left out first: all of a large vocabulary would not fit.
+    row_V = np.cumsum(often_V) - 1
+    rows_T = row_V[place_T[often_T]]
+    load_CLE = load_by_group(ids_LTK[:, often_T], rows_T, len(counts_C), n_experts)
+    share_LCE = load_CLE.swapaxes(0, 1) / counts_C[:, None]
     return VocabularyTable(token_ids_V[often_V], counts_C, share_LCE)
 
 

@@ -7,6 +7,7 @@ checkpoints/      one directory a kept step, see checkpoint.py
 tensorboard/      event files, and traces of --profile
 history/          what was there before the config changed on the way, see going_on.py
 routing/          with train.record_routing: the experts of every token, see routing_records.py
+analysis/         with train.analyse_every: what the experts serve, see analysis/over_training.py
 evaluation.json   held-out results after the last step: the run is finished
 """
 
@@ -47,6 +48,7 @@ TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"
 ROUTING = "routing"
 HISTORY = "history"
+ANALYSIS = "analysis"
 _LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"
@@ -73,6 +75,7 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "train.keep_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.analyse_every",
 }
 # These say what happens from some step on: a run may go on with another value, see going_on.py.
 CHANGES_BY_STEP = frozenset(
