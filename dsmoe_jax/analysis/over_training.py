@@ -27,16 +27,18 @@ PREFIX = "inside_"  # of the numbers in metrics.jsonl
 
 
 class OverTraining:
-    """The folder of the tables; opening it removes those past the step that the run continues from.
+    """The folder of the tables.
 
     Args:
       directory: WORKDIR/analysis; made with the first table.
-      step: that the run continues from.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path):
         self.directory = directory
-        for path in directory.glob("*"):
+
+    def go_back(self, step: int) -> None:
+        """Removes what is past the step that a run continues from."""
+        for path in self.directory.glob("*"):
             if path.stem.isdecimal() and int(path.stem) > step:
                 path.unlink()
 
@@ -52,8 +54,8 @@ class OverTraining:
           OSError: naming the file, if it cannot be written.
         """
         before = [done for done in self.steps() if done < step][-1:]
-        earlier = {done: load_ids(self._path(done, "npz")) for done in before}
-        found = tables.compute(tables.Subject(text, earlier=earlier), only_cheap=True)
+        others = {f"step {done}": self.ids(done) for done in before}
+        found = tables.compute(tables.Subject(text, others=others), only_cheap=True)
         self.directory.mkdir(exist_ok=True)
         _save_ids(self._path(step, "npz"), text.ids_LTK)
         return found
@@ -67,6 +69,20 @@ class OverTraining:
         # Without indents, which would put every number on a line.
         json_files.write_text(self._path(step, "json"), json_files.dumps(found) + "\n")
 
+    def ids(self, step: int) -> np.ndarray:
+        """The experts of the tokens after a step, int32 (L, T, K).
+
+        Raises:
+          ValueError: naming the file, if it holds none.
+        """
+        path = self._path(step, "npz")
+        try:
+            with open(path, "rb") as file, np.load(file) as arrays:  # else numpy leaves it open
+                return arrays["ids_LTK"].astype(np.int32)
+        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+            wrong = "cannot be read; remove it and its .json to go on"
+            raise ValueError(f"{path}: {wrong}") from None
+
     def _path(self, step: int, kind: str) -> Path:
         return self.directory / f"{step:08}.{kind}"
 
@@ -75,19 +91,6 @@ def row(found: tables.Tables) -> dict[str, Any]:
     """Keys of metrics.jsonl, each with a number by layer; none for a number that is missing."""
     by_layer = tables.by_layer(found)
     return {PREFIX + name: numbers for name, numbers in by_layer.items() if None not in numbers}
-
-
-def load_ids(path: Path) -> np.ndarray:
-    """The experts of the tokens after a step, int32 (L, T, K).
-
-    Raises:
-      ValueError: naming the file, if it holds none.
-    """
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:  # numpy leaves a damaged one open
-            return arrays["ids_LTK"].astype(np.int32)
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path}: cannot be read; remove it and its .json to go on") from None
 
 
 def _save_ids(path: Path, ids_LTK: np.ndarray) -> None:

@@ -142,11 +142,12 @@ def with_routing(
     for routing in routings:
         batch_size = routing.ids.shape[1]
         batches = batches or validation_batches(corpus.directory, batch_size)
+        batch = next(batches)
         # Identity experts are choices of the router behind the E experts; they serve nothing.
         real_LBSK = routing.ids < n_experts
         ids_LBSK = np.where(real_LBSK, routing.ids, n_experts)
         gates_LBSK = np.where(real_LBSK, routing.gates, 0)
-        part = _flat(next(batches), ids_LBSK, gates_LBSK, n_sequences)
+        part = _flat(batch, ids_LBSK, gates_LBSK, n_sequences)
         parts.append(part)
         n_sequences += batch_size
         tokens += len(part[0])

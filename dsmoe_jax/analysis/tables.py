@@ -31,12 +31,13 @@ class Subject:
     Attributes:
       text: routing of a text.
       layers: weights by layer; empty where only routing is known.
-      earlier: ids_LTK of the same text by the model of steps before.
+      others: ids_LTK of the same text, or of its beginning, by name: as it was routed at an earlier
+        step ("step 240"), or without the intervention.
     """
 
     text: RoutedText
     layers: Sequence[LayerWeights] = ()
-    earlier: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    others: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Table(NamedTuple):
@@ -161,12 +162,17 @@ def coactivation(subject: Subject) -> dict[str, Any]:
 
 
 def saturation(subject: Subject) -> dict[str, Any]:
-    """Share of a token's experts that an earlier checkpoint chose too, by step and layer."""
+    """Share of a token's experts that another routing chose too, by its name and layer.
+
+    Of an earlier checkpoint it is the router saturation of OLMoE, see `pairs.agreement`.  Where the
+    two are of different lengths, it is of the tokens that both have.
+    """
     text = subject.text
-    return {
-        str(step): pairs.agreement(text.ids_LTK, ids_LTK, text.n_experts)
-        for step, ids_LTK in subject.earlier.items()
-    }
+    found = {}
+    for name, ids_LTK in subject.others.items():
+        both = slice(min(text.n_tokens, ids_LTK.shape[1]))
+        found[name] = pairs.agreement(text.ids_LTK[:, both], ids_LTK[:, both], text.n_experts)
+    return found
 
 
 def similarity(subject: Subject) -> dict[str, Any]:
@@ -213,7 +219,7 @@ def compute(subject: Subject, *, only_cheap: bool = False) -> Tables:
 def by_layer(found: Tables) -> dict[str, list[Any]]:
     """One number a layer of each table that has one, by name: what curves and measures are of.
 
-    `router_saturation` is the agreement with the last of the earlier steps.
+    `router_saturation` is the agreement with the last of the other routings.
     """
     layers = found["committees"]["layers"]
     numbers = {

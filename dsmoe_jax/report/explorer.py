@@ -27,6 +27,7 @@ PASSAGES = 2  # of each domain
 USES = 6  # tokens in context for each expert
 CONTEXT = 10  # tokens before and after each of them
 GATE_DIGITS = 3
+CUT = "\ufffd"  # a character of which the text has only a part
 
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -88,7 +89,7 @@ def _passages(text: RoutedText, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 def _tokens(text: RoutedText, tokenizer: Tokenizer, places: np.ndarray) -> dict[str, Any]:
     return {
-        "tokens": [tokenizer.token(int(i)) for i in text.token_ids_T[places]],
+        "tokens": tokenizer.pieces(text.token_ids_T[places].tolist()),
         "positions": text.position_T[places].tolist(),
         "ids": text.ids_LTK[:, places].tolist(),
         "gates": np.round(text.gates_LTK[:, places].astype(float), GATE_DIGITS).tolist(),
@@ -123,10 +124,11 @@ def _in_context(text: RoutedText, tokenizer: Tokenizer, use: specialisation.Use)
     near = near[text.sequence_T[near] == text.sequence_T[use.place]]
     before = text.token_ids_T[near[near < use.place]].tolist()
     after = text.token_ids_T[near[near > use.place]].tolist()
+    before, after = tokenizer.decode_batch([before, after])
     return [
-        tokenizer.decode(before, skip_special_tokens=False),
+        before.lstrip(CUT),
         tokenizer.token(int(text.token_ids_T[use.place])),
-        tokenizer.decode(after, skip_special_tokens=False),
+        after.rstrip(CUT),
         round(use.gate, GATE_DIGITS),
         int(text.domain_T[use.place]),
     ]

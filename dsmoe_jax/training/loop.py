@@ -189,7 +189,7 @@ class _Trainer:
             directory / workdirs.CHECKPOINTS, train.keep_checkpoints, train.keep_every
         )
         self.log: MetricsLog | None = None
-        self.over_training: OverTraining | None = None  # of the first process
+        self.tables = OverTraining(directory / workdirs.ANALYSIS)
         self.kernels: dict[str, str] = {}  # not in the log yet
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
@@ -217,7 +217,7 @@ class _Trainer:
         )
         self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
         if hosts.is_first():
-            self.over_training = OverTraining(self.directory / workdirs.ANALYSIS, first)
+            self.tables.go_back(first)
         self.logged_step = self.saved_step = first
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
@@ -376,7 +376,7 @@ class _Trainer:
 
     def _analyse(self, step: int, state: TrainState) -> None:
         """Writes tables of what the experts serve, unless they are there already."""
-        if hosts.on_first(lambda: step in self._tables().steps()):
+        if hosts.on_first(lambda: step in self.tables.steps()):
             return
         self.line.note("where held-out text is routed")
         text = with_routing(
@@ -388,16 +388,12 @@ class _Trainer:
 
         def write() -> None:
             assert self.log is not None
-            found = self._tables().compute(step, text)
+            found = self.tables.compute(step, text)
             self.log.write({"step": step, **over_training.row(found)})
-            self._tables().finish(step, found)
+            self.tables.finish(step, found)
 
         hosts.on_first(write)
         self.clock.restart()
-
-    def _tables(self) -> OverTraining:
-        assert self.over_training is not None, "the first process has them"
-        return self.over_training
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """Measures on held-out text, unless the log has it already."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.analysis import over_training, tables
+from dsmoe_jax.analysis.over_training import OverTraining
 from dsmoe_jax.analysis.routed_text import route_text
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
@@ -57,13 +58,13 @@ def test_tables_are_those_of_the_checkpoint(run):
         text = route_text(loaded.model, loaded.corpus, max_tokens=TOKENS, batch_size=8)
         ids[step] = text.ids_LTK
         assert text.ids_LTK.shape == (2, TOKENS, columns)
-        kept = over_training.load_ids(run / "analysis" / f"{step:08}.npz")
+        kept = OverTraining(run / "analysis").ids(step)
         np.testing.assert_array_equal(kept, text.ids_LTK)
-        earlier = {2: ids[2]} if step == 4 else {}
-        wanted = tables.compute(tables.Subject(text, earlier=earlier), only_cheap=True)
+        others = {"step 2": ids[2]} if step == 4 else {}
+        wanted = tables.compute(tables.Subject(text, others=others), only_cheap=True)
         found = json.loads((run / "analysis" / f"{step:08}.json").read_text())
         assert found["domains"] == json.loads(json.dumps(wanted["domains"]))
-        assert found["saturation"] == {str(k): v for k, v in wanted["saturation"].items()}
+        assert found["saturation"] == wanted["saturation"]
         assert rows[step]["inside_committee"] == tables.by_layer(wanted)["committee"]
     assert "inside_router_saturation" not in rows[2]
     same_LT = (ids[2] == ids[4]).any(axis=2)
@@ -99,7 +100,7 @@ def test_a_damaged_routing_is_named(run, tmp_path):
     path = tmp_path / "run" / "analysis" / "00000002.npz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"00000002\.npz: cannot be read; remove it"):
-        over_training.load_ids(path)
+        OverTraining(path.parent).ids(2)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import moe_layer, parallel, router_metrics, routers, train_step
+from benchmarks import analysis, moe_layer, parallel, router_metrics, routers, train_step
 from dsmoe_jax.moe.kernels import native
 
 
@@ -14,7 +14,7 @@ from dsmoe_jax.moe.kernels import native
 def written(tmp_path, monkeypatch):
     """`written(benchmark, *flags)`: the report of one round, from its file."""
     # Freed memory that a process keeps would stay with all other tests.
-    for benchmark in (moe_layer, parallel, router_metrics, routers, train_step):
+    for benchmark in (analysis, moe_layer, parallel, router_metrics, routers, train_step):
         monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: False)
 
     def run(benchmark, *flags):

@@ -17,21 +17,39 @@ def directory(finished_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("analyse")
     for name in ("a", "b"):
         shutil.copytree(finished_run[0], path / name)
+    shutil.copytree(finished_run[0], path / "c", ignore=shutil.ignore_patterns("9"))
     (path / "there").mkdir()
+    (path / "texts").mkdir()
+    (path / "texts" / "thai.txt").write_text("สวัสดีชาวโลก " * 20)
     return path
 
 
 @pytest.fixture(scope="module")
 def results(directory):
     runs = [f"--workdir={directory / name}" for name in ("a", "b")]
+    few = ["--max_tokens=300", "--batch_size=4"]
+    last = f"--workdir={directory / 'c'}"  # without an earlier checkpoint
+    record = ["evaluate", last, "--max_batches=3", "--batch_size=2"]
+    replay = f"--replay_routing={directory / 'routing/validation-00000010'}"
     cases = {
-        "two": [*runs, "--max_tokens=300", "--batch_size=4", f"--to={directory / 'two'}"],
+        "two": [*runs, *few, f"--to={directory / 'two'}"],
+        "record": [*record, f"--record_routing={directory / 'routing'}"],
+        "replayed": [last, *few, replay, f"--to={directory / 'replayed'}"],
+        "own": [
+            last, "--without_shared", f"--corpus={directory / 'texts'}", f"--to={directory / 'own'}"
+        ],
         "there": [runs[0], f"--to={directory / 'there'}"],
         "twice": [runs[0], runs[0], f"--to={directory / 'twice'}"],
         "missing": [f"--workdir={directory / 'nowhere'}", f"--to={directory / 'missing'}"],
+        "no text": [last, f"--corpus={directory / 'none'}", f"--to={directory / 'missing'}"],
+        "no record": [last, f"{replay}1", f"--to={directory / 'missing'}"],
+        "two records": [*runs, replay, f"--to={directory / 'missing'}"],
         "none": [],
-    }
-    return dict(zip(cases, run_all([["analyse", *case] for case in cases.values()]), strict=True))
+    }  # fmt: skip
+    lines = [case if case[:1] == ["evaluate"] else ["analyse", *case] for case in cases.values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSMOE_CACHE", str(directory / "cache"))
+        return dict(zip(cases, run_all(lines), strict=True))
 
 
 def test_two_runs_side_by_side(results, directory):
@@ -51,7 +69,7 @@ def test_the_numbers_are_those_of_the_routing(results, directory):
     run = load_run(directory / "a")
     text = route_text(run.model, run.corpus, max_tokens=300, batch_size=4)
     found = json.loads((directory / "two" / "analysis.json").read_text())["a"]
-    assert text.n_tokens >= 300
+    assert text.n_tokens == 300
     assert (np.diff(text.sequence_T) >= 0).all()
     load_LE = [np.bincount(ids.ravel(), minlength=text.n_experts) for ids in text.ids_LTK]
     np.testing.assert_array_equal(found["load"]["load"], load_LE)
@@ -65,12 +83,37 @@ def test_the_numbers_are_those_of_the_routing(results, directory):
     assert found["similarity"]["layers"][0]["weights"][0][1] == pytest.approx(cosine, abs=1e-5)
 
 
+def test_recorded_routing_is_that_of_the_run(results, directory):
+    assert results["replayed"].code == 0, results["replayed"].err
+    found = json.loads((directory / "replayed" / "analysis.json").read_text())["c"]
+    own = json.loads((directory / "two" / "analysis.json").read_text())["a"]
+    assert own.pop("saturation").keys() == {"step 9"}
+    assert found.pop("saturation") == {}
+    assert found == own
+
+
+def test_text_in_letters_that_the_vocabulary_lacks(results, directory):
+    """It is bytes to the model; the page shows whole letters all the same."""
+    assert results["own"].code == 0, results["own"].err
+    found = json.loads((directory / "own" / "analysis.json").read_text())
+    assert list(found) == ["c", "c-without-shared"]
+    assert found["c"]["domains"]["names"] == ["texts"]
+    kept_L = found["c-without-shared"]["saturation"]["with shared experts"]
+    assert kept_L[0] == 1 > kept_L[1]  # the first layer gets the same
+    page = (directory / "own" / "c.html").read_text()
+    assert "\ufffd" not in page
+    assert "ส" in page
+
+
 @pytest.mark.parametrize(
     ("case", "says"),
     [
         ("there", "there: exists already; name a new folder"),
         ("twice", "is given twice"),
         ("missing", "nowhere"),
+        ("no text", "no such file or directory"),
+        ("no record", "holds no held-out batches"),
+        ("two records", "--replay_routing: is of one run and its own text; give one --workdir"),
         ("none", "--workdir, --to: both are needed"),
     ],
 )
@@ -79,7 +122,8 @@ def test_bad_input_leaves_nothing(case, says, results, directory):
     assert (code, out) == (2, "")
     assert says in err.splitlines()[-1]
     left = {path.name for path in directory.iterdir()}
-    assert left == {"a", "b", "there", "two"}
+    kept = {"texts", "cache", "routing"}
+    assert left - kept == {"a", "b", "c", "there", "two", "replayed", "own"}
 
 
 def test_names_are_the_shortest_that_differ():

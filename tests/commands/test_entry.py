@@ -17,7 +17,10 @@ from tests.tools.patience import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 # What is no command: what they share, and the one that `python -m experiments.NAME` gives its name.
-SHARED = {"command_line", "console", "experiment", "generation_report", "ledger", "text_printer"}
+SHARED = {
+    "command_line", "console", "experiment", "generation_report", "ledger", "text_flags",
+    "text_printer",
+}  # fmt: skip
 LIST = """
 import sys
 from dsmoe_jax import commands
@@ -34,7 +37,7 @@ FLAGS = {
     "plan": ("--chip", "--chips", "--config"),
     "aot": ("--topology", "--[no]json"),
     "convert": ("--from_hf", "--to_hf", "--[no]check", "--against", "--mesh"),
-    "analyse": ("--workdir", "--to", "--max_tokens", "--[no]json"),
+    "analyse": ("--workdir", "--to", "--corpus", "--replay_routing", "--max_tokens", "--[no]json"),
     "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
     "plot_load": ("--workdir", "--out"),
 }

@@ -121,7 +121,7 @@ def test_in_a_browser(text, tokenizer, tmp_path, width):
         ids = [best_LT[layer][t] for t in first]
         return ["" if e is None else f"{e * 137.508 % 360:.1f}" for e in ids]
 
-    assert seen["text"] == "".join(tokenizer.token(int(i)) for i in text.token_ids_T[:30])
+    assert seen["text"] == "".join(tokenizer.pieces(text.token_ids_T[:30]))
     assert seen["first"] == hues(0)
     assert seen["name"] == "2 of 2"
     assert seen["second"] == hues(1)
