@@ -5,9 +5,10 @@ python -m dsmoe_jax analyse --workdir=runs/dsmoe --workdir=runs/gshard --to=look
 
 Runs the held-out text through each model and writes into the new folder --to:
 
-    analysis.json    all tables, by run
-    report.html      the tables and pictures, the runs side by side; opens without a network
-    NAME.html        the routing explorer of each run: text coloured by expert, layer by layer
+    analysis.json        all tables, by run
+    report.html          the tables and pictures, the runs side by side; opens without a network
+    NAME.html            the routing explorer of each run: text coloured by expert, layer by layer
+    side_by_side.html    of several runs: the explorer of all, on the same text
 
 Earlier checkpoints that the workdir still holds show how the router settled, and so do the tables
 of train.analyse_every.  The runs must have the same held-out text.  Dropping and competing tokens
@@ -70,6 +71,7 @@ _REPLAY_ROUTING = flags.DEFINE_string(
     "replay_routing", None, "Look at the recorded routing of this folder, DIRECTORY/validation-..."
 )
 _JSON = flags.DEFINE_bool("json", False, "Also print analysis.json.")
+SIDE_BY_SIDE = "side_by_side.html"
 
 
 def main() -> None:
@@ -101,14 +103,13 @@ def main() -> None:
 def _analyse(names: dict[str, str], to: Path) -> dict[str, tables.Tables]:
     """The tables of every run; writes its explorer."""
     found = {}
-    first: RoutedText | None = None
+    texts: dict[str, RoutedText] = {}
     for name, workdir in names.items():
         run, corpus = opened(workdir)
         check_routes(run.model.config)
         text = _recorded(run, corpus) if _REPLAY_ROUTING.value else _routed(name, run, corpus)
-        if first is None:
-            first = text
-        elif not np.array_equal(first.token_ids_T, text.token_ids_T):
+        first = next(iter(texts.values()), text)
+        if not np.array_equal(first.token_ids_T, text.token_ids_T):
             raise ValueError(
                 f"--workdir={workdir}: has another held-out text than the first run; analyse them"
                 " apart"
@@ -121,8 +122,12 @@ def _analyse(names: dict[str, str], to: Path) -> dict[str, tables.Tables]:
             subjects[f"{name}-without-shared"] = tables.Subject(part, others=others)
         for name, subject in subjects.items():
             found[name] = tables.compute(subject)
-            page = explorer.to_html(f"Routing of {name}", subject.text, corpus.tokenizer)
+            texts[name] = subject.text
+            page = explorer.to_html(f"Routing of {name}", {name: subject.text}, corpus.tokenizer)
             (to / f"{name}.html").write_text(page, encoding="utf-8")
+    if len(texts) > 1:
+        page = explorer.to_html("Routing side by side", texts, corpus.tokenizer)
+        (to / SIDE_BY_SIDE).write_text(page, encoding="utf-8")
     return found
 
 

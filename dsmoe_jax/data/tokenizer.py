@@ -145,9 +145,10 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each of successive ids, for reading: a character stands where it is complete.
 
-        An id that ends within a character and completes none is `UNFINISHED`.
+        An id that ends within a character and completes none is `UNFINISHED`; so is one that goes on
+        with a character of which the beginning is missing.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         return [decoder.decode(self._bytes(int(i))) or UNFINISHED for i in ids]
 
     def _bytes(self, token_id: int) -> bytes:

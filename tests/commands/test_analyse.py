@@ -1,14 +1,19 @@
 """`python -m dsmoe_jax analyse` on a trained run: its files, their numbers, and bad input."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 from forked import run_all
 
-from dsmoe_jax.analysis.routed_text import route_text
+from dsmoe_jax.analysis.routed_text import route_text, with_routing
+from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.report.names import telling_apart
+from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.loading import load_run
 
 
@@ -21,7 +26,20 @@ def directory(finished_run, tmp_path_factory):
     (path / "there").mkdir()
     (path / "texts").mkdir()
     (path / "texts" / "thai.txt").write_text("สวัสดีชาวโลก " * 20)
+    record(path / "c", path / "routing")
     return path
+
+
+def record(workdir, to):
+    """Records the routing of three held-out batches."""
+    run = load_run(workdir)
+    graph, params, other = nnx.split(run.model, nnx.Param, ...)
+    held_out = HeldOut(graph, run.corpus, 4, keep_routing=True)
+    belongs = routing_records.belongs_to(run.config, run.corpus.fingerprint)
+    recorder = routing_records.Recorder(to, belongs)
+    batches = itertools.islice(held_out.routings(params, other), 3)
+    for number, routing in enumerate(batches, start=1):
+        recorder.write(routing_records.validation_name(run.step), number, routing)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +47,9 @@ def results(directory):
     runs = [f"--workdir={directory / name}" for name in ("a", "b")]
     few = ["--max_tokens=300", "--batch_size=4"]
     last = f"--workdir={directory / 'c'}"  # without an earlier checkpoint
-    record = ["evaluate", last, "--max_batches=3", "--batch_size=2"]
     replay = f"--replay_routing={directory / 'routing/validation-00000010'}"
     cases = {
         "two": [*runs, *few, f"--to={directory / 'two'}"],
-        "record": [*record, f"--record_routing={directory / 'routing'}"],
-        "replayed": [last, *few, replay, f"--to={directory / 'replayed'}"],
         "own": [
             last, "--without_shared", f"--corpus={directory / 'texts'}", f"--to={directory / 'own'}"
         ],
@@ -42,11 +57,11 @@ def results(directory):
         "twice": [runs[0], runs[0], f"--to={directory / 'twice'}"],
         "missing": [f"--workdir={directory / 'nowhere'}", f"--to={directory / 'missing'}"],
         "no text": [last, f"--corpus={directory / 'none'}", f"--to={directory / 'missing'}"],
-        "no record": [last, f"{replay}1", f"--to={directory / 'missing'}"],
+        "no record": [last, f"--replay_routing={directory / 'routing/train'}", f"--to={directory / 'missing'}"],
         "two records": [*runs, replay, f"--to={directory / 'missing'}"],
         "none": [],
     }  # fmt: skip
-    lines = [case if case[:1] == ["evaluate"] else ["analyse", *case] for case in cases.values()]
+    lines = [["analyse", *case] for case in cases.values()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSMOE_CACHE", str(directory / "cache"))
         return dict(zip(cases, run_all(lines), strict=True))
@@ -56,7 +71,7 @@ def test_two_runs_side_by_side(results, directory):
     assert results["two"].code == 0, results["two"].err
     assert results["two"].out == f"{directory / 'two' / 'report.html'}\n"
     names = {path.name for path in (directory / "two").iterdir()}
-    assert names == {"analysis.json", "report.html", "a.html", "b.html"}
+    assert names == {"analysis.json", "report.html", "a.html", "b.html", "side_by_side.html"}
     found = json.loads((directory / "two" / "analysis.json").read_text())
     assert list(found) == ["a", "b"]
     assert found["a"] == found["b"]  # the same run
@@ -83,13 +98,14 @@ def test_the_numbers_are_those_of_the_routing(results, directory):
     assert found["similarity"]["layers"][0]["weights"][0][1] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_recorded_routing_is_that_of_the_run(results, directory):
-    assert results["replayed"].code == 0, results["replayed"].err
-    found = json.loads((directory / "replayed" / "analysis.json").read_text())["c"]
-    own = json.loads((directory / "two" / "analysis.json").read_text())["a"]
-    assert own.pop("saturation").keys() == {"step 9"}
-    assert found.pop("saturation") == {}
-    assert found == own
+def test_recorded_routing_is_that_of_the_run(directory):
+    run = load_run(directory / "c")
+    folder = str(directory / "routing/validation-00000010")
+    recording, name = routing_records.of_held_out(folder, run.config, run.corpus.fingerprint)
+    found = with_routing(run.corpus, recording.batches(name), 4, max_tokens=300)
+    own = route_text(run.model, run.corpus, max_tokens=300, batch_size=4)
+    for field in dataclasses.fields(own):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(own, field.name))
 
 
 def test_text_in_letters_that_the_vocabulary_lacks(results, directory):
@@ -123,7 +139,7 @@ def test_bad_input_leaves_nothing(case, says, results, directory):
     assert says in err.splitlines()[-1]
     left = {path.name for path in directory.iterdir()}
     kept = {"texts", "cache", "routing"}
-    assert left - kept == {"a", "b", "c", "there", "two", "replayed", "own"}
+    assert left - kept == {"a", "b", "c", "there", "two", "own"}
 
 
 def test_names_are_the_shortest_that_differ():
