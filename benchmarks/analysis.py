@@ -7,11 +7,11 @@ Times in one process, interleaved, on the text of the config:
 
     steps       the training step, with its data, STEPS of them
     routing     the routing of the first held-out tokens
-    analysis    the routing, the cheap tables, compared with those of an earlier step, and their files
+    analysis    the routing, its cheap tables beside those of an earlier step, and their files
 
-`in_steps` is how many training steps an analysis takes, the median over rounds of (analysis / a step
-in the same round); `two_percent_every` the smallest `train.analyse_every` with which it takes at
-most 2 % of the time of training.
+`in_steps` is how many training steps an analysis takes, the median over rounds of (analysis / a
+step in the same round); `two_percent_every` the smallest `train.analyse_every` with which it takes
+at most 2 % of the time of training.
 """
 
 import itertools

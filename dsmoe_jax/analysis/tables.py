@@ -119,8 +119,9 @@ def committees(subject: Subject) -> dict[str, Any]:
 
     Domains of fewer tokens than `summaries.MIN_DOMAIN_TOKENS` have none: chance would choose it.
     `overlaps` are of every two domains, in the order of `by_domain`, and `overlap` is their mean;
-    `chance_overlap` is that of sets of the same sizes drawn at random; `in_every_domain` are the experts that all domains' committees have, and `mass_in_every_domain` is their share of
-    all gates.
+    `chance_overlap` is that of sets of the same sizes drawn at random; `in_every_domain` are the
+    experts that all domains' committees have, and `mass_in_every_domain` is their share of all
+    gates.
     """
     text = subject.text
     mass_GLE = specialisation.sums_by_group(

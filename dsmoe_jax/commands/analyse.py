@@ -92,7 +92,8 @@ def main() -> None:
             found = _analyse(names, partial)
         json_files.write(partial / "analysis.json", found)
         files = {name: f"{name}.html" for name in found}
-        blocks = analysis_page.blocks(found, _command(), files)
+        several = SIDE_BY_SIDE if len(found) > 1 else None
+        blocks = analysis_page.blocks(found, _command(), files, several)
         (partial / "report.html").write_text(to_html("What the experts learned", blocks), "utf-8")
         partial.rename(to)
     finally:
@@ -117,7 +118,9 @@ def _analyse(names: dict[str, str], to: Path) -> dict[str, tables.Tables]:
         others = _earlier(workdir, run.step)
         subjects = {name: tables.Subject(text, layer_weights(run.model, corpus), others)}
         if _WITHOUT_SHARED.value and run.model.config.moe.n_shared_experts:
-            part = _routed(f"{name}-without-shared", run, corpus, Intervention(shared_experts=False))
+            part = _routed(
+                f"{name}-without-shared", run, corpus, Intervention(shared_experts=False)
+            )
             others = {"with shared experts": text.ids_LTK}
             subjects[f"{name}-without-shared"] = tables.Subject(part, others=others)
         for name, subject in subjects.items():

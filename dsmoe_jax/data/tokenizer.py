@@ -145,8 +145,8 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Text of each of successive ids, for reading: a character stands where it is complete.
 
-        An id that ends within a character and completes none is `UNFINISHED`; so is one that goes on
-        with a character of which the beginning is missing.
+        An id that ends within a character and completes none is `UNFINISHED`; so is one that goes
+        on with a character of which the beginning is missing.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         return [decoder.decode(self._bytes(int(i))) or UNFINISHED for i in ids]

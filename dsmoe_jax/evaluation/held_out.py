@@ -156,7 +156,8 @@ class HeldOut:
         Args:
           params, other: the model's state.
         """
-        assert self._keeps_routing and self._recording is None, "see `keep_routing`"
+        assert self._keeps_routing, "see `keep_routing`"
+        assert self._recording is None, "the router chooses by itself"
         for batch in self._batches("", None):
             *_, recorded = self._step(params, other, batch)
             yield jax.device_get(recorded)

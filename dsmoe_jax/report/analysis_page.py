@@ -21,19 +21,27 @@ MAX_STEPS = 8  # earlier steps in a table, spread like that too
 MAX_MAPS = 6  # layers of which maps are drawn: spread evenly from the first to the last
 
 
-def blocks(runs: Mapping[str, Tables], command: str, explorers: Mapping[str, str]) -> list[Block]:
+def blocks(
+    runs: Mapping[str, Tables],
+    command: str,
+    explorers: Mapping[str, str],
+    side_by_side: str | None = None,
+) -> list[Block]:
     """The blocks of the page.
 
     Args:
       runs: results of `analysis.tables.compute`, by name of the run.
       command: that makes the page again.
       explorers: file of each run's explorer, by name of the run.
+      side_by_side: file of the explorer of all; None for a single run.
     """
     found: list[Block] = [
         Text(_SUMMARY),
         _table(runs, _overview),
         Text(_SUMMARY_NOTE, "note"),
     ]
+    if side_by_side is not None:
+        found.append(Text(f"All on the same text, coloured by expert: `{side_by_side}`."))
     with styled():
         pictures = {name: _pictures(name, tables) for name, tables in runs.items()}
     for name, tables in runs.items():

@@ -258,7 +258,6 @@ class Recording:
         rows = range(batch_size) if rows is None else rows
         return {f"replayed_{k}_BLSK": x[list(rows)] for k, x in routing._asdict().items()}
 
-
     def batches(self, name: str) -> Iterator[RecordedRouting]:
         """The batches of a pass in their order, (L, B, S, K).
 

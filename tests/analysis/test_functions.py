@@ -97,7 +97,8 @@ def test_agreement_and_effective_experts_are_those_of_plain_loops(case, seed):
     agreement = pairs.agreement(ids_LTK, other_LTK, n_experts)
     number_LT = committee.experts_per_token(gates_LTK)
     for layer, (ids_TK, other_TK) in enumerate(zip(ids_LTK, other_LTK, strict=True)):
-        sets = [({*a} - {n_experts}, {*b}) for a, b in zip(ids_TK.tolist(), other_TK.tolist())]
+        rows = zip(ids_TK.tolist(), other_TK.tolist(), strict=True)
+        sets = [({*a} - {n_experts}, {*b}) for a, b in rows]
         chosen = sum(len(own) for own, _ in sets)
         both = sum(len(own & others) for own, others in sets)
         assert agreement[layer] == pytest.approx(both / chosen if chosen else 0)
@@ -111,7 +112,8 @@ def test_agreement_and_effective_experts_are_those_of_plain_loops(case, seed):
 def test_strongest_uses_are_those_of_a_plain_loop(case, n, apart):
     ids_LTK, gates_LTK, *_ = case
     ids_TK, gates_TK = ids_LTK[0], gates_LTK[0]
-    left = {t: gates[ids == 0][0] for t, (ids, gates) in enumerate(zip(ids_TK, gates_TK)) if 0 in ids}
+    rows = enumerate(zip(ids_TK, gates_TK, strict=True))
+    left = {t: gates[ids == 0][0] for t, (ids, gates) in rows if 0 in ids}
     wanted = []
     while left and len(wanted) < n:
         best = max(left, key=left.get)

@@ -77,7 +77,9 @@ def test_tables_and_explorer(kind, corpus):
     assert [len(layer.outputs_ETD) for layer in weights] == [E] * text.n_layers
     earlier = text.ids_LTK[:, :100]
     found = tables.compute(tables.Subject(text, weights, {"step 1": earlier}))
-    assert found["load"]["load"] == [np.bincount(ids[ids < E], minlength=E).tolist() for ids in text.ids_LTK]
+    assert found["load"]["load"] == [
+        np.bincount(ids[ids < E], minlength=E).tolist() for ids in text.ids_LTK
+    ]
     assert found["saturation"] == {"step 1": [1.0] * text.n_layers}
     assert set(found) == set(tables.TABLES)
     json.dumps(found, allow_nan=False)

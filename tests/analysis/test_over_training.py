@@ -49,7 +49,9 @@ def files(workdir):
 
 
 def test_tables_are_those_of_the_checkpoint(run):
-    assert files(run).keys() == {f"0000000{step}.{end}" for step in (2, 4) for end in ("json", "npz")}
+    assert files(run).keys() == {
+        f"0000000{step}.{end}" for step in (2, 4) for end in ("json", "npz")
+    }
     rows = {row["step"]: row for row in read_rows(run)}
     assert all(("inside_committee" in row) == (step in (2, 4)) for step, row in rows.items())
     ids = {}

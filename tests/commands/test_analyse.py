@@ -20,13 +20,12 @@ from dsmoe_jax.runs.loading import load_run
 @pytest.fixture(scope="module")
 def directory(finished_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("analyse")
-    for name in ("a", "b"):
-        shutil.copytree(finished_run[0], path / name)
-    shutil.copytree(finished_run[0], path / "c", ignore=shutil.ignore_patterns("9"))
+    shutil.copytree(finished_run[0], path / "a")
+    shutil.copytree(finished_run[0], path / "b", ignore=shutil.ignore_patterns("9"))
     (path / "there").mkdir()
     (path / "texts").mkdir()
     (path / "texts" / "thai.txt").write_text("สวัสดีชาวโลก " * 20)
-    record(path / "c", path / "routing")
+    record(path / "b", path / "routing")
     return path
 
 
@@ -46,19 +45,19 @@ def record(workdir, to):
 def results(directory):
     runs = [f"--workdir={directory / name}" for name in ("a", "b")]
     few = ["--max_tokens=300", "--batch_size=4"]
-    last = f"--workdir={directory / 'c'}"  # without an earlier checkpoint
-    replay = f"--replay_routing={directory / 'routing/validation-00000010'}"
+    replay = f"--replay_routing={directory / 'routing/train'}"
+    missing = f"--to={directory / 'missing'}"
     cases = {
         "two": [*runs, *few, f"--to={directory / 'two'}"],
         "own": [
-            last, "--without_shared", f"--corpus={directory / 'texts'}", f"--to={directory / 'own'}"
+            runs[1], "--without_shared", f"--corpus={directory / 'texts'}", f"--to={directory / 'own'}"
         ],
         "there": [runs[0], f"--to={directory / 'there'}"],
         "twice": [runs[0], runs[0], f"--to={directory / 'twice'}"],
-        "missing": [f"--workdir={directory / 'nowhere'}", f"--to={directory / 'missing'}"],
-        "no text": [last, f"--corpus={directory / 'none'}", f"--to={directory / 'missing'}"],
-        "no record": [last, f"--replay_routing={directory / 'routing/train'}", f"--to={directory / 'missing'}"],
-        "two records": [*runs, replay, f"--to={directory / 'missing'}"],
+        "missing": [f"--workdir={directory / 'nowhere'}", missing],
+        "no text": [runs[1], f"--corpus={directory / 'none'}", missing],
+        "no record": [runs[1], replay, missing],
+        "two records": [*runs, replay, missing],
         "none": [],
     }  # fmt: skip
     lines = [["analyse", *case] for case in cases.values()]
@@ -74,6 +73,8 @@ def test_two_runs_side_by_side(results, directory):
     assert names == {"analysis.json", "report.html", "a.html", "b.html", "side_by_side.html"}
     found = json.loads((directory / "two" / "analysis.json").read_text())
     assert list(found) == ["a", "b"]
+    assert found["a"].pop("saturation").keys() == {"step 9"}
+    assert found["b"].pop("saturation") == {}  # it has no earlier checkpoint
     assert found["a"] == found["b"]  # the same run
     report = (directory / "two" / "report.html").read_text()
     assert "committee" in report
@@ -99,7 +100,7 @@ def test_the_numbers_are_those_of_the_routing(results, directory):
 
 
 def test_recorded_routing_is_that_of_the_run(directory):
-    run = load_run(directory / "c")
+    run = load_run(directory / "b")
     folder = str(directory / "routing/validation-00000010")
     recording, name = routing_records.of_held_out(folder, run.config, run.corpus.fingerprint)
     found = with_routing(run.corpus, recording.batches(name), 4, max_tokens=300)
@@ -112,11 +113,11 @@ def test_text_in_letters_that_the_vocabulary_lacks(results, directory):
     """It is bytes to the model; the page shows whole letters all the same."""
     assert results["own"].code == 0, results["own"].err
     found = json.loads((directory / "own" / "analysis.json").read_text())
-    assert list(found) == ["c", "c-without-shared"]
-    assert found["c"]["domains"]["names"] == ["texts"]
-    kept_L = found["c-without-shared"]["saturation"]["with shared experts"]
+    assert list(found) == ["b", "b-without-shared"]
+    assert found["b"]["domains"]["names"] == ["texts"]
+    kept_L = found["b-without-shared"]["saturation"]["with shared experts"]
     assert kept_L[0] == 1 > kept_L[1]  # the first layer gets the same
-    page = (directory / "own" / "c.html").read_text()
+    page = (directory / "own" / "b.html").read_text()
     assert "\ufffd" not in page
     assert "ส" in page
 
@@ -139,7 +140,7 @@ def test_bad_input_leaves_nothing(case, says, results, directory):
     assert says in err.splitlines()[-1]
     left = {path.name for path in directory.iterdir()}
     kept = {"texts", "cache", "routing"}
-    assert left - kept == {"a", "b", "c", "there", "two", "own"}
+    assert left - kept == {"a", "b", "there", "two", "own"}
 
 
 def test_names_are_the_shortest_that_differ():
