@@ -61,8 +61,9 @@ class Cases:
     def routing(self) -> None:
         """Routes held-out text."""
         routings = self.stage.held_out.routings(self.state.params, self.state.other)
-        size = {"max_tokens": over_training.TOKENS}
-        self.text = with_routing(self.corpus, routings, self.n_experts, **size)
+        self.text = with_routing(
+            self.corpus, routings, self.n_experts, max_tokens=over_training.TOKENS
+        )
 
     def analysis(self) -> None:
         """Routes it, makes the tables and writes them."""

@@ -266,11 +266,11 @@ class Recording:
         """
         first = load(_path(self.directory, name, 1))
         for number in itertools.count(1):
-            if not _path(self.directory, name, number).is_file():
+            path = _path(self.directory, name, number)
+            if not path.is_file():
                 return
-            arrays = self.read(name, number, len(first.ids))
-            by_name = {k: arrays[f"replayed_{k}_BLSK"] for k in RecordedRouting._fields}
-            yield RecordedRouting(**{k: x.swapaxes(0, 1) for k, x in by_name.items()})
+            self.read(name, number, len(first.ids))  # refuses a batch of other sizes
+            yield RecordedRouting(*(x.swapaxes(0, 1) for x in load(path)))
 
 
 def _has_holes(ids_BLSK: np.ndarray, n_experts: int) -> bool:

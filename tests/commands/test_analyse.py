@@ -46,12 +46,11 @@ def results(directory):
     runs = [f"--workdir={directory / name}" for name in ("a", "b")]
     few = ["--max_tokens=300", "--batch_size=4"]
     replay = f"--replay_routing={directory / 'routing/train'}"
+    corpus = f"--corpus={directory / 'texts'}"
     missing = f"--to={directory / 'missing'}"
     cases = {
         "two": [*runs, *few, f"--to={directory / 'two'}"],
-        "own": [
-            runs[1], "--without_shared", f"--corpus={directory / 'texts'}", f"--to={directory / 'own'}"
-        ],
+        "own": [runs[1], "--without_shared", corpus, f"--to={directory / 'own'}"],
         "there": [runs[0], f"--to={directory / 'there'}"],
         "twice": [runs[0], runs[0], f"--to={directory / 'twice'}"],
         "missing": [f"--workdir={directory / 'nowhere'}", missing],

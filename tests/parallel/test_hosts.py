@@ -133,9 +133,8 @@ def assert_same_tables(workdir, wanted):
     names = {path.name for path in (wanted / "analysis").iterdir()}
     assert names == {f"{step:08}.{end}" for step in (8, 16) for end in ("json", "npz")}
     for name in names:
-        assert (workdir / "analysis" / name).read_bytes() == (
-            wanted / "analysis" / name
-        ).read_bytes()
+        found = (workdir / "analysis" / name).read_bytes()
+        assert found == (wanted / "analysis" / name).read_bytes(), name
 
 
 def test_two_processes_replay_what_one_recorded(launcher, tmp_path, undisturbed):
