@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import analysis, moe_layer, parallel, router_metrics, routers, train_step
+from dsmoe_jax.analysis import over_training
 from dsmoe_jax.moe.kernels import native
 
 
@@ -111,3 +112,12 @@ def test_router_metrics(written):
         for program in ("step", "layers")
         for metrics_are in ("with", "without", "control")
     ]
+
+
+def test_analysis(written, monkeypatch):
+    monkeypatch.setattr(analysis, "STEPS", 1)
+    monkeypatch.setattr(over_training, "TOKENS", 200)
+    report = written(analysis, "--scale=smoke", "--arm=gshard_2b")
+    assert report["tokens"] == 200
+    share = report["in_steps"] / report["two_percent_every"]
+    assert 0 < share <= analysis.SHARE
