@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsmoe_jax.analysis import specialisation
+from dsmoe_jax.analysis.specialisation import Use
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data.corpus import Corpus
@@ -66,6 +68,18 @@ class RoutedText:
     def n_tokens(self) -> int:
         """Number of tokens, T."""
         return len(self.token_ids_T)
+
+    def uses(self, layer: int, expert: int, n: int, *, apart: int = 1) -> list[Use]:
+        """The tokens with the largest gates of an expert, see `specialisation.strongest_uses`.
+
+        Raises:
+          ValueError: if there is no such layer or expert.
+        """
+        require(0 <= layer < self.n_layers, "layer", layer, f"must be 0 to {self.n_layers - 1}")
+        there = 0 <= expert < self.n_experts
+        require(there, "expert", expert, f"must be 0 to {self.n_experts - 1}")
+        of_layer = self.ids_LTK[layer], self.gates_LTK[layer]
+        return specialisation.strongest_uses(*of_layer, expert, n, apart=apart)
 
 
 def route_text(

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.config.checks import require
+
 
 def load_by_group(
     ids_LTK: np.ndarray, group_T: np.ndarray, n_groups: int, n_experts: int
@@ -138,7 +140,12 @@ def favourite_tokens(table: VocabularyTable, layer: int, n: int) -> list[list[tu
 
     Ids with equal shares stand in the order of how often they occur.  An expert that gets none of
     any id has an empty list.
+
+    Raises:
+      ValueError: if there is no such layer.
     """
+    n_layers = len(table.share_LCE)
+    require(0 <= layer < n_layers, "layer", layer, f"must be 0 to {n_layers - 1}")
     share_CE = table.share_LCE[layer]
     found = []
     for share_C in share_CE.T:

@@ -130,10 +130,10 @@ def _favourites(text: RoutedText, tokenizer: Tokenizer) -> list[Any]:
 def _uses(text: RoutedText, tokenizer: Tokenizer) -> list[Any]:
     """The strongest uses of each expert: text before, token, text after, gate, domain."""
     by_layer = []
-    for ids_TK, gates_TK in zip(text.ids_LTK, text.gates_LTK, strict=True):
+    for layer in range(text.n_layers):
         by_expert = []
         for expert in range(text.n_experts):
-            uses = specialisation.strongest_uses(ids_TK, gates_TK, expert, USES, apart=CONTEXT)
+            uses = text.uses(layer, expert, USES, apart=CONTEXT)
             by_expert.append([_in_context(text, tokenizer, use) for use in uses])
         by_layer.append(by_expert)
     return by_layer

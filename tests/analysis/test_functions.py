@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_jax.analysis import committee, pairs, specialisation
+from dsmoe_jax.analysis.routed_text import RoutedText
 
 
 @st.composite
@@ -228,6 +229,19 @@ class TestKnownAnswers:
         uses = specialisation.strongest_uses(ids_TK, gates_TK, 0, 2, apart=2)
         assert [use.place for use in uses] == [1, 4]
         assert specialisation.strongest_uses(ids_TK, gates_TK, 1, 2) == []
+
+    def test_a_layer_or_expert_that_is_not_there(self):
+        ids_LTK = np.zeros((2, 3, 1), int)
+        nothing_T = np.zeros(3, int)
+        text = RoutedText(*[nothing_T] * 4, ids_LTK, np.ones((2, 3, 1)), 4, ["all"])
+        assert len(text.uses(1, 0, 2)) == 2
+        with pytest.raises(ValueError, match=r"^layer=2: must be 0 to 1$"):
+            text.uses(2, 0, 2)
+        with pytest.raises(ValueError, match=r"^expert=-1: must be 0 to 3$"):
+            text.uses(0, -1, 2)
+        table = specialisation.by_vocabulary(ids_LTK, nothing_T, 4, min_count=1)
+        with pytest.raises(ValueError, match=r"^layer=2: must be 0 to 1$"):
+            specialisation.favourite_tokens(table, 2, 1)
 
     def test_agreement_counts_sets_and_no_holes(self):
         ids = np.array([[[0, 1], [2, 4]]])  # of four experts; the second token has a hole
