@@ -56,7 +56,8 @@ def test_it_is_looked_into_like_the_run(converted):
         for model in (load_writer(converted[2]).model, run.model)
     )
     np.testing.assert_array_equal(found.ids_LTK, wanted.ids_LTK)
-    np.testing.assert_array_equal(found.gates_LTK, wanted.gates_LTK)
+    # Another program, so the last bit may differ.
+    np.testing.assert_allclose(found.gates_LTK, wanted.gates_LTK, rtol=1e-5)
 
 
 def test_a_step(finished_run, tmp_path):
