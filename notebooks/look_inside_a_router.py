@@ -333,7 +333,7 @@ print(f"by chance {K / E:.0%}")
 # nothing.
 
 # %%
-page = explorer.to_html("Routing of a small model", text, tokenizer)
+page = explorer.to_html("Routing of a small model", {"small": text}, tokenizer)
 display(Page(page, height=720))
 
 # %% [markdown]

@@ -47,13 +47,12 @@ import jax
 from absl import flags
 from flax import nnx
 
-from dsmoe_jax.commands import command_line
+from dsmoe_jax.commands import command_line, text_flags
+from dsmoe_jax.commands.text_flags import CORPUS, opened
 from dsmoe_jax.config import stage_of
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.opening import locate, open_to_measure
-from dsmoe_jax.data.row_kinds import TEXT
 from dsmoe_jax.evaluation.downstream import TokenisedSets
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.evaluation.likelihood import Scorer
@@ -66,19 +65,15 @@ from dsmoe_jax.report.downstream_table import downstream_text
 from dsmoe_jax.report.names import telling_apart
 from dsmoe_jax.report.text import held_out_text
 from dsmoe_jax.runs import json_files, routing_records
-from dsmoe_jax.runs.loading import Run, Writer, load_run, load_writer
+from dsmoe_jax.runs.loading import Run, Writer, load_writer
 from dsmoe_jax.runs.workdir import read_config
 
 command_line.define_mesh()
+flags.adopt_module_key_flags(text_flags)
 _WORKDIR = flags.DEFINE_multi_string(
     "workdir", [], "Directory of the run; with --tasks it may be repeated."
 )
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
-_CORPUS = flags.DEFINE_string("corpus", None, "Text to measure on, instead of the run's own.")
-_ROWS = flags.DEFINE_string("rows", TEXT, "What a row of --corpus is: text or chat.")
-_MOVED_CORPUS = flags.DEFINE_string(
-    "moved_corpus", None, "Where the run's own corpus is, if it has moved; must be the same text."
-)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at once.", lower_bound=1)
 _MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "Stop early; 0 is all.", lower_bound=0)
 _RECORD_ROUTING = flags.DEFINE_string(
@@ -144,7 +139,7 @@ def _measure() -> tuple[dict[str, Any], str]:
     if more:
         raise ValueError(f"--workdir={more[0]}: a second run is for --tasks; give only one")
     with jax.set_mesh(command_line.mesh()):
-        run, corpus = _opened(workdir)
+        run, corpus = opened(workdir, _STEP.value)
         tokens = _BATCH_SIZE.value * run.config.data.sequence_length
         dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
@@ -153,8 +148,8 @@ def _measure() -> tuple[dict[str, Any], str]:
         line = ProgressLine(run.config.name, held_out.n_batches)
         result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
-    if _CORPUS.value is not None:
-        result["corpus"] = _CORPUS.value
+    if CORPUS.value is not None:
+        result["corpus"] = CORPUS.value
         result["corpus_fingerprint"] = corpus.fingerprint
     return result, held_out_text(result)
 
@@ -185,22 +180,6 @@ def _asked(name: str, workdir: str, sets: dict[str, QuestionSet]) -> dict[str, A
     return {"step": run.step, "max_length": length, "tasks": found}
 
 
-def _opened(workdir: str) -> tuple[Run | Writer, Corpus]:
-    """The trained model, and the text to measure it on."""
-    if _CORPUS.value is None:
-        run = load_run(workdir, _STEP.value, _MOVED_CORPUS.value)
-        return run, run.corpus
-    if _MOVED_CORPUS.value is not None:
-        raise ValueError("--moved_corpus: --corpus measures on other text; give only one")
-    writer = load_writer(workdir, _STEP.value)
-    length = writer.config.data.sequence_length
-    text = locate(_CORPUS.value, "--corpus")
-    try:
-        return writer, open_to_measure(text, writer.tokenizer_file, length, _ROWS.value)
-    except ValueError as error:
-        raise ValueError(f"--corpus={_CORPUS.value}: {error}") from error
-
-
 def _new_file(name: str | None) -> Path | None:
     """The file of `--out`; refuses one that exists, before anything is measured."""
     if name is None:
@@ -221,9 +200,9 @@ def _routing(
     fingerprint = corpus.fingerprint
     if directory and folder:
         raise ValueError("--record_routing: it would be what --replay_routing says; give only one")
-    if _CORPUS.value is not None and (directory or folder or run.config.train.replay_routing):
+    if CORPUS.value is not None and (directory or folder or run.config.train.replay_routing):
         raise ValueError(
-            f"--corpus={_CORPUS.value}: routing is recorded and replayed on the run's own text"
+            f"--corpus={CORPUS.value}: routing is recorded and replayed on the run's own text"
         )
     if folder:
         config = stage_of(run.config, run.step).config

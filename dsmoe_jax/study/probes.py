@@ -61,16 +61,5 @@ def inside(run: Run, intervention: Intervention) -> dict[str, Any]:
         batch_size=train.global_batch_size // train.accumulation_steps,
     )
     looked = tables.compute(tables.Subject(text, layer_weights(run.model, run.corpus)))
-    layers = looked["committees"]["layers"]
-    alike = looked["similarity"]["layers"]
-    found["inside"] = {
-        "committee": [layer["share_of_experts"] for layer in layers],
-        "committee_overlap": [layer["overlap"] for layer in layers],
-        "committee_chance_overlap": [layer["chance_overlap"] for layer in layers],
-        "mass_in_every_domain": [layer["mass_in_every_domain"] for layer in layers],
-        "vocabulary_specialisation": looked["vocabulary"]["vocabulary_specialisation"],
-        "experts_per_token": looked["experts_per_token"]["mean"],
-        "weights_alike": [layer["weights_mean"] for layer in alike],
-        "outputs_alike": [layer["outputs_mean"] for layer in alike],
-    }
+    found["inside"] = tables.by_layer(looked)
     return found

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from forked import run_all
+
+from tests.tools.forked import run_all
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from forked import run_all
 
 from dsmoe_jax.evaluation.likelihood import Request, Scorer, encode
 from dsmoe_jax.runs.loading import load_writer
+from tests.tools.forked import run_all
 
 ROWS = [
     {"context": "def f(x", "choices": ["):", " zebra"], "label": 0},

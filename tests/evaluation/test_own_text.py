@@ -6,7 +6,6 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from forked import run_all
 
 from dsmoe_jax.config import replace
 from dsmoe_jax.data.corpus import TOKENIZER
@@ -17,6 +16,7 @@ from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
+from tests.tools.forked import run_all
 
 TEXTS = {  # each domain fits into one sequence, so that no document is cut
     "poems/a.txt": "Tyger Tyger, burning bright",

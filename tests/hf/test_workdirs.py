@@ -10,6 +10,7 @@ from against_transformers import draw
 from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders, models, pre_tokenizers
 
+from dsmoe_jax.analysis.routed_text import route_text
 from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD
 from dsmoe_jax.hf import loading, workdirs
 from dsmoe_jax.model.build import model_shapes
@@ -45,6 +46,18 @@ def test_the_same_bits(converted):
     run, _, back = converted
     assert_same_bits(state_of(run), state_of(back))
     assert read_config(back).model.moe.router == read_config(run).model.moe.router
+
+
+def test_it_is_looked_into_like_the_run(converted):
+    """Text comes from elsewhere; its experts are those of the run."""
+    run = load_run(converted[0])
+    found, wanted = (
+        route_text(model, run.corpus, max_tokens=300, batch_size=4)
+        for model in (load_writer(converted[2]).model, run.model)
+    )
+    np.testing.assert_array_equal(found.ids_LTK, wanted.ids_LTK)
+    # Another program, so the last bit may differ.
+    np.testing.assert_allclose(found.gates_LTK, wanted.gates_LTK, rtol=1e-5)
 
 
 def test_a_step(finished_run, tmp_path):

@@ -8,7 +8,6 @@ import chex
 import numpy as np
 import pytest
 from flax import nnx
-from forked import run_all
 
 from benchmarks import recorded
 from dsmoe_jax.data.pipeline import validation_batches
@@ -17,6 +16,7 @@ from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.routing_records import MANIFEST, _has_holes, belongs_to, of_held_out
 from dsmoe_jax.training.loop import train
+from tests.tools.forked import run_all
 from tests.tools.trees import REORDERED
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
