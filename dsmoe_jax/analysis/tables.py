@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.analysis import committee, pairs, specialisation
+from dsmoe_jax.analysis import committee, pairs, specialisation, standing
 from dsmoe_jax.analysis.routed_text import LayerWeights, RoutedText
 from dsmoe_jax.runs import summaries
 
@@ -150,6 +150,17 @@ def _committees(mass_GE: np.ndarray, large: Sequence[int], text: RoutedText) -> 
     }
 
 
+def standing_committees(subject: Subject) -> list[dict[str, Any]] | None:
+    """Few experts for every domain, and experts for one, by layer; see `standing`.
+
+    None with fewer than two domains of enough tokens.
+    """
+    found = standing.of_text(subject.text)
+    if found is None:
+        return None
+    return [{"seen": f.seen._asdict(), "blind": f.blind._asdict()} for f in found]
+
+
 def coactivation(subject: Subject) -> dict[str, Any]:
     """Share of each expert's tokens that another one computes too, by layer, (E, E)."""
     text = subject.text
@@ -192,6 +203,7 @@ TABLES: dict[str, Table] = {
     "vocabulary": Table(vocabulary),
     "experts_per_token": Table(experts_per_token),
     "committees": Table(committees),
+    "standing_committees": Table(standing_committees),
     "coactivation": Table(coactivation),
     "saturation": Table(saturation),
     "similarity": Table(similarity, weights=True),

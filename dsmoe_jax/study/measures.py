@@ -147,13 +147,24 @@ def _language_over_kind(outcome: Outcome) -> float | None:
 
 
 def _inside(key: str, factor: float = 1.0) -> Callable[[Outcome], float | None]:
-    """Reads a number that `probes.inside` finds, mean over the layers."""
+    """Reads a number that a probe finds inside a model, mean over layers, parts and draws."""
 
     def read(outcome: Outcome) -> float | None:
-        by_layer = (outcome.evaluation or {}).get("inside", {}).get(key)
-        if not by_layer or None in by_layer:
+        found = (outcome.evaluation or {}).get("inside", {}).get(key)
+        if found is None or found == [] or (isinstance(found, list) and None in found):
             return None
-        return factor * float(np.mean(by_layer))
+        return factor * float(np.mean(found))
+
+    return read
+
+
+def _over_before(key: str) -> Callable[[Outcome], float | None]:
+    """Reads a number of `redundancy.redundancy` less that of a model before training."""
+
+    def read(outcome: Outcome) -> float | None:
+        now = _inside(key)(outcome)
+        before = _inside(f"{key}_before")(outcome)
+        return None if now is None or before is None else now - before
 
     return read
 
@@ -162,6 +173,22 @@ def _overlap_over_chance(outcome: Outcome) -> float | None:
     overlap = _inside("committee_overlap")(outcome)
     chance = _inside("committee_chance_overlap")(outcome)
     return None if overlap is None or chance is None else overlap - chance
+
+
+def _invariance(outcome: Outcome) -> float | None:
+    """Where the overlap of the committees is between chance (0) and blind routing (100)."""
+    over_chance = _overlap_over_chance(outcome)
+    blind = _inside("overlap_if_blind")(outcome)
+    chance = _inside("committee_chance_overlap")(outcome)
+    if over_chance is None or blind is None or chance is None or blind <= chance:
+        return None
+    return 100 * over_chance / (blind - chance)
+
+
+def _specific_over_blind(outcome: Outcome) -> float | None:
+    seen = _inside("specific", 100)(outcome)
+    blind = _inside("specific_if_blind", 100)(outcome)
+    return None if seen is None or blind is None else seen - blind
 
 
 def _loss_rise(outcome: Outcome) -> float | None:
@@ -351,15 +378,45 @@ MEASURES: dict[str, Measure] = {
         _inside("committee_overlap"),
         note="Overlap: Jaccard index of two domains' committees, mean over pairs and layers.",
     ),
-    "committee_over_chance": Measure(
-        "overlap of the domains' committees over that of random sets",
-        _overlap_over_chance,
-        note="Over that of random sets: of the same sizes; 0 is what chance gives.",
+    "overlap_if_blind": Measure(
+        "the same overlap if domains made no difference",
+        _inside("overlap_if_blind"),
+        note="If domains made no difference: with the domains of the sequences shuffled, which"
+        " leaves the loads as they are; mean over 20 shuffles.",
     ),
-    "invariant_mass": Measure(
-        "gates of experts in every domain's committee",
-        _inside("mass_in_every_domain", 100),
-        "% of all gates",
+    "invariance": Measure(
+        "invariance of the committees",
+        _invariance,
+        "%",
+        digits=1,
+        note="Invariance: 0 where two domains' committees overlap as random sets of the same sizes"
+        " do, 100 where they overlap as if domains made no difference.",
+    ),
+    "standing_committee": Measure(
+        "standing committee",
+        _inside("standing_committee", 100),
+        "% of the experts",
+        digits=1,
+        note="Standing committee: few experts that hold half of the gates in every domain; if all"
+        " experts had equal gates, 50 %.",
+    ),
+    "standing_if_blind": Measure(
+        "standing committee if domains made no difference",
+        _inside("standing_if_blind", 100),
+        "% of the experts",
+        digits=1,
+    ),
+    "specific_experts": Measure(
+        "experts of a domain",
+        _inside("specific", 100),
+        "% of the experts",
+        digits=1,
+        note="Experts of a domain: with at least twice their mean share of the gates in one.",
+    ),
+    "specific_over_blind": Measure(
+        "experts of a domain over those if domains made no difference",
+        _specific_over_blind,
+        "points of %",
         digits=1,
     ),
     "experts_per_token": Measure(
@@ -376,6 +433,62 @@ MEASURES: dict[str, Measure] = {
         _inside("outputs_alike"),
         lower_is_better=True,
         note="Likeness: mean cosine over pairs of experts; of outputs, for the same tokens.",
+    ),
+    "outputs_cka": Measure(
+        "CKA of two experts' outputs over that before training",
+        _over_before("outputs_cka"),
+        lower_is_better=True,
+        note="CKA: linear and unbiased, of the outputs for the same tokens, mean over pairs and"
+        " layers, less that of a model of the same sizes before training.",
+    ),
+    "weights_aligned": Measure(
+        "likeness of two experts' weights, units matched, over that before training",
+        _over_before("weights_aligned"),
+        lower_is_better=True,
+        note="Units matched: hidden units compared in the best of all orders, less the same of a"
+        " model before training.",
+    ),
+    "distinct_experts": Measure(
+        "clearly distinct experts",
+        _inside("distinct", 100),
+        "% of the experts",
+        digits=1,
+        note="Clearly distinct: to no other expert of its layer as alike as 0.85 in its outputs.",
+    ),
+    "masked_rise": Measure(
+        "rise of the loss without the best sixteenth of each token",
+        _inside("masked_rise"),
+        "nats per token",
+        digits=4,
+        note="Rises: of the loss on a fifth of the held-out text.",
+    ),
+    "random_rise": Measure(
+        "rise of the loss without a random sixteenth",
+        _inside("random_rises"),
+        "nats per token",
+        digits=4,
+        note="A random sixteenth: of every layer's experts, for all tokens, mean of 8 draws.",
+    ),
+    "least_rise": Measure(
+        "rise of the loss without the least missed sixteenth",
+        _inside("least_rise"),
+        "nats per token",
+        digits=4,
+        note="The least missed sixteenth: of every layer, chosen on other text.",
+    ),
+    "sixteenth_rise": Measure(
+        "rise of the loss without a sixteenth of one layer",
+        _inside("sixteenth_rises"),
+        "nats per token",
+        digits=4,
+        note="A sixteenth of one layer, one expert of one layer: mean over the sixteenths, or up to"
+        " 16 experts from the least loaded to the most, of all layers, on 1/40 of the text.",
+    ),
+    "single_rise": Measure(
+        "rise of the loss without one expert of one layer",
+        _inside("single_rises"),
+        "nats per token",
+        digits=4,
     ),
     "busiest_three": Measure(
         "share of the three busiest experts",

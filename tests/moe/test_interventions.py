@@ -268,7 +268,11 @@ def test_numbers_that_cannot_be():
     [
         ({}, [(), (0, 1, 2, 3, 4)], r"left_out of MoE layer 1=\[0, 1, .*\]: a token .* with 1 exp"),
         (V3, [(0, 2), ()], r"left_out of MoE layer 0=\[0, 2\]: .* with 2 exp.*; 1 masked and"),
-        ({"router.name": "uniform"}, [(0,), ()], r"left_out: .* the uniform router is fixed; must be no ex"),
+        (
+            {"router.name": "uniform"},
+            [(0,), ()],
+            r"left_out: .* the uniform router is fixed; must be no ex",
+        ),
         ({}, [(0,)], r"layers x experts=\(1, 6\): must be \(2, 6\)"),
     ],
 )

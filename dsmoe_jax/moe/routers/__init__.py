@@ -126,9 +126,7 @@ class Router(NamedTuple):
 
 ROUTERS: dict[str, Router] = {
     "topk": Router(scored.topk, _SCORED, masks_best=True, leaves_out=True, state=_BIAS),
-    "switch": Router(
-        scored.topk, _SCORED, top=1, masks_best=True, leaves_out=True, state=_BIAS
-    ),
+    "switch": Router(scored.topk, _SCORED, top=1, masks_best=True, leaves_out=True, state=_BIAS),
     "gshard": Router(
         scored.gshard,
         _SCORED,
