@@ -1,11 +1,16 @@
 """Standing committees: few experts that serve every domain, beside experts that serve one.
 
 2601.03425 finds that a few routed experts take most of the routing mass whatever the domain;
-2604.05267 that models have experts of single domains.  Both are asked here beside the routing that
-there would be if domains made no difference: the same sequences with their domains shuffled.  It
-has the same loads, so that an expert which is busy everywhere proves nothing about domains.
+2604.05267 that models have experts of single domains.  Both are asked here beside two routings of
+the same loads:
 
-Shapes: T tokens, L MoE layers, S sequences, E routed experts, G domains.
+    blind       domains make no difference: the same sequences with their domains shuffled
+    by token    the token alone decides: each has the mean gates of all tokens of its id
+
+An expert that is busy everywhere proves nothing about domains, and one of Chinese characters is an
+expert of Chinese without knowing more than the token.
+
+Shapes: T tokens, L MoE layers, S sequences, E routed experts, G domains, V token ids of the text.
 """
 
 from __future__ import annotations
@@ -37,10 +42,11 @@ class Standing(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A layer as it is, and with domains that make no difference (mean over shuffles)."""
+    """A layer as it is, and with the routings beside it; blind is a mean over shuffles."""
 
     seen: Standing
     blind: Standing
+    by_token: Standing
 
 
 def standing(share_GE: np.ndarray, wanted: float = committee.HALF) -> tuple[list[int], float]:
@@ -106,16 +112,37 @@ def of_text(text: RoutedText, seed: int = 0) -> list[Found] | None:
     mass_SLE = mass_SLE[kept_S]
     place_S = np.unique(domain_S[kept_S], return_inverse=True)[1]
     rng = np.random.default_rng(seed)
-    seen_L = _layers(mass_SLE, place_S)
-    shuffled = [_layers(mass_SLE, rng.permutation(place_S)) for _ in range(SHUFFLES)]
+    shuffled = [_by_domain(mass_SLE, rng.permutation(place_S)) for _ in range(SHUFFLES)]
+    blind_L = zip(*map(_layers, shuffled), strict=True)
     return [
-        Found(seen, Standing(*np.mean(blind, axis=0).tolist()))
-        for seen, blind in zip(seen_L, zip(*shuffled, strict=True), strict=True)
+        Found(seen, Standing(*np.mean(blind, axis=0).tolist()), by_token)
+        for seen, blind, by_token in zip(
+            _layers(_by_domain(mass_SLE, place_S)),
+            blind_L,
+            _layers(_by_token(text)[large_G]),
+            strict=True,
+        )
     ]
 
 
-def _layers(mass_SLE: np.ndarray, domain_S: np.ndarray) -> list[Standing]:
-    mass_GLE = np.stack([mass_SLE[domain_S == g].sum(axis=0) for g in range(domain_S.max() + 1)])
+def _by_domain(mass_SLE: np.ndarray, domain_S: np.ndarray) -> np.ndarray:
+    """Gates by domain, (G, L, E)."""
+    return np.stack([mass_SLE[domain_S == g].sum(axis=0) for g in range(domain_S.max() + 1)])
+
+
+def _by_token(text: RoutedText) -> np.ndarray:
+    """Gates by domain, (G, L, E), if each token had the mean gates of all tokens of its id."""
+    _, place_T, count_V = np.unique(text.token_ids_T, return_inverse=True, return_counts=True)
+    mass_VLE = specialisation.sums_by_group(
+        text.gates_LTK, text.ids_LTK, place_T, len(count_V), text.n_experts
+    )
+    n_domains = len(text.domains)
+    pairs_T = text.domain_T.astype(np.int64) * len(count_V) + place_T
+    count_GV = np.bincount(pairs_T, minlength=n_domains * len(count_V)).reshape(n_domains, -1)
+    return np.tensordot(count_GV / count_V, mass_VLE, axes=1)
+
+
+def _layers(mass_GLE: np.ndarray) -> list[Standing]:
     return [_numbers(share_GE) for share_GE in specialisation.shares(mass_GLE).swapaxes(0, 1)]
 
 

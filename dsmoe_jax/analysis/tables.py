@@ -158,7 +158,7 @@ def standing_committees(subject: Subject) -> list[dict[str, Any]] | None:
     found = standing.of_text(subject.text)
     if found is None:
         return None
-    return [{"seen": f.seen._asdict(), "blind": f.blind._asdict()} for f in found]
+    return [{name: getattr(layer, name)._asdict() for name in layer._fields} for layer in found]
 
 
 def coactivation(subject: Subject) -> dict[str, Any]:

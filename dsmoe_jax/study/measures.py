@@ -185,10 +185,15 @@ def _invariance(outcome: Outcome) -> float | None:
     return 100 * over_chance / (blind - chance)
 
 
-def _specific_over_blind(outcome: Outcome) -> float | None:
-    seen = _inside("specific", 100)(outcome)
-    blind = _inside("specific_if_blind", 100)(outcome)
-    return None if seen is None or blind is None else seen - blind
+def _specific_over(key: str) -> Callable[[Outcome], float | None]:
+    """Reads how many more experts of a domain there are than in another routing, in % of all."""
+
+    def read(outcome: Outcome) -> float | None:
+        seen = _inside("specific", 100)(outcome)
+        other = _inside(key, 100)(outcome)
+        return None if seen is None or other is None else seen - other
+
+    return read
 
 
 def _loss_rise(outcome: Outcome) -> float | None:
@@ -415,9 +420,17 @@ MEASURES: dict[str, Measure] = {
     ),
     "specific_over_blind": Measure(
         "experts of a domain over those if domains made no difference",
-        _specific_over_blind,
+        _specific_over("specific_if_blind"),
         "points of %",
         digits=1,
+    ),
+    "specific_over_token": Measure(
+        "experts of a domain over those if the token alone decided",
+        _specific_over("specific_by_token"),
+        "points of %",
+        digits=1,
+        note="If the token alone decided: with the mean gates of all tokens of the same id in place"
+        " of each token's.",
     ),
     "experts_per_token": Measure(
         "effective experts of a token",

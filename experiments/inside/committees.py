@@ -16,6 +16,8 @@ questions, and a model may answer yes to each:
 The null model is the same text with the domains of its sequences shuffled: routing with the same
 loads for which domains make no difference.  Balance holds the first down whatever domains do (with
 even gates half of them is half of the experts), so the other two are read against the null model.
+A second one asks whether experts of a domain know more than its tokens: each token gets the mean
+gates of all tokens of its id.
 """
 
 from dsmoe_jax.commands import experiment
@@ -48,6 +50,7 @@ ARMS = (
 STANDING = "standing_committee"
 INVARIANCE = "invariance"
 SPECIFIC = "specific_over_blind"
+BEYOND_TOKENS = "specific_over_token"
 
 
 def weaker(one: str, other: str, source: str) -> tuple[Claim, ...]:
@@ -70,9 +73,9 @@ EXPERIMENT = Experiment(
     " have experts of their own. A small committee is read as a quarter of the experts with half of"
     " the gates of every domain; the same for all domains, as nearer to routing for which domains"
     " make no difference than to chance; experts of a domain, as a tenth of the experts more than"
-    " such routing has. More shared experts, balance over the batch and a bias alone should weaken"
-    " the committee. (Arms read: shared + routed experts, routed ones activated; the last three are"
-    " 1 + 63 (7) with another balance.)",
+    " such routing has, or than there would be if the token alone decided. More shared experts,"
+    " balance over the batch and a bias alone should weaken the committee. (Arms read: shared +"
+    " routed experts, routed ones activated; the last three are 1 + 63 (7) with another balance.)",
     arms=ARMS,
     claims=(
         # "Compact": with even gates half of the experts would be needed.
@@ -84,6 +87,7 @@ EXPERIMENT = Experiment(
         below(NOTHING, FINE, measure=STANDING, source="2601.03425"),
         bounded(FINE, above=10, measure=SPECIFIC, source="2604.05267"),
         bounded(NOTHING, above=10, measure=SPECIFIC, source="2604.05267"),
+        bounded(FINE, above=10, measure=BEYOND_TOKENS, source="2604.05267, more strictly"),
         # Isolated experts should leave less to share for the routed ones.
         *weaker(ONE, GSHARD, "V1 section 3.2"),
         *weaker(TWO, FINE, "V1 section 3.2"),
@@ -100,6 +104,7 @@ EXPERIMENT = Experiment(
         "overlap_if_blind",
         "specific_experts",
         SPECIFIC,
+        BEYOND_TOKENS,
         "committee",
         "domain_specialisation",
         "maxvio",

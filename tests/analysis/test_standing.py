@@ -61,17 +61,18 @@ def test_experts_of_a_domain_by_their_largest_multiple():
     assert standing.specific(np.zeros((2, 2))).tolist() == [0, 0]
 
 
-def routed(ids_ST, domain_S, n_experts):
+def routed(ids_ST, domain_S, n_experts, tokens_ST=None):
     """A text of one layer with one expert a token and gates of 1."""
     n_sequences, length = ids_ST.shape
     sequence_T = np.repeat(np.arange(n_sequences), length)
     ids_LTK = ids_ST.reshape(1, -1, 1).astype(np.int32)
     nothing_T = np.zeros(len(sequence_T), np.int32)
+    token_ids_T = nothing_T if tokens_ST is None else tokens_ST.ravel()
     gates_LTK = np.ones(ids_LTK.shape, np.float32)
     names = [str(g) for g in range(domain_S.max() + 1)]
     domain_T = domain_S[sequence_T]
     return RoutedText(
-        nothing_T, sequence_T, nothing_T, domain_T, ids_LTK, gates_LTK, n_experts, names
+        token_ids_T, sequence_T, nothing_T, domain_T, ids_LTK, gates_LTK, n_experts, names
     )
 
 
@@ -85,6 +86,15 @@ def test_domains_with_experts_of_their_own():
     assert found.seen == (pytest.approx(0.5), 0.0, 1.0)
     assert found.blind.overlap > 0.2
     assert found.blind.specific < 0.1
+    assert found.by_token == (pytest.approx(0.5), 1.0, 0.0)  # all tokens are of one id
+
+
+def test_experts_of_tokens_are_experts_of_domains_with_these_tokens():
+    """Tokens of ids 0 to 3 in the first domain, 4 to 7 in the second: an expert for each id."""
+    domain_S = np.arange(40) % 2
+    tokens_ST = 4 * domain_S[:, None] + np.arange(40) % 4
+    (found,) = standing.of_text(routed(tokens_ST, domain_S, 8, tokens_ST))
+    assert found.seen == found.by_token == (pytest.approx(0.5), 0.0, 1.0)
 
 
 def test_loads_alone_make_no_difference_between_domains():
