@@ -18,6 +18,7 @@ from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.parallel import sharding
 
 
 class LossWithout:
@@ -41,7 +42,7 @@ class LossWithout:
             _, sums = token_sums(scored.nll_BS, batch, jnp.zeros(model.config.vocab_size))
             return sums.nll, sums.tokens
 
-        self._step = jax.jit(step)
+        self._step = jax.jit(step, out_shardings=sharding.whole())
 
     @property
     def shape(self) -> tuple[int, int]:
