@@ -384,10 +384,10 @@ MEASURES: dict[str, Measure] = {
         note="Overlap: Jaccard index of two domains' committees, mean over pairs and layers.",
     ),
     "overlap_if_blind": Measure(
-        "the same overlap if domains made no difference",
+        "overlap of blind committees",
         _inside("overlap_if_blind"),
-        note="If domains made no difference: with the domains of the sequences shuffled, which"
-        " leaves the loads as they are; mean over 20 shuffles.",
+        note="Blind: if domains made no difference, with the domains of the sequences shuffled,"
+        " which leaves the loads as they are; mean over 20 shuffles.",
     ),
     "invariance": Measure(
         "invariance of the committees",
@@ -395,7 +395,7 @@ MEASURES: dict[str, Measure] = {
         "%",
         digits=1,
         note="Invariance: 0 where two domains' committees overlap as random sets of the same sizes"
-        " do, 100 where they overlap as if domains made no difference.",
+        " do, 100 where they overlap as blind ones.",
     ),
     "standing_committee": Measure(
         "standing committee",
@@ -406,7 +406,7 @@ MEASURES: dict[str, Measure] = {
         " experts had equal gates, 50 %.",
     ),
     "standing_if_blind": Measure(
-        "standing committee if domains made no difference",
+        "blind standing committee",
         _inside("standing_if_blind", 100),
         "% of the experts",
         digits=1,
@@ -419,18 +419,18 @@ MEASURES: dict[str, Measure] = {
         note="Experts of a domain: with at least twice their mean share of the gates in one.",
     ),
     "specific_over_blind": Measure(
-        "experts of a domain over those if domains made no difference",
+        "experts of a domain over blind",
         _specific_over("specific_if_blind"),
         "points of %",
         digits=1,
     ),
     "specific_over_token": Measure(
-        "experts of a domain over those if the token alone decided",
+        "experts of a domain over tokens",
         _specific_over("specific_by_token"),
         "points of %",
         digits=1,
-        note="If the token alone decided: with the mean gates of all tokens of the same id in place"
-        " of each token's.",
+        note="Over blind, over tokens: less those that there would be if domains made no"
+        " difference, or if the token alone decided, each with the mean gates of all of its id.",
     ),
     "experts_per_token": Measure(
         "effective experts of a token",
@@ -448,18 +448,18 @@ MEASURES: dict[str, Measure] = {
         note="Likeness: mean cosine over pairs of experts; of outputs, for the same tokens.",
     ),
     "outputs_cka": Measure(
-        "CKA of two experts' outputs over that before training",
+        "CKA of outputs over start",
         _over_before("outputs_cka"),
         lower_is_better=True,
-        note="CKA: linear and unbiased, of the outputs for the same tokens, mean over pairs and"
-        " layers, less that of a model of the same sizes before training.",
+        note="CKA: linear and unbiased, of two experts' outputs for the same tokens, mean over"
+        " pairs and layers. Over start: less the same of a model of its sizes before training.",
     ),
     "weights_aligned": Measure(
-        "likeness of two experts' weights, units matched, over that before training",
+        "likeness of matched weights over start",
         _over_before("weights_aligned"),
         lower_is_better=True,
-        note="Units matched: hidden units compared in the best of all orders, less the same of a"
-        " model before training.",
+        note="Matched weights: of two experts, with their hidden units in the order in which they"
+        " are most alike.",
     ),
     "distinct_experts": Measure(
         "clearly distinct experts",
@@ -469,36 +469,37 @@ MEASURES: dict[str, Measure] = {
         note="Clearly distinct: to no other expert of its layer as alike as 0.85 in its outputs.",
     ),
     "masked_rise": Measure(
-        "rise of the loss without the best sixteenth of each token",
+        "rise without each token's best",
         _inside("masked_rise"),
         "nats per token",
         digits=4,
-        note="Rises: of the loss on a fifth of the held-out text.",
+        note="Rises: of the loss, on a fifth of the held-out text. Each token's best: its best"
+        " sixteenth of the experts is masked (V1 figure 4).",
     ),
     "random_rise": Measure(
-        "rise of the loss without a random sixteenth",
+        "rise without a random sixteenth",
         _inside("random_rises"),
         "nats per token",
         digits=4,
         note="A random sixteenth: of every layer's experts, for all tokens, mean of 8 draws.",
     ),
     "least_rise": Measure(
-        "rise of the loss without the least missed sixteenth",
+        "rise without the least missed",
         _inside("least_rise"),
         "nats per token",
         digits=4,
-        note="The least missed sixteenth: of every layer, chosen on other text.",
+        note="The least missed: a sixteenth of every layer, chosen on other text.",
     ),
     "sixteenth_rise": Measure(
-        "rise of the loss without a sixteenth of one layer",
+        "rise without a sixteenth of a layer",
         _inside("sixteenth_rises"),
         "nats per token",
         digits=4,
-        note="A sixteenth of one layer, one expert of one layer: mean over the sixteenths, or up to"
-        " 16 experts from the least loaded to the most, of all layers, on 1/40 of the text.",
+        note="A sixteenth of a layer, one expert: mean over the sixteenths of all layers, or over"
+        " up to 16 experts of each from the least loaded to the most, on 1/40 of the text.",
     ),
     "single_rise": Measure(
-        "rise of the loss without one expert of one layer",
+        "rise without one expert",
         _inside("single_rises"),
         "nats per token",
         digits=4,

@@ -105,7 +105,6 @@ EXPERIMENT = Experiment(
         "specific_experts",
         SPECIFIC,
         BEYOND_TOKENS,
-        "committee",
         "domain_specialisation",
         "maxvio",
         "validation_loss",

@@ -78,7 +78,6 @@ EXPERIMENT = Experiment(
         "least_rise",
         "sixteenth_rise",
         "single_rise",
-        "maxvio",
         "validation_loss",
     ),
     pictures=("outputs_alike", "weights_aligned", "masked_rise", "random_rise", "least_rise"),
