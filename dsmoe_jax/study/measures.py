@@ -411,18 +411,12 @@ MEASURES: dict[str, Measure] = {
         "% of the experts",
         digits=1,
     ),
-    "specific_experts": Measure(
-        "experts of a domain",
-        _inside("specific", 100),
-        "% of the experts",
-        digits=1,
-        note="Experts of a domain: with at least twice their mean share of the gates in one.",
-    ),
     "specific_over_blind": Measure(
         "experts of a domain over blind",
         _specific_over("specific_if_blind"),
         "points of %",
         digits=1,
+        note="Experts of a domain: with at least twice their mean share of the gates in one.",
     ),
     "specific_over_token": Measure(
         "experts of a domain over tokens",

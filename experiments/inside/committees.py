@@ -102,14 +102,12 @@ EXPERIMENT = Experiment(
         INVARIANCE,
         "committee_overlap",
         "overlap_if_blind",
-        "specific_experts",
         SPECIFIC,
         BEYOND_TOKENS,
-        "domain_specialisation",
         "maxvio",
         "validation_loss",
     ),
-    pictures=(STANDING, INVARIANCE, SPECIFIC, "domain_load"),
+    pictures=(STANDING, INVARIANCE, SPECIFIC, BEYOND_TOKENS),
 )
 
 if __name__ == "__main__":
