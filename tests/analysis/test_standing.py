@@ -76,13 +76,19 @@ def routed(ids_ST, domain_S, n_experts, tokens_ST=None):
     )
 
 
+def found_in(text):
+    found = standing.of_text(text)
+    assert found is not None
+    return found
+
+
 DOMAIN_S = np.arange(60) % 3
 
 
 def test_domains_with_experts_of_their_own():
     """Each of three domains has two experts: they share nothing, shuffled they share all."""
     ids_ST = 2 * DOMAIN_S[:, None] + np.arange(50) % 2
-    (found,) = standing.of_text(routed(ids_ST, DOMAIN_S, 6))
+    (found,) = found_in(routed(ids_ST, DOMAIN_S, 6))
     assert found.seen == (pytest.approx(0.5), 0.0, 1.0)
     assert found.blind.overlap > 0.2
     assert found.blind.specific < 0.1
@@ -93,7 +99,7 @@ def test_experts_of_tokens_are_experts_of_domains_with_these_tokens():
     """Tokens of ids 0 to 3 in the first domain, 4 to 7 in the second: an expert for each id."""
     domain_S = np.arange(40) % 2
     tokens_ST = 4 * domain_S[:, None] + np.arange(40) % 4
-    (found,) = standing.of_text(routed(tokens_ST, domain_S, 8, tokens_ST))
+    (found,) = found_in(routed(tokens_ST, domain_S, 8, tokens_ST))
     assert found.seen == found.by_token == (pytest.approx(0.5), 0.0, 1.0)
 
 
@@ -102,7 +108,7 @@ def test_loads_alone_make_no_difference_between_domains():
     rng = np.random.default_rng(0)
     p_E = np.array([0.51, *np.full(7, 0.07)])
     ids_ST = rng.choice(8, size=(60, 200), p=p_E / p_E.sum())
-    (found,) = standing.of_text(routed(ids_ST, DOMAIN_S, 8))
+    (found,) = found_in(routed(ids_ST, DOMAIN_S, 8))
     assert (
         found.seen.size
         == pytest.approx(found.blind.size, abs=0.05)

@@ -34,6 +34,8 @@ FLAGS = {
     "plan": ("--chip", "--chips", "--config"),
     "aot": ("--topology", "--[no]json"),
     "convert": ("--from_hf", "--to_hf", "--[no]check", "--against", "--mesh"),
+    "economics": ("--config", "--chip", "--prices", "--[no]json"),
+    "surgery": ("--from", "--to", "--moments", "--loads", "  place  Order the experts"),
     "analyse": ("--workdir", "--to", "--max_tokens", "--[no]json"),
     "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
     "plot_load": ("--workdir", "--out"),
