@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.analysis import committee, pairs, specialisation
+from dsmoe_jax.analysis import committee, pairs, specialisation, standing
 from dsmoe_jax.analysis.routed_text import LayerWeights, RoutedText
 from dsmoe_jax.runs import summaries
 
@@ -155,6 +155,17 @@ def _committees(mass_GE: np.ndarray, large: Sequence[int], text: RoutedText) -> 
     }
 
 
+def standing_committees(subject: Subject) -> list[dict[str, Any]] | None:
+    """Few experts for every domain, and experts for one, by layer; see `standing`.
+
+    None with fewer than two domains of enough tokens.
+    """
+    found = standing.of_text(subject.text)
+    if found is None:
+        return None
+    return [{name: getattr(layer, name)._asdict() for name in layer._fields} for layer in found]
+
+
 def coactivation(subject: Subject) -> dict[str, Any]:
     """Share of each expert's tokens that another one computes too, by layer, (E, E)."""
     text = subject.text
@@ -202,6 +213,7 @@ TABLES: dict[str, Table] = {
     "vocabulary": Table(vocabulary),
     "experts_per_token": Table(experts_per_token),
     "committees": Table(committees),
+    "standing_committees": Table(standing_committees, cheap=False),
     "coactivation": Table(coactivation, cheap=False),  # E times as large as the others
     "saturation": Table(saturation),
     "similarity": Table(similarity, weights=True, cheap=False),
@@ -235,6 +247,18 @@ def by_layer(found: Tables) -> dict[str, list[Any]]:
         numbers["domain_specialisation"] = found["domains"]["domain_specialisation"]
     if found["saturation"]:
         numbers["router_saturation"] = list(found["saturation"].values())[-1]
+    if "standing_committees" in found:
+        standing = found["standing_committees"] or []
+        numbers |= {
+            "standing_committee": [layer["seen"]["size"] for layer in standing],
+            "standing_if_blind": [layer["blind"]["size"] for layer in standing],
+            "overlap_if_blind": [layer["blind"]["overlap"] for layer in standing],
+            "specific": [layer["seen"]["specific"] for layer in standing],
+            "specific_if_blind": [layer["blind"]["specific"] for layer in standing],
+            "standing_by_token": [layer["by_token"]["size"] for layer in standing],
+            "overlap_by_token": [layer["by_token"]["overlap"] for layer in standing],
+            "specific_by_token": [layer["by_token"]["specific"] for layer in standing],
+        }
     if "similarity" in found:
         alike = found["similarity"]["layers"]
         numbers["weights_alike"] = [layer["weights_mean"] for layer in alike]

@@ -331,8 +331,10 @@ class Transformer(nnx.Module):
         for stack, run, run_cache in zip(stacks, runs, caches, strict=True):
             of_run = slice(first, first + run.groups)
             first = of_run.stop
-            noise, recorded = jax.tree.map(operator.itemgetter(of_run), (rngs, replayed))
-            moe = OneLayer(run_cache.layers if run_cache else None, noise, recorded)
+            of_layers = jax.tree.map(
+                operator.itemgetter(of_run), (rngs, replayed, inputs.left_out_LE)
+            )
+            moe = OneLayer(run_cache.layers if run_cache else None, *of_layers)
             dense = OneLayer(run_cache.between if run_cache else None)
             x_BSD, *output = self._scan(stack, run, x_BSD, every, moe, dense, intervention)
             outputs.append(output)

@@ -261,6 +261,66 @@ class TestKnownAnswers:
         assert pairs.alike(np.array([[1.0, 0.8], [0.8, 1.0]]), 0.85) == []
         assert pairs.mean_of_pairs(np.ones((1, 1))) is None
 
+    def test_distinct_experts_are_those_without_a_double(self):
+        similarity_EE = np.array([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
+        assert pairs.distinct(similarity_EE, 0.85) == pytest.approx(1 / 3)
+        assert pairs.distinct(np.ones((1, 1)), 0.85) == 1.0
+
+
+class TestLikenessOfExperts:
+    E, F, D = 3, 4, 6
+
+    def weights(self):
+        rng = np.random.default_rng(0)
+        shapes = (self.E, self.F, self.D), (self.E, self.F, self.D), (self.E, self.D, self.F)
+        return [rng.standard_normal(shape) for shape in shapes]
+
+    def test_the_best_order_of_units_is_found(self):
+        gate, up, down = self.weights()
+        unit = [w / np.linalg.norm(w, axis=-1, keepdims=True) for w in (gate, up)]
+        unit.append(np.swapaxes(down / np.linalg.norm(down, axis=1, keepdims=True), 1, 2))
+
+        def alike(a, b):
+            g, u, d = (w[0, a] @ w[1, b] for w in unit)
+            return (g + u * d) / 2
+
+        best = max(
+            np.mean([alike(a, b) for a, b in enumerate(order)])
+            for order in itertools.permutations(range(self.F))
+        )
+        got_EE = pairs.aligned_similarity(gate, up, down)
+        assert got_EE[0, 1] == got_EE[1, 0] == pytest.approx(best)
+        assert np.diag(got_EE).tolist() == [1, 1, 1]
+
+    def test_the_same_function_in_other_units_is_the_same_expert(self):
+        gate, up, down = self.weights()
+        order = [2, 0, 3, 1]
+        gate[1], up[1], down[1] = gate[0, order], -2 * up[0, order], -3 * down[0][:, order]
+        assert pairs.aligned_similarity(gate, up, down)[0, 1] == pytest.approx(1)
+        assert pairs.weight_similarity(gate, up, down)[0, 1] < 0.9
+
+    def test_cka_is_that_of_the_unbiased_formula(self):
+        """With HSIC_1 of 1310.2059, eq. 6 (by traces and sums of Gram matrices)."""
+        outputs_ETD = np.random.default_rng(1).standard_normal((2, 9, 3))
+
+        def hsic(x, y):
+            n = len(x)
+            k, m = (z @ z.T * (1 - np.eye(n)) for z in (x, y))
+            found = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2))
+            return (found - 2 / (n - 2) * (k @ m).sum()) / (n * (n - 3))
+
+        a, b = outputs_ETD
+        wanted = hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b))
+        got_EE = pairs.centred_kernel_alignment(outputs_ETD)
+        assert got_EE[0, 1] == pytest.approx(wanted)
+
+    def test_cka_does_not_see_directions_and_scale(self):
+        rng = np.random.default_rng(2)
+        x_TD = rng.standard_normal((20, 3))
+        turned = 5 * x_TD @ np.linalg.qr(rng.standard_normal((3, 3)))[0] + 1
+        found_EE = pairs.centred_kernel_alignment(np.stack([x_TD, turned]))
+        assert found_EE[0, 1] == pytest.approx(1)
+
 
 def test_the_surroundings_of_a_token_end_with_its_sequence():
     none_T = np.zeros(7, np.int32)
