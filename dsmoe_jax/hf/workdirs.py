@@ -27,22 +27,23 @@ from dsmoe_jax.config import Config, DataConfig, ModelConfig, stage_of, to_confi
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.opening import tokenizer_fingerprint
 from dsmoe_jax.data.tokenizer import Tokenizer
-from dsmoe_jax.hf import loading, saving, tokenizers
+from dsmoe_jax.hf import loading, names, saving, tokenizers
 from dsmoe_jax.hf.loading import CONFIG, Source
+from dsmoe_jax.hf.tensors import PIECE_BYTES, Read
 from dsmoe_jax.model.build import ModelState, abstract_model, model_shapes
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs import workdir as workdirs
-from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints
-from dsmoe_jax.runs.loading import load_model_state
+from dsmoe_jax.runs.checkpoint import CHUNK_BYTES, MODEL, Checkpoints
+from dsmoe_jax.runs.loading import SavedModel, load_model_state, saved_model
+from dsmoe_jax.runs.saved_arrays import name_of
 
 KEPT = "hf"  # in a workdir: the files that a model came with
 STEP = 0  # of the checkpoint of a converted model, before any step
 SCALE = "released"
 MOST_POSITIONS = 4096  # of a sequence in evaluation; models say what they were extended to
-CHUNK_BYTES = 64 * 2**20  # of an array in the checkpoint: what is compressed at once
 COLLECTED_BYTES = 2**31  # by Orbax, of what is compressed, before they are written
 
 
@@ -86,7 +87,7 @@ def _save_checkpoint(source: Source, made: Path, extra: dict[str, Any]) -> None:
     with _on_disk(made / ".arrays") as allocate:
         state = loading.load_state(source, line, allocate)
         print(f"{source.directory.name}: writing the checkpoint", file=sys.stderr)
-        checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1, chunk_bytes=CHUNK_BYTES)
+        checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1)
         checkpoints.save(STEP, {MODEL: state}, extra)
         checkpoints.close()
 
@@ -171,18 +172,32 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
     model = _model_of(config, step)
     kept = _kept(local_path("--from", workdir), config)
     destination = saving.describe(model, dtype, _about(kept, config))
-    print(f"{workdir}: {_needs_to(model, destination, shard_bytes)}", file=sys.stderr)
-    _check_space(place, destination.bytes, copies=1)
     shapes = model_shapes(model)
-    loaded = load_model_state(workdir, shapes, step, key=f"--from={workdir}")
-    with _beside(place) as made:
-        line = ProgressLine(f"writing {place.name}", len(destination.lines))
-        saving.save(destination, loaded.state, made, line, shard_bytes)
-        if kept is not None:
-            tokenizers.carry(kept, made, without=(CONFIG,))
-        elif (own := local_path("--from", workdir) / workdirs.TOKENIZER).is_file():
-            tokenizers.write(own, made)
-    return Written(place, destination.tree["architectures"][0], loaded.step)
+    with saved_model(workdir, shapes, step, key=f"--from={workdir}") as saved:
+        held = saved.arrays.held_bytes + 4 * PIECE_BYTES
+        print(f"{workdir}: {_needs_to(destination, held, shard_bytes)}", file=sys.stderr)
+        _check_space(place, destination.bytes, copies=1)
+        with _beside(place) as made:
+            line = ProgressLine(f"writing {place.name}", len(destination.lines))
+            saving.save(destination, _read(saved, shapes), made, line, shard_bytes)
+            saved.check()
+            _carry(kept, local_path("--from", workdir), made)
+    return Written(place, destination.tree["architectures"][0], saved.step)
+
+
+def _read(saved: SavedModel, shapes: ModelState) -> Read:
+    """Reads parts of arrays by the paths that the tables of a family have."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(shapes)]
+    saved_names = {names.path_of(path): name_of(path) for path in paths}
+    return lambda path, index: saved.read(saved_names[path], index)
+
+
+def _carry(kept: Path | None, workdir: Path, made: Path) -> None:
+    """The tokenizer: that with which the model came, or that of the run."""
+    if kept is not None:
+        tokenizers.carry(kept, made, without=(CONFIG,))
+    elif (own := workdir / workdirs.TOKENIZER).is_file():
+        tokenizers.write(own, made)
 
 
 def load_with_backend(workdir: str, step: int | None, backend: str | None) -> Transformer:
@@ -227,15 +242,13 @@ def _about(kept: Path | None, config: Config) -> dict[str, Any]:
     return {"max_position_embeddings": length}
 
 
-def _needs_to(model: ModelConfig, destination: saving.Destination, shard_bytes: int) -> str:
+def _needs_to(destination: saving.Destination, held: int, shard_bytes: int) -> str:
     """A sentence on the memory and disk that a conversion takes, said before it starts."""
-    size = _bytes(model_shapes(model))
-    shard = min(destination.bytes, max(shard_bytes, max(destination.sizes.values())))
     return (
         f"{destination.tree['architectures'][0]}, {size_text(destination.bytes)} of"
-        f" {destination.dtype}; takes up to {size_text(2 * size + shard)} in memory: the float32"
-        f" parameters twice while they are loaded ({size_text(size)}; on a mesh, once in its"
-        f" devices), and one file ({size_text(shard)})"
+        f" {destination.dtype} in files of up to"
+        f" {size_text(destination.largest_shard(shard_bytes))}; takes up to {size_text(held)} in"
+        " memory"
     )
 
 
