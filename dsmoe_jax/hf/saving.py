@@ -91,9 +91,7 @@ def save(
     Raises:
       OSError: naming the file, if one cannot be written.
     """
-    places = {
-        name: (one, e) for one in destination.lines for e, name in enumerate(one.names())
-    }
+    places = {name: (one, e) for one in destination.lines for e, name in enumerate(one.names())}
     line.add(0)
 
     def blocks(name: str) -> Iterator[np.ndarray]:

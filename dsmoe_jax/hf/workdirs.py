@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -44,7 +43,8 @@ KEPT = "hf"  # in a workdir: the files that a model came with
 STEP = 0  # of the checkpoint of a converted model, before any step
 SCALE = "released"
 MOST_POSITIONS = 4096  # of a sequence in evaluation; models say what they were extended to
-COLLECTED_BYTES = 2**31  # by Orbax, of what is compressed, before they are written
+DATA_FILE_BYTES = 2**28  # of the checkpoint; Orbax collects a file before it writes it
+OTHER_BYTES = 16 * 2**20  # what the libraries hold besides, however large the model is
 
 
 def from_hf(directory: str, workdir: str) -> Path:
@@ -87,7 +87,9 @@ def _save_checkpoint(source: Source, made: Path, extra: dict[str, Any]) -> None:
     with _on_disk(made / ".arrays") as allocate:
         state = loading.load_state(source, line, allocate)
         print(f"{source.directory.name}: writing the checkpoint", file=sys.stderr)
-        checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1)
+        checkpoints = Checkpoints(
+            made / workdirs.CHECKPOINTS, keep=1, data_file_bytes=_data_file(source)
+        )
         checkpoints.save(STEP, {MODEL: state}, extra)
         checkpoints.close()
 
@@ -126,13 +128,19 @@ def _run_config(source: Source, found: Tokenizer | None) -> Config:
 def _needs_from(source: Source) -> str:
     """A sentence on the memory and disk that a conversion takes, said before it starts."""
     model = _bytes(source.shapes)
-    held = min(model, COLLECTED_BYTES) + 4 * CHUNK_BYTES
+    # While one data file is written, others are collected.
+    held = min(model, 4 * _data_file(source)) + 2 * CHUNK_BYTES + OTHER_BYTES
     return (
         f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
         f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
         f" takes twice the latter on disk (half of it until the end), and up to {size_text(held)}"
         " in memory, beside pages of those files that the system may take back"
     )
+
+
+def _data_file(source: Source) -> int:
+    """Bytes of a file of the checkpoint: well below the largest of those that are read."""
+    return min(DATA_FILE_BYTES, source.checkpoint.largest_file // 16)
 
 
 def size_text(n: int) -> str:
@@ -174,7 +182,7 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
     destination = saving.describe(model, dtype, _about(kept, config))
     shapes = model_shapes(model)
     with saved_model(workdir, shapes, step, key=f"--from={workdir}") as saved:
-        held = saved.arrays.held_bytes + 4 * PIECE_BYTES
+        held = saved.arrays.held_bytes + 4 * PIECE_BYTES + OTHER_BYTES
         print(f"{workdir}: {_needs_to(destination, held, shard_bytes)}", file=sys.stderr)
         _check_space(place, destination.bytes, copies=1)
         with _beside(place) as made:
@@ -250,12 +258,6 @@ def _needs_to(destination: saving.Destination, held: int, shard_bytes: int) -> s
         f" {size_text(destination.largest_shard(shard_bytes))}; takes up to {size_text(held)} in"
         " memory"
     )
-
-
-def peak_memory() -> int:
-    """Bytes that this process has had in memory at most, mapped files included."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _new(directory: str, flag: str) -> Path:

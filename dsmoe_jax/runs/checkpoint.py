@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dsmoe_jax.parallel import hosts, sharding
 from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs.digests import digests
 from dsmoe_jax.runs.saved_arrays import SavedArrays
 
 MODEL = "model"  # the item of every checkpoint that holds a `ModelState`
@@ -84,6 +84,8 @@ class Checkpoints:
       directory: where the step directories are.
       keep: how many of the newest are kept; None opens them for reading only.
       keep_every: those of every so many steps are kept too.
+      data_file_bytes: of the files that arrays are written to, which are collected in memory; None:
+        2 GiB, as Orbax has it.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class Checkpoints:
         directory: Path,
         keep: int | None,
         keep_every: int | None = None,
+        data_file_bytes: int | None = None,
     ):
         logging.set_verbosity(logging.FATAL)  # Orbax logs pages of what it then raises anyway
         self.directory = directory
         self._saving: int | None = None
+        self._data_file_bytes = data_file_bytes
         self._named = _Named()
         kept = [preservation_policy.LatestN(keep), self._named]
         if keep_every is not None:
@@ -137,7 +141,7 @@ class Checkpoints:
         found = {name: digests(tree) for name, tree in items.items()}
         args: dict[str, Any] = {_META: ocp.args.JsonSave({**extra, "step": step, "digests": found})}
         for name, tree in items.items():
-            args[name] = ocp.args.StandardSave(tree, jax.tree.map(_save_args, tree))
+            args[name] = self._save_args(tree)
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
@@ -198,9 +202,8 @@ class Checkpoints:
             _check_files(self.directory / str(step), {_META, name})
             args = {_META: ocp.args.JsonRestore()}
             extra = self._manager.restore(step, args=ocp.args.Composite(**args))[_META]
-            return SavedArrays(
-                self.directory / str(step) / name, shapes, extra["digests"][name]
-            )
+            directory = self.directory / str(step) / name
+            return SavedArrays(directory, shapes, extra["digests"][name])
 
     @contextlib.contextmanager
     def reading(self, step: int) -> Iterator[None]:
@@ -219,6 +222,12 @@ class Checkpoints:
         self.wait()
         with contextlib.suppress(Exception):  # an error that `_not_written` has told already
             self._manager.close()
+
+    def _save_args(self, tree: Any) -> Any:
+        chunks = jax.tree.map(_chunks, tree)
+        if self._data_file_bytes is None:
+            return ocp.args.StandardSave(tree, chunks)
+        return ocp.args.PyTreeSave(tree, chunks, self._data_file_bytes)  # the same, but for files
 
     def _check_space(self, needed: int) -> None:
         """Refuses to begin on a disk that is too full."""
@@ -247,39 +256,16 @@ class Checkpoints:
         )
 
 
-def _save_args(x: jax.Array) -> ocp.SaveArgs:
+def _chunks(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
     """Chunks that a layer, or an expert of it, can be read from without the others."""
     axes = []
-    size = x.nbytes
+    size = x.size * x.dtype.itemsize
     for axis, n in enumerate(x.shape):
         size //= max(1, n)
         if size < _SMALL_CHUNK_BYTES or size * n <= CHUNK_BYTES:
             break
         axes.append(axis)
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(axes))
-
-
-def digests(tree: Any) -> list[int]:
-    """A number for each array: the sum of its bits, weighted by position, modulo 2^32.
-
-    Integer sums have no rounding, so the order of adding, and with it the sharding, is free.
-    """
-    # One array after the other: a single program for all would hold a copy of the whole state.
-    return [int(_digest(x)) for x in jax.tree.leaves(tree)]
-
-
-@jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # The position in row-major order, by axis: flattening would gather a sharded array.
-    position = jnp.uint32(0)
-    stride = 1
-    for axis in reversed(range(bits.ndim)):
-        step = jnp.uint32(stride % 2**32)
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
-        stride *= bits.shape[axis]
-    return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-Index = tuple[slice, ...]
+from dsmoe_jax.runs.digests import digest_of_part
 
-_MOST = 2**20  # elements whose digest is taken at a time
+Index = tuple[slice, ...]
 
 
 def name_of(path: tuple) -> str:
@@ -30,7 +30,7 @@ class SavedArrays:
     Args:
       directory: of the item.
       shapes: of the tree, as it was saved.
-      digests: of its arrays (runs/checkpoint.py), in the order of the tree.
+      digests: of its arrays (runs/digests.py), in the order of the tree.
 
     Attributes:
       held_bytes: what reading holds at most, beside what it returns.
@@ -65,7 +65,7 @@ class SavedArrays:
         offset = 0
         for at, size in zip(index, array.shape, strict=True):
             offset = offset * size + at.start
-        self._found[name] = (self._found[name] + _digest(part, offset)) % 2**32
+        self._found[name] = (self._found[name] + digest_of_part(part, offset)) % 2**32
         return part
 
     def check(self) -> None:
@@ -90,15 +90,3 @@ def _slab_bytes(array: Any) -> int:
     axis = next((i for i, n in enumerate(chunk) if n > 1), len(chunk))
     elements = math.prod(chunk[: axis + 1]) * math.prod(array.shape[axis + 1 :])
     return elements * array.dtype.numpy_dtype.itemsize
-
-
-def _digest(part: np.ndarray, offset: int) -> int:
-    """The share of a part of an array in its digest: `checkpoint.digests`, without a device."""
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[part.itemsize]
-    bits = part.reshape(-1).view(unsigned)
-    total = 0
-    for start in range(0, bits.size, _MOST):
-        some = bits[start : start + _MOST].astype(np.uint32)
-        position = np.arange(some.size, dtype=np.uint32) + np.uint32((offset + start) % 2**32)
-        total += int((some * (2 * position + 1)).sum(dtype=np.uint32))
-    return total
