@@ -241,7 +241,9 @@ class Writer:
             for name in names:
                 start = file.tell()
                 for block in blocks(name):
-                    file.write(block.astype(self._dtype, copy=False).reshape(-1).view(np.uint8))
+                    file.write(
+                        block.astype(self._dtype, copy=False).reshape(-1).view(np.uint8).data
+                    )
                 assert file.tell() - start == self._sizes[name], name
 
     def _header(self, names: list[str]) -> bytes:
