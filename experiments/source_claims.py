@@ -210,6 +210,18 @@ CLAIMS = (
                 100 / 3,
                 why="About a third is read as within a fifth of it.",
             ),
+            *(
+                Computed(
+                    f"weights that Mixtral 8x7B reads to decode {sequences}",
+                    "% of all weights",
+                    functools.partial(figures.mixtral_share_of_parameters_read, batch),
+                    (80 / 3, 40.0),
+                    100 / 3,
+                    why="Cost read as memory traffic. A batch reads every expert that one of its"
+                    " tokens chooses; all are taken as equally likely.",
+                )
+                for sequences, batch in (("one sequence", 1), ("32 sequences together", 32))
+            ),
         ),
     ),
     SourceClaim(
@@ -799,6 +811,35 @@ CLAIMS = (
                 table2.EXPERIMENT,
                 ("Dense x16 below DeepSeekMoE",),
                 why="At equal memory: as many parameters in total.",
+            ),
+            Computed(
+                "with little memory: DeepSeekMoE 16B holds more than its equal, DeepSeek 7B",
+                "bytes of the weights, times those of DeepSeek 7B",
+                functools.partial(figures.times_the_memory, "dsmoe_16b", "deepseek_7b"),
+                (1.0, float("inf")),
+                command=figures.COUNT,
+                why="Equal in quality by V1's table 3.",
+            ),
+            Computed(
+                "with little memory and one sequence: DeepSeekMoE 16B takes more chips of 16 GB",
+                "v5e chips, less those of DeepSeek 7B",
+                functools.partial(figures.more_chips, "dsmoe_16b", "deepseek_7b", "v5e", 512),
+                (1.0, float("inf")),
+                command=figures.ECONOMICS.format(chip="v5e", context=512, batch=1),
+                why="The same pair. Traffic is read as requests here.",
+            ),
+            *(
+                Computed(
+                    f"with {sequences}, DeepSeek 7B decodes faster on a chip",
+                    "tokens/s of an H100, times those with DeepSeekMoE 16B",
+                    functools.partial(
+                        figures.times_the_speed, "deepseek_7b", "dsmoe_16b", "h100", batch, 512
+                    ),
+                    (1.0, float("inf")),
+                    command=figures.ECONOMICS.format(chip="h100", context=512, batch=batch),
+                    why="The same pair, bounds by the data sheet at 512 tokens of context.",
+                )
+                for sequences, batch in (("one sequence", 1), ("32 sequences together", 32))
             ),
         ),
     ),

@@ -25,16 +25,21 @@ from dsmoe_jax.config import (
     replace,
 )
 from dsmoe_jax.config.frozen import FrozenDict
+from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
 from dsmoe_jax.moe import dropping
 from dsmoe_jax.moe.dispatch.volume import of_fixed_slots
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.scored import SUB_EXPERTS
 from dsmoe_jax.moe.types import RouterInputs, Routing
-from dsmoe_jax.planning import papers
+from dsmoe_jax.planning import economics, papers
 from dsmoe_jax.study.ledger import Computed
 
 COUNT = "python -m dsmoe_jax count"
+ECONOMICS = (
+    "python -m dsmoe_jax economics --config=configs/dsmoe_16b.py --config=configs/deepseek_7b.py"
+    " --chip={chip} --context={context} --batch={batch}"
+)
 
 
 @functools.cache
@@ -177,6 +182,47 @@ def two_of_32_of_the_model() -> float:
     sparse = replace(config("gshard_2b"), **wide)
     dense = replace(sparse, **{"model.moe.num_experts_per_tok": 32})
     return 100 * size.flops_per_sequence(sparse) / size.flops_per_sequence(dense)
+
+
+# Decoding
+
+
+def decoding(model: ModelConfig, context: int = 1) -> economics.Model:
+    """The costs of decoding with a model, in bfloat16."""
+    return economics.of_model(model, context)
+
+
+def parameters_read(model: ModelConfig, batch: int) -> float:
+    """Parameters that a step of decoding a batch reads, all experts equally likely."""
+    costs = decoding(model)
+    return (costs.always + costs.touched(batch) * costs.routed) / economics.BFLOAT16
+
+
+def mixtral_share_of_parameters_read(batch: int) -> float:
+    """The same in per cent of those that are read if a token activates all experts."""
+    return 100 * parameters_read(MIXTRAL, batch) / parameters_read(MIXTRAL, batch=10**6)
+
+
+def times_the_memory(name: str, other: str) -> float:
+    """Bytes of the weights of a model, times those of another one."""
+    return figure(name, "total") / figure(other, "total")
+
+
+def more_chips(name: str, other: str, chip: str, context: int) -> int:
+    """Chips that a model takes for one sequence, less those of another one."""
+    one, two = (
+        decoding(config(model).model, context).chips(1, CHIPS[chip]) for model in (name, other)
+    )
+    return one - two
+
+
+def times_the_speed(name: str, other: str, chip: str, batch: int, context: int) -> float:
+    """Tokens/s that a chip decodes with a model, times those with another one."""
+    one, two = (
+        decoding(config(model).model, context).chip_seconds(batch, CHIPS[chip])
+        for model in (name, other)
+    )
+    return two / one
 
 
 # Functions of routing

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import dsmoe_jax
+from dsmoe_jax import surgery
 from dsmoe_jax.data import row_kinds
+from dsmoe_jax.evaluation import downstream, question_sets
 from dsmoe_jax.moe import dispatch, dropping, experts, kernels, losses, routers
 from dsmoe_jax.moe.routers import scores
 from dsmoe_jax.nn import attention, feed_forward
@@ -31,6 +33,9 @@ REGISTRIES = {
     attention.latent: attention.latent.FORMS,
     freezing: freezing.PARTS,
     row_kinds: row_kinds.ROW_KINDS,
+    surgery: surgery.OPERATIONS,
+    question_sets: question_sets.QUESTION_SETS,
+    downstream: downstream.READINGS,
 }
 
 
@@ -38,7 +43,8 @@ def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
-        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS"),
+        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS"),
+        *("QUESTION_SETS", "READINGS"),
     }
     for node in ast.walk(ast.parse(source)):
         match node:

@@ -63,6 +63,13 @@ class RoutedText:
         """Number of tokens, T."""
         return len(self.token_ids_T)
 
+    def around(self, place: int, reach: int) -> tuple[list[int], list[int]]:
+        """Token ids before and after a token, at most `reach` of each, of its own sequence."""
+        near = np.arange(max(place - reach, 0), min(place + reach + 1, self.n_tokens))
+        near = near[self.sequence_T[near] == self.sequence_T[place]]
+        before, after = (self.token_ids_T[near[side]] for side in (near < place, near > place))
+        return before.tolist(), after.tolist()
+
 
 def route_text(
     model: Transformer,

@@ -17,10 +17,12 @@ COMMANDS = {
     "evaluate": "Measure a trained run on held-out text.",
     "generate": "Continue a prompt with a trained model.",
     "count": "Count parameters and FLOPs, beside the paper's figures.",
+    "economics": "Say what models cost to train and to serve, dense beside sparse.",
     "plan": "Propose a mesh for a number of chips, with its costs.",
     "aot": "Compile the train step for a TPU slice, without a TPU.",
     "prepare_data": "Prepare a corpus: fetch or read text, train a tokenizer, pack sequences.",
     "convert": "Make a workdir of a Hugging Face model, or the other way round.",
+    "surgery": "Change a trained model: a new workdir from another one.",
     "analyse": "Look inside trained models: what each expert serves.",
     "plot_load": "Draw the load of every expert over the training of some runs.",
 }

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -34,6 +34,9 @@ _CONFIG_HELP = (
 )
 # KEY=VALUE of each --config.KEY=VALUE, kept here because absl needs the name of every flag.
 _overrides: list[str] = []
+# Words of which a command takes one before its flags, with their meaning; the one that was given.
+_words: dict[str, str] = {}
+_given: list[str] = []
 
 
 def define_config() -> None:
@@ -41,19 +44,66 @@ def define_config() -> None:
     flags.DEFINE_string("config", None, _CONFIG_HELP)
 
 
+def define_configs() -> None:
+    """The same for a command of several configs: `--config` may be repeated."""
+    flags.DEFINE_multi_string("config", [], f"{_CONFIG_HELP}.  May be repeated.")
+
+
 def config() -> Config:
-    """The validated config of the command line.
+    """The validated config of the command line; of several, the first.
 
     Raises:
       ValueError: if `--config` is missing or describes an impossible run.
     """
-    if FLAGS.config is None:
+    return configs()[0]
+
+
+def configs() -> list[Config]:
+    """The validated configs of the command line, each with the same overrides.
+
+    Raises:
+      ValueError: if `--config` is missing or describes an impossible run.
+    """
+    names = _names()
+    if not names:
         raise ValueError("--config: missing; for example --config=configs/dsmoe_2b.py:demo")
-    loaded = from_config_dict(files.load(FLAGS.config))
+    loaded = [from_config_dict(files.load(name)) for name in names]
     try:
-        return replace(loaded, **dict(map(overrides.parse, _overrides)))
+        return [replace(one, **dict(map(overrides.parse, _overrides))) for one in loaded]
     except ValueError as error:
         raise ValueError(f"--config.{error}") from error
+
+
+def _names() -> list[str]:
+    """What `--config` names: one file, several, or none."""
+    given = FLAGS.config
+    return [given] if isinstance(given, str) else given or []
+
+
+def define_words(purposes: Mapping[str, str]) -> None:
+    """Declares words of which one comes before the flags: `surgery place --from=...`.
+
+    Args:
+      purposes: a line for each word.
+    """
+    _words.update(purposes)
+
+
+def word() -> str:
+    """The word of the command line.
+
+    Raises:
+      ValueError: if there is none, or an unknown one.
+    """
+    known = ", ".join(_words)
+    if not _given:
+        raise ValueError(f"needs a word before its flags: {known}; see --help")
+    found = _given[0]
+    if found not in _words:
+        close = difflib.get_close_matches(found, _words, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"must be one of {known}"
+        raise ValueError(f"{found!r}: no such word here; {hint}")
+    return found
 
 
 def define_mesh() -> None:
@@ -121,7 +171,9 @@ def run(
 
 def _help(module: str, manual: str | None) -> str:
     manual = manual or sys.modules[module].__doc__ or ""
-    return f"{manual}\n{FLAGS.module_help(module)}\n\n{FLAGS.module_help(__name__)}"
+    width = max(map(len, _words), default=0)
+    words = "".join(f"  {name:{width}}  {purpose}\n" for name, purpose in _words.items())
+    return f"{manual}\n{words}{FLAGS.module_help(module)}\n\n{FLAGS.module_help(__name__)}"
 
 
 def parse(arguments: Sequence[str]) -> None:
@@ -130,6 +182,10 @@ def parse(arguments: Sequence[str]) -> None:
     Raises:
       ValueError: in one line, for a flag that does not exist or a value that it cannot have.
     """
+    _given.clear()
+    if _words and arguments and not arguments[0].startswith("-"):
+        _given.append(arguments[0])
+        arguments = arguments[1:]
     try:
         arguments = FLAGS.read_flags_from_files(arguments, force_gnu=False)
         rest = FLAGS(["", *_without_overrides(arguments)])[1:]
@@ -141,7 +197,7 @@ def parse(arguments: Sequence[str]) -> None:
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(f"{rest[0]!r}: unexpected argument; options look like --name=value")
-    if _overrides and FLAGS.config is None:
+    if _overrides and not _names():
         raise ValueError("--config: missing; the file whose keys --config.KEY=VALUE changes")
 
 

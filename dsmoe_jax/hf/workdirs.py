@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from dsmoe_jax.model.build import ModelState, abstract_model, model_shapes
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.progress import ProgressLine
-from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs import json_files, new_directory
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import CHUNK_BYTES, MODEL, Checkpoints
 from dsmoe_jax.runs.loading import SavedModel, load_model_state, saved_model
@@ -62,15 +61,15 @@ def from_hf(directory: str, workdir: str) -> Path:
         in it.
       OSError: if the disk is full.
     """
-    place = _new(workdir, "--to")
+    place = new_directory.new(workdir, "--to")
     source = loading.open_source(directory, "--from_hf")
     if not (mesh := jax.sharding.get_mesh()).empty:
         sharding.check(source.shapes, mesh.shape)
     found, notes = tokenizers.adopt(source.directory, source.config.vocab_size)
     for note in (*source.notes, *notes, _needs_from(source)):
         print(f"{source.directory}: {note}", file=sys.stderr)
-    _check_space(place, _bytes(source.shapes), copies=2)
-    with _beside(place) as made:
+    new_directory.check_space(place, 2 * _bytes(source.shapes))
+    with new_directory.beside(place) as made:
         config = _run_config(source, found)
         json_files.write(made / workdirs.CONFIG, to_config_dict(config).to_dict())
         if found is not None:
@@ -175,7 +174,7 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
         there is no run or checkpoint, or it is damaged; for a directory with something in it.
       OSError: if the disk is full.
     """
-    place = _new(directory, "--to_hf")
+    place = new_directory.new(directory, "--to_hf")
     config = workdirs.read_config(workdir, f"--from={workdir}")
     model = _model_of(config, step)
     kept = _kept(local_path("--from", workdir), config)
@@ -184,8 +183,8 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
     with saved_model(workdir, shapes, step, key=f"--from={workdir}") as saved:
         held = saved.arrays.held_bytes + 4 * PIECE_BYTES + OTHER_BYTES
         print(f"{workdir}: {_needs_to(destination, held, shard_bytes)}", file=sys.stderr)
-        _check_space(place, destination.bytes, copies=1)
-        with _beside(place) as made:
+        new_directory.check_space(place, destination.bytes)
+        with new_directory.beside(place) as made:
             line = ProgressLine(f"writing {place.name}", len(destination.lines))
             saving.save(destination, _read(saved, shapes), made, line, shard_bytes)
             saved.check()
@@ -258,40 +257,3 @@ def _needs_to(destination: saving.Destination, held: int, shard_bytes: int) -> s
         f" {size_text(destination.largest_shard(shard_bytes))}; takes up to {size_text(held)} in"
         " memory"
     )
-
-
-def _new(directory: str, flag: str) -> Path:
-    """The path of a directory that is to be made."""
-    path = local_path(flag, directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{flag}={directory}: exists already; name a new or empty directory")
-    return path
-
-
-@contextlib.contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """A directory under another name, which gets the right one when it is whole."""
-    made = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        made.mkdir(parents=True)
-        yield made
-        if place.is_dir():
-            place.rmdir()  # it is empty
-        made.rename(place)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise OSError(f"{place}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _check_space(place: Path, needed: int, copies: int) -> None:
-    """Refuses to begin on a disk that is too full."""
-    there = next(path for path in place.parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < copies * needed:
-        raise OSError(
-            f"{place}: {copies * needed / 1e9:,.2f} GB of disk are needed, {free / 1e9:,.2f} GB are"
-            " free"
-        )

@@ -47,6 +47,7 @@ class Parameters:
     mtp: int = 0
     mtp_activated: int = 0
     embedding: int = 0  # of a table that is no head
+    routed: int = 0  # of the routed experts
 
     @property
     def activated_without_embedding(self) -> int:
@@ -85,6 +86,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         mtp=sum(mtp.values()),
         mtp_activated=sum(mtp.values()) - mtp["routed"] + activated(mtp["routed"]),
         embedding=embedding,
+        routed=sizes["routed"],
     )
 
 
@@ -143,6 +145,7 @@ def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
         expert_total,
         expert_activated,
         embedding=0 if model.tie_word_embeddings else model.vocab_size * d,
+        routed=expert * moe.n_routed_experts,
     )
 
 
@@ -260,6 +263,20 @@ def _train_flops_per_token(config: Config) -> float:
     matmul = _by_formula(model, biases=False).activated - no_matmul
     scores = layers * attention.get(model.attention).train_flops(model.attention, n)
     return 6 * matmul + scores + _of_modules(config, _train_flops_per_token, 6)
+
+
+def decode_flops_per_token(model: ModelConfig, context: int) -> float:
+    """FLOPs of one new token in generation, with a cache of `context` tokens.
+
+    2 for each activated parameter that takes part in a product, as `train_flops_per_token` counts
+    them, and scores and values of all layers.  Nothing for multi-token prediction.
+    """
+    d = model.hidden_size
+    lookup = 0 if model.tie_word_embeddings else model.vocab_size * d
+    norms = d * (2 * model.num_hidden_layers + 1)
+    matmul = _by_formula(model, biases=False).activated - lookup - norms
+    scores = model.num_hidden_layers * attention.decode_flops(model.attention, context)
+    return 2 * matmul + scores
 
 
 def cache_bytes_per_token(model: ModelConfig) -> int:

@@ -165,9 +165,11 @@ class Scored(NamedTuple):
       logits_BSV: float32; None where they were computed in blocks and never whole.
       report: as in `Output`; with `ahead`, those of its modules come last.
       ahead: predictions of tokens further ahead, if they were asked for.
+      best_BS: int32, the token of the largest logit, if it was asked for.
     """
 
     nll_BS: jax.Array
     logits_BSV: jax.Array | None
     report: LayerReport | None
     ahead: Ahead | None = None
+    best_BS: jax.Array | None = None

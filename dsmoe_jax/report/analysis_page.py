@@ -34,14 +34,14 @@ def blocks(runs: Mapping[str, Tables], command: str, explorers: Mapping[str, str
         Text(_SUMMARY_NOTE, "note"),
     ]
     with styled():
-        pictures = {name: _pictures(name, tables) for name, tables in runs.items()}
+        drawn = {name: pictures(name, tables) for name, tables in runs.items()}
     for name, tables in runs.items():
         found += [Heading(name), Text(f"Text coloured by expert: `{explorers[name]}`.")]
         found += [
-            _by_layer(tables),
+            by_layer(tables),
             *_doubles(tables),
             *_saturation(tables),
-            Pictures(pictures[name]),
+            Pictures(drawn[name]),
         ]
     return [*found, Heading("How to repeat it"), Code(command)]
 
@@ -80,7 +80,7 @@ def _table(runs: Mapping[str, Tables], row: Any) -> Table:
     return Table(["", *head], [[name, *cells.values()] for name, cells in rows.items()])
 
 
-def _by_layer(tables: Tables) -> Table:
+def by_layer(tables: Tables) -> Table:
     """The overview of one run, a row for each layer."""
     committees = tables["committees"]["layers"]
     domain_L = tables["domains"]["domain_specialisation"] or [None] * len(committees)
@@ -124,7 +124,8 @@ def _outputs_alike(tables: Tables) -> list[float | None]:
     return [layer["outputs_mean"] for layer in layers]
 
 
-def _pictures(name: str, tables: Tables) -> list[Picture]:
+def pictures(name: str, tables: Tables) -> list[Picture]:
+    """Maps of one run: NAME-domains, NAME-positions, NAME-together, and NAME-alike with weights."""
     slug = "".join(c if c.isalnum() else "-" for c in name)
     drawn = {
         "domains": ("Load by domain", _DOMAINS, _domain_maps(tables)),

@@ -119,10 +119,7 @@ def _uses(text: RoutedText, tokenizer: Tokenizer) -> list[Any]:
 
 
 def _in_context(text: RoutedText, tokenizer: Tokenizer, use: specialisation.Use) -> list[Any]:
-    near = np.arange(max(use.place - CONTEXT, 0), min(use.place + CONTEXT + 1, text.n_tokens))
-    near = near[text.sequence_T[near] == text.sequence_T[use.place]]
-    before = text.token_ids_T[near[near < use.place]].tolist()
-    after = text.token_ids_T[near[near > use.place]].tolist()
+    before, after = text.around(use.place, CONTEXT)
     return [
         tokenizer.decode(before, skip_special_tokens=False),
         tokenizer.token(int(text.token_ids_T[use.place])),

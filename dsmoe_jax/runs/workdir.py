@@ -7,6 +7,7 @@ checkpoints/      one directory a kept step, see checkpoint.py
 tensorboard/      event files, and traces of --profile
 history/          what was there before the config changed on the way, see going_on.py
 routing/          with train.record_routing: the experts of every token, see routing_records.py
+surgery.json      of a model that `surgery` made: the operations, the first one first
 evaluation.json   held-out results after the last step: the run is finished
 """
 
@@ -47,6 +48,7 @@ TENSORBOARD = "tensorboard"
 EVALUATION = "evaluation.json"
 ROUTING = "routing"
 HISTORY = "history"
+SURGERY = "surgery.json"
 _LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_jax.analysis import committee, pairs, specialisation
+from dsmoe_jax.analysis.routed_text import RoutedText
 
 
 @st.composite
@@ -146,3 +147,15 @@ class TestKnownAnswers:
         assert pairs.alike(np.array([[1.0, 0.9], [0.9, 1.0]]), 0.85) == [(0, 1, 0.9)]
         assert pairs.alike(np.array([[1.0, 0.8], [0.8, 1.0]]), 0.85) == []
         assert pairs.mean_of_pairs(np.ones((1, 1))) is None
+
+
+def test_the_surroundings_of_a_token_end_with_its_sequence():
+    none_T = np.zeros(7, np.int32)
+    none_LTK = np.zeros((1, 7, 1))
+    ids_T = np.arange(10, 17)
+    text = RoutedText(
+        ids_T, np.array([0, 0, 0, 1, 1, 1, 1]), none_T, none_T, none_LTK, none_LTK, 1, ()
+    )
+    assert text.around(4, 2) == ([13], [15, 16])
+    assert text.around(2, 9) == ([10, 11], [])
+    assert text.around(0, 1) == ([], [11])

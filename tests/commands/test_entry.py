@@ -28,12 +28,14 @@ assert not {"jax", "absl", "numpy"} & sys.modules.keys()
 # A flag that the manual of each command explains.
 FLAGS = {
     "train": ("--workdir", "--[no]distributed", "--config", "--config.train.seed=1"),
-    "evaluate": ("--workdir", "--record_routing", "--mesh", "--[no]json"),
+    "evaluate": ("--workdir", "--record_routing", "--tasks", "hellaswag", "--mesh", "--[no]json"),
     "generate": ("--prompt", "--top_p", "--num_samples", "--mesh", "an empty prompt"),
     "count": ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--[no]all"),
     "plan": ("--chip", "--chips", "--config"),
     "aot": ("--topology", "--[no]json"),
     "convert": ("--from_hf", "--to_hf", "--[no]check", "--against", "--mesh"),
+    "economics": ("--config", "--chip", "--prices", "--[no]json"),
+    "surgery": ("--from", "--to", "--moments", "--loads", "  place  Order the experts"),
     "analyse": ("--workdir", "--to", "--max_tokens", "--[no]json"),
     "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
     "plot_load": ("--workdir", "--out"),

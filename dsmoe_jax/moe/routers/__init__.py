@@ -47,6 +47,7 @@ class RouterState(NamedTuple):
       after_step: `(state, load_LE, progress, settings) -> {name: array}`, the values after an
         optimizer step in which the experts got `load_LE` of the global batch; arrays have a leading
         layer axis.  None: they do not change.
+      holds_ids: their values are ids of experts.
     """
 
     first: Callable[[RouterSettings], dict[str, jax.Array]]
@@ -57,11 +58,14 @@ class RouterState(NamedTuple):
         ]
         | None
     ) = None
+    holds_ids: bool = False
 
 
 _BIAS = RouterState(scored.first_bias, after_step=scored.move_bias)
-_TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_counts)
-_CHOICES = RouterState(fixed.first_choices, from_token_counts=fixed.choices_from_counts)
+_TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_counts, holds_ids=True)
+_CHOICES = RouterState(
+    fixed.first_choices, from_token_counts=fixed.choices_from_counts, holds_ids=True
+)
 
 
 class Router(NamedTuple):
@@ -74,6 +78,8 @@ class Router(NamedTuple):
       options: settings that this router alone has, with their defaults.
       logits_per_expert: rows that the layer's router matrix has for each expert, so that `logits`
         are (T, rows x E); 0: nothing is learned, `logits` are None.
+      interleaved: with several rows for each expert, those of an expert lie side by side; else the
+        first rows of all experts come first.
       alters_logits: the routing's logits are not those that the layer computed.
       top: the K that the router is defined for; None: any.
       own_k: the K of its variables is that of the config, and no intervention can change it.
@@ -94,6 +100,7 @@ class Router(NamedTuple):
     reads: frozenset[str] = frozenset()
     options: Mapping[str, Any] = MappingProxyType({})
     logits_per_expert: int = 1
+    interleaved: bool = False
     alters_logits: bool = False
     top: int | None = None
     own_k: bool = False
@@ -144,6 +151,7 @@ ROUTERS: dict[str, Router] = {
         scored.dynamic_specialised,
         _SCORED - {"scoring_func"},
         logits_per_expert=scored.SUB_EXPERTS,
+        interleaved=True,
         masks_best=True,
         state=_BIAS,
     ),

@@ -36,6 +36,7 @@ ATTENTION: dict[str, Attention] = {
         parameters=latent.parameters,
         train_flops=latent.train_flops,
         activations=latent.activations,
+        decode_flops=latent.decode_flops,
         head_sizes=latent.head_sizes,
         options=latent.Options()._asdict(),
         check=latent.check,
@@ -82,6 +83,19 @@ def cache_bytes(config: AttentionConfig, dtype: jnp.dtype) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one_position))
 
 
+def decode_flops(config: AttentionConfig, length: int) -> float:
+    """FLOPs of one new token in one layer, besides its parameters'; see `Attention`.
+
+    Args:
+      config: section `model.attention`.
+      length: tokens in the cache.
+    """
+    entry = get(config)
+    if entry.decode_flops is None:
+        return entry.train_flops(config, length) / 3
+    return entry.decode_flops(config, length)
+
+
 def kernel_of(config: AttentionConfig, length: int, dtype: jnp.dtype) -> str | None:
     """The kernel of training and evaluation on the ambient mesh; None if the attention calls none.
 
@@ -107,6 +121,7 @@ __all__ = [
     "Attention",
     "CausalMask",
     "cache_bytes",
+    "decode_flops",
     "get",
     "kernel_of",
 ]

@@ -269,6 +269,28 @@ def train_flops(config: AttentionConfig, length: int) -> int:
     return 6 * length * config.num_attention_heads * sum(head_sizes(config))
 
 
+def decode_flops(config: AttentionConfig, length: int) -> int:
+    """FLOPs of one new token's scores and values with a cache of L latents."""
+    return _DECODE_FLOPS[options_of(config).decode](config, length)
+
+
+def _absorbed_flops(config: AttentionConfig, length: int) -> int:
+    """2 L N ((Z + R) + Z): what is absorbed costs as many products as the parameters have."""
+    options = options_of(config)
+    latent = 2 * options.kv_lora_rank + options.qk_rope_head_dim
+    return 2 * length * config.num_attention_heads * latent
+
+
+def _expanded_flops(config: AttentionConfig, length: int) -> int:
+    """2 L N ((H + R) + I), and 2 L N Z (H + I) for the keys and values of all latents."""
+    options = options_of(config)
+    expanded = options.kv_lora_rank * (options.qk_nope_head_dim + options.v_head_dim)
+    return 2 * length * config.num_attention_heads * (sum(head_sizes(config)) + expanded)
+
+
+_DECODE_FLOPS = {"absorbed": _absorbed_flops, "expanded": _expanded_flops}  # by `FORMS`
+
+
 def activations(config: AttentionConfig, length: int) -> Activations:
     """Numbers that one layer holds for each token: heads and latents; scores; result."""
     q, z, _, r, _, _ = options_of(config)

@@ -47,6 +47,9 @@ class Attention(NamedTuple):
         sequence of `length` tokens, besides the 6 for each parameter: scores and values.  Without
         a causal discount, as is usual (PaLM, 2204.02311, appendix B).
       activations: `(config, length) -> Activations` of one layer.
+      decode_flops: `(config, length) -> int`, the FLOPs of one new token in one layer with a cache
+        of `length` tokens, besides the 2 for each parameter; None: those of a forward pass, a third
+        of `train_flops`.
       head_sizes: `(config) -> (size of queries and keys, size of values)` as its kernel gets them;
         None: it calls none of `attention/kernels`.
       options: names and defaults of the settings that only this attention has
@@ -59,6 +62,7 @@ class Attention(NamedTuple):
     parameters: Callable[..., int]
     train_flops: Callable[..., int]
     activations: Callable[..., Activations]
+    decode_flops: Callable[..., int] | None = None
     head_sizes: Callable[..., tuple[int, int]] | None = None
     options: Mapping[str, bool | int | float | str] = MappingProxyType({})
     check: Callable[[AttentionConfig], None] = _accept

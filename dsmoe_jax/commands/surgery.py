@@ -1,0 +1,95 @@
+r"""Changes a trained model: a new workdir from another one, by one operation.
+
+python -m dsmoe_jax surgery place --from=runs/dsmoe --to=runs/placed --devices=8 \
+    --loads=routing/validation-00000400
+
+The word behind `surgery` is the operation; the flags below say to which operations they belong.
+
+`place` orders the experts of every layer by recorded loads: the devices of a mesh, which get equal
+parts of them in their order, then have about the same to do.  The model computes the same: router
+rows, biases, tables and expert weights move together.  Groups of group-limited routing stay whole.
+Every second batch decides, the others judge.  `evaluate --record_routing` records loads.
+
+The new workdir has one checkpoint, of the same step: `evaluate`, `generate`, `analyse` and
+`convert` take it, and `train` with the same config goes on with it.  Its surgery.json has all
+operations that made the model, with their numbers.
+
+--moments says what becomes of the optimizer's: carried (changed as the parameters are), fresh (0,
+with the learning rate where it was) or none (a model alone, to begin with by train.start_from).
+
+Nothing that exists is overwritten, and nothing is left half-written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from absl import flags
+
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.runs import json_files
+from dsmoe_jax.surgery import OPERATIONS, Option
+from dsmoe_jax.surgery.workdirs import MOMENTS, operate
+
+command_line.define_mesh()
+command_line.define_words({name: entry.purpose for name, entry in OPERATIONS.items()})
+_FROM = flags.DEFINE_string("from", None, "Workdir of a trained model.")
+_TO = flags.DEFINE_string("to", None, "New workdir.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from; the newest if not given.")
+_MOMENTS = flags.DEFINE_enum("moments", "carried", [*MOMENTS], "The optimizer's.")
+_JSON = flags.DEFINE_bool("json", False, "Print the report as JSON.")
+_DEFINE = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    str: flags.DEFINE_string,
+}
+
+
+def _options() -> dict[str, tuple[Option, list[str]]]:
+    """Every option by name, with the operations that have it."""
+    found: dict[str, tuple[Option, list[str]]] = {}
+    for operation, entry in OPERATIONS.items():
+        for name, option in entry.options.items():
+            found.setdefault(name, (option, []))[1].append(operation)
+    return found
+
+
+_FLAGS: dict[str, flags.FlagHolder[Any]] = {
+    name: _DEFINE[option.kind](name, None, f"{', '.join(operations)}: {option.help}")
+    for name, (option, operations) in _options().items()
+}
+
+
+def main() -> None:
+    """Runs the command."""
+    name = command_line.word()
+    if _FROM.value is None or _TO.value is None:
+        raise ValueError("--from, --to: both are needed, for example --to=runs/placed")
+    options = _values(name)
+    with jax.set_mesh(command_line.mesh()):
+        made = operate(
+            name, _FROM.value, _TO.value, options, step=_STEP.value, moments=_MOMENTS.value
+        )
+    if _JSON.value:
+        print(json_files.dumps({"workdir": str(made.place), **made.outcome.report}))
+    else:
+        print(f"{made.outcome.text}\n{made.place}: step {made.step}")
+
+
+def _values(operation: str) -> dict[str, Any]:
+    """The options of an operation.
+
+    Raises:
+      ValueError: for one that is missing, or of another operation.
+    """
+    own = OPERATIONS[operation].options
+    given = {name: flag.value for name, flag in _FLAGS.items() if flag.value is not None}
+    for name, value in given.items():
+        if name not in own:
+            raise ValueError(f"--{name}={value}: has no meaning for {operation}")
+    for name, option in own.items():
+        if option.needed and name not in given:
+            raise ValueError(f"--{name}: missing; {option.help}")
+    return {name: given.get(name, option.default) for name, option in own.items()}

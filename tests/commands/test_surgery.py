@@ -1,0 +1,61 @@
+"""`python -m dsmoe_jax surgery`: refusals in one line, and a placement from end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+from forked import run_all
+
+FLAGS = {
+    (): "needs a word before its flags: place; see --help",
+    ("plaice",): "'plaice': no such word here; did you mean place?",
+    ("place", "--from=x"): "--from, --to: both are needed",
+    ("place", "--from=RUN", "--to=NEW"): "--loads: missing; Recorded loads:",
+    ("place", "--from=RUN", "--to=RUN", "LOADS", "--devices=2"): "exists already; name a new or",
+    ("place", "--from=RUN", "--to=NEW", "LOADS", "--devices=3"): "--devices=3: must divide the 4",
+    ("place", "--from=RUN", "--to=NEW", "LOADS", "--devices=2", "--step=8"): "--step=8: no such",
+}
+
+
+@pytest.fixture(scope="module")
+def places(finished_run, tmp_path_factory):
+    run = finished_run[0]
+    new = tmp_path_factory.mktemp("new") / "workdir"
+    return {"RUN": str(run), "NEW": str(new), "LOADS": f"--loads={run}/metrics.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def refusals(places):
+    def filled(argument):
+        for name, value in places.items():
+            argument = argument.replace(name, value)
+        return argument
+
+    cases = [["surgery", *map(filled, case)] for case in FLAGS]
+    return dict(zip(FLAGS, run_all(cases), strict=True))
+
+
+@pytest.mark.parametrize("case", FLAGS, ids=" ".join)
+def test_refusals(refusals, case):
+    code, out, err = refusals[case]
+    assert (code, out) == (2, "")
+    line = err.splitlines()[-1]  # what comes before is of JAX looking for devices
+    assert line.startswith("error: ")
+    assert FLAGS[case] in line
+
+
+def test_nothing_was_written(refusals, places):
+    assert [*Path(places["NEW"]).parent.iterdir()] == []
+
+
+def test_a_placement(places, tmp_path):
+    arguments = ["surgery", "place", f"--from={places['RUN']}", places["LOADS"], "--devices=2"]
+    (shown,) = run_all([[*arguments, f"--to={tmp_path}/a", "--places=6"]])
+    assert shown.code == 0, shown.err
+    lines = shown.out.splitlines()
+    assert lines[0].endswith("of 5 batches that decided, and of 5 others")
+    assert [line.split()[0] for line in lines[1:4]] == ["before", "after", "6"]
+    assert "replicas are not made" in lines[3]
+    assert lines[4:] == ["use it with --config.mesh.expert=2", f"{tmp_path}/a: step 10"]
+    (entry,) = json.loads((tmp_path / "a/surgery.json").read_text())["operations"]
+    assert entry["options"]["places"] == 6
