@@ -127,8 +127,8 @@ def _run_config(source: Source, found: Tokenizer | None) -> Config:
 def _needs_from(source: Source) -> str:
     """A sentence on the memory and disk that a conversion takes, said before it starts."""
     model = _bytes(source.shapes)
-    # While one data file is written, others are collected.
-    held = min(model, 4 * _data_file(source)) + 2 * CHUNK_BYTES + OTHER_BYTES
+    # While one data file is written, others are collected; on a slow disk chunks wait beside them.
+    held = min(model, 4 * _data_file(source) + 16 * CHUNK_BYTES) + OTHER_BYTES
     return (
         f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
         f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
