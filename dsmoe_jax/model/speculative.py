@@ -8,8 +8,8 @@ that rounding may change places.)
 
 All sequences of a batch keep as many tokens as the one that agrees least: the cache has one length.
 
-Module k needs the token k ahead.  At the last k - 1 positions that is a draft, so what its cache
-has there is computed again when the tokens are known: each pass runs the modules over a window.
+Module k needs the token k ahead.  At the last positions that is a draft, so what its cache has
+there is computed again when the tokens are known: each pass runs the modules over a window.
 
 Shapes: B prompts, P the longest, G generated tokens, S positions of a pass, L positions of the
 buffers, D hidden, V vocabulary, K modules.
@@ -175,9 +175,9 @@ class _Drafting:
         self._model = model
         self._allowed_V = allowed_V
         self._depth = model.config.mtp_depth
-        # A module's cache at the last K - 1 positions known before rests on drafts, and a pass
-        # adds up to K + 1 positions.
-        self._window = 2 * self._depth
+        # A pass adds up to K + 1 positions.  If it adds fewer, module k has used tokens that were
+        # not kept at up to k positions before the last one.
+        self._window = self._depth + 1
 
     def prompt(self, inputs: ModelInputs, max_new_tokens: int) -> _State:
         """The state behind a prompt: its next token is known, and K more are drafted."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.model.generation import generate
+from dsmoe_jax.model import speculative
+from dsmoe_jax.model.generation import generate, prompt_inputs
 from dsmoe_jax.model.speculative import generate_drafted
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
@@ -101,6 +102,24 @@ def test_the_draft_is_what_training_predicts(model):
         passes += 1
     assert passes == found.passes
     np.testing.assert_array_equal(accepted, found.accepted)
+
+
+@pytest.mark.parametrize("attention", [0.0, 0.3])
+def test_the_modules_remember_the_text_as_it_is(model, attention):
+    """Whether drafts are kept (no attention) or not, their cache is that of the final text.
+
+    It decides nothing but drafts, and those are right or wrong for other reasons too.
+    """
+    copy = handing_through(model, attention)
+    inputs, allowed_V = prompt_inputs(UNEQUAL, V), jnp.ones(V, bool)
+    done, _ = speculative._run(copy, inputs, allowed_V, G)
+    b, length = done.tokens_BL.shape
+    again = done._replace(draft_cache=copy.empty_draft_cache(b, length))
+    wanted = speculative._Drafting(copy, allowed_V)._draft(again, 0, length - DEPTH)
+    for found, want in zip(done.draft_cache.stacked, wanted.draft_cache.stacked, strict=True):
+        for k in range(DEPTH):  # at the last k positions this module looked at drafts
+            known = slice(0, int(done.last) - 1 - k)
+            np.testing.assert_allclose(found[k, :, known], want[k, :, known], atol=1e-5)
 
 
 def test_a_model_without_modules_is_refused():
