@@ -8,11 +8,11 @@ All layers of a model have equally many experts.  So all keep as many as the lay
 a layer that needs fewer keeps the best of those that it could do without.  Groups of group-limited
 routing stay equal in the same way.
 
-Pruning of experts that no token chooses changes nothing where scores and gates depend on the experts
-chosen alone: sigmoid and sqrtsoftplus scores, fixed tables, and a softmax whose gates are
+Pruning of experts that no token chooses changes nothing where scores and gates depend on the
+experts chosen alone: sigmoid and sqrtsoftplus scores, fixed tables, and a softmax whose gates are
 normalised (`norm_topk_prob`), without a loss-free bias or limits to groups.  A softmax is over all
-experts: without the pruned ones the scores of the others grow by the share that those had, and
-with them V1's gates; a bias that is added to larger scores decides less.
+experts: without the pruned ones the scores of the others grow by the share that those had, and with
+them V1's gates; a bias that is added to larger scores decides less.
 
 Shapes: L MoE layers, E routed experts before, N after, G groups.
 """

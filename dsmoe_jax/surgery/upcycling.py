@@ -13,7 +13,10 @@ The function is the same at step 0 exactly (up to the rounding of sums) with two
   a copy have the same router row (`tied`, the default).  Equal rows have equal logits, so that the
   K best are Q whole copies.  They part in training, since each part has its own gradient.
 - Gates are normalised (`norm_topk_prob`, the default): those of K experts sum to 1, so those of
-  each part's copies to 1 / P, and `routed_scaling_factor` is P.
+  each part's copies to 1 / P, and the routed outputs are scaled by P.
+
+The factor is in the down matrices (`fold`, the default), or it is `routed_scaling_factor`, which
+not every architecture has.
 
 Otherwise it is approximate, and the outputs are scaled so that they are right on average:
 
@@ -55,6 +58,12 @@ OPTIONS = {
     ),
     "norm_topk_prob": Option(bool, "Whether the gates of a token are normalised.", True),
     "scoring_func": Option(str, f"Of the new router: {', '.join(SCORING)}.", "softmax"),
+    "fold": Option(
+        bool,
+        "Whether the factor of routed outputs is in their down matrices, or it is"
+        " model.moe.router.routed_scaling_factor.",
+        True,
+    ),
     "router_std": Option(
         float, "Deviation of the router's rows; model.initializer_range if not given."
     ),
@@ -79,6 +88,7 @@ _UNIT_AXIS = {
     "up_bias_F": 0,
     "down_bias_D": None,
 }
+_OUTPUTS = ("down_DF", "down_bias_D")
 
 
 class _Cut(NamedTuple):
@@ -90,6 +100,8 @@ class _Cut(NamedTuple):
       units_EF: hidden units of each routed expert, copy by copy.
       n_new: units of each that are drawn anew, at places of its own.
       noise: relative deviation.
+      scale: of routed outputs.
+      fold: whether it is in the weights.
     """
 
     copies: int
@@ -99,6 +111,8 @@ class _Cut(NamedTuple):
     units_EF: np.ndarray
     n_new: int
     noise: float
+    scale: float
+    fold: bool
 
     @property
     def routed(self) -> int:
@@ -210,7 +224,16 @@ def _cut(width: int, options: Mapping[str, Any], rng: np.random.Generator) -> _C
     order = [rng.permutation(routed) if options["shuffle"] else routed for _ in range(copies)]
     units_EF = np.concatenate(order).reshape(-1, f)
     n_new = round(options["drop"] * f)
-    return _Cut(copies, parts, shared, f, units_EF, n_new, options["noise"])
+    at_zero = _score_at_zero(options["scoring_func"], len(units_EF))
+    scale = float(parts - shared) if options["norm_topk_prob"] else 1 / (active * at_zero)
+    return _Cut(copies, parts, shared, f, units_EF, n_new, options["noise"], scale, options["fold"])
+
+
+def _score_at_zero(name: str, n_experts: int) -> float:
+    """The score of each expert if all logits are 0."""
+    if name not in SCORING:
+        raise ValueError(f"--scoring_func={name}: must be one of {', '.join(SCORING)}")
+    return float(SCORING[name].scores(jnp.zeros((1, n_experts))).s_TE[0, 0])
 
 
 def _new_config(config: Config, cut: _Cut, options: Mapping[str, Any]) -> Config:
@@ -219,18 +242,10 @@ def _new_config(config: Config, cut: _Cut, options: Mapping[str, Any]) -> Config
     Raises:
       ValueError: naming the key, for settings that do not fit it.
     """
-    scoring = options["scoring_func"]
-    if scoring not in SCORING:
-        raise ValueError(f"--scoring_func={scoring}: must be one of {', '.join(SCORING)}")
     moe = config.model.moe
     nominal = moe.nominal_width * moe.n_shared_experts
     e = len(cut.units_EF)
     active = options["copies_per_token"]
-    if options["norm_topk_prob"]:
-        scale = float(cut.routed)
-    else:
-        at_zero = float(SCORING[scoring].scores(jnp.zeros((1, e))).s_TE[0, 0])
-        scale = 1 / (active * at_zero)
     changed = {
         "model.moe.n_routed_experts": e,
         "model.moe.n_shared_experts": cut.shared,
@@ -239,9 +254,9 @@ def _new_config(config: Config, cut: _Cut, options: Mapping[str, Any]) -> Config
         "model.moe.shared_expert_intermediate_size": None,
         "model.moe.nominal_width": nominal / cut.parts,
         "model.moe.router": type(moe.router)(
-            scoring_func=scoring,
+            scoring_func=options["scoring_func"],
             norm_topk_prob=options["norm_topk_prob"],
-            routed_scaling_factor=scale,
+            routed_scaling_factor=1.0 if cut.fold else cut.scale,
         ),
         "model.moe.balance": {
             "expert": {"factor": options["balance"], "scope": "sequence", "schedule": None}
@@ -309,6 +324,8 @@ def _experts(
 ) -> np.ndarray:
     """The routed experts' array, with E in front."""
     axis = _UNIT_AXIS[name]
+    if rng is not None and cut.fold and name in _OUTPUTS:
+        x = x * np.float32(cut.scale)
     if axis is None:
         return np.tile(x * np.float32(1 / cut.parts), (len(cut.units_EF), 1))
     by_unit = np.moveaxis(x, axis, 0)[cut.units_EF]  # (E, F, ...)
@@ -360,5 +377,5 @@ def _text(model: ModelConfig, cut: _Cut, *, exact: bool) -> str:
         f"{moe.n_shared_experts} + {moe.n_routed_experts} experts of width {cut.width} in"
         f" {len(model.moe_layers)} of {model.num_hidden_layers} layers,"
         f" {moe.num_experts_per_tok} of them for a token, routed ones times"
-        f" {moe.router.routed_scaling_factor:g}\nthe function is {kept}"
+        f" {cut.scale:g}\nthe function is {kept}"
     )

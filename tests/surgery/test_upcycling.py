@@ -64,7 +64,9 @@ def test_a_model_gives_the_same_logits():
             "model.intermediate_size": 24,
         }
     )
-    given = options(parts=4, shared=1, shuffle=True, moe_layer_freq=2, copies_per_token=2)
+    given = options(
+        parts=4, shared=1, shuffle=True, fold=True, moe_layer_freq=2, copies_per_token=2
+    )
     outcome = upcycle(before, given)
     assert outcome.report["exact"]
     assert "the function is the same at step 0" in outcome.text
@@ -118,7 +120,7 @@ def test_any_cut_computes_the_same(cut, scoring, shuffle, seed):
     before = subject(**{f"model.{key}": value for key, value in sizes.items()})
     given = options(
         copies=copies, copies_per_token=active, parts=parts, shared=shared, shuffle=shuffle,
-        scoring_func=scoring, seed=seed, router_std=1.0,
+        scoring_func=scoring, seed=seed, router_std=1.0, fold=not shuffle,
     )  # fmt: skip
     outcome = upcycle(before, given)
     assert outcome.report["exact"]
@@ -140,7 +142,7 @@ def test_without_normalised_gates_it_is_right_for_flat_scores(changed, scale):
     before = subject(**{"model.num_hidden_layers": 1})
     x_TD = np.random.default_rng(1).normal(size=(5, 16))
     wanted = computed_before(before, x_TD)
-    outcome = upcycle(before, options(router_std=1e-7, **changed))
+    outcome = upcycle(before, options(router_std=1e-7, fold=False, **changed))
     assert not outcome.report["exact"]
     assert "about the same" in outcome.text
     factor = outcome.config.model.moe.router.routed_scaling_factor
