@@ -60,10 +60,29 @@ def test_arranged_keeps_whole_parts_together(seed, whole, levels):
     for n in whole:
         parts = order.reshape(n, -1) // (16 // n)
         assert (parts == parts[:, :1]).all()
-    # Only whole parts of one device each leave nothing to choose but their order.
-    worst = load_E.reshape(levels[-1], -1).sum(axis=1).max()
-    if levels[0] == levels[-1]:
-        assert load_E[order].reshape(levels[-1], -1).sum(axis=1).max() <= worst + 1e-9
+
+
+def test_an_even_order_stays_even():
+    """Parts of equal sums, which no greedy rule finds again."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        three_PX = rng.integers(1, 300, (4, 3))
+        load_X = np.concatenate([three_PX, 1000 - three_PX.sum(axis=1, keepdims=True)], 1).ravel()
+        assert largest(load_X, packing.packed(load_X, 4)) == 1000
+
+
+def test_items_of_a_kind_are_apart():
+    """Both of kind 1 would be even lighter together: 9 + 1 + 1 beside 2 + 2 + 1."""
+    load_X = np.array([9.0, 2, 2, 1, 1, 1])
+    bins = packing.packed(load_X, 2, np.array([0, 1, 1, 2, 3, 4]))
+    assert sorted(len({1, 2} & {*ids}) for ids in bins.tolist()) == [1, 1]
+
+
+def test_whole_parts_by_hand():
+    """Groups of 10, 9, 1 and 2 on two nodes: 10 + 1 and 9 + 2."""
+    load_E = np.array([4, 6, 9, 0, 1, 0, 1, 1])
+    order = packing.arranged(load_E, (2,), (4,))
+    assert load_E[order].reshape(2, 4).sum(axis=1).tolist() == [11, 11]
 
 
 def test_nodes_come_first():
