@@ -5,6 +5,11 @@
 The choice is limited to devices (section 2.2.2), balanced on three levels (2.2.3), and in training
 each device drops what is above its share (2.2.4).  YaRN as in V2-Lite.
 
+Training as in section 3.1.2: a1, a2, a3 of the three balance terms, capacity 1 with a tenth of the
+sequences protected, and at "paper" 2.4e-4, x 0.316 at 60 and at 90 % of the steps.  Left out is the
+growing batch (planning/papers.py), whose steps are printed nowhere.  V2 does not say over which
+tokens the terms count; here it is the sequence, as in the released models.
+
 V2, abstract: 236B parameters, 21B activated.
 """
 

@@ -5,6 +5,10 @@
 As released: YaRN for 128K positions, which pre-training at 4096 does not need; without it
 `--config.model.attention.rope_scaling=None`.
 
+Training as in appendix B and the model card: the expert-level term alone, and at "paper" 4.2e-4,
+x 0.316 at 80 and at 90 % of the steps, 4608 sequences throughout.  Not from there: that the term
+counts within a sequence, as in the released models.
+
 V2, appendix B: 15.7B parameters, 2.4B activated without the embedding.
 """
 

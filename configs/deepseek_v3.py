@@ -6,6 +6,11 @@ Sigmoid scores with the loss-free bias, 4 of 8 nodes, a sequence-wise term (sect
 multi-token prediction (2.2), whose module is not in the figures.  YaRN as released; without it
 `--config.model.attention.rope_scaling=None`.
 
+Training as in section 4.2: balance factor, speed of the bias and weight of the module by shares of
+the steps, and at "paper" a rate of 2.2e-4, from 10 of 14.8T tokens on a cosine down to a tenth.
+Left out: the last drop, to 7.3e-6 for 167B tokens, and the growing batch (planning/papers.py),
+whose steps are printed nowhere.
+
 V3, abstract: 671B parameters, 37B activated.
 """
 
@@ -46,6 +51,9 @@ SETUP = base.Setup(
     released=FrozenDict(
         deepseek_v2_lite.YARN
         | {
+            "optimizer.schedule": "cosine",
+            "optimizer.decay_factor": 0.1,
+            "model.moe.dispatch.chunks": 2,  # 512 v5p: 78 GB of a chip instead of 96, which has 95
             "model.attention.rope_scaling.mscale": 1.0,
             "model.attention.rope_scaling.mscale_all_dim": 1.0,
         }

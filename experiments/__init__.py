@@ -41,4 +41,5 @@ balancing, ways to balance the load of the experts:
     learned_routers    noisy top-k, Sinkhorn, REINFORCE, BASE beside top-k and Hash (their papers)
 inside, what the experts of finished models learned:
     committees         experts with half of the gates: do all domains share them (2601.03425)
+    redundancy         how alike experts are, and the loss without some of them (V1 section 4.5)
 """

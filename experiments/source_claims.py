@@ -28,6 +28,7 @@ from experiments.balancing import (
     learned_routers,
     router_stability,
 )
+from experiments.inside import committees, redundancy
 from experiments.laws import granularity
 from experiments.recipe import lengths, stages
 from experiments.v1 import (
@@ -72,6 +73,12 @@ def orderings(experiment: Experiment) -> tuple[str, ...]:
     """Texts of the orderings by loss of an experiment."""
     claims = experiment.all_claims()
     return tuple(claim.text for claim in claims if claim.is_ordering and claim.measure == LOSS)
+
+
+def less_redundant(measure: str) -> tuple[str, ...]:
+    """Texts of the claims that DeepSeekMoE is less redundant than the GShard of its loss."""
+    claims = redundancy.less_redundant(redundancy.OURS, redundancy.LARGER, "")
+    return tuple(claim.text for claim in claims if claim.measure == measure)
 
 
 def share(text: str, model: ModelConfig, digits: str) -> Computed:
@@ -322,7 +329,19 @@ CLAIMS = (
         "Masking the best-ranked routed experts hurts DeepSeekMoE more than GShard x1.5"
         " (figure 4).",
         EXPERTS,
-        (FromExperiment(fig4.EXPERIMENT),),
+        (
+            FromExperiment(fig4.EXPERIMENT),
+            *(
+                FromExperiment(
+                    redundancy.EXPERIMENT,
+                    less_redundant(measure),
+                    measure,
+                    why="V1 takes figure 4 for a sign that its routed experts are less redundant."
+                    " Then they should be less alike, and missed more where any are gone.",
+                )
+                for measure in ("outputs_alike", "weights_aligned", "random_rise", "least_rise")
+            ),
+        ),
     ),
     SourceClaim(
         14, "V1",
@@ -348,7 +367,17 @@ CLAIMS = (
         16, "B",
         "In a 64-expert model only 38 % of the experts are clearly distinct.",
         EXPERTS,
-        (NoExperiment("a measure of how alike the experts of a trained model are"),),
+        (
+            FromExperiment(
+                redundancy.EXPERIMENT,
+                ("DeepSeekMoE below 50",),
+                "distinct_experts",
+                why="The source says neither how it compares experts nor which model it looked at."
+                " The smaller form: fewer than half of the experts are clearly distinct, that is"
+                " not as alike as 0.85 to another one in their outputs; the same source calls"
+                " experts that are more alike fit to be pruned.",
+            ),
+        ),
     ),
     SourceClaim(
         17, "B",
@@ -391,6 +420,13 @@ CLAIMS = (
                 DOMAINS,
                 why="The smaller form: how much an expert says about the domain, beside a balance"
                 " loss that works against it.",
+            ),
+            FromExperiment(
+                committees.EXPERIMENT,
+                (f"{committees.FINE} above 10", f"{committees.NOTHING} above 10"),
+                committees.SPECIFIC,
+                why="A tenth of the experts have twice their mean share of the gates in one domain,"
+                " beyond what the same routing has with its domains shuffled.",
             ),
         ),
     ),

@@ -22,39 +22,55 @@
 # experts do.  All code is the package's own; every claim below ends in an `assert`, and the tests
 # of the project run this file.  It takes a minute or two on two CPU cores.
 #
-# To open it: `pip install -e ".[notebooks]"` in the repository (in Colab: clone it, `%cd` into it,
-# the same), then open this file as a notebook (Jupyter with jupytext does), or convert it with
-# `jupytext --to notebook`.  It may lie in any folder.
+# [README.md](README.md) says how to open this notebook.
 #
 # Shapes are suffixes of names: `B` sequences, `S` positions, `T = B*S` tokens, `D` hidden, `E`
 # routed experts, `K` activated ones per token, `N = T*K` assignments, `F` width of an expert, `L`
 # layers, `V` vocabulary.
 
 # %%
+# Where the package is not installed (Colab, say), it comes from the checkout around this notebook.
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+if not list(metadata.distributions(name="dsmoe_jax")):
+    near = (Path.cwd(), *Path.cwd().parents, *Path.cwd().glob("*/"))
+    found = [folder for folder in near if (folder / "dsmoe_jax" / "__init__.py").is_file()]
+    assert found, "no checkout of dsmoe_jax here: clone it, and start this notebook in or beside it"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-qe", found[0]], check=True)
+    sys.path.insert(0, str(found[0]))
+
+# %%
 import functools
 import inspect
 import math
 import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from flax import nnx
+from IPython.display import display
 from matplotlib.patches import Rectangle
 
+from dsmoe_jax.analysis import specialisation
+from dsmoe_jax.analysis.routed_text import route_text
 from dsmoe_jax.config import MoEConfig, files, from_config_dict, replace
-from dsmoe_jax.data.pipeline import validation_batches
 from dsmoe_jax.data.prepare import prepare
+from dsmoe_jax.evaluation.held_out import evaluate
 from dsmoe_jax.model.size import count_parameters
-from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import experts, kernels, losses, reference, routed, routers
 from dsmoe_jax.moe.dispatch import DISPATCHERS, local
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs, count_load
+from dsmoe_jax.report import expert_plots
+from dsmoe_jax.report.expert_plots import ExpertsOfToken
+from dsmoe_jax.report.inline import Drawn
+from dsmoe_jax.report.style import styled
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
@@ -344,30 +360,16 @@ for figure in ("total", "activated", "expert_total", "expert_activated"):
     assert abs(ours / theirs - 1) < 0.002, figure
 
 # %%
-fig, axes = plt.subplots(2, 1, figsize=(6.4, 1.9))
-for ax, (title, n, shared, active) in zip(
-    axes,
-    (
-        ("GShard: 2 of 16 whole experts, 120 sets", 16, 0, (3, 11)),
-        (
-            "DeepSeekMoE: 1 shared + 7 of 63 quarters, 553,270,671 sets",
-            64,
-            1,
-            (4, 13, 22, 27, 40, 51, 58),
-        ),
-    ),
-    strict=True,
-):
-    for i in range(n):
-        kind = ORANGE if i < shared else BLUE if i in active else GREY
-        ax.add_patch(Rectangle((i * 64 / n + 0.1, 0), 64 / n - 0.2, 1, color=kind, lw=0))
-    ax.set(xlim=(0, 64), ylim=(0, 1))
-    ax.set_title(title)
-    ax.axis("off")
-axes[1].text(0, -0.5, "shared", color=ORANGE)
-axes[1].text(8, -0.5, "chosen by the router", color=BLUE)
-axes[1].text(30, -0.5, "idle for this token", color="#73716c")
-plt.show()
+shown = {}
+for name, sets in combinations.items():
+    moe = from_config_dict(files.load(f"configs/{name}.py")).model.moe
+    logits_1E = jax.random.normal(jax.random.key(5), (1, moe.n_routed_experts))
+    ids_K = reference.route(logits_1E, jnp.eye(moe.n_routed_experts), moe.num_experts_per_tok)
+    title = f"{name}: {moe.n_shared_experts} shared + {moe.num_experts_per_tok} of"
+    shown[f"{title} {moe.n_routed_experts}, {sets:,} sets"] = ExpertsOfToken(moe, ids_K.ids_TK[0])
+with styled():  # as the package's own pictures are
+    figure = expert_plots.of_a_token(shown)
+display(Drawn(figure))
 
 # %% [markdown]
 # ## 6. Train one
@@ -442,42 +444,15 @@ assert (load_LE > 0).all(), "no expert is dead"
 # %% [markdown]
 # ## 7. What do experts like?
 #
-# To see which tokens go where we need the routing of every layer.  The layers report it: a forward
-# pass returns logits, and in the report the experts of each token.  It also takes an
-# **intervention**, a change to how the trained layers are used, for part 8.
+# To see which tokens go where we need the routing of every layer.  The layers report it, and
+# `route_text` keeps it for a whole text, here the held-out one.
 
 # %%
 run = load_run(workdir)
-
-
-@functools.partial(nnx.jit, static_argnames="intervention")
-def look(model, batch, intervention):
-    """The summed loss of a batch, in nats, and the experts of each token in each layer."""
-    output = model.forward(ModelInputs.of_batch(batch), intervention=intervention)
-    nll_BS = optax.softmax_cross_entropy_with_integer_labels(output.logits_BSV, batch["targets_BS"])
-    return (nll_BS * batch["loss_mask_BS"]).sum(), output.report.recorded.ids
-
-
-def held_out(intervention):
-    """The held-out loss in nats per token; tokens and experts of each batch."""
-    nll, predicted, seen = 0.0, 0.0, []
-    for batch in validation_batches(corpus.directory, 16, 10):
-        batch_nll, ids_LBSK = look(run.model, batch, intervention)
-        nll += float(batch_nll)
-        predicted += float(batch["loss_mask_BS"].sum())
-        seen.append((batch["tokens_BS"], np.asarray(ids_LBSK)))
-    return nll / predicted, seen
-
-
-whole, seen = held_out(Intervention())
-assert abs(whole - result.evaluation["loss"]) < 1e-4, "it is the model as it was trained"
-
-# count_LEV: how often expert e of layer l was chosen for token v; padding is unassigned, id E
-count_LEV = np.zeros((L, E + 1, corpus.vocab_size))
-for tokens_BS, ids_LBSK in seen:
-    for i in range(L):
-        np.add.at(count_LEV[i], (ids_LBSK[i], tokens_BS[:, :, None]), 1)
-count_LEV = count_LEV[:, :E]
+tokens = result.evaluation["tokens"]
+text = route_text(run.model, run.corpus, max_tokens=tokens, batch_size=16)
+load_VLE = specialisation.load_by_group(text.ids_LTK, text.token_ids_T, corpus.vocab_size, E)
+count_LEV = load_VLE.transpose(1, 2, 0)  # how often expert e of layer l was chosen for token v
 np.testing.assert_array_equal(count_LEV.sum(axis=2), load_LE)  # as the evaluation has counted
 np.testing.assert_array_equal(*count_LEV.sum(axis=1))  # each layer sees the same tokens, K times
 
@@ -504,7 +479,8 @@ for e in np.argsort(-choosy_E * busy_E)[:3]:
 # ## 8. Take experts away
 #
 # Do the routed experts know different things, and does the shared one know what they do not?  Two
-# experiments of the paper (V1 section 4.5), on our model:
+# experiments of the paper (V1 section 4.5), on our model.  An `Intervention` changes how trained
+# layers are used:
 #
 # - **Mask the best.**  For every token, the quarter of the experts with the highest affinities is
 #   forbidden, and the 7 best of the rest do the work, with the gates that their affinities give
@@ -513,11 +489,17 @@ for e in np.argsort(-choosy_E * busy_E)[:3]:
 #   compute is the same.
 
 # %%
-found = {
-    "as trained": whole,
-    "16 best of 63 masked": held_out(Intervention(mask_best=16))[0],
-    "no shared, 8 routed": held_out(Intervention(shared_experts=False, num_experts_per_tok=8))[0],
+interventions = {
+    "as trained": Intervention(),
+    "16 best of 63 masked": Intervention(mask_best=16),
+    "no shared, 8 routed": Intervention(shared_experts=False, num_experts_per_tok=8),
 }
+found = {}
+for name, change in interventions.items():
+    held_out = evaluate(run.model, run.corpus, batch_size=16, max_batches=10, intervention=change)
+    found[name] = held_out["loss"]
+whole = found["as trained"]
+assert abs(whole - result.evaluation["loss"]) < 1e-4, "it is the model as it was trained"
 
 fig, ax = plt.subplots(figsize=(5.6, 1.6))
 names = list(found)[::-1]
@@ -547,6 +529,8 @@ folder.cleanup()
 # %% [markdown]
 # ## Where to go on
 #
+# - `from_gshard_to_deepseekmoe.py` takes part 5 in steps, `look_inside_a_router.py` goes on with
+#   part 7, `eight_devices.py` has the dispatch between devices, `plan_a_pod_run.py` a large run.
 # - `dsmoe_jax/moe/`: the parts of this notebook, with all routers, losses and dispatchers; start
 #   with `reference.py`, then `routed.py` and `layer.py`.
 # - `configs/`: the models of the paper from 2B to 145B, each a few lines.

@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.tools.eight_devices"]
 pytest.register_assert_rewrite("tests.tools.trees")  # so that its failures show values
 compiling.set_flag()
+gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects: 5 % of the time otherwise
 # Time is no property of what is tested: a machine that is three times slower must pass too.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

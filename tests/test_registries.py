@@ -12,6 +12,7 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax import surgery
 from dsmoe_jax.data import row_kinds
+from dsmoe_jax.evaluation import downstream, question_sets
 from dsmoe_jax.moe import dispatch, dropping, experts, kernels, losses, routers
 from dsmoe_jax.moe.routers import scores
 from dsmoe_jax.nn import attention, feed_forward
@@ -33,6 +34,8 @@ REGISTRIES = {
     freezing: freezing.PARTS,
     row_kinds: row_kinds.ROW_KINDS,
     surgery: surgery.OPERATIONS,
+    question_sets: question_sets.QUESTION_SETS,
+    downstream: downstream.READINGS,
 }
 
 
@@ -41,6 +44,7 @@ def names_known_in(source, names):
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
         *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS"),
+        *("QUESTION_SETS", "READINGS"),
     }
     for node in ast.walk(ast.parse(source)):
         match node:

@@ -3,12 +3,16 @@
 The routing mass of an expert is the sum of its gates.  A committee is the smallest set of experts
 with half of the mass (2601.03425 asks whether one committee serves all domains).
 
-Shapes: T tokens, L MoE layers, K columns of a routing, E routed experts, G domains.
+Shapes: T tokens, L MoE layers, K columns of a routing, E routed experts, G domains,
+P pairs of sets, I members that two sets may share.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+from scipy.special import gammaln
 
 HALF = 0.5
 
@@ -41,15 +45,43 @@ def mean_overlap(committees: list[list[int]]) -> float | None:
     return float(np.mean([x for x in found if x is not None])) if found else None
 
 
-def chance_overlap(sizes: list[int], n_experts: int, draws: int = 2000, seed: int = 0) -> float:
-    """`mean_overlap` of sets drawn at random with the same sizes: what chance alone gives."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(max(draws // max(len(sizes), 1), 1)):
-        drawn = [rng.choice(n_experts, size, replace=False).tolist() for size in sizes if size]
-        mean = mean_overlap(drawn)
-        found += [] if mean is None else [mean]
-    return float(np.mean(found)) if found else 0.0
+def chance_overlap(sizes: list[int], n_experts: int) -> float | None:
+    """Expectation of `mean_overlap` for sets drawn at random with the same sizes.
+
+    Two sets of a and b of E experts share i of them with the hypergeometric probability, and their
+    overlap is i / (a + b - i).
+
+    Args:
+      sizes: of the sets; empty ones do not count.
+      n_experts: E.
+
+    Returns:
+      None with fewer than two sets that are not empty.
+    """
+    pairs = list(itertools.combinations((size for size in sizes if size), 2))
+    if not pairs:
+        return None
+    a_P1, b_P1 = np.array(pairs).T[:, :, None]
+    shared_I = np.arange(n_experts + 1)
+    possible_PI = (shared_I <= np.minimum(a_P1, b_P1)) & (shared_I >= a_P1 + b_P1 - n_experts)
+    shared_PI = np.where(possible_PI, shared_I, np.maximum(a_P1 + b_P1 - n_experts, 0))
+    log_chance_PI = (
+        _log_choices(a_P1, shared_PI)
+        + _log_choices(n_experts - a_P1, b_P1 - shared_PI)
+        - _log_choices(n_experts, b_P1)
+    )
+    chance_PI = np.where(possible_PI, np.exp(log_chance_PI), 0)
+    return float((chance_PI * shared_PI / (a_P1 + b_P1 - shared_PI)).sum(axis=1).mean())
+
+
+def _log_choices(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
+    """Logarithm of the number of sets of k of n, elementwise."""
+    return gammaln(np.add(n, 1)) - gammaln(k + 1) - gammaln(n - k + 1)
+
+
+def overlaps(committees: list[list[int]]) -> list[list[float | None]]:
+    """`overlap` of every two sets, as a square table."""
+    return [[overlap(a, b) for b in committees] for a in committees]
 
 
 def in_every(committees: list[list[int]]) -> list[int]:

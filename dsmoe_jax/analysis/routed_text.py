@@ -7,7 +7,7 @@ B sequences of a batch, S their length.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,13 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsmoe_jax.analysis import specialisation
+from dsmoe_jax.analysis.specialisation import Use
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
-from dsmoe_jax.moe import experts
+from dsmoe_jax.moe import experts, interventions
 from dsmoe_jax.moe.interventions import Intervention
+from dsmoe_jax.moe.routers import get_router
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.nn.feed_forward import form_of
 from dsmoe_jax.parallel import sharding
 
@@ -63,6 +69,25 @@ class RoutedText:
         """Number of tokens, T."""
         return len(self.token_ids_T)
 
+    def around(self, place: int, reach: int) -> tuple[list[int], list[int]]:
+        """Token ids before and after a token, at most `reach` of each, of its own sequence."""
+        near = np.arange(max(place - reach, 0), min(place + reach + 1, self.n_tokens))
+        near = near[self.sequence_T[near] == self.sequence_T[place]]
+        before, after = (self.token_ids_T[near[side]] for side in (near < place, near > place))
+        return before.tolist(), after.tolist()
+
+    def uses(self, layer: int, expert: int, n: int, *, apart: int = 1) -> list[Use]:
+        """The tokens with the largest gates of an expert, see `specialisation.strongest_uses`.
+
+        Raises:
+          ValueError: if there is no such layer or expert.
+        """
+        require(0 <= layer < self.n_layers, "layer", layer, f"must be 0 to {self.n_layers - 1}")
+        there = 0 <= expert < self.n_experts
+        require(there, "expert", expert, f"must be 0 to {self.n_experts - 1}")
+        of_layer = self.ids_LTK[layer], self.gates_LTK[layer]
+        return specialisation.strongest_uses(*of_layer, expert, n, apart=apart)
+
 
 def route_text(
     model: Transformer,
@@ -70,43 +95,80 @@ def route_text(
     *,
     max_tokens: int,
     batch_size: int = 8,
+    intervention: Intervention = interventions.NONE,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> RoutedText:
-    """Runs a model over the first held-out sequences of its corpus.
+    """Runs a model over the beginning of the held-out text of its corpus.
 
     Domains are interleaved in the held-out text, so a part of it has all of them.
 
     Args:
       model: trained, with routed experts.
       corpus: prepared, in the tokens of the model.
-      max_tokens: whole batches are taken until there are as many, or the text ends.
+      max_tokens: the text is cut there, if it does not end before.
       batch_size: sequences at once.
+      intervention: a change to how the MoE layers are used.
       on_batch: called with the number of tokens so far.
 
     Raises:
-      ValueError: for a model without routed experts, or less than one token.
+      ValueError: as `check_routes`, and for less than one token.
     """
-    moe = model.config.moe
-    require(
-        moe.n_routed_experts > 0,
-        "model.moe.n_routed_experts",
-        moe.n_routed_experts,
-        "a dense model routes nothing; must be > 0 to be analysed",
-    )
+    check_routes(model.config)
+    graph, params, other = nnx.split(model, nnx.Param, ...)
+    held_out = HeldOut(graph, corpus, batch_size, intervention=intervention, keep_routing=True)
+    routings = held_out.routings(params, other)
+    n_experts = model.config.moe.n_routed_experts
+    return with_routing(corpus, routings, n_experts, max_tokens=max_tokens, on_batch=on_batch)
+
+
+def check_routes(config: ModelConfig) -> None:
+    """Refuses a model whose experts tell nothing about it.
+
+    Raises:
+      ValueError: for a model without routed experts, or one that replays another's routing.
+    """
+    n = config.moe.n_routed_experts
+    wrong = "a dense model routes nothing; must be > 0 to be analysed, by train.analyse_every too"
+    require(n > 0, "model.moe.n_routed_experts", n, wrong)
+    wrong = "replays the experts that another model chose; analyse that one"
+    name = config.moe.router.name
+    chooses = get_router(config.moe)[0].needs_recording != "routing"
+    require(chooses, "model.moe.router.name", name, wrong)
+
+
+def with_routing(
+    corpus: Corpus,
+    routings: Iterable[RecordedRouting],
+    n_experts: int,
+    *,
+    max_tokens: int,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> RoutedText:
+    """The beginning of a held-out text, with a routing that is known batch by batch.
+
+    Args:
+      corpus: prepared.
+      routings: of its held-out batches in their order, (L, B, S, K); as many as needed are taken.
+      n_experts: E.
+      max_tokens: the text is cut there, if it does not end before.
+      on_batch: called with the number of tokens so far.
+
+    Raises:
+      ValueError: for less than one token.
+    """
     require(max_tokens > 0, "max_tokens", max_tokens, "must be > 0")
-    graph, state = nnx.split(model)
-    step = jax.jit(_step, static_argnums=0, out_shardings=sharding.whole())
-    rows = sharding.local_rows(batch_size)
     parts = []
-    tokens = 0
-    n_sequences = 0
-    for batch in validation_batches(corpus.directory, batch_size, None, rows):
-        on_mesh = sharding.global_batch(batch, rows, batch_size)
-        ids_LBSK, gates_LBSK, batch = jax.device_get((*step(graph, state, on_mesh), on_mesh))
+    tokens = n_sequences = 0
+    batches: Iterator[Batch] | None = None
+    for routing in routings:
+        batch_size = routing.ids.shape[1]
+        batches = batches or validation_batches(corpus.directory, batch_size)
+        batch = next(batches)
         # Identity experts are choices of the router behind the E experts; they serve nothing.
-        real_LBSK = ids_LBSK < moe.n_routed_experts
-        ids_LBSK = np.where(real_LBSK, ids_LBSK, moe.n_routed_experts)
-        part = _flat(batch, ids_LBSK, np.where(real_LBSK, gates_LBSK, 0), n_sequences)
+        real_LBSK = routing.ids < n_experts
+        ids_LBSK = np.where(real_LBSK, routing.ids, n_experts)
+        gates_LBSK = np.where(real_LBSK, routing.gates, 0)
+        part = _flat(batch, ids_LBSK, gates_LBSK, n_sequences)
         parts.append(part)
         n_sequences += batch_size
         tokens += len(part[0])
@@ -115,9 +177,9 @@ def route_text(
             break
     flat, layers = zip(*((part[:4], part[4:]) for part in parts), strict=True)
     return RoutedText(
-        *(np.concatenate(column) for column in zip(*flat, strict=True)),
-        *(np.concatenate(column, axis=1) for column in zip(*layers, strict=True)),
-        n_experts=moe.n_routed_experts,
+        *(np.concatenate(column)[:max_tokens] for column in zip(*flat, strict=True)),
+        *(np.concatenate(column, axis=1)[:, :max_tokens] for column in zip(*layers, strict=True)),
+        n_experts=n_experts,
         domains=tuple(corpus.domains),
     )
 
@@ -172,15 +234,6 @@ def _layer_inputs(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) ->
     assert report is not None, "a model with routed experts reports its layers"
     assert report.inputs_BSD is not None, "see `keep_inputs`"
     return report.inputs_BSD
-
-
-def _step(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    model: Transformer = nnx.merge(graph, state)
-    targets_BS = jnp.asarray(batch["targets_BS"])
-    # `score` and not `forward`: the logits of a large vocabulary would not fit.
-    report = model.score(ModelInputs.of_batch(batch), targets_BS).report
-    assert report is not None, "a model with routed experts reports its routing"
-    return report.recorded.ids, report.recorded.gates
 
 
 def _flat(

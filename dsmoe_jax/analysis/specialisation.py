@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.config.checks import require
+
 
 def load_by_group(
     ids_LTK: np.ndarray, group_T: np.ndarray, n_groups: int, n_experts: int
@@ -111,10 +113,14 @@ def by_vocabulary(
       min_count: ids that occur less often are left out.
     """
     token_ids_V, place_T, counts_V = np.unique(token_ids_T, return_inverse=True, return_counts=True)
-    load_VLE = load_by_group(ids_LTK, place_T, len(token_ids_V), n_experts)
     often_V = counts_V >= min_count
     counts_C = counts_V[often_V]
-    share_LCE = load_VLE[often_V].swapaxes(0, 1) / counts_C[:, None]
+    often_T = often_V[place_T]
+    # Rare ids are left out first: all of a large vocabulary would not fit.
+    row_V = np.cumsum(often_V) - 1
+    rows_T = row_V[place_T[often_T]]
+    load_CLE = load_by_group(ids_LTK[:, often_T], rows_T, len(counts_C), n_experts)
+    share_LCE = load_CLE.swapaxes(0, 1) / counts_C[:, None]
     return VocabularyTable(token_ids_V[often_V], counts_C, share_LCE)
 
 
@@ -134,7 +140,12 @@ def favourite_tokens(table: VocabularyTable, layer: int, n: int) -> list[list[tu
 
     Ids with equal shares stand in the order of how often they occur.  An expert that gets none of
     any id has an empty list.
+
+    Raises:
+      ValueError: if there is no such layer.
     """
+    n_layers = len(table.share_LCE)
+    require(0 <= layer < n_layers, "layer", layer, f"must be 0 to {n_layers - 1}")
     share_CE = table.share_LCE[layer]
     found = []
     for share_C in share_CE.T:

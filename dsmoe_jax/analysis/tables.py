@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.analysis import committee, pairs, specialisation
+from dsmoe_jax.analysis import committee, pairs, specialisation, standing
 from dsmoe_jax.analysis.routed_text import LayerWeights, RoutedText
 from dsmoe_jax.runs import summaries
 
@@ -31,12 +31,13 @@ class Subject:
     Attributes:
       text: routing of a text.
       layers: weights by layer; empty where only routing is known.
-      earlier: routing of the same text by checkpoints before, by step.
+      others: ids_LTK of the same text, or of its beginning, by name: as it was routed at an earlier
+        step ("step 240"), or without the intervention.
     """
 
     text: RoutedText
     layers: Sequence[LayerWeights] = ()
-    earlier: Mapping[int, RoutedText] = dataclasses.field(default_factory=dict)
+    others: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Table(NamedTuple):
@@ -45,10 +46,12 @@ class Table(NamedTuple):
     Attributes:
       compute: the function.
       weights: whether it looks at `Subject.layers`.
+      cheap: whether it is made during training too.
     """
 
     compute: Callable[[Subject], Any]
     weights: bool = False
+    cheap: bool = True
 
 
 def domains(subject: Subject) -> dict[str, Any]:
@@ -115,9 +118,10 @@ def committees(subject: Subject) -> dict[str, Any]:
     """Committees by layer: of all text, of each domain, and how far the domains share theirs.
 
     Domains of fewer tokens than `summaries.MIN_DOMAIN_TOKENS` have none: chance would choose it.
-    `chance_overlap` is the overlap of sets of the same sizes drawn at random; `in_every_domain`
-    are the experts that all domains' committees have, and `mass_in_every_domain` is their share of
-    all gates.
+    `overlaps` are of every two domains, in the order of `by_domain`, and `overlap` is their mean;
+    `chance_overlap` is that of sets of the same sizes drawn at random; `in_every_domain` are the
+    experts that all domains' committees have, and `mass_in_every_domain` is their share of all
+    gates.
     """
     text = subject.text
     mass_GLE = specialisation.sums_by_group(
@@ -138,7 +142,7 @@ def _committees(mass_GE: np.ndarray, large: Sequence[int], text: RoutedText) -> 
     whole = committee.committee(mass_E)
     shared = committee.in_every(by_domain)
     sizes = [len(members) for members in by_domain]
-    comparable = len(by_domain) > 1
+    comparable = len(by_domain) > 1 and mass_E.any()
     return {
         "members": whole,
         "share_of_experts": len(whole) / text.n_experts,
@@ -146,8 +150,20 @@ def _committees(mass_GE: np.ndarray, large: Sequence[int], text: RoutedText) -> 
         "in_every_domain": shared if comparable else None,
         "mass_in_every_domain": float(mass_E[shared].sum() / mass_E.sum()) if comparable else None,
         "overlap": committee.mean_overlap(by_domain),
+        "overlaps": committee.overlaps(by_domain),
         "chance_overlap": committee.chance_overlap(sizes, text.n_experts) if comparable else None,
     }
+
+
+def standing_committees(subject: Subject) -> list[dict[str, Any]] | None:
+    """Few experts for every domain, and experts for one, by layer; see `standing`.
+
+    None with fewer than two domains of enough tokens.
+    """
+    found = standing.of_text(subject.text)
+    if found is None:
+        return None
+    return [{name: getattr(layer, name)._asdict() for name in layer._fields} for layer in found]
 
 
 def coactivation(subject: Subject) -> dict[str, Any]:
@@ -158,12 +174,17 @@ def coactivation(subject: Subject) -> dict[str, Any]:
 
 
 def saturation(subject: Subject) -> dict[str, Any]:
-    """Share of a token's experts that an earlier checkpoint chose too, by step and layer."""
+    """Share of a token's experts that another routing chose too, by its name and layer.
+
+    Of an earlier checkpoint it is the router saturation of OLMoE, see `pairs.agreement`.  Where the
+    two are of different lengths, it is of the tokens that both have.
+    """
     text = subject.text
-    return {
-        str(step): pairs.agreement(text.ids_LTK, earlier.ids_LTK, text.n_experts)
-        for step, earlier in subject.earlier.items()
-    }
+    found = {}
+    for name, ids_LTK in subject.others.items():
+        both = slice(min(text.n_tokens, ids_LTK.shape[1]))
+        found[name] = pairs.agreement(text.ids_LTK[:, both], ids_LTK[:, both], text.n_experts)
+    return found
 
 
 def similarity(subject: Subject) -> dict[str, Any]:
@@ -192,19 +213,57 @@ TABLES: dict[str, Table] = {
     "vocabulary": Table(vocabulary),
     "experts_per_token": Table(experts_per_token),
     "committees": Table(committees),
-    "coactivation": Table(coactivation),
+    "standing_committees": Table(standing_committees, cheap=False),
+    "coactivation": Table(coactivation, cheap=False),  # E times as large as the others
     "saturation": Table(saturation),
-    "similarity": Table(similarity, weights=True),
+    "similarity": Table(similarity, weights=True, cheap=False),
 }
 
 
-def compute(subject: Subject) -> Tables:
-    """All tables; without weights, those that need none."""
+def compute(subject: Subject, *, only_cheap: bool = False) -> Tables:
+    """All tables, or only the cheap ones; without weights, those that need none."""
     return {
         name: table.compute(subject)
         for name, table in TABLES.items()
-        if subject.layers or not table.weights
+        if (subject.layers or not table.weights) and (table.cheap or not only_cheap)
     }
+
+
+def by_layer(found: Tables) -> dict[str, list[Any]]:
+    """One number a layer of each table that has one, by name: what curves and measures are of.
+
+    `router_saturation` is the agreement with the last of the other routings.
+    """
+    layers = found["committees"]["layers"]
+    numbers = {
+        "committee": [layer["share_of_experts"] for layer in layers],
+        "committee_overlap": [layer["overlap"] for layer in layers],
+        "committee_chance_overlap": [layer["chance_overlap"] for layer in layers],
+        "mass_in_every_domain": [layer["mass_in_every_domain"] for layer in layers],
+        "vocabulary_specialisation": found["vocabulary"]["vocabulary_specialisation"],
+        "experts_per_token": found["experts_per_token"]["mean"],
+    }
+    if found["domains"]["domain_specialisation"] is not None:
+        numbers["domain_specialisation"] = found["domains"]["domain_specialisation"]
+    if found["saturation"]:
+        numbers["router_saturation"] = list(found["saturation"].values())[-1]
+    if "standing_committees" in found:
+        standing = found["standing_committees"] or []
+        numbers |= {
+            "standing_committee": [layer["seen"]["size"] for layer in standing],
+            "standing_if_blind": [layer["blind"]["size"] for layer in standing],
+            "overlap_if_blind": [layer["blind"]["overlap"] for layer in standing],
+            "specific": [layer["seen"]["specific"] for layer in standing],
+            "specific_if_blind": [layer["blind"]["specific"] for layer in standing],
+            "standing_by_token": [layer["by_token"]["size"] for layer in standing],
+            "overlap_by_token": [layer["by_token"]["overlap"] for layer in standing],
+            "specific_by_token": [layer["by_token"]["specific"] for layer in standing],
+        }
+    if "similarity" in found:
+        alike = found["similarity"]["layers"]
+        numbers["weights_alike"] = [layer["weights_mean"] for layer in alike]
+        numbers["outputs_alike"] = [layer["outputs_mean"] for layer in alike]
+    return numbers
 
 
 def _by_domain(text: RoutedText) -> np.ndarray:

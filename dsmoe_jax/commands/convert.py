@@ -26,7 +26,8 @@ itself on one device, its experts computed by that backend (loop, ragged_dot, ..
 
 python -m dsmoe_jax convert --check --from=runs/dsmoe --against=loop --mesh=fsdp=2,expert=4
 
-Nothing that exists is overwritten, and nothing is left half-written.
+Either way it says how much memory it will hold, and how much it held: pieces of tensors, not a
+model and not a file.  Nothing that exists is overwritten, and nothing is left half-written.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import jax
 from absl import flags
 
 from dsmoe_jax.commands import command_line
+from dsmoe_jax.hardware.host_memory import HeldMemory, return_freed_memory
 from dsmoe_jax.hf import agreement, loading, workdirs
 from dsmoe_jax.hf.files import WRITTEN
 from dsmoe_jax.hf.saving import SHARD_BYTES
@@ -72,13 +74,14 @@ def main() -> None:
     """Runs the command."""
     task = _task()
     start = time.monotonic()
-    with jax.set_mesh(command_line.mesh()):
+    return_freed_memory()
+    with jax.set_mesh(command_line.mesh()), HeldMemory() as held:
         result = task()
     if _CHECK.value:
         print(json_files.dumps(result) if _JSON.value else agreement.table(result))
         return
     result["seconds"] = time.monotonic() - start
-    result["peak_memory_bytes"] = workdirs.peak_memory()
+    result["held_memory_bytes"] = held.peak
     print(json_files.dumps(result) if _JSON.value else _sentence(result))
 
 
@@ -91,7 +94,11 @@ def _task() -> Callable[[], dict[str, Any]]:
     of_files = (_FROM_HF, _TO, _FROM, _STEP, _TO_HF, _DTYPE, _SHARD_GB)
     values = {flag.name: flag.value for flag in of_files}
     checks = {"check": _CHECK.value or None, _AGAINST.name: _AGAINST.value}
-    values |= checks | {_TOKENS.name: _TOKENS.value}
+    mesh = flags.FLAGS["mesh"]
+    values |= checks | {
+        _TOKENS.name: _TOKENS.value,
+        mesh.name: mesh.value if mesh.present else None,
+    }
     given = {name for name, value in values.items() if value is not None}
     for needed, others, task in _TASKS:
         if given >= needed:
@@ -156,14 +163,15 @@ def _token_ids() -> list[int] | None:
 
 # The flags that say what is to be done, others that may be given, and what does it.
 _TASKS: list[tuple[set[str], set[str], Callable[[], dict[str, Any]]]] = [
-    ({"check", "from_hf"}, {"tokens", "against"}, _check_theirs),
-    ({"check", "from", "against"}, {"tokens", "step"}, _check_ours),
-    ({"from_hf", "to"}, set(), _to_workdir),
+    ({"check", "from_hf"}, {"tokens", "against", "mesh"}, _check_theirs),
+    ({"check", "from", "against"}, {"tokens", "step", "mesh"}, _check_ours),
+    ({"from_hf", "to"}, {"mesh"}, _to_workdir),
     ({"from", "to_hf"}, {"step", "dtype", "shard_gb"}, _to_hugging_face),
 ]
 
 
 def _sentence(result: dict[str, Any]) -> str:
     made = result.get("workdir") or f"{result['directory']} ({result['architecture']})"
-    peak = workdirs.size_text(result["peak_memory_bytes"])
-    return f"{made}: made in {duration(result['seconds'])}, at most {peak} in memory"
+    made_in = f"{made}: made in {duration(result['seconds'])}"
+    held = result["held_memory_bytes"]
+    return made_in if held is None else f"{made_in}, held at most {workdirs.size_text(held)}"

@@ -5,6 +5,7 @@ keys.
 """
 
 from dsmoe_jax.config.data import DataConfig
+from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.config.model import AttentionConfig, ModelConfig, MTPConfig, RopeScaling
 from dsmoe_jax.config.moe import (
@@ -36,6 +37,7 @@ __all__ = [
     "DispatchConfig",
     "DropConfig",
     "ExpertConfig",
+    "FrozenDict",
     "MTPConfig",
     "MeshConfig",
     "MoEConfig",

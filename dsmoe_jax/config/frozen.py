@@ -14,6 +14,9 @@ class FrozenDict(dict[K, V]):
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
 
+    def __repr__(self) -> str:  # else the repr of a config would be that of one without a hash
+        return f"FrozenDict({super().__repr__()})"
+
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a config cannot change; use dsmoe_jax.config.replace")
 

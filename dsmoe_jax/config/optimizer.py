@@ -14,7 +14,7 @@ class OptimizerConfig:
     peak_learning_rate: float = 1.08e-3
     schedule: str = "multi_step"  # a name in dsmoe_jax/training/optimizer.py
     warmup_steps: int = 2000
-    decay_factor: float = 0.316  # `multi_step`: applied at each of `decay_at`
+    decay_factor: float = 0.316  # `multi_step`: applied at each of `decay_at`; `cosine`: at the end
     decay_at: tuple[float, ...] = (0.8, 0.9)  # shares of all steps
     # Pairs (step, multiple): from this update on the rate is the schedule's times the multiple; all
     # that have begun count.

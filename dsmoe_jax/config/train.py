@@ -59,6 +59,8 @@ class TrainConfig:
     keep_best: int | None = None  # one at each evaluation, so many of the lowest loss never pruned
     eval_every: int | None = None  # None: only after the last step
     eval_batches: int | None = None  # None: the whole validation split
+    # Tables of what the experts serve, in WORKDIR/analysis: every so many steps and after the last.
+    analyse_every: int | None = None
     # Pairs (step, number): before this step so many batches of its size are left out of the data.
     skip_batches: tuple[tuple[int, ...], ...] = ()
     start_from: str | None = None  # the workdir of a run whose parameters this one begins with
@@ -85,6 +87,7 @@ class TrainConfig:
             "keep_best",
             "eval_every",
             "eval_batches",
+            "analyse_every",
         )
         not_negative(self, at, "seed")
         check(

@@ -3,6 +3,7 @@
 Shapes: V vocabulary.
 """
 
+import codecs
 import functools
 import json
 import os
@@ -18,7 +19,22 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD)
+UNFINISHED = "▯"  # a token that ends within a character
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a token stands for (GPT-2): its own, if it can be printed.
+
+    The others are, in their order, the characters from 256 on.
+    """
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    found = {chr(byte): byte for byte in printed}
+    return found | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_characters()
 
 
 class Tokenizer:
@@ -116,8 +132,36 @@ class Tokenizer:
         return self._bpe.decode_batch([list(i) for i in ids], skip_special_tokens=False)
 
     def token(self, token_id: int) -> str:
-        """Text of one id, for tables; the name of a special token."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """Text of one id, for tables; the name of a special token.
+
+        One that is a part of a character is its bytes: `<e4 bd>`.
+        """
+        content = self._bytes(token_id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return f"<{content.hex(' ')}>"
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of each of successive ids, for reading: a character stands where it is complete.
+
+        An id that ends within a character and completes none is `UNFINISHED`; so is one that goes
+        on with a character of which the beginning is missing.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        return [decoder.decode(self._bytes(int(i))) or UNFINISHED for i in ids]
+
+    def _bytes(self, token_id: int) -> bytes:
+        """UTF-8 of a token, of a special one its name; nothing of an id without a token."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._bpe.id_to_token(token_id) or ""
+        return bytes(_BYTES[character] for character in token)
+
+    @functools.cached_property
+    def _added(self) -> dict[int, str]:
+        """Names of the tokens that are not made of bytes."""
+        return {i: token.content for i, token in self._bpe.get_added_tokens_decoder().items()}
 
     def may_be_written(self, n_rows: int) -> np.ndarray:
         """Mask of the ids that a model may write: all tokens, end-of-text included, but padding.

@@ -2,7 +2,8 @@
 
 Bits per byte do not depend on the tokenizer, so models with different vocabularies compare.
 
-Shapes: B sequences, S positions, V vocabulary, G domains, L MoE layers, E routed experts.
+Shapes: B sequences, S positions, V vocabulary, G domains, L MoE layers, E routed experts,
+K columns of a routing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.dropping import Ledger
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.layer import evaluated_together
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.routing_records import Recorder, Recording
 from dsmoe_jax.runs.summaries import (
@@ -47,6 +49,7 @@ class HeldOut:
       recorder: gets the routing of every batch.
       recording: has the routing of every batch, for a router that replays it.
       intervention: a change to how the MoE layers are used.
+      keep_routing: whether `routings` will be asked for.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class HeldOut:
         recorder: Recorder | None = None,
         recording: Recording | None = None,
         intervention: Intervention = interventions.NONE,
+        *,
+        keep_routing: bool = False,
     ):
         self._graph = graph
         self._corpus = corpus
@@ -66,6 +71,7 @@ class HeldOut:
         self._recorder = recorder
         self._recording = recording
         self._intervention = intervention
+        self._keeps_routing = keep_routing or recorder is not None
         n_domains = len(corpus.domains)
 
         def step(params: nnx.State, other: nnx.State, batch: Batch):
@@ -89,7 +95,7 @@ class HeldOut:
                 n_domains,
                 ledger.sent_E.shape[-1],
             )
-            recorded = None if recorder is None else report.recorded
+            recorded = report.recorded if self._keeps_routing else None
             return jnp.stack(sums), ledger, load_GLE, recorded
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
@@ -130,10 +136,11 @@ class HeldOut:
             self._recording.read(name, self.n_batches, self._batch_size)
         sums_3G = np.zeros((3, len(self._corpus.domains)))
         counts = None
-        for done, batch in enumerate(self._batches(name), start=1):
-            sums, *counted, recorded = jax.device_get(self._step(params, other, batch))
+        for done, batch in enumerate(self._batches(name, self._max_batches), start=1):
+            *counted, recorded = self._step(params, other, batch)
+            sums, *counted = jax.device_get(counted)
             if self._recorder is not None:
-                self._recorder.write(name, done, recorded)
+                self._recorder.write(name, done, jax.device_get(recorded))
             sums_3G += sums  # float64 on the host: the sum over batches loses nothing
             counted = jax.tree.map(np.float64, counted)
             counts = counted if counts is None else jax.tree.map(np.add, counts, counted)
@@ -141,16 +148,30 @@ class HeldOut:
         assert counts is not None, "held-out text has a batch"
         return self._result(sums_3G, *counts) | self._batch(params, other)
 
+    def routings(self, params: nnx.State, other: nnx.State) -> Iterator[RecordedRouting]:
+        """The routing of every batch of the whole text, (L, B, S, K), each computed when it is due.
+
+        It needs `keep_routing`, and a model whose router chooses by itself.
+
+        Args:
+          params, other: the model's state.
+        """
+        assert self._keeps_routing, "see `keep_routing`"
+        assert self._recording is None, "the router chooses by itself"
+        for batch in self._batches("", None):
+            *_, recorded = self._step(params, other, batch)
+            yield jax.device_get(recorded)
+
     def _batch(self, params: nnx.State, other: nnx.State) -> dict[str, int]:
         """The size of the batches, if the result depends on it."""
         moe = nnx.merge(self._graph, params, other).config.moe
         together = evaluated_together(moe) and not self._intervention.tokens_alone
         return {"batch_size": self._batch_size} if together else {}
 
-    def _batches(self, name: str) -> Iterator[Any]:
+    def _batches(self, name: str, max_batches: int | None) -> Iterator[Any]:
         """The batches of a pass on the mesh, with recorded routing if it is replayed."""
         batches = validation_batches(
-            self._corpus.directory, self._batch_size, self._max_batches or None, self._rows
+            self._corpus.directory, self._batch_size, max_batches or None, self._rows
         )
         for number, batch in enumerate(batches, start=1):
             if self._recording is not None:

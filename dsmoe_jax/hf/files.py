@@ -8,8 +8,9 @@ in; tensors in 8 bits (V3, 2412.19437 section 3.3) are multiplied by the scales 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"  # of a tensor in 8 bits: its name with this
 SCALE_BLOCK = 128
+_ALIGNMENT = 8  # of the first tensor in a file that we write, in bytes
 
 # By the name in a file.  Reading is left to numpy: the library itself knows no float8 there, and
 # the pages that it maps would count as memory.
@@ -112,13 +114,19 @@ class Checkpoint:
         dtype = np.dtype(DTYPES[place.dtype])
         if not place.shape:
             return np.fromfile(place.path, dtype, 1, offset=place.offset).reshape(())
-        first, last, _ = index[0].indices(place.shape[0])
-        row = int(np.prod(place.shape[1:]))
-        offset = place.offset + first * row * dtype.itemsize
-        rows = np.fromfile(place.path, dtype, (last - first) * row, offset=offset)
-        if rows.size != (last - first) * row:
+        # Behind leading axes of one element each, what is asked for lies in rows.
+        sizes = [len(range(*at.indices(n))) for at, n in zip(index, place.shape, strict=True)]
+        axis = next((i for i, n in enumerate(sizes) if n != 1), len(sizes) - 1)
+        offset = place.offset
+        for i in range(axis + 1):
+            start = index[i].indices(place.shape[i])[0]
+            offset += start * math.prod(place.shape[i + 1 :]) * dtype.itemsize
+        size = sizes[axis] * math.prod(place.shape[axis + 1 :])
+        rows = np.fromfile(place.path, dtype, size, offset=offset)
+        if rows.size != size:
             raise ValueError(f"{place.path}: ends within the tensor {name}")
-        return rows.reshape(last - first, *place.shape[1:])[(slice(None), *index[1:])]
+        rows = rows.reshape(*sizes[: axis + 1], *place.shape[axis + 1 :])
+        return rows[(*[slice(None)] * (axis + 1), *index[axis + 1 :])]
 
 
 def _files(directory: Path) -> list[Path]:
@@ -185,51 +193,83 @@ def named(names: Iterable[str], most: int = 8) -> str:
 class Writer:
     """Writes tensors into `model.safetensors`, or into shards of limited size with an index.
 
+    Nothing is held: the header of a file says where its tensors lie before the first one is there.
+
     Args:
       directory: exists.
-      sizes: bytes of each tensor, in the order in which they are added.
+      shapes: of the tensors by name, in the order in which they are added.
+      dtype: of all of them, a name in `WRITTEN`.
       shard_bytes: the most that a shard may have, unless a single tensor has more.
     """
 
-    def __init__(self, directory: Path, sizes: dict[str, int], shard_bytes: int):
+    def __init__(
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int
+    ):
         self.directory = directory
-        self._total = sum(sizes.values())
-        self._shards = _shards(sizes, shard_bytes)
-        self._map: dict[str, str] = {}
-        self._pending: dict[str, np.ndarray] = {}
+        self._shapes = shapes
+        self._dtype = WRITTEN[dtype]
+        self._sizes = sizes_of(shapes, dtype)
+        self._shards = [names for names, _ in _shards(self._sizes, shard_bytes)]
 
-    @property
-    def largest_shard(self) -> int:
-        """Bytes of the largest shard, which is held in memory until it is written."""
-        return max(size for _, size in self._shards)
+    def write(self, blocks: Callable[[str], Iterable[np.ndarray]]) -> None:
+        """Writes all files.
 
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Adds the next tensor; a shard that is complete is written.
+        Args:
+          blocks: of a tensor by its name: parts that follow each other in memory, in any dtype.
 
         Raises:
-          OSError: if it cannot be written.
+          OSError: naming the file that cannot be written.
         """
-        self._pending[name] = np.ascontiguousarray(array)
-        names, _ = self._shards[len(set(self._map.values()))]
-        if len(self._pending) < len(names):
-            return
-        number = len(set(self._map.values())) + 1
         count = len(self._shards)
-        file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-        safetensors = library()
-        try:
-            safetensors.numpy.save_file(self._pending, self.directory / file, {"format": "pt"})
-        except (safetensors.SafetensorError, OSError) as error:
-            raise OSError(f"{self.directory / file}: cannot be written: {error}") from error
-        self._map |= dict.fromkeys(self._pending, file)
-        self._pending = {}
-
-    def close(self) -> None:
-        """Writes the index, if there are several shards."""
-        assert not self._pending, "a shard is not complete"
-        if len(self._shards) > 1:
-            tree = {"metadata": {"total_size": self._total}, "weight_map": self._map}
+        places = {}
+        for number, names in enumerate(self._shards, start=1):
+            file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            places |= dict.fromkeys(names, file)
+            try:
+                self._write_file(self.directory / file, names, blocks)
+            except OSError as error:
+                raise OSError(f"{self.directory / file}: cannot be written: {error}") from error
+        if count > 1:
+            tree = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": places}
             json_files.write(self.directory / INDEX, tree)
+
+    def _write_file(
+        self, path: Path, names: list[str], blocks: Callable[[str], Iterable[np.ndarray]]
+    ) -> None:
+        with open(path, "wb") as file:
+            file.write(self._header(names))
+            for name in names:
+                start = file.tell()
+                for block in blocks(name):
+                    file.write(
+                        block.astype(self._dtype, copy=False).reshape(-1).view(np.uint8).data
+                    )
+                assert file.tell() - start == self._sizes[name], name
+
+    def _header(self, names: list[str]) -> bytes:
+        """The beginning of a file: the length of its table, and the table, as JSON."""
+        kind = next(kind for kind, dtype in DTYPES.items() if self._dtype == dtype)
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in names:
+            end = at + self._sizes[name]
+            shape = list(self._shapes[name])
+            table[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+def sizes_of(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, int]:
+    """Bytes of tensors by name, if they are written in a dtype."""
+    itemsize = WRITTEN[dtype].itemsize
+    return {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+
+
+def largest_shard(sizes: dict[str, int], shard_bytes: int) -> int:
+    """Bytes of the largest file that tensors of these sizes are written to."""
+    return max(size for _, size in _shards(sizes, shard_bytes))
 
 
 def _shards(sizes: dict[str, int], shard_bytes: int) -> list[tuple[list[str], int]]:

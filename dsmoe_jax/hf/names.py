@@ -17,7 +17,7 @@ from dsmoe_jax.hf import tables
 from dsmoe_jax.hf.families import FAMILIES
 from dsmoe_jax.hf.files import DTYPES_WITH_SCALES, SCALE, Checkpoint, named
 from dsmoe_jax.hf.tables import Table
-from dsmoe_jax.hf.tensors import Index, Read, Tensor
+from dsmoe_jax.hf.tensors import Index, Read, Tensor, pieces
 from dsmoe_jax.model.build import ModelState
 from dsmoe_jax.model.layout import places
 
@@ -204,10 +204,19 @@ def read_block(
       out: takes the block.
     """
     if not stacked:
-        ((line, part),) = tensors
-        out[...] = line.tensor.read(read, part, line.shapes, index)
+        _read_pieces(read, tensors[0], index, out)
         return
     layers, *rest = index
     for i, layer in enumerate(range(*layers.indices(len(tensors)))):
-        line, part = tensors[layer]
-        out[i] = line.tensor.read(read, part, line.shapes, tuple(rest))
+        _read_pieces(read, tensors[layer], tuple(rest), out[i, ...])
+
+
+def _read_pieces(read: Read, tensor: tuple[Line, int], index: Index, out: np.ndarray) -> None:
+    """Fills a block of an array without layers, piece by piece: no tensor is held as a whole."""
+    line, part = tensor
+    for piece in pieces(out.shape):
+        moved = [
+            slice(at.start + inner.start, at.start + inner.stop)
+            for at, inner in zip(index, piece, strict=True)
+        ]
+        out[piece] = line.tensor.read(read, part, line.shapes, tuple(moved))

@@ -17,6 +17,33 @@ import numpy as np
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], np.ndarray]  # (name of a tensor, part of it) -> its numbers
 
+PIECE_BYTES = 8 * 2**20  # of an array in float32: what is held of it at a time
+
+
+def pieces(shape: Sequence[int]) -> Iterator[Index]:
+    """Parts of an array that follow each other in memory, in order, of `PIECE_BYTES` at most."""
+    if not shape:
+        yield ()
+        return
+    first, *others = shape
+    rows = PIECE_BYTES // 4 // max(1, math.prod(others))
+    if rows:
+        for start in range(0, first, rows):
+            yield (slice(start, min(start + rows, first)), *(slice(0, n) for n in others))
+        return
+    for i in range(first):
+        for rest in pieces(others):
+            yield (slice(i, i + 1), *rest)
+
+
+def side_by_side(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[Index]]:
+    """The same rows of several arrays, in order, of `PIECE_BYTES` together (but a row at least)."""
+    n = shapes[0][0]
+    rows = max(1, PIECE_BYTES // 4 // sum(math.prod(shape[1:]) for shape in shapes))
+    for start in range(0, n, rows):
+        at = slice(start, min(start + rows, n))
+        yield [(at, *(slice(0, size) for size in shape[1:])) for shape in shapes]
+
 
 class Tensor(NamedTuple):
     """A tensor of a checkpoint, in the terms of our arrays of one layer.

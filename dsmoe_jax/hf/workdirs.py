@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,23 +25,25 @@ from dsmoe_jax.config import Config, DataConfig, ModelConfig, stage_of, to_confi
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.opening import tokenizer_fingerprint
 from dsmoe_jax.data.tokenizer import Tokenizer
-from dsmoe_jax.hf import loading, saving, tokenizers
+from dsmoe_jax.hf import loading, names, saving, tokenizers
 from dsmoe_jax.hf.loading import CONFIG, Source
+from dsmoe_jax.hf.tensors import PIECE_BYTES, Read
 from dsmoe_jax.model.build import ModelState, abstract_model, model_shapes
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.runs import json_files, new_directory
 from dsmoe_jax.runs import workdir as workdirs
-from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints
-from dsmoe_jax.runs.loading import load_model_state
+from dsmoe_jax.runs.checkpoint import CHUNK_BYTES, MODEL, Checkpoints
+from dsmoe_jax.runs.loading import SavedModel, load_model_state, saved_model
+from dsmoe_jax.runs.saved_arrays import name_of
 
 KEPT = "hf"  # in a workdir: the files that a model came with
 STEP = 0  # of the checkpoint of a converted model, before any step
 SCALE = "released"
 MOST_POSITIONS = 4096  # of a sequence in evaluation; models say what they were extended to
-CHUNK_BYTES = 64 * 2**20  # of an array in the checkpoint: what is compressed at once
-COLLECTED_BYTES = 2**31  # by Orbax, of what is compressed, before they are written
+DATA_FILE_BYTES = 2**28  # of the checkpoint; Orbax collects a file before it writes it
+OTHER_BYTES = 16 * 2**20  # what the libraries hold besides, however large the model is
 
 
 def from_hf(directory: str, workdir: str) -> Path:
@@ -85,7 +86,9 @@ def _save_checkpoint(source: Source, made: Path, extra: dict[str, Any]) -> None:
     with _on_disk(made / ".arrays") as allocate:
         state = loading.load_state(source, line, allocate)
         print(f"{source.directory.name}: writing the checkpoint", file=sys.stderr)
-        checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1, chunk_bytes=CHUNK_BYTES)
+        checkpoints = Checkpoints(
+            made / workdirs.CHECKPOINTS, keep=1, data_file_bytes=_data_file(source)
+        )
         checkpoints.save(STEP, {MODEL: state}, extra)
         checkpoints.close()
 
@@ -124,13 +127,19 @@ def _run_config(source: Source, found: Tokenizer | None) -> Config:
 def _needs_from(source: Source) -> str:
     """A sentence on the memory and disk that a conversion takes, said before it starts."""
     model = _bytes(source.shapes)
-    held = min(model, COLLECTED_BYTES) + 4 * CHUNK_BYTES
+    # While one data file is written, others are collected; on a slow disk chunks wait beside them.
+    held = min(model, 4 * _data_file(source) + 16 * CHUNK_BYTES) + OTHER_BYTES
     return (
         f"{size_text(source.checkpoint.bytes)} in {len(source.checkpoint.files)} files"
         f" ({', '.join(source.checkpoint.dtypes())}), {size_text(model)} as float32 parameters;"
         f" takes twice the latter on disk (half of it until the end), and up to {size_text(held)}"
         " in memory, beside pages of those files that the system may take back"
     )
+
+
+def _data_file(source: Source) -> int:
+    """Bytes of a file of the checkpoint: well below the largest of those that are read."""
+    return min(DATA_FILE_BYTES, source.checkpoint.largest_file // 16)
 
 
 def size_text(n: int) -> str:
@@ -170,18 +179,32 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
     model = _model_of(config, step)
     kept = _kept(local_path("--from", workdir), config)
     destination = saving.describe(model, dtype, _about(kept, config))
-    print(f"{workdir}: {_needs_to(model, destination, shard_bytes)}", file=sys.stderr)
-    new_directory.check_space(place, destination.bytes)
     shapes = model_shapes(model)
-    loaded = load_model_state(workdir, shapes, step, key=f"--from={workdir}")
-    with new_directory.beside(place) as made:
-        line = ProgressLine(f"writing {place.name}", len(destination.lines))
-        saving.save(destination, loaded.state, made, line, shard_bytes)
-        if kept is not None:
-            tokenizers.carry(kept, made, without=(CONFIG,))
-        elif (own := local_path("--from", workdir) / workdirs.TOKENIZER).is_file():
-            tokenizers.write(own, made)
-    return Written(place, destination.tree["architectures"][0], loaded.step)
+    with saved_model(workdir, shapes, step, key=f"--from={workdir}") as saved:
+        held = saved.arrays.held_bytes + 4 * PIECE_BYTES + OTHER_BYTES
+        print(f"{workdir}: {_needs_to(destination, held, shard_bytes)}", file=sys.stderr)
+        new_directory.check_space(place, destination.bytes)
+        with new_directory.beside(place) as made:
+            line = ProgressLine(f"writing {place.name}", len(destination.lines))
+            saving.save(destination, _read(saved, shapes), made, line, shard_bytes)
+            saved.check()
+            _carry(kept, local_path("--from", workdir), made)
+    return Written(place, destination.tree["architectures"][0], saved.step)
+
+
+def _read(saved: SavedModel, shapes: ModelState) -> Read:
+    """Reads parts of arrays by the paths that the tables of a family have."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(shapes)]
+    saved_names = {names.path_of(path): name_of(path) for path in paths}
+    return lambda path, index: saved.read(saved_names[path], index)
+
+
+def _carry(kept: Path | None, workdir: Path, made: Path) -> None:
+    """The tokenizer: that with which the model came, or that of the run."""
+    if kept is not None:
+        tokenizers.carry(kept, made, without=(CONFIG,))
+    elif (own := workdir / workdirs.TOKENIZER).is_file():
+        tokenizers.write(own, made)
 
 
 def load_with_backend(workdir: str, step: int | None, backend: str | None) -> Transformer:
@@ -226,19 +249,11 @@ def _about(kept: Path | None, config: Config) -> dict[str, Any]:
     return {"max_position_embeddings": length}
 
 
-def _needs_to(model: ModelConfig, destination: saving.Destination, shard_bytes: int) -> str:
+def _needs_to(destination: saving.Destination, held: int, shard_bytes: int) -> str:
     """A sentence on the memory and disk that a conversion takes, said before it starts."""
-    size = _bytes(model_shapes(model))
-    shard = min(destination.bytes, max(shard_bytes, max(destination.sizes.values())))
     return (
         f"{destination.tree['architectures'][0]}, {size_text(destination.bytes)} of"
-        f" {destination.dtype}; takes up to {size_text(2 * size + shard)} in memory: the float32"
-        f" parameters twice while they are loaded ({size_text(size)}; on a mesh, once in its"
-        f" devices), and one file ({size_text(shard)})"
+        f" {destination.dtype} in files of up to"
+        f" {size_text(destination.largest_shard(shard_bytes))}; takes up to {size_text(held)} in"
+        " memory"
     )
-
-
-def peak_memory() -> int:
-    """Bytes that this process has had in memory at most, mapped files included."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -45,6 +45,7 @@ class OneLayer(NamedTuple):
     cache: Any = None
     rng: jax.Array | None = None
     replayed: RecordedRouting | None = None
+    left_out_E: jax.Array | None = None
 
 
 class Block(nnx.Module):
@@ -100,6 +101,7 @@ class Block(nnx.Module):
                 every.sequence_ids_B,
                 one.replayed,
                 every.segment_ids_BS,
+                one.left_out_E,
             )
             y_BSD, report = self.moe(normed_BSD, moe_inputs, intervention)
         chex.assert_equal_shape([x_BSD, y_BSD])

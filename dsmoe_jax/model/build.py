@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -52,9 +53,10 @@ def model_shapes(config: ModelConfig) -> ModelState:
       ValueError: as `build_model` does.
     """
     _, params, other = _split(config)
-    return ModelState(params, other)
+    return jax.tree.map(lambda x: x, ModelState(params, other))  # the reader's own, to change
 
 
+@functools.lru_cache(maxsize=64)  # a run asks a dozen times, and each is a trace of the whole model
 def _split(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     # The key is made inside: nothing may run, since the devices of the ambient mesh may not exist.
     abstract = nnx.eval_shape(lambda: build_model(config, jax.random.key(0)))

@@ -198,6 +198,7 @@ class Transformer(nnx.Module):
         *,
         whole_logits: bool = False,
         look_ahead: bool = False,
+        with_best: bool = False,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -207,6 +208,7 @@ class Transformer(nnx.Module):
           intervention: a change to how the MoE layers are used, for probes.
           whole_logits: whether the logits are wanted, whatever they take.
           look_ahead: whether the modules of `model.mtp` are run too.
+          with_best: whether the tokens that the model finds best are wanted.
         """
         recorded = inputs.replayed
         if look_ahead:  # of the model's own layers
@@ -214,15 +216,18 @@ class Transformer(nnx.Module):
             inputs = inputs._replace(replayed=own)
         hidden_BSD, report, _ = self.hidden(inputs, None, intervention)
         nll_BS, best_BS, logits_BSV = self._predict(
-            hidden_BSD, targets_BS, whole_logits=whole_logits, with_best=look_ahead
+            hidden_BSD,
+            targets_BS,
+            whole_logits=whole_logits,
+            with_best=with_best or look_ahead,
         )
         if not look_ahead:
-            return Scored(nll_BS, logits_BSV, report)
+            return Scored(nll_BS, logits_BSV, report, best_BS=best_BS)
         assert best_BS is not None
         of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
         inputs = inputs._replace(replayed=of_modules)
         ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
-        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead)
+        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead, best_BS)
 
     def _predict(
         self,
@@ -326,8 +331,10 @@ class Transformer(nnx.Module):
         for stack, run, run_cache in zip(stacks, runs, caches, strict=True):
             of_run = slice(first, first + run.groups)
             first = of_run.stop
-            noise, recorded = jax.tree.map(operator.itemgetter(of_run), (rngs, replayed))
-            moe = OneLayer(run_cache.layers if run_cache else None, noise, recorded)
+            of_layers = jax.tree.map(
+                operator.itemgetter(of_run), (rngs, replayed, inputs.left_out_LE)
+            )
+            moe = OneLayer(run_cache.layers if run_cache else None, *of_layers)
             dense = OneLayer(run_cache.between if run_cache else None)
             x_BSD, *output = self._scan(stack, run, x_BSD, every, moe, dense, intervention)
             outputs.append(output)

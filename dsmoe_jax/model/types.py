@@ -1,7 +1,7 @@
 """Inputs and results of a model, and the cache of generation.
 
 Shapes: B sequences, S positions, L positions of a cache, V vocabulary; of recorded routing, L MoE
-layers and K activated experts.
+layers and K activated experts; E routed experts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class ModelInputs(NamedTuple):
       rng: random key for routers that act at random in training; None is evaluation.
       replayed: recorded routing, (B, L, S, K), for routers that replay; in evaluation it replaces
         the choice of any router.  In training with `model.mtp`, its modules' routing comes last.
+      left_out_LE: bool, the routed experts of each MoE layer that no token may choose: it takes its
+        next best ones.  An array and no part of `Intervention`, so that other experts need no
+        compilation; `interventions.check_left_out` says which may be left out.  Only in evaluation,
+        and not in the modules of `model.mtp`.  None: none.
     """
 
     tokens_BS: jax.Array
@@ -42,6 +46,7 @@ class ModelInputs(NamedTuple):
     sequence_ids_B: jax.Array | None = None
     rng: jax.Array | None = None
     replayed: RecordedRouting | None = None
+    left_out_LE: jax.Array | None = None
 
     @classmethod
     def of_batch(
@@ -85,6 +90,8 @@ class ModelInputs(NamedTuple):
         if self.replayed is not None:
             chex.assert_shape([*self.replayed], (b, n_moe_layers, s, None))
             chex.assert_equal_shape([*self.replayed])
+        if self.left_out_LE is not None:
+            chex.assert_shape(self.left_out_LE, (n_moe_layers, None))
 
 
 class RunCache(NamedTuple):
@@ -165,9 +172,11 @@ class Scored(NamedTuple):
       logits_BSV: float32; None where they were computed in blocks and never whole.
       report: as in `Output`; with `ahead`, those of its modules come last.
       ahead: predictions of tokens further ahead, if they were asked for.
+      best_BS: int32, the token of the largest logit, if it was asked for.
     """
 
     nll_BS: jax.Array
     logits_BSV: jax.Array | None
     report: LayerReport | None
     ahead: Ahead | None = None
+    best_BS: jax.Array | None = None

@@ -2,11 +2,18 @@
 
 Most are for probes: which experts carry the loss (V1 figures 4 and 5, section 4.5).  `GENERATION`
 is how a model that writes text uses its layers.
+
+Experts that are left out for good are no part of `Intervention`, but an input of the model
+(`ModelInputs.left_out_LE`): a probe leaves out one after the other without compiling each time.
+
+Shapes: L MoE layers, E routed experts, G groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+import numpy as np
 
 from dsmoe_jax.config import MoEConfig
 from dsmoe_jax.config.checks import require
@@ -77,3 +84,53 @@ def check(intervention: Intervention, moe: MoEConfig) -> None:
         f"a token may use {reachable} experts; {masked} masked and {k} activated ones must not be"
         " more",
     )
+
+
+def check_router(moe: MoEConfig) -> None:
+    """Refuses to leave experts out where a token has no next best ones.
+
+    Raises:
+      ValueError: naming the router.
+    """
+    name = moe.router.name
+    if not get_router(moe)[0].leaves_out:
+        raise ValueError(f"left_out: the choice of the {name} router is fixed; must be no expert")
+
+
+def check_left_out(
+    left_out_LE: np.ndarray, n_layers: int, moe: MoEConfig, intervention: Intervention = NONE
+) -> None:
+    """Refuses experts that cannot be left out, or so many that a token might find too few.
+
+    Args:
+      left_out_LE: bool, experts that no token may choose.
+      n_layers: L.
+      moe: of the layers.
+      intervention: at the same time.
+
+    Raises:
+      ValueError: naming the layer and what would be left.
+    """
+    check_router(moe)
+    wanted = n_layers, moe.n_routed_experts
+    shape = left_out_LE.shape
+    require(shape == wanted, "left_out of layers x experts", shape, f"must be {wanted}")
+    masked = intervention.mask_best
+    k = intervention.num_experts_per_tok or moe.num_experts_per_tok
+    for layer, left_out_E in enumerate(left_out_LE):
+        reachable = _fewest_reachable(left_out_E, moe)
+        require(
+            masked + k <= reachable,
+            f"left_out of MoE layer {layer}",
+            np.flatnonzero(left_out_E).tolist(),
+            f"a token may be left with {reachable} experts; {masked} masked and {k} activated ones"
+            " must not be more",
+        )
+
+
+def _fewest_reachable(left_out_E: np.ndarray, moe: MoEConfig) -> int:
+    """The fewest experts that a token may find in the groups that it chooses."""
+    is_there = ~np.pad(left_out_E, (0, moe.n_choices - len(left_out_E)))
+    left_G = is_there.reshape(moe.router.n_group, -1).sum(axis=1)
+    # An empty group is chosen after all others, and adds nothing.
+    return int(np.sort(left_G[left_G > 0])[: moe.router.topk_group].sum())

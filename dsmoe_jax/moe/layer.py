@@ -219,6 +219,10 @@ class MoELayer(nnx.Module):
         """
         interventions.check(intervention, self.config)
         router, settings = routers.get_router(self.config)
+        if inputs.left_out_E is not None:
+            interventions.check_router(self.config)
+            assert inputs.rng is None, "in training no expert is left out"
+            assert inputs.replayed is None, "a recorded choice cannot do without an expert"
         settings = dataclasses.replace(
             settings,
             k=intervention.num_experts_per_tok or settings.k,
@@ -312,6 +316,7 @@ def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
         inputs.rng,
         replayed=replayed,
         sequence_ids_B=sequence_ids_B,
+        left_out_E=inputs.left_out_E,
     )
 
 

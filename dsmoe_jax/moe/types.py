@@ -71,6 +71,8 @@ class MoEInputs(NamedTuple):
         gates replace those of any router.
       segment_ids_BS: int32, the document of each token, 0 for padding; the tokens of a document
         stand together.  None: one document a sequence.
+      left_out_E: bool, routed experts that no token may choose, see `interventions.check_left_out`;
+        only in evaluation.  None: none.
     """
 
     token_ids_BS: jax.Array
@@ -79,6 +81,7 @@ class MoEInputs(NamedTuple):
     sequence_ids_B: jax.Array | None = None
     replayed: RecordedRouting | None = None
     segment_ids_BS: jax.Array | None = None
+    left_out_E: jax.Array | None = None
 
 
 class RouterInputs(NamedTuple):
@@ -92,6 +95,7 @@ class RouterInputs(NamedTuple):
       replayed: routing recorded in another run, (T, K), for routers that replay; None: none.
       sequence_ids_B: int32, the place of each sequence in the global batch; None: the T tokens are
         one sequence, the first.
+      left_out_E: bool, routed experts that no token may choose; None: none.
     """
 
     token_ids_T: jax.Array
@@ -100,6 +104,7 @@ class RouterInputs(NamedTuple):
     state: Mapping[str, jax.Array] = {}
     replayed: RecordedRouting | None = None
     sequence_ids_B: jax.Array | None = None
+    left_out_E: jax.Array | None = None
 
     def draw(self, sample: Callable[..., jax.Array], *shape: int) -> jax.Array:
         """Random numbers of shape (T, *shape), drawn with a key for each sequence.

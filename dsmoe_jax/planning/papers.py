@@ -212,11 +212,11 @@ V2_236B = dataclasses.replace(
     decay_at=(0.6, 0.9),
 )  # fmt: skip
 # V3 section 4.2.  The batch grows from 3072 to 15360 sequences in the first 469B tokens; here it is
-# 15360 throughout.  The rate is constant up to 10 of 14.8T tokens, then a cosine; here constant.
+# 15360 throughout.  The rate is constant up to 10 of 14.8T tokens, then a cosine up to 14.3T.
 V3_671B = dataclasses.replace(
     V1_16B, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, vocab_size=129_280,
     tokenizer_vocab_size=None, global_batch_size=15_360, steps=_steps(14.8e12, 15_360),
-    peak_learning_rate=2.2e-4, decay_at=(),
+    peak_learning_rate=2.2e-4, decay_at=(10 / 14.8, 14.3 / 14.8),
 )  # fmt: skip
 # Sizes from the released configs.  Not all of their training settings are published: those of V1's
 # 16B stand for them.

@@ -17,31 +17,40 @@ from dsmoe_jax.report.numbers import NONE, fixed
 from dsmoe_jax.report.style import WIDTH, styled
 
 Tables = Mapping[str, Any]
+MAX_STEPS = 8  # earlier steps in a table, spread like that too
 MAX_MAPS = 6  # layers of which maps are drawn: spread evenly from the first to the last
 
 
-def blocks(runs: Mapping[str, Tables], command: str, explorers: Mapping[str, str]) -> list[Block]:
+def blocks(
+    runs: Mapping[str, Tables],
+    command: str,
+    explorers: Mapping[str, str],
+    side_by_side: str | None = None,
+) -> list[Block]:
     """The blocks of the page.
 
     Args:
       runs: results of `analysis.tables.compute`, by name of the run.
       command: that makes the page again.
       explorers: file of each run's explorer, by name of the run.
+      side_by_side: file of the explorer of all; None for a single run.
     """
     found: list[Block] = [
         Text(_SUMMARY),
         _table(runs, _overview),
         Text(_SUMMARY_NOTE, "note"),
     ]
+    if side_by_side is not None:
+        found.append(Text(f"All on the same text, coloured by expert: `{side_by_side}`."))
     with styled():
-        pictures = {name: _pictures(name, tables) for name, tables in runs.items()}
+        drawn = {name: pictures(name, tables) for name, tables in runs.items()}
     for name, tables in runs.items():
         found += [Heading(name), Text(f"Text coloured by expert: `{explorers[name]}`.")]
         found += [
-            _by_layer(tables),
+            by_layer(tables),
             *_doubles(tables),
             *_saturation(tables),
-            Pictures(pictures[name]),
+            Pictures(drawn[name]),
         ]
     return [*found, Heading("How to repeat it"), Code(command)]
 
@@ -80,7 +89,7 @@ def _table(runs: Mapping[str, Tables], row: Any) -> Table:
     return Table(["", *head], [[name, *cells.values()] for name, cells in rows.items()])
 
 
-def _by_layer(tables: Tables) -> Table:
+def by_layer(tables: Tables) -> Table:
     """The overview of one run, a row for each layer."""
     committees = tables["committees"]["layers"]
     domain_L = tables["domains"]["domain_specialisation"] or [None] * len(committees)
@@ -124,11 +133,13 @@ def _outputs_alike(tables: Tables) -> list[float | None]:
     return [layer["outputs_mean"] for layer in layers]
 
 
-def _pictures(name: str, tables: Tables) -> list[Picture]:
+def pictures(name: str, tables: Tables) -> list[Picture]:
+    """Maps of one run: NAME-domains, NAME-positions, NAME-together, and NAME-alike with weights."""
     slug = "".join(c if c.isalnum() else "-" for c in name)
     drawn = {
         "domains": ("Load by domain", _DOMAINS, _domain_maps(tables)),
         "positions": ("Load by position", _POSITIONS, _position_maps(tables)),
+        "committees": ("Committees that domains share", _SHARED, _committee_maps(tables)),
         "together": ("Chosen together", _TOGETHER, _together_maps(tables)),
         "alike": ("Alike in their outputs", _ALIKE, _similarity_maps(tables)),
     }
@@ -144,19 +155,30 @@ _DOMAINS = (
     " order of the domain that uses each most."
 )
 _POSITIONS = "Load relative to an even one, by position in the document; ranges double downwards."
+_SHARED = (
+    "Jaccard index of two domains' committees, from 0 to 1. Rows and columns are the domains with"
+    " text enough, in the order of the load by domain."
+)
 _TOGETHER = (
     "Share of an expert's tokens (row) that another one (column) computes too, relative to the"
     " mean; the diagonal is left out. Experts are in the order of the load by domain."
 )
 _ALIKE = "Cosine of two experts' outputs on the same tokens, mean over tokens; from -1 to 1."
-_SATURATION = "Share of a token's experts that an earlier checkpoint of the run chose too:"
+_SATURATION = (
+    "Share of a token's experts that it had at an earlier step too, or has with the shared experts:"
+)
 
 
 def shown_layers(n_layers: int) -> list[int]:
     """Layers of which maps are drawn."""
-    if n_layers <= MAX_MAPS:
-        return list(range(n_layers))
-    return sorted({round(i * (n_layers - 1) / (MAX_MAPS - 1)) for i in range(MAX_MAPS)})
+    return _spread(n_layers, MAX_MAPS)
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """At most so many of n, evenly from the first to the last."""
+    if n <= most:
+        return list(range(n))
+    return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
 
 def _order(tables: Tables, layer: int) -> np.ndarray:
@@ -195,6 +217,15 @@ def _maps(tables: Tables, load: Any, names: Sequence[str], label: str) -> Figure
         ],
         label,
     )
+
+
+def _committee_maps(tables: Tables) -> Figure | None:
+    committees = tables["committees"]["layers"]
+    layers = shown_layers(len(committees))
+    maps = [np.array(committees[layer]["overlaps"], float) for layer in layers]
+    if not maps or len(maps[0]) < 2:
+        return None
+    return _squares(maps, layers, "PuOr_r", (-1, 1))
 
 
 def _together_maps(tables: Tables) -> Figure:
@@ -247,16 +278,18 @@ def _squares(
 
 
 def _saturation(tables: Tables) -> list[Block]:
-    """How far earlier checkpoints chose the same experts; nothing without one."""
+    """How far other routings of the same text have the same experts; nothing without one."""
     found = tables["saturation"]
     if not found:
         return []
-    by_layer = zip(*found.values(), strict=True)
+    names = list(found)
+    shown = [names[i] for i in _spread(len(names), MAX_STEPS)]
+    by_layer = zip(*(found[name] for name in shown), strict=True)
     rows = [
         [f"layer {i}", *(fixed(share, 3) for share in shares)]
         for i, shares in enumerate(by_layer, start=1)
     ]
-    return [Text(_SATURATION), Table(["", *(f"step {step}" for step in found)], rows)]
+    return [Text(_SATURATION), Table(["", *shown], rows)]
 
 
 def _mean(values: Sequence[float | None] | None, digits: int) -> str:

@@ -13,6 +13,7 @@ import html
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,69 +28,89 @@ PASSAGES = 2  # of each domain
 USES = 6  # tokens in context for each expert
 CONTEXT = 10  # tokens before and after each of them
 GATE_DIGITS = 3
+CUT = "\ufffd"  # a character of which the text has only a part
 
 _FOLDER = pathlib.Path(__file__).parent
 
 
-def to_html(title: str, text: RoutedText, tokenizer: Tokenizer) -> str:
+def to_html(title: str, texts: Mapping[str, RoutedText], tokenizer: Tokenizer) -> str:
     """The page of a routed text.
 
     Args:
       title: heading of the page.
-      text: with at least one token.
+      texts: the same text, of at least one token, as each run routes it, by name; more than one
+        are shown side by side.
       tokenizer: of the text.
     """
     parts = {
         "TITLE": html.escape(title),
         "STYLE": _part("explorer.css"),
         "SCRIPT": _part("explorer.js"),
-        "DATA": _in_script(explorer_data(text, tokenizer)),
+        "DATA": _in_script(explorer_data(texts, tokenizer)),
     }
     # In one pass: what is put in may hold such a name itself.
     return re.sub(r"%%([A-Z]+)%%", lambda name: parts[name[1]], _part("explorer.html"))
 
 
-def explorer_data(text: RoutedText, tokenizer: Tokenizer) -> dict[str, Any]:
+def explorer_data(texts: Mapping[str, RoutedText], tokenizer: Tokenizer) -> dict[str, Any]:
     """All that the page shows, as JSON.
 
     Returns:
-      `experts` (E), `layers` (L), `domains`; `passages` with their tokens and, by layer, ids and
-      gates; `load` (L, E), relative to an even load; `load_by_domain` (L, E, G), relative to an
-      even load of the domain; `favourites` and `uses` by layer and expert.
+      `tokens` (T) and `domains` of the text; `passages` with their tokens; and for each of `runs`
+      its `name`, `experts` (E), `layers` (L), `routing` of each passage, ids and gates by layer;
+      `load` (L, E), relative to an even load; `load_by_domain` (L, E, G), relative to an even load
+      of the domain; `favourites` and `uses` by layer and expert.
     """
+    text = next(iter(texts.values()))
+    places = _places(text)
+    return {
+        "tokens": text.n_tokens,
+        "domains": list(text.domains),
+        "passages": [
+            {
+                "name": name,
+                "tokens": tokenizer.pieces(text.token_ids_T[of_passage].tolist()),
+                "positions": text.position_T[of_passage].tolist(),
+            }
+            for name, of_passage in places.items()
+        ],
+        "min_count": MIN_COUNT,
+        "runs": [_run(name, routed, tokenizer, places) for name, routed in texts.items()],
+    }
+
+
+def _places(text: RoutedText) -> dict[str, np.ndarray]:
+    """The first tokens of each domain, cut into passages; its sequences follow each other."""
+    found = {}
+    for g, name in enumerate(text.domains):
+        places_T = np.flatnonzero(text.domain_T == g)[: PASSAGE * PASSAGES]
+        for number, start in enumerate(range(0, len(places_T), PASSAGE), start=1):
+            found[f"{name} {number}"] = places_T[start : start + PASSAGE]
+    return found
+
+
+def _run(
+    name: str, text: RoutedText, tokenizer: Tokenizer, places: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What a run makes of the text."""
     n_domains = len(text.domains)
     load_GLE = specialisation.load_by_group(text.ids_LTK, text.domain_T, n_domains, text.n_experts)
     relative_GLE = specialisation.shares(load_GLE) * text.n_experts
     relative_LE = specialisation.shares(load_GLE.sum(axis=0)) * text.n_experts
     return {
+        "name": name,
         "experts": text.n_experts,
         "layers": text.n_layers,
-        "tokens": text.n_tokens,
-        "domains": list(text.domains),
-        "passages": _passages(text, tokenizer),
+        "routing": [_routing(text, of_passage) for of_passage in places.values()],
         "load": np.round(relative_LE, 2).tolist(),
         "load_by_domain": np.round(relative_GLE.transpose(1, 2, 0), 2).tolist(),
         "favourites": _favourites(text, tokenizer),
-        "min_count": MIN_COUNT,
         "uses": _uses(text, tokenizer),
     }
 
 
-def _passages(text: RoutedText, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The first tokens of each domain, cut into passages; its sequences follow each other."""
-    found = []
-    for g, name in enumerate(text.domains):
-        places_T = np.flatnonzero(text.domain_T == g)[: PASSAGE * PASSAGES]
-        for number, start in enumerate(range(0, len(places_T), PASSAGE), start=1):
-            places = places_T[start : start + PASSAGE]
-            found.append({"name": f"{name} {number}", **_tokens(text, tokenizer, places)})
-    return found
-
-
-def _tokens(text: RoutedText, tokenizer: Tokenizer, places: np.ndarray) -> dict[str, Any]:
+def _routing(text: RoutedText, places: np.ndarray) -> dict[str, Any]:
     return {
-        "tokens": [tokenizer.token(int(i)) for i in text.token_ids_T[places]],
-        "positions": text.position_T[places].tolist(),
         "ids": text.ids_LTK[:, places].tolist(),
         "gates": np.round(text.gates_LTK[:, places].astype(float), GATE_DIGITS).tolist(),
     }
@@ -109,24 +130,21 @@ def _favourites(text: RoutedText, tokenizer: Tokenizer) -> list[Any]:
 def _uses(text: RoutedText, tokenizer: Tokenizer) -> list[Any]:
     """The strongest uses of each expert: text before, token, text after, gate, domain."""
     by_layer = []
-    for ids_TK, gates_TK in zip(text.ids_LTK, text.gates_LTK, strict=True):
+    for layer in range(text.n_layers):
         by_expert = []
         for expert in range(text.n_experts):
-            uses = specialisation.strongest_uses(ids_TK, gates_TK, expert, USES, apart=CONTEXT)
+            uses = text.uses(layer, expert, USES, apart=CONTEXT)
             by_expert.append([_in_context(text, tokenizer, use) for use in uses])
         by_layer.append(by_expert)
     return by_layer
 
 
 def _in_context(text: RoutedText, tokenizer: Tokenizer, use: specialisation.Use) -> list[Any]:
-    near = np.arange(max(use.place - CONTEXT, 0), min(use.place + CONTEXT + 1, text.n_tokens))
-    near = near[text.sequence_T[near] == text.sequence_T[use.place]]
-    before = text.token_ids_T[near[near < use.place]].tolist()
-    after = text.token_ids_T[near[near > use.place]].tolist()
+    before, after = tokenizer.decode_batch(list(text.around(use.place, CONTEXT)))
     return [
-        tokenizer.decode(before, skip_special_tokens=False),
+        before.strip(CUT),
         tokenizer.token(int(text.token_ids_T[use.place])),
-        tokenizer.decode(after, skip_special_tokens=False),
+        after.strip(CUT),
         round(use.gate, GATE_DIGITS),
         int(text.domain_T[use.place]),
     ]

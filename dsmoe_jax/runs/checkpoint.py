@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dsmoe_jax.parallel import hosts, sharding
 from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs.digests import digests
+from dsmoe_jax.runs.saved_arrays import SavedArrays
 
 MODEL = "model"  # the item of every checkpoint that holds a `ModelState`
+
+# What is compressed, and read, at a time.  A leading axis is cut up first (Orbax itself begins with
+# the longest one, so that each chunk would have a bit of every layer), unless little is left.
+CHUNK_BYTES = 16 * 2**20
+_SMALL_CHUNK_BYTES = 2**20
 
 _META = "meta"  # the item that is JSON
 _FILES = "files.json"  # inside a step's directory: the size of every other file
@@ -78,8 +84,8 @@ class Checkpoints:
       directory: where the step directories are.
       keep: how many of the newest are kept; None opens them for reading only.
       keep_every: those of every so many steps are kept too.
-      chunk_bytes: the most of an array that is compressed, and held once more, at a time; None:
-        what a device has of it.
+      data_file_bytes: of the files that arrays are written to, which are collected in memory; None:
+        2 GiB, as Orbax has it.
     """
 
     def __init__(
@@ -87,12 +93,12 @@ class Checkpoints:
         directory: Path,
         keep: int | None,
         keep_every: int | None = None,
-        chunk_bytes: int | None = None,
+        data_file_bytes: int | None = None,
     ):
         logging.set_verbosity(logging.FATAL)  # Orbax logs pages of what it then raises anyway
         self.directory = directory
         self._saving: int | None = None
-        self._chunk_bytes = chunk_bytes
+        self._data_file_bytes = data_file_bytes
         self._named = _Named()
         kept = [preservation_policy.LatestN(keep), self._named]
         if keep_every is not None:
@@ -135,7 +141,7 @@ class Checkpoints:
         found = {name: digests(tree) for name, tree in items.items()}
         args: dict[str, Any] = {_META: ocp.args.JsonSave({**extra, "step": step, "digests": found})}
         for name, tree in items.items():
-            args[name] = ocp.args.StandardSave(tree, save_args=self._save_args(tree))
+            args[name] = self._save_args(tree)
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
@@ -172,16 +178,44 @@ class Checkpoints:
         args: dict[str, Any] = {_META: ocp.args.JsonRestore()}
         for name, tree in targets.items():
             args[name] = ocp.args.StandardRestore(tree)
-        try:
+        with self.reading(step):
             _check_files(self.directory / str(step), set(args))
             got = self._manager.restore(step, args=ocp.args.Composite(**args))
             extra = got[_META]
             wanted = extra.pop("digests")
             if any(digests(got[name]) != wanted[name] for name in targets):
                 raise ValueError("an array is not what was saved")
-        except Exception as error:  # whatever a damaged file led the libraries to
-            raise ValueError(self._damaged(step, error)) from error
         return Restored({name: got[name] for name in targets}, extra)
+
+    def arrays(self, step: int, name: str, shapes: Any) -> SavedArrays:
+        """Opens an item of a step, to be read part by part.
+
+        Args:
+          step: of the checkpoint.
+          name: of the item.
+          shapes: of its arrays.
+
+        Raises:
+          ValueError: if the checkpoint is damaged or not of this model.
+        """
+        with self.reading(step):
+            _check_files(self.directory / str(step), {_META, name})
+            args = {_META: ocp.args.JsonRestore()}
+            extra = self._manager.restore(step, args=ocp.args.Composite(**args))[_META]
+            directory = self.directory / str(step) / name
+            return SavedArrays(directory, shapes, extra["digests"][name])
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Says of an error that it comes from the checkpoint of a step.
+
+        Raises:
+          ValueError: for whatever a damaged file led the libraries to.
+        """
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(self._damaged(step, error)) from error
 
     def close(self) -> None:
         """Waits for what is being written, and lets go; raises like `check`."""
@@ -190,9 +224,10 @@ class Checkpoints:
             self._manager.close()
 
     def _save_args(self, tree: Any) -> Any:
-        if self._chunk_bytes is None:
-            return None
-        return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), tree)
+        chunks = jax.tree.map(_chunks, tree)
+        if self._data_file_bytes is None:
+            return ocp.args.StandardSave(tree, chunks)
+        return ocp.args.PyTreeSave(tree, chunks, self._data_file_bytes)  # the same, but for files
 
     def _check_space(self, needed: int) -> None:
         """Refuses to begin on a disk that is too full."""
@@ -221,27 +256,16 @@ class Checkpoints:
         )
 
 
-def digests(tree: Any) -> list[int]:
-    """A number for each array: the sum of its bits, weighted by position, modulo 2^32.
-
-    Integer sums have no rounding, so the order of adding, and with it the sharding, is free.
-    """
-    # One array after the other: a single program for all would hold a copy of the whole state.
-    return [int(_digest(x)) for x in jax.tree.leaves(tree)]
-
-
-@jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # The position in row-major order, by axis: flattening would gather a sharded array.
-    position = jnp.uint32(0)
-    stride = 1
-    for axis in reversed(range(bits.ndim)):
-        step = jnp.uint32(stride % 2**32)
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * step
-        stride *= bits.shape[axis]
-    return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
+def _chunks(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
+    """Chunks that a layer, or an expert of it, can be read from without the others."""
+    axes = []
+    size = x.size * x.dtype.itemsize
+    for axis, n in enumerate(x.shape):
+        size //= max(1, n)
+        if size < _SMALL_CHUNK_BYTES or size * n <= CHUNK_BYTES:
+            break
+        axes.append(axis)
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(axes))
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace, stage_of
@@ -26,6 +27,7 @@ from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints, target
+from dsmoe_jax.runs.saved_arrays import Index, SavedArrays
 
 
 class Run(NamedTuple):
@@ -142,12 +144,57 @@ def load_model_state(
       ValueError: if there is no such checkpoint, or it is damaged.
     """
     with saved_checkpoints(workdir, key) as checkpoints:
-        steps = checkpoints.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"--step={step}: no such checkpoint; there are {steps}")
-        step = steps[-1] if step is None else step
+        step = _one_of(checkpoints, step)
         restored = checkpoints.restore(step, {MODEL: target(shapes)})
     return Loaded(restored.items[MODEL], step, restored.extra)
+
+
+class SavedModel(NamedTuple):
+    """The arrays of a model in a checkpoint, of which any part can be read, and its step."""
+
+    checkpoints: Checkpoints
+    arrays: SavedArrays
+    step: int
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A part of an array, as `SavedArrays.read`.
+
+        Raises:
+          ValueError: if the checkpoint is damaged.
+        """
+        with self.checkpoints.reading(self.step):
+            return self.arrays.read(name, index)
+
+    def check(self) -> None:
+        """Makes sure that what was read, everything once, is what was saved.
+
+        Raises:
+          ValueError: if it is not.
+        """
+        with self.checkpoints.reading(self.step):
+            self.arrays.check()
+
+
+@contextlib.contextmanager
+def saved_model(
+    workdir: str | Path, shapes: ModelState, step: int | None = None, key: str | None = None
+) -> Iterator[SavedModel]:
+    """Opens the model of a checkpoint, to be read part by part; arguments of `load_model_state`.
+
+    Raises:
+      ValueError: if there is no such checkpoint, or it is damaged.
+    """
+    with saved_checkpoints(workdir, key) as checkpoints:
+        step = _one_of(checkpoints, step)
+        yield SavedModel(checkpoints, checkpoints.arrays(step, MODEL, shapes), step)
+
+
+def _one_of(checkpoints: Checkpoints, step: int | None) -> int:
+    """A step that is there; None is the newest."""
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise ValueError(f"--step={step}: no such checkpoint; there are {steps}")
+    return steps[-1] if step is None else step
 
 
 def check_moved(workdir: str | Path, corpus: Corpus) -> None:

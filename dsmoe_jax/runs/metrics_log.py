@@ -32,6 +32,11 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     validation_maxvio, validation_dropped    [layer]
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
 
+    inside_domain_specialisation, inside_vocabulary_specialisation, inside_experts_per_token,
+    inside_committee, inside_committee_overlap, inside_committee_chance_overlap,
+    inside_mass_in_every_domain, inside_router_saturation
+                                     [layer]: with `train.analyse_every`, see analysis/tables.py
+
 Validation rows come after the training row of their step; `read_rows` joins the two.  A run that
 begins with the parameters of another one has a validation row of step 0.
 """

@@ -15,9 +15,10 @@ Shapes: B sequences of a batch, L MoE layers, S positions, E experts that the ro
 
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,20 @@ class Recording:
             )
         rows = range(batch_size) if rows is None else rows
         return {f"replayed_{k}_BLSK": x[list(rows)] for k, x in routing._asdict().items()}
+
+    def batches(self, name: str) -> Iterator[RecordedRouting]:
+        """The batches of a pass in their order, (L, B, S, K).
+
+        Raises:
+          ValueError: as `read`.
+        """
+        first = load(_path(self.directory, name, 1))
+        for number in itertools.count(1):
+            path = _path(self.directory, name, number)
+            if not path.is_file():
+                return
+            self.read(name, number, len(first.ids))  # refuses a batch of other sizes
+            yield RecordedRouting(*(x.swapaxes(0, 1) for x in load(path)))
 
 
 def _has_holes(ids_BLSK: np.ndarray, n_experts: int) -> bool:

@@ -8,6 +8,7 @@ tensorboard/      event files, and traces of --profile
 history/          what was there before the config changed on the way, see going_on.py
 routing/          with train.record_routing: the experts of every token, see routing_records.py
 surgery.json      of a model that `surgery` made: the operations, the first one first
+analysis/         with train.analyse_every: what the experts serve, see analysis/over_training.py
 evaluation.json   held-out results after the last step: the run is finished
 """
 
@@ -49,6 +50,7 @@ EVALUATION = "evaluation.json"
 ROUTING = "routing"
 HISTORY = "history"
 SURGERY = "surgery.json"
+ANALYSIS = "analysis"
 _LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"
@@ -75,6 +77,7 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "train.keep_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.analyse_every",
 }
 # These say what happens from some step on: a run may go on with another value, see going_on.py.
 CHANGES_BY_STEP = frozenset(

@@ -147,13 +147,24 @@ def _language_over_kind(outcome: Outcome) -> float | None:
 
 
 def _inside(key: str, factor: float = 1.0) -> Callable[[Outcome], float | None]:
-    """Reads a number that `probes.inside` finds, mean over the layers."""
+    """Reads a number that a probe finds inside a model, mean over layers, parts and draws."""
 
     def read(outcome: Outcome) -> float | None:
-        by_layer = (outcome.evaluation or {}).get("inside", {}).get(key)
-        if not by_layer or None in by_layer:
+        found = (outcome.evaluation or {}).get("inside", {}).get(key)
+        if found is None or found == [] or (isinstance(found, list) and None in found):
             return None
-        return factor * float(np.mean(by_layer))
+        return factor * float(np.mean(found))
+
+    return read
+
+
+def _over_before(key: str) -> Callable[[Outcome], float | None]:
+    """Reads a number of `redundancy.redundancy` less that of a model before training."""
+
+    def read(outcome: Outcome) -> float | None:
+        now = _inside(key)(outcome)
+        before = _inside(f"{key}_before")(outcome)
+        return None if now is None or before is None else now - before
 
     return read
 
@@ -162,6 +173,27 @@ def _overlap_over_chance(outcome: Outcome) -> float | None:
     overlap = _inside("committee_overlap")(outcome)
     chance = _inside("committee_chance_overlap")(outcome)
     return None if overlap is None or chance is None else overlap - chance
+
+
+def _invariance(outcome: Outcome) -> float | None:
+    """Where the overlap of the committees is between chance (0) and blind routing (100)."""
+    over_chance = _overlap_over_chance(outcome)
+    blind = _inside("overlap_if_blind")(outcome)
+    chance = _inside("committee_chance_overlap")(outcome)
+    if over_chance is None or blind is None or chance is None or blind <= chance:
+        return None
+    return 100 * over_chance / (blind - chance)
+
+
+def _specific_over(key: str) -> Callable[[Outcome], float | None]:
+    """Reads how many more experts of a domain there are than in another routing, in % of all."""
+
+    def read(outcome: Outcome) -> float | None:
+        seen = _inside("specific", 100)(outcome)
+        other = _inside(key, 100)(outcome)
+        return None if seen is None or other is None else seen - other
+
+    return read
 
 
 def _loss_rise(outcome: Outcome) -> float | None:
@@ -351,16 +383,48 @@ MEASURES: dict[str, Measure] = {
         _inside("committee_overlap"),
         note="Overlap: Jaccard index of two domains' committees, mean over pairs and layers.",
     ),
-    "committee_over_chance": Measure(
-        "overlap of the domains' committees over that of random sets",
-        _overlap_over_chance,
-        note="Over that of random sets: of the same sizes; 0 is what chance gives.",
+    "overlap_if_blind": Measure(
+        "overlap of blind committees",
+        _inside("overlap_if_blind"),
+        note="Blind: if domains made no difference, with the domains of the sequences shuffled,"
+        " which leaves the loads as they are; mean over 20 shuffles.",
     ),
-    "invariant_mass": Measure(
-        "gates of experts in every domain's committee",
-        _inside("mass_in_every_domain", 100),
-        "% of all gates",
+    "invariance": Measure(
+        "invariance of the committees",
+        _invariance,
+        "%",
         digits=1,
+        note="Invariance: 0 where two domains' committees overlap as random sets of the same sizes"
+        " do, 100 where they overlap as blind ones.",
+    ),
+    "standing_committee": Measure(
+        "standing committee",
+        _inside("standing_committee", 100),
+        "% of the experts",
+        digits=1,
+        note="Standing committee: few experts that hold half of the gates in every domain; if all"
+        " experts had equal gates, 50 %.",
+    ),
+    "standing_if_blind": Measure(
+        "blind standing committee",
+        _inside("standing_if_blind", 100),
+        "% of the experts",
+        digits=1,
+    ),
+    "specific_over_blind": Measure(
+        "experts of a domain over blind",
+        _specific_over("specific_if_blind"),
+        "points of %",
+        digits=1,
+        note="Experts of a domain: with at least twice their mean share of the gates in one.",
+    ),
+    "specific_over_token": Measure(
+        "experts of a domain over tokens",
+        _specific_over("specific_by_token"),
+        "points of %",
+        digits=1,
+        note="Over blind, over tokens: less those that there would be if domains made no"
+        " difference, or if the token alone decided, each with the mean gates of all of its id.",
     ),
     "experts_per_token": Measure(
         "effective experts of a token",
@@ -376,6 +440,63 @@ MEASURES: dict[str, Measure] = {
         _inside("outputs_alike"),
         lower_is_better=True,
         note="Likeness: mean cosine over pairs of experts; of outputs, for the same tokens.",
+    ),
+    "outputs_cka": Measure(
+        "CKA of outputs over start",
+        _over_before("outputs_cka"),
+        lower_is_better=True,
+        note="CKA: linear and unbiased, of two experts' outputs for the same tokens, mean over"
+        " pairs and layers. Over start: less the same of a model of its sizes before training.",
+    ),
+    "weights_aligned": Measure(
+        "likeness of matched weights over start",
+        _over_before("weights_aligned"),
+        lower_is_better=True,
+        note="Matched weights: of two experts, with their hidden units in the order in which they"
+        " are most alike.",
+    ),
+    "distinct_experts": Measure(
+        "clearly distinct experts",
+        _inside("distinct", 100),
+        "% of the experts",
+        digits=1,
+        note="Clearly distinct: to no other expert of its layer as alike as 0.85 in its outputs.",
+    ),
+    "masked_rise": Measure(
+        "rise without each token's best",
+        _inside("masked_rise"),
+        "nats per token",
+        digits=4,
+        note="Rises: of the loss, on a fifth of the held-out text. Each token's best: its best"
+        " sixteenth of the experts is masked (V1 figure 4).",
+    ),
+    "random_rise": Measure(
+        "rise without a random sixteenth",
+        _inside("random_rises"),
+        "nats per token",
+        digits=4,
+        note="A random sixteenth: of every layer's experts, for all tokens, mean of 8 draws.",
+    ),
+    "least_rise": Measure(
+        "rise without the least missed",
+        _inside("least_rise"),
+        "nats per token",
+        digits=4,
+        note="The least missed: a sixteenth of every layer, chosen on other text.",
+    ),
+    "sixteenth_rise": Measure(
+        "rise without a sixteenth of a layer",
+        _inside("sixteenth_rises"),
+        "nats per token",
+        digits=4,
+        note="A sixteenth of a layer, one expert: mean over the sixteenths of all layers, or over"
+        " up to 16 experts of each from the least loaded to the most, on 1/40 of the text.",
+    ),
+    "single_rise": Measure(
+        "rise without one expert",
+        _inside("single_rises"),
+        "nats per token",
+        digits=4,
     ),
     "busiest_three": Measure(
         "share of the three busiest experts",

@@ -2,8 +2,9 @@
 
 A probe is a function from a run and an intervention to what evaluation.json holds; the measures
 read that.  `held_out` gives loss and load on the held-out text, `inside` also what the experts
-serve there; a probe that measures something else is a function like them, and an entry in
-`measures.MEASURES` that reads its number.
+serve there, `redundancy.redundancy` how far they could stand in for each other; a probe that
+measures something else is a function like them, and an entry in `measures.MEASURES` that reads its
+number.
 """
 
 from __future__ import annotations
@@ -61,16 +62,5 @@ def inside(run: Run, intervention: Intervention) -> dict[str, Any]:
         batch_size=train.global_batch_size // train.accumulation_steps,
     )
     looked = tables.compute(tables.Subject(text, layer_weights(run.model, run.corpus)))
-    layers = looked["committees"]["layers"]
-    alike = looked["similarity"]["layers"]
-    found["inside"] = {
-        "committee": [layer["share_of_experts"] for layer in layers],
-        "committee_overlap": [layer["overlap"] for layer in layers],
-        "committee_chance_overlap": [layer["chance_overlap"] for layer in layers],
-        "mass_in_every_domain": [layer["mass_in_every_domain"] for layer in layers],
-        "vocabulary_specialisation": looked["vocabulary"]["vocabulary_specialisation"],
-        "experts_per_token": looked["experts_per_token"]["mean"],
-        "weights_alike": [layer["weights_mean"] for layer in alike],
-        "outputs_alike": [layer["outputs_mean"] for layer in alike],
-    }
+    found["inside"] = tables.by_layer(looked)
     return found

@@ -14,6 +14,9 @@ from typing import Any
 
 import jax
 
+from dsmoe_jax.analysis import over_training
+from dsmoe_jax.analysis.over_training import OverTraining
+from dsmoe_jax.analysis.routed_text import check_routes, with_routing
 from dsmoe_jax.config import Config, stage_of, stages_of, tokens_after
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import open_corpus, tokenizer_fingerprint
@@ -124,6 +127,9 @@ def _check(config: Config) -> None:
         make_schedule(stage.config.optimizer, config.train.scheduled_steps)
     check_stages(config)
     routing_records.check_keys(config)
+    if config.train.analyse_every is not None:
+        for stage in stages_of(config):
+            check_routes(stage.config.model)
     check_start_from(config)
 
 
@@ -183,6 +189,7 @@ class _Trainer:
             directory / workdirs.CHECKPOINTS, train.keep_checkpoints, train.keep_every
         )
         self.log: MetricsLog | None = None
+        self.tables = OverTraining(directory / workdirs.ANALYSIS)
         self.kernels: dict[str, str] = {}  # not in the log yet
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
@@ -209,6 +216,8 @@ class _Trainer:
             self.line.message,
         )
         self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
+        if hosts.is_first():
+            self.tables.go_back(first)
         self.logged_step = self.saved_step = first
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
@@ -274,7 +283,7 @@ class _Trainer:
             self.recorder.write(routing_records.TRAIN, step, metrics.recorded)
         assert self.log is not None
         train = self.config.train
-        asked = step == 1 or step % train.log_every == 0
+        asked = step == 1 or step % train.log_every == 0 or self._analyses(step)
         if asked or step == self.now.stage.end or self._evaluates(step):
             row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
@@ -301,6 +310,12 @@ class _Trainer:
             return train.start_from is not None and self.recording is None
         return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
 
+    def _analyses(self, step: int) -> bool:
+        train = self.config.train
+        if train.analyse_every is None:
+            return False
+        return step > 0 and (step == train.steps or step % train.analyse_every == 0)
+
     def _saves(self, step: int) -> bool:
         train = self.config.train
         stop = self.interrupts.signum is not None
@@ -311,14 +326,17 @@ class _Trainer:
 
     def _is_due(self, step: int) -> bool:
         """Whether the step must be finished, and seen to be finite, before the next one begins."""
-        return self._evaluates(step) or self._saves(step) or step == self.now.stage.end
+        looks = self._evaluates(step) or self._analyses(step)
+        return looks or self._saves(step) or step == self.now.stage.end
 
     def _settle(self, step: int, state: TrainState) -> None:
-        """Saves, stops and evaluates, each if it is due and not done."""
+        """Saves, stops, analyses and evaluates, each if it is due and not done."""
         if self._saves(step):
             self._save(step, state)
         if self.interrupts.signum is not None:
             self._stop(step, state)
+        if self._analyses(step):
+            self._analyse(step, state)
         if self._evaluates(step):
             self._evaluate(step, state)
 
@@ -355,6 +373,27 @@ class _Trainer:
             " the same command goes on from there"
         )
         raise Stopped(signum)
+
+    def _analyse(self, step: int, state: TrainState) -> None:
+        """Writes tables of what the experts serve, unless they are there already."""
+        if hosts.on_first(lambda: step in self.tables.steps()):
+            return
+        self.line.note("where held-out text is routed")
+        text = with_routing(
+            self.corpus,
+            self.now.held_out.routings(state.params, state.other),
+            self.config.model.moe.n_routed_experts,
+            max_tokens=over_training.TOKENS,
+        )
+
+        def write() -> None:
+            assert self.log is not None
+            found = self.tables.compute(step, text)
+            self.log.write({"step": step, **over_training.row(found)})
+            self.tables.finish(step, found)
+
+        hosts.on_first(write)
+        self.clock.restart()
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         """Measures on held-out text, unless the log has it already."""

@@ -43,6 +43,32 @@ def constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return _warmed_up(optax.constant_schedule(config.peak_learning_rate), config.warmup_steps)
 
 
+def cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, constant, then half a cosine down to x `decay_factor` (V3 section 4.2).
+
+    It falls from the first to the second of the shares `decay_at`, and stays there.
+
+    Raises:
+      ValueError: for other than two shares, or a warm-up that is not over when the rate falls.
+    """
+    at = config.decay_at
+    require(
+        len(at) == 2, "optimizer.decay_at", at, "must be two shares for optimizer.schedule=cosine"
+    )
+    first, last = (round(share * steps) for share in at)
+    require(
+        config.warmup_steps <= first < last,
+        "optimizer.warmup_steps",
+        config.warmup_steps,
+        f"must not exceed {first}, the step from which the rate falls until {last}"
+        f" (optimizer.decay_at={at} of {steps} steps)",
+    )
+    peak = config.peak_learning_rate
+    falling = optax.cosine_decay_schedule(peak, last - first, config.decay_factor)
+    parts = [optax.constant_schedule(peak), falling]
+    return _warmed_up(optax.join_schedules(parts, [first]), config.warmup_steps)
+
+
 def _warmed_up(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
     if not warmup_steps:
         return schedule
@@ -53,6 +79,7 @@ def _warmed_up(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
     "multi_step": multi_step,
     "constant": constant,
+    "cosine": cosine,
 }
 
 

@@ -140,6 +140,7 @@ class StageRun:
             train.eval_batches,
             recorder,
             recording if routing_records.needs(config) == "routing" else None,
+            keep_routing=train.analyse_every is not None,
         )
         self.train_step = jit_train_step(config, corpus.bytes_per_token_V)
 

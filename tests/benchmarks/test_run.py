@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import moe_layer, parallel, router_metrics, routers, train_step
+from benchmarks import analysis, moe_layer, parallel, router_metrics, routers, train_step
+from dsmoe_jax.analysis import over_training
 from dsmoe_jax.moe.kernels import native
 
 
@@ -14,7 +15,7 @@ from dsmoe_jax.moe.kernels import native
 def written(tmp_path, monkeypatch):
     """`written(benchmark, *flags)`: the report of one round, from its file."""
     # Freed memory that a process keeps would stay with all other tests.
-    for benchmark in (moe_layer, parallel, router_metrics, routers, train_step):
+    for benchmark in (analysis, moe_layer, parallel, router_metrics, routers, train_step):
         monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: False)
 
     def run(benchmark, *flags):
@@ -111,3 +112,12 @@ def test_router_metrics(written):
         for program in ("step", "layers")
         for metrics_are in ("with", "without", "control")
     ]
+
+
+def test_analysis(written, monkeypatch):
+    monkeypatch.setattr(analysis, "STEPS", 1)
+    monkeypatch.setattr(over_training, "TOKENS", 200)
+    report = written(analysis, "--scale=smoke", "--arm=gshard_2b")
+    assert report["tokens"] == 200
+    share = report["in_steps"] / report["two_percent_every"]
+    assert 0 < share <= analysis.SHARE

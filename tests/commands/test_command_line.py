@@ -1,9 +1,9 @@
 """A wrong command line gives one line that says what would be right, and exit code 2."""
 
 import pytest
-from forked import run_all
 
 from dsmoe_jax.commands import command_line
+from tests.tools.forked import run_all
 
 FILE = "--config=configs/dsmoe_2b.py:smoke"
 MOE = "--config.model.moe."

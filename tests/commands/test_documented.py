@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from forked import run_all
 
 from dsmoe_jax.commands import COMMANDS
+from tests.tools.forked import run_all
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ["*.md", "docs/*.md", "benchmarks/*.md", "notebooks/*.py"]

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from forked import run_all
+
+from tests.tools.forked import run_all
 
 PAIR = ["economics", "--config=configs/dsmoe_2b.py:smoke", "--config=configs/dense_2b.py:smoke"]
 REFUSED = {

@@ -10,14 +10,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from forked import run_all
 
 from dsmoe_jax import commands
+from tests.tools.forked import run_all
 from tests.tools.patience import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 # What is no command: what they share, and the one that `python -m experiments.NAME` gives its name.
-SHARED = {"command_line", "console", "experiment", "generation_report", "ledger", "text_printer"}
+SHARED = {
+    "command_line", "console", "experiment", "generation_report", "ledger", "text_flags",
+    "text_printer",
+}  # fmt: skip
 LIST = """
 import sys
 from dsmoe_jax import commands
@@ -28,7 +31,7 @@ assert not {"jax", "absl", "numpy"} & sys.modules.keys()
 # A flag that the manual of each command explains.
 FLAGS = {
     "train": ("--workdir", "--[no]distributed", "--config", "--config.train.seed=1"),
-    "evaluate": ("--workdir", "--record_routing", "--mesh", "--[no]json"),
+    "evaluate": ("--workdir", "--record_routing", "--tasks", "hellaswag", "--mesh", "--[no]json"),
     "generate": ("--prompt", "--top_p", "--num_samples", "--mesh", "an empty prompt"),
     "count": ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--[no]all"),
     "plan": ("--chip", "--chips", "--config"),
@@ -36,7 +39,7 @@ FLAGS = {
     "convert": ("--from_hf", "--to_hf", "--[no]check", "--against", "--mesh"),
     "economics": ("--config", "--chip", "--prices", "--[no]json"),
     "surgery": ("--from", "--to", "--moments", "--loads", "  place  Order the experts"),
-    "analyse": ("--workdir", "--to", "--max_tokens", "--[no]json"),
+    "analyse": ("--workdir", "--to", "--corpus", "--replay_routing", "--max_tokens", "--[no]json"),
     "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
     "plot_load": ("--workdir", "--out"),
 }

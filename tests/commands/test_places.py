@@ -7,7 +7,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from forked import run_all
+
+from tests.tools.forked import run_all
 
 SIZES = "--vocab_size=512 --sequence_length=64"
 TRAIN = "train --config=configs/dsmoe_2b.py:smoke"

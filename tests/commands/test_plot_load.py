@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from forked import run_all
+
+from tests.tools.forked import run_all
 
 ROW = {"step": 1, "tokens": 10, "load": [[1, 3], [2, 2]]}
 

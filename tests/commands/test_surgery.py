@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from forked import run_all
+
+from tests.tools.forked import run_all
 
 FLAGS = {
     (): "needs a word before its flags: place; see --help",

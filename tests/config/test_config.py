@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import dsmoe_jax.config
 from dsmoe_jax.config import (
     BalanceTerm,
     Config,
@@ -206,6 +207,16 @@ def test_round_trip_through_config_dict_and_json():
     tree = to_config_dict(config)
     assert from_config_dict(tree) == config
     assert from_config_dict(json.loads(tree.to_json())) == config
+
+
+def test_the_repr_of_a_config_is_python_for_the_same_config():
+    """Sections by name too, which must stay such that the config has a hash."""
+    shown = replace(
+        Config(), **{"train.stages.share": (0.5, 0.5), "model.moe.drop.policy": "position"}
+    )
+    again = eval(repr(shown), vars(dsmoe_jax.config).copy())
+    assert again == shown
+    assert hash(again) == hash(shown)
 
 
 def test_whole_numbers_are_accepted_for_fractions():

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, implementations, models, pre_tokenizers
 
 from dsmoe_jax.data.corpus import load_corpus
-from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD, Tokenizer, train_tokenizer
+from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD, UNFINISHED, Tokenizer, train_tokenizer
 
 _TEXTS = [
     "the quick brown fox jumps over the lazy dog\n",
@@ -27,6 +27,23 @@ def test_round_trip_and_byte_count(text: str):
     assert _TOKENIZER.decode(ids) == text
     assert _TOKENIZER.bytes_per_token_V[ids].sum() == len(text.encode("utf-8"))
     assert _TOKENIZER.encode_batch([text]) == [ids]
+
+
+@given(_UNICODE)
+def test_pieces_of_a_text_are_the_text(text: str):
+    """Each character stands at the token that completes it."""
+    ids = _TOKENIZER.encode(text)
+    pieces = _TOKENIZER.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces).replace(UNFINISHED, "") == text.replace(UNFINISHED, "")
+
+
+def test_a_part_of_a_character_is_bytes():
+    ids = _TOKENIZER.encode("ส")
+    assert _TOKENIZER.pieces(ids) == [UNFINISHED, UNFINISHED, "ส"]
+    assert [_TOKENIZER.token(i) for i in ids] == ["<e0>", "<b8>", "<aa>"]
+    cut = [ids[2], _TOKENIZER.eos_id, ids[0], *_TOKENIZER.encode("x")]
+    assert _TOKENIZER.pieces(cut) == [UNFINISHED, END_OF_TEXT, UNFINISHED, "x"]
 
 
 def test_what_a_model_may_write():

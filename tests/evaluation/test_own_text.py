@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +16,7 @@ from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
-from tests.tools.patience import PATIENCE
+from tests.tools.forked import run_all
 
 TEXTS = {  # each domain fits into one sequence, so that no document is cut
     "poems/a.txt": "Tyger Tyger, burning bright",
@@ -109,25 +106,21 @@ def test_the_command(finished_run, folder, tmp_path):
     workdir = finished_run[0]
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
-    def command(*flags):
-        return subprocess.run(
-            [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={workdir}", *flags],
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
-            capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
-
     out = tmp_path / "found.json"
-    done = command(f"--corpus={folder}", "--json", f"--out={out}")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    flags = (
+        (f"--corpus={folder}", "--json", f"--out={out}"),
+        (f"--corpus={tmp_path / 'none'}", f"--out={tmp_path / 'new.json'}"),
+        (f"--out={out}",),
+    )
+    done, missing, again = run_all([["evaluate", f"--workdir={workdir}", *f] for f in flags])
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert json.loads(out.read_text()) == found
     assert (found["corpus"], set(found["domains"])) == (str(folder), {"code", "poems"})
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
-    done = command(f"--corpus={tmp_path / 'none'}", f"--out={tmp_path / 'new.json'}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: --corpus={tmp_path / 'none'}: ")
-    done = command(f"--out={out}")
-    assert f"--out={out}: exists already" in done.stderr
+    assert (missing.code, missing.out) == (2, "")
+    assert missing.err.startswith(f"error: --corpus={tmp_path / 'none'}: ")
+    assert f"--out={out}: exists already" in again.err
 
 
 def test_a_run_starts_from_another_on_other_text_of_its_tokenizer(

@@ -1,7 +1,8 @@
-"""Models of a few layers, compiled quickly."""
+"""Models of a few layers, compiled quickly; their tensors are read and written in many pieces."""
 
 import pytest
 
+from dsmoe_jax.hf import tensors
 from dsmoe_jax.model import transformer
 
 
@@ -9,3 +10,9 @@ from dsmoe_jax.model import transformer
 def one_layer_at_a_time(monkeypatch):
     """Compiles a layer once, not as often as there are layers; the numbers are the same."""
     monkeypatch.setattr(transformer, "UNROLLED_LAYERS", 0)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Tensors of a kilobyte are cut up as those of a released model are."""
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 1000)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from against_transformers import TINY, assert_alike, ours, shaken, theirs
+from against_transformers import TINY, assert_alike, in_memory, ours, shaken, theirs
 from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe, DeepseekV2TopkRouter
 
@@ -113,7 +113,7 @@ def test_alike_and_back(name, tmp_path: Path):
     back.mkdir()
     destination = saving.describe(source.config, "float32", tree)
     assert destination.tree["model_type"] == "deepseek"
-    saving.save(destination, state, back, Silent())
+    saving.save(destination, in_memory(state), back, Silent())
     written = load_file(back / "model.safetensors")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in tensors.items())

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from against_transformers import assert_round_trip, draw
+from against_transformers import assert_round_trip, draw, in_memory
 from safetensors.torch import load_file, save_file
 
 from dsmoe_jax.hf import loading, names, saving
@@ -89,7 +89,7 @@ def test_modules_that_predict_further_tokens(tmp_path):
         np.testing.assert_array_equal(found[ours][0], ahead[f"model.layers.2.{theirs}"])
     (tmp_path / "back").mkdir()
     destination = saving.describe(source.config, "float32", source.tree)
-    saving.save(destination, state, tmp_path / "back", Silent())
+    saving.save(destination, in_memory(state), tmp_path / "back", Silent())
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == tensors.keys() | ahead.keys()
     assert all(torch.equal(x, back[name]) for name, x in {**tensors, **ahead}.items())

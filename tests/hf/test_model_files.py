@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from against_transformers import draw
+from against_transformers import draw, in_memory
 from safetensors.torch import load_file, save_file
 
 from dsmoe_jax.hf import loading, names, saving
@@ -80,7 +80,7 @@ def test_sixteen_bits(model, plain, tmp_path, dtype):
         (tmp_path / "back").mkdir()
         state = loading.load_state(source, Silent())
         destination = saving.describe(source.config, dtype, source.tree)
-        saving.save(destination, state, tmp_path / "back", Silent())
+        saving.save(destination, in_memory(state), tmp_path / "back", Silent())
         back = load_file(tmp_path / "back" / "model.safetensors")
         assert back.keys() == tensors.keys()
         assert all(torch.equal(x, back[name]) for name, x in tensors.items())
@@ -146,7 +146,7 @@ def test_written_shards(plain, tmp_path):
     source, arrays = read(plain[0])
     state = loading.load_state(source, Silent())
     destination = saving.describe(source.config, "float32", source.tree)
-    saving.save(destination, state, tmp_path, Silent(), shard_bytes=5000)
+    saving.save(destination, in_memory(state), tmp_path, Silent(), shard_bytes=5000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"

@@ -1,6 +1,8 @@
 """A run -> Hugging Face -> a workdir: the same bits; tokenizers go along; what a workdir is for."""
 
+import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,10 +12,12 @@ from against_transformers import draw
 from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders, models, pre_tokenizers
 
+from dsmoe_jax.analysis.routed_text import route_text
 from dsmoe_jax.data.tokenizer import END_OF_TEXT, PAD
 from dsmoe_jax.hf import loading, workdirs
 from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.runs.loading import load_model_state, load_run, load_writer
+from dsmoe_jax.runs.saved_arrays import SavedArrays
 from dsmoe_jax.runs.workdir import read_config
 from dsmoe_jax.training.start import from_run
 from tests.tools.trees import by_path
@@ -45,6 +49,18 @@ def test_the_same_bits(converted):
     run, _, back = converted
     assert_same_bits(state_of(run), state_of(back))
     assert read_config(back).model.moe.router == read_config(run).model.moe.router
+
+
+def test_it_is_looked_into_like_the_run(converted):
+    """Text comes from elsewhere; its experts are those of the run."""
+    run = load_run(converted[0])
+    found, wanted = (
+        route_text(model, run.corpus, max_tokens=300, batch_size=4)
+        for model in (load_writer(converted[2]).model, run.model)
+    )
+    np.testing.assert_array_equal(found.ids_LTK, wanted.ids_LTK)
+    # Another program, so the last bit may differ.
+    np.testing.assert_allclose(found.gates_LTK, wanted.gates_LTK, rtol=1e-5)
 
 
 def test_a_step(finished_run, tmp_path):
@@ -131,3 +147,30 @@ def test_without_room_for_padding(llama, tmp_path, capsys):
     workdirs.from_hf(str(llama), str(tmp_path / "workdir"))
     assert f"no id is free for {PAD}" in capsys.readouterr().err
     assert not (tmp_path / "workdir" / "tokenizer.json").exists()
+
+
+def test_interrupted_or_damaged_nothing_is_left(converted, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(converted[0], run)
+    place = tmp_path / "hf"
+    read = SavedArrays.read
+    calls = itertools.count()
+
+    def interrupted(*args):
+        if next(calls) == 20:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(SavedArrays, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workdirs.to_hf(str(run), str(place), 10, "float32", 10**5)
+    monkeypatch.undo()
+    assert sorted(tmp_path.iterdir()) == [run]
+    meta = next((run / "checkpoints" / "10" / "meta").rglob("metadata"))
+    tree = json.loads(meta.read_text())
+    tree["digests"]["model"][3] += 1
+    meta.write_text(json.dumps(tree))
+    (run / "checkpoints" / "10" / "files.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read \(an array is not what was saved\)"):
+        workdirs.to_hf(str(run), str(place), 10, "float32", 10**5)
+    assert sorted(tmp_path.iterdir()) == [run]

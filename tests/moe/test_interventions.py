@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace
-from dsmoe_jax.moe.interventions import GENERATION, NONE, Intervention
+from dsmoe_jax.moe.interventions import GENERATION, NONE, Intervention, check_left_out
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs
@@ -24,6 +24,7 @@ V3 = {
     "router.group_score": "top2_sum",
     "router.bias_update_speed": 1e-3,
 }
+SOFTMAX_GROUPS = {"router.n_group": 3, "router.topk_group": 2, "router.group_score": "top2_sum"}
 BIAS_E = np.linspace(0.4, -0.4, E).astype(np.float32)
 
 
@@ -49,8 +50,11 @@ def activations():
     return jax.random.normal(jax.random.key(1), (2, T // 2, D))
 
 
-def evaluate(layer, intervention):
-    inputs = MoEInputs(jnp.arange(T).reshape(2, T // 2), jnp.ones((2, T // 2), bool))
+def evaluate(layer, intervention, left_out=()):
+    left_out_E = jnp.isin(jnp.arange(E), jnp.array(left_out)) if left_out else None
+    inputs = MoEInputs(
+        jnp.arange(T).reshape(2, T // 2), jnp.ones((2, T // 2), bool), left_out_E=left_out_E
+    )
     return layer(activations(), inputs, intervention)
 
 
@@ -59,24 +63,37 @@ def swiglu(x, gate, up, down):
     return down @ (z / (1 + np.exp(-z)) * (up @ x))
 
 
-def numpy_choice(logits, k, masked):
+def numpy_choice(logits, k, masked, left_out=()):
     """V1 eqs. 10-11: the K best but for the first few; ids and gates of one token."""
     s = np.exp(logits) / np.exp(logits).sum()
-    chosen = np.argsort(-s, kind="stable")[masked : masked + k]
+    order = [i for i in np.argsort(-s, kind="stable") if i not in left_out]
+    chosen = np.array(order[masked : masked + k])
     return chosen, s[chosen]
 
 
-def numpy_choice_v3(logits, k, masked):
+def numpy_choice_v3(logits, k, masked, left_out=()):
     """V3 eqs. 12-16 in the best two of three groups of two: the bias chooses, and is masked by."""
     s = 1 / (1 + np.exp(-logits))
     choice = s + BIAS_E
-    allowed = np.argsort(-choice.reshape(3, 2).sum(axis=1), kind="stable")[:2]
-    order = [i for i in np.argsort(-choice, kind="stable") if i // 2 in allowed]
-    chosen = np.array(order[masked : masked + k])
+    there = [i for i in np.argsort(-choice, kind="stable") if i not in left_out]
+    groups = {i // 2 for i in there}
+    worth = {g: sum(choice[i] for i in there if i // 2 == g) for g in groups}
+    allowed = sorted(groups, key=lambda g: -worth[g])[:2]
+    chosen = np.array([i for i in there if i // 2 in allowed][masked : masked + k])
     return chosen, s[chosen] / s[chosen].sum()
 
 
-def numpy_layer(layer, choice, k, masked, shared):
+def numpy_choice_in_groups(logits, k, masked, left_out=()):
+    """The softmax without a bias in the best two of three groups of two, gates as they are."""
+    s = np.exp(logits) / np.exp(logits).sum()
+    there = [i for i in np.argsort(-s, kind="stable") if i not in left_out]
+    worth_G = np.bincount([i // 2 for i in there], s[there], minlength=3)
+    allowed = np.argsort(-worth_G, kind="stable")[:2]
+    chosen = np.array([i for i in there if i // 2 in allowed][masked : masked + k])
+    return chosen, s[chosen]
+
+
+def numpy_layer(layer, choice, k, masked, shared, left_out=()):
     x_TD = np.asarray(activations(), np.float64).reshape(T, D)
     router, gate, up, down = (
         np.asarray(w[...], np.float64)
@@ -86,7 +103,7 @@ def numpy_layer(layer, choice, k, masked, shared):
     shared_weights = [np.asarray(w[...]) for w in (wide.gate_FD, wide.up_FD, wide.down_DF)]
     ids, y_TD = [], []
     for x in x_TD:
-        chosen, gates = choice(router @ x, k, masked)
+        chosen, gates = choice(router @ x, k, masked, left_out)
         y = sum(g * swiglu(x, gate[i], up[i], down[i]) for i, g in zip(chosen, gates, strict=True))
         y_TD.append(y + swiglu(x, *shared_weights) if shared else y)
         ids.append(chosen)
@@ -105,6 +122,27 @@ def test_against_numpy(settings, choice, masked, k, shared):
     sent_E = np.bincount(ids.ravel(), minlength=E)
     np.testing.assert_array_equal(report.logged.ledger.sent_E, sent_E)
     np.testing.assert_array_equal(report.logged.ledger.computed_E, sent_E)
+
+
+@pytest.mark.parametrize(
+    ("settings", "choice", "masked", "left_out"),
+    [
+        ({}, numpy_choice, 0, (1,)),
+        ({}, numpy_choice, 2, (0, 3)),
+        (V3, numpy_choice_v3, 0, (4,)),
+        (V3, numpy_choice_v3, 0, (1, 2)),
+        (V3, numpy_choice_v3, 1, (0, 1)),  # a group without experts
+        (SOFTMAX_GROUPS, numpy_choice_in_groups, 0, (1, 2)),
+    ],
+)
+def test_left_out_experts_against_numpy(settings, choice, masked, left_out):
+    """A token takes its next best ones; a group is worth what is left of it."""
+    layer = make_layer(**settings)
+    y_BSD, report = evaluate(layer, Intervention(masked), left_out)
+    ids, y_TD = numpy_layer(layer, choice, K, masked, shared=True, left_out=left_out)
+    np.testing.assert_array_equal(report.recorded.ids.reshape(T, -1), ids)
+    np.testing.assert_allclose(y_BSD.reshape(T, D), y_TD, atol=1e-5)
+    np.testing.assert_array_equal(report.logged.ledger.computed_E[np.array(left_out)], 0)
 
 
 def test_no_intervention_is_the_layer_as_it_was_trained():
@@ -146,6 +184,17 @@ def test_every_router_heeds_an_intervention_or_refuses_it(name):
     else:
         with pytest.raises(ValueError, match=rf"num_experts_per_tok=3: the {name} router activ"):
             ids(Intervention(num_experts_per_tok=3))
+    left_out = tokens._replace(left_out_E=jnp.arange(E) == 2)
+    if ROUTERS[name].leaves_out:
+        got = np.asarray(layer.route(x_TD, left_out)[0].ids_TK)
+        assert (got != 2).all()
+        if ROUTERS[name].masks_best:  # a token without the expert stays as it was
+            plain = ids(NONE)
+            same = (plain != 2).all(axis=1)
+            np.testing.assert_array_equal(got[same], plain[same])
+    else:
+        with pytest.raises(ValueError, match=f"left_out: the choice of the {name} router is f"):
+            layer.route(x_TD, left_out)
     if ROUTERS[name].masks_best:
         best, masked = ids(NONE), ids(Intervention(mask_best=1))
         assert (masked != best[:, :1]).all()
@@ -212,3 +261,29 @@ def test_numbers_that_cannot_be():
         Intervention(mask_best=-1)
     with pytest.raises(ValueError, match=r"num_experts_per_tok=0: must be > 0, or None"):
         Intervention(num_experts_per_tok=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out", "message"),
+    [
+        ({}, [(), (0, 1, 2, 3, 4)], r"left_out of MoE layer 1=\[0, 1, .*\]: a token .* with 1 exp"),
+        (V3, [(0, 2), ()], r"left_out of MoE layer 0=\[0, 2\]: .* with 2 exp.*; 1 masked and"),
+        (
+            {"router.name": "uniform"},
+            [(0,), ()],
+            r"left_out: .* the uniform router is fixed; must be no ex",
+        ),
+        ({}, [(0,)], r"layers x experts=\(1, 6\): must be \(2, 6\)"),
+    ],
+)
+def test_experts_that_cannot_be_left_out(settings, left_out, message):
+    """With limits to two groups a token may find the two that have one expert each."""
+    left_out_LE = np.array([np.isin(np.arange(E), ids) for ids in left_out])
+    moe = make_layer(**settings).config
+    with pytest.raises(ValueError, match=message):
+        check_left_out(left_out_LE, 2, moe, Intervention(mask_best=1 if settings is V3 else 0))
+
+
+def test_as_many_may_be_left_out_as_leave_k():
+    left_out_LE = np.array([np.isin(np.arange(E), ids) for ids in [(0, 1), (0, 2)]])
+    check_left_out(left_out_LE, 2, make_layer(**V3).config)

@@ -1,5 +1,9 @@
 """Every notebook runs from top to bottom: its asserts hold, and our own code gives no warning."""
 
+import re
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import jupytext
@@ -9,7 +13,8 @@ from nbclient import NotebookClient
 
 from tests.tools.patience import PATIENCE
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.py"))
+REPOSITORY = Path(__file__).parents[2]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.py"))
 
 # A kernel that starts may warn about itself; what the package or a cell does must not.
 STRICT = """
@@ -41,3 +46,41 @@ def test_notebook(path, monkeypatch, tmp_path):
         if "image/png" in output.get("data", {})
     ]
     assert figures, "a notebook shows something"
+
+
+def first_code(path: Path) -> str:
+    """The cell of a notebook that finds the package."""
+    return next(cell.source for cell in jupytext.read(path).cells if cell.cell_type == "code")
+
+
+def test_all_notebooks_find_the_package_in_the_same_way():
+    assert len({first_code(path) for path in NOTEBOOKS}) == 1
+
+
+@pytest.mark.parametrize("start", ["notebooks", ".", "beside", "elsewhere"])
+def test_without_the_package_the_checkout_is_installed(start, monkeypatch, tmp_path):
+    """Where Jupyter (the notebook's folder), VS Code (that or the root) and Colab start one."""
+    installed = []
+    monkeypatch.setattr(metadata, "distributions", lambda name: iter(()))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: installed.append(command))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    checkout = REPOSITORY
+    folder = tmp_path if start in ("beside", "elsewhere") else REPOSITORY / start
+    if start == "beside":
+        checkout = tmp_path / "cloned"
+        (checkout / "dsmoe_jax").mkdir(parents=True)
+        (checkout / "dsmoe_jax" / "__init__.py").touch()
+    monkeypatch.chdir(folder)
+    code = compile(first_code(NOTEBOOKS[0]), "first cell", "exec")
+    if start == "elsewhere":
+        with pytest.raises(AssertionError, match="clone it"):
+            exec(code, {})
+        return
+    exec(code, {})
+    assert installed == [[sys.executable, "-m", "pip", "install", "-qe", checkout]]
+    assert sys.path[0] == str(checkout)
+
+
+def test_the_index_has_every_notebook():
+    index = (REPOSITORY / "notebooks" / "README.md").read_text()
+    assert {path.name for path in NOTEBOOKS} == set(re.findall(r"\]\((\w+\.py)\)", index))

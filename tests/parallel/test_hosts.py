@@ -91,6 +91,7 @@ def test_two_processes_stopped_and_frozen_at_random_do_what_one_does(
     assert codes == [0, 0], said
     assert numbers(run) == numbers(undisturbed)
     assert_same_routing(run.workdir, undisturbed.workdir)
+    assert_same_tables(run.workdir, undisturbed.workdir)
     assert_written_by_the_right_ones(run.workdir)
 
 
@@ -125,6 +126,15 @@ def assert_same_routing(workdir, wanted):
         with np.load(workdir / "routing" / name) as a, np.load(wanted / "routing" / name) as b:
             for key in ("ids_BLSK", "gates_BLSK"):
                 np.testing.assert_array_equal(a[key], b[key])
+
+
+def assert_same_tables(workdir, wanted):
+    """The same files of `train.analyse_every`, byte for byte."""
+    names = {path.name for path in (wanted / "analysis").iterdir()}
+    assert names == {f"{step:08}.{end}" for step in (8, 16) for end in ("json", "npz")}
+    for name in names:
+        found = (workdir / "analysis" / name).read_bytes()
+        assert found == (wanted / "analysis" / name).read_bytes(), name
 
 
 def test_two_processes_replay_what_one_recorded(launcher, tmp_path, undisturbed):

@@ -25,6 +25,7 @@ CONFIG = {
     "train.eval_every": None,
     "train.eval_batches": 1,
     "train.record_routing": True,
+    "train.analyse_every": 8,
     "mesh.data": 1,
     "mesh.fsdp": 2,
 }

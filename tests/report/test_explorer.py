@@ -3,6 +3,7 @@
 Shapes: T tokens, L MoE layers, K columns of a routing, E routed experts.
 """
 
+import dataclasses
 import html
 import json
 import re
@@ -22,6 +23,7 @@ HOSTILE = "</script><b>&"  # the name of a domain
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 # Does what a person does; the page is read back from its DOM.
 PERSON = """
 <script>
@@ -88,7 +90,7 @@ def tokenizer(tiny_corpus):
 
 
 def test_the_page_loads_nothing_and_keeps_hostile_text_as_text(text, tokenizer):
-    page = explorer.to_html("<i>title</i> & %%DATA%%", text, tokenizer)
+    page = explorer.to_html("<i>title</i> & %%DATA%%", {"run": text}, tokenizer)
     assert page.count("&lt;i&gt;title&lt;/i&gt; &amp; %%DATA%%") == 2
     assert HOSTILE not in page
     assert not re.search(r"(src|href)=|url\(|@import|https?:", page)
@@ -96,9 +98,9 @@ def test_the_page_loads_nothing_and_keeps_hostile_text_as_text(text, tokenizer):
     assert data["domains"] == ["first", HOSTILE]
 
 
-def _see(page, tmp_path, width):
+def _see(page, tmp_path, width, person=PERSON):
     path = tmp_path / "page.html"
-    path.write_text(page.replace("</body>", PERSON + "</body>"), encoding="utf-8")
+    path.write_text(page.replace("</body>", person + "</body>"), encoding="utf-8")
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom"
     done = subprocess.run(
         [CHROMIUM, *flags.split(), "--disable-background-networking", "--disable-component-update",
@@ -110,21 +112,62 @@ def _see(page, tmp_path, width):
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+# Does the same with a second run beside the first, which has one layer less.
+TWO = """
+<script>
+const seen = {};
+const panes = [...document.querySelectorAll(".text")];
+const hues = (pane) => [...pane.children].map((s) => s.style.getPropertyValue("--h"));
+seen.names = [...document.querySelectorAll("#texts h2")].map((h) => h.textContent);
+seen.same_text = panes[0].textContent === panes[1].textContent;
+const slider = document.querySelector("#layer");
+slider.value = 2;
+slider.dispatchEvent(new Event("input", { bubbles: true }));
+seen.hues = panes.map(hues);
+const move = { bubbles: true, clientX: 9, clientY: 9 };
+panes[1].children[3].dispatchEvent(new PointerEvent("pointermove", move));
+seen.tip = document.querySelector("#tip").textContent;
+panes[1].children[3].click();
+seen.of = document.querySelector("#experts-of").textContent;
+seen.picked = panes.map((pane) => pane.classList.contains("picked"));
+seen.expert = document.querySelector("#expert h3").textContent;
+seen.wide = document.documentElement.scrollWidth > innerWidth;
+const result = document.createElement("pre");
+result.id = "result";
+result.textContent = JSON.stringify(seen);
+document.body.append(result);
+</script>
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1200, 500])
+def test_two_runs_on_the_same_text(text, tokenizer, tmp_path, width):
+    ids_LTK, gates_LTK = text.ids_LTK[:1, ::-1], text.gates_LTK[:1, ::-1]
+    other = dataclasses.replace(text, ids_LTK=ids_LTK, gates_LTK=gates_LTK)
+    page = explorer.to_html("Both", {"first": text, "second": other}, tokenizer)
+    seen = _see(page, tmp_path, width, TWO)
+    assert seen["names"] == ["first", "second"]
+    assert seen["same_text"]
+    assert seen["hues"] == [_hues(text, 1), _hues(other, 0)]
+    best = _best(other)[0][3]
+    assert f"expert {best}{gates_LTK[0, 3].max():.3f}" in seen["tip"]
+    assert seen["of"] == "Experts of second"
+    assert seen["picked"] == [False, True]
+    assert seen["expert"].startswith(f"Expert {best}, layer 1")
+    assert not seen["wide"]
+
+
+@needs_chromium
 @pytest.mark.parametrize("width", [1200, 500])  # it makes no window narrower than that
 def test_in_a_browser(text, tokenizer, tmp_path, width):
-    seen = _see(explorer.to_html("Routing", text, tokenizer), tmp_path, width)
+    seen = _see(explorer.to_html("Routing", {"run": text}, tokenizer), tmp_path, width)
     first = range(30)  # tokens of the first passage
     best_LT = _best(text)
-
-    def hues(layer):
-        ids = [best_LT[layer][t] for t in first]
-        return ["" if e is None else f"{e * 137.508 % 360:.1f}" for e in ids]
-
-    assert seen["text"] == "".join(tokenizer.token(int(i)) for i in text.token_ids_T[:30])
-    assert seen["first"] == hues(0)
+    assert seen["text"] == "".join(tokenizer.pieces(text.token_ids_T[:30]))
+    assert seen["first"] == _hues(text, 0)
     assert seen["name"] == "2 of 2"
-    assert seen["second"] == hues(1)
+    assert seen["second"] == _hues(text, 1)
     assert seen["second"][5] == ""
     assert seen["hidden"] is True
     gate = text.gates_LTK[1, 3].max()
@@ -139,6 +182,12 @@ def test_in_a_browser(text, tokenizer, tmp_path, width):
     assert seen["unpicked"] == ""
     assert seen["clicked"].startswith(f"Expert {best_LT[1][3]}, layer 2")
     assert not seen["wide"]
+
+
+def _hues(text, layer):
+    """Colours of the first passage."""
+    ids = _best(text)[layer][:30]
+    return ["" if e is None else f"{e * 137.508 % 360:.1f}" for e in ids]
 
 
 def _best(text):

@@ -1,5 +1,6 @@
 """Items of a checkpoint: loaded one by one, checked one by one, and never held twice."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsmoe_jax.runs.checkpoint import Checkpoints, target
+from dsmoe_jax.runs.checkpoint import Checkpoints, _chunks, target
+from dsmoe_jax.runs.digests import _digest_on_devices, digests
 from tests.tools.patience import PATIENCE
 
 MEGABYTE = 1_000_000
@@ -25,7 +27,8 @@ RESTORE = """
 import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from dsmoe_jax.runs.checkpoint import Checkpoints, target
+from dsmoe_jax.runs.checkpoint import Checkpoints, _chunks, target
+from dsmoe_jax.runs.digests import _digest_on_devices, digests
 
 def resident(key):
     return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -95,3 +98,41 @@ def test_an_array_that_was_not_saved_is_noticed(two_items):
     checkpoints.restore(7, {"small": targets["small"]})
     with pytest.raises(ValueError, match="an array is not what was saved"):
         checkpoints.restore(7, targets)
+
+
+def test_an_array_in_parts(tmp_path):
+    """Parts of a stack are read without the rest, and add up to the digest of the whole."""
+    x_LED = jax.random.normal(jax.random.key(0), (3, 4, 1500, 256))
+    tree = {"a_D": jnp.arange(5.0).astype(jnp.bfloat16), "x_LED": x_LED}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"item": tree}, {})
+    checkpoints.wait()
+    assert int(_digest_on_devices(x_LED)) == digests(x_LED)[0]
+    arrays = checkpoints.arrays(1, "item", shapes_of(tree))
+    arrays.read("a_D", (slice(0, 5),))
+    for layer, expert, half in itertools.product(range(3), range(4), range(2)):
+        part = (
+            slice(layer, layer + 1),
+            slice(expert, expert + 1),
+            slice(750 * half, 750 * half + 750),
+        )
+        with pytest.raises(ValueError, match="not what was saved"):
+            arrays.check()
+        found = arrays.read("x_LED", (*part, slice(0, 256)))
+        chex.assert_trees_all_equal(found, x_LED[part])
+    arrays.check()
+    with pytest.raises(ValueError, match=r"cannot be read \(x_LED is \(3, 4, 1500, 256\), not \(3"):
+        checkpoints.arrays(1, "item", shapes_of({**tree, "x_LED": x_LED[:, :3]}))
+    checkpoints.close()
+
+
+def test_chunks():
+    """A layer, then an expert, as long as a megabyte is left; then Orbax cuts the longest axis."""
+
+    def axes(*shape):
+        return _chunks(jax.ShapeDtypeStruct(shape, jnp.float32)).shard_axes
+
+    assert axes(27, 64, 1408, 2048) == (0, 1)
+    assert axes(27, 64, 64, 256) == (0,)
+    assert axes(102_400, 2048) == ()
+    assert axes(9, 1280) == ()

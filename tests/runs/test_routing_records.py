@@ -1,12 +1,8 @@
 """Routing recorded in one run and replayed in another: the same loads, losses and gradients."""
 
-import functools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import chex
 import numpy as np
@@ -20,7 +16,7 @@ from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.routing_records import MANIFEST, _has_holes, belongs_to, of_held_out
 from dsmoe_jax.training.loop import train
-from tests.tools.patience import PATIENCE
+from tests.tools.forked import run_all
 from tests.tools.trees import REORDERED
 
 SHORT = {"train.steps": 4, "train.eval_every": 2, "train.checkpoint_every": 3}
@@ -106,7 +102,14 @@ WITH_HOLES = {
 KEYS = ("loss", "grad_norm", "expert_balance", "router_z", "router_gate_sum", "load")
 
 
-@pytest.mark.parametrize("recorded", WITH_HOLES.values(), ids=WITH_HOLES)
+EVERY_DAY = ("dropping", "both")  # each costs two compiled steps
+CASES = [
+    pytest.param(case, id=name, marks=() if name in EVERY_DAY else pytest.mark.full)
+    for name, case in WITH_HOLES.items()
+]
+
+
+@pytest.mark.parametrize("recorded", CASES)
 def test_a_recording_with_holes_gives_the_gates_and_terms_of_its_run(
     tiny_config, tmp_path, recorded
 ):
@@ -240,14 +243,11 @@ def test_a_run_in_stages_and_micro_batches(tiny_config, tmp_path):
 
 def test_an_evaluation_by_itself_is_recorded(learned, tmp_path):
     """The command writes what the run wrote when it evaluated, and not over another recording."""
-    command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={learned}", "--json"]
-    command += ["--batch_size=4", "--max_batches=2", f"--record_routing={tmp_path / 'routing'}"]
-    run = functools.partial(
-        subprocess.run, command, env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    done = run()
-    assert done.returncode == 0, done.stderr
+    command = ["evaluate", f"--workdir={learned}", "--json", "--batch_size=4", "--max_batches=2"]
+    record = [*command, f"--record_routing={tmp_path / 'routing'}"]
+    replay = [*command, f"--replay_routing={learned / 'routing/validation-00000004'}"]
+    done, again, replayed = run_all([record, record, replay])
+    assert done.code == 0, done.err
     by_run, by_command = learned / "routing", tmp_path / "routing"
     assert (by_command / MANIFEST).read_text() == (by_run / MANIFEST).read_text()
     for name in (f"validation-00000004/{i:08d}.npz" for i in (1, 2)):
@@ -256,12 +256,10 @@ def test_an_evaluation_by_itself_is_recorded(learned, tmp_path):
             np.testing.assert_allclose(found["gates_BLSK"], wanted["gates_BLSK"], rtol=1e-6)
     path = by_command / "validation-00000004/00000001.npz"
     assert recorded.offsets_TE(path, 1, 100, 4, 2).shape == (100, 4), "a benchmark takes it"
-    again = run()
-    assert again.returncode == 2
-    (line,) = again.stderr.strip().splitlines()
+    assert again.code == 2
+    (line,) = again.err.strip().splitlines()
     assert "routing: exists already; name a new directory" in line
-    command[-1] = f"--replay_routing={by_run / 'validation-00000004'}"
-    assert json.loads(run().stdout)["loss"] == json.loads(done.stdout)["loss"]
+    assert json.loads(replayed.out)["loss"] == json.loads(done.out)["loss"]
 
 
 def held_out(workdir, step, folder=None):

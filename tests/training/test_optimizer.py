@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.config import OptimizerConfig
+import configs
+from dsmoe_jax.config import OptimizerConfig, from_config_dict
 from dsmoe_jax.training.optimizer import decayed, make_optimizer, make_schedule
 
 
@@ -43,6 +44,19 @@ def test_constant_is_the_schedule_of_the_145b():
         assert math.isclose(schedule(step), expected, rel_tol=1e-6), step
 
 
+def test_cosine_is_the_schedule_of_v3():
+    """V3 section 4.2: constant up to 10 of 14.8T tokens, a tenth of it at 14.3T."""
+    config = from_config_dict(configs.load("deepseek_v3", "paper"))
+    steps = config.train.steps
+    schedule = make_schedule(config.optimizer, steps)
+    first, last = round(10 / 14.8 * steps), round(14.3 / 14.8 * steps)
+    for step in (0, 1999, first, (first + last) // 2, (3 * first + last) // 4, last, steps - 1):
+        angle = math.pi * min(max((step - first) / (last - first), 0.0), 1.0)
+        fallen = 0.1 + 0.9 * (1 + math.cos(angle)) / 2
+        wanted = 2.2e-4 * min((step + 1) / 2000, 1.0) * fallen
+        assert math.isclose(schedule(step), wanted, rel_tol=1e-5), step
+
+
 def test_without_warmup_the_first_step_has_the_peak():
     schedule = make_schedule(OptimizerConfig(warmup_steps=0), steps=10)
     assert math.isclose(schedule(0), 1.08e-3, rel_tol=1e-6)
@@ -52,6 +66,14 @@ def test_without_warmup_the_first_step_has_the_peak():
     ("config", "message"),
     [
         (OptimizerConfig(schedule="cosin"), r"optimizer.schedule='cosin': must be one of"),
+        (
+            OptimizerConfig(schedule="cosine", warmup_steps=0, decay_at=(0.5,)),
+            r"optimizer.decay_at=\(0.5,\): must be two shares for optimizer.schedule=cosine",
+        ),
+        (
+            OptimizerConfig(schedule="cosine", warmup_steps=9),
+            r"optimizer.warmup_steps=9: must not exceed 8, the step from which the rate falls",
+        ),
         (OptimizerConfig(warmup_steps=11), r"optimizer.warmup_steps=11: must not exceed .*10"),
         (
             OptimizerConfig(warmup_steps=6, decay_at=(0.5, 0.9)),

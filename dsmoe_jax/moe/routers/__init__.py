@@ -88,8 +88,10 @@ class Router(NamedTuple):
         `route` does so in evaluation.
       balanced: the load is even by construction, or fixed; balance terms have no effect.
       all_columns: a routing has a column for each of the experts, not K of them.
-      masks_best: in evaluation its choice is by score, so that a token's best experts can be left
-        out (`RouterSettings.mask_best`).
+      masks_best: in evaluation its choice is by score, so that a token's best experts can be
+        masked (`RouterSettings.mask_best`).
+      leaves_out: in evaluation a token takes its next best experts where some are left out
+        (`RouterInputs.left_out_E`).
       samples: draws from a policy, which learns by `policy.policy_loss`.
       needs_recording: what it replays: "" nothing, "ids" the recorded experts in training,
         "routing" experts and gates, in evaluation too.
@@ -109,6 +111,7 @@ class Router(NamedTuple):
     balanced: bool = False
     all_columns: bool = False
     masks_best: bool = False
+    leaves_out: bool = False
     samples: bool = False
     needs_recording: str = ""
     state: RouterState | None = None
@@ -129,14 +132,15 @@ class Router(NamedTuple):
 
 
 ROUTERS: dict[str, Router] = {
-    "topk": Router(scored.topk, _SCORED, masks_best=True, state=_BIAS),
-    "switch": Router(scored.topk, _SCORED, top=1, masks_best=True, state=_BIAS),
+    "topk": Router(scored.topk, _SCORED, masks_best=True, leaves_out=True, state=_BIAS),
+    "switch": Router(scored.topk, _SCORED, top=1, masks_best=True, leaves_out=True, state=_BIAS),
     "gshard": Router(
         scored.gshard,
         _SCORED,
         {"random_second_expert": False},
         top=2,
         masks_best=True,
+        leaves_out=True,
         state=_BIAS,
     ),
     "noisy_topk": Router(
@@ -145,6 +149,7 @@ ROUTERS: dict[str, Router] = {
         logits_per_expert=2,
         alters_logits=True,
         masks_best=True,
+        leaves_out=True,
         state=_BIAS,
     ),
     "dynamic_specialised": Router(
@@ -153,6 +158,7 @@ ROUTERS: dict[str, Router] = {
         logits_per_expert=scored.SUB_EXPERTS,
         interleaved=True,
         masks_best=True,
+        leaves_out=True,
         state=_BIAS,
     ),
     "sinkhorn": Router(
@@ -161,6 +167,7 @@ ROUTERS: dict[str, Router] = {
         {"iterations": 8},
         competes=True,
         masks_best=True,
+        leaves_out=True,
     ),
     "base": Router(
         assignment.base,
@@ -168,6 +175,7 @@ ROUTERS: dict[str, Router] = {
         top=1,
         competes=True,
         balanced=True,
+        leaves_out=True,
     ),
     "expert_choice": Router(
         balanced.expert_choice,
@@ -176,11 +184,13 @@ ROUTERS: dict[str, Router] = {
         alone=scored.topk,
         balanced=True,
         all_columns=True,
+        leaves_out=True,
     ),
     "reinforce": Router(
         policy.reinforce,
         frozenset({"routed_scaling_factor", "jitter"}),
         {"entropy_factor": 0.0},
+        leaves_out=True,
         samples=True,
     ),
     "hash": Router(
@@ -201,7 +211,11 @@ ROUTERS: dict[str, Router] = {
     ),
     "replay": Router(fixed.replay, logits_per_expert=0, balanced=True, needs_recording="routing"),
     "replay_ids": Router(
-        scored.replay_ids, _GATES | {"scoring_func"}, masks_best=True, needs_recording="ids"
+        scored.replay_ids,
+        _GATES | {"scoring_func"},
+        masks_best=True,
+        leaves_out=True,
+        needs_recording="ids",
     ),
     "uniform": Router(fixed.uniform, logits_per_expert=0, alone=fixed.first_experts, balanced=True),
 }

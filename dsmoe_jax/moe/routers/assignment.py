@@ -26,7 +26,7 @@ def base(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettings) -
     micro-batch.  In evaluation each token goes to its best expert, since an assignment would let
     tokens see later ones.
     """
-    choice_TE = jax.lax.stop_gradient(logits_TE)
+    choice_TE = scored.leave_out(jax.lax.stop_gradient(logits_TE), inputs.left_out_E)
     ids_T = jnp.argmax(choice_TE, axis=1)
     if inputs.rng is not None:
         ids_T = assign(choice_TE, inputs.valid_T)

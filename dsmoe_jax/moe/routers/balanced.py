@@ -71,7 +71,7 @@ def expert_choice(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSe
     t, e = logits_TE.shape
     found = scored.scores(logits_TE, config)
     s_TE = found.s_TE
-    rank_TE = found.order_TE
+    rank_TE = scored.leave_out(found.order_TE, inputs.left_out_E)
     if inputs.valid_T is not None:
         rank_TE = jnp.where(inputs.valid_T[:, None], rank_TE, -jnp.inf)
     n = t if inputs.valid_T is None else inputs.valid_T.sum()

@@ -22,7 +22,7 @@ def reinforce(logits_TE: jax.Array, inputs: RouterInputs, settings: RouterSettin
     K experts are drawn one after the other, without replacement (by adding Gumbel noise to the
     logits).  Every gate is 1/K, so that the router learns by `policy_loss` alone.
     """
-    choice_TE = jax.lax.stop_gradient(logits_TE)
+    choice_TE = scored.leave_out(jax.lax.stop_gradient(logits_TE), inputs.left_out_E)
     if inputs.rng is not None:
         choice_TE += inputs.draw(jax.random.gumbel, settings.n_experts)
     _, ids_TK = settings.top_k(choice_TE, settings.k)

@@ -219,6 +219,19 @@ def limit_to_groups(
     return jnp.where(kept_TG[:, :, None], by_group, -jnp.inf).reshape(t, e)
 
 
+def leave_out(choice_TE: jax.Array, left_out_E: jax.Array | None) -> jax.Array:
+    """Masks experts for all tokens with -inf.
+
+    Args:
+      choice_TE: numbers by which experts are chosen; identity experts come last, and stay.
+      left_out_E: bool, of the routed experts; None: all stay.
+    """
+    if left_out_E is None:
+        return choice_TE
+    n_identity = choice_TE.shape[1] - len(left_out_E)
+    return jnp.where(jnp.pad(left_out_E, (0, n_identity)), -jnp.inf, choice_TE)
+
+
 def mask_best(choice_TE: jax.Array, n: int) -> jax.Array:
     """Masks each token's n best experts with -inf (V1 figure 4)."""
     _, best_Tn = rows.top_k(choice_TE, n)
@@ -236,6 +249,8 @@ def _from_scores(
     choice_TE = found.order_TE
     if biased:
         choice_TE = found.s_TE + jax.lax.stop_gradient(inputs.state["bias_E"])
+    # Before the groups, which are as good as the experts that are left in them.
+    choice_TE = leave_out(choice_TE, inputs.left_out_E)
     if limited:
         plain = found.logits_TE is None or biased
         rank_of_sum = total if plain else SCORING[config.scoring_func].rank_of_sum

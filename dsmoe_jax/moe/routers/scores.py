@@ -93,8 +93,9 @@ def log_softplus(x: jax.Array) -> jax.Array:
 
 
 def total(s: jax.Array) -> jax.Array:
-    """The sum of scores."""
-    return s.sum(axis=-1)
+    """The sum of scores without those of -inf, experts that are not there; -inf if all are."""
+    is_there = s > -jnp.inf
+    return jnp.where(is_there.any(axis=-1), jnp.where(is_there, s, 0.0).sum(axis=-1), -jnp.inf)
 
 
 def _logit_of_mean_sigmoid(logits: jax.Array) -> jax.Array:

@@ -1,8 +1,11 @@
-"""Runs many command lines in one interpreter: starting it is the slow part, so each is a fork."""
+"""Runs many command lines from one interpreter: starting it is the slow part, so each is a fork."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,13 +13,14 @@ from typing import NamedTuple
 
 from tests.tools.patience import PATIENCE
 
-# Reads [cases, only_parse]; a case is the arguments after `python -m dsmoe_jax`.
+# Reads [cases, only_parse, environment] from each line; a case is the arguments after
+# `python -m dsmoe_jax`.
 _DRIVER = """
 import json, os, sys, tempfile
 from dsmoe_jax import commands
 from dsmoe_jax.commands import command_line
 # What the commands import, so that it is imported once.
-from dsmoe_jax.evaluation import held_out
+from dsmoe_jax.evaluation import downstream, held_out
 from dsmoe_jax.model import generation
 from dsmoe_jax.planning import ahead_of_time, plan_report
 from dsmoe_jax.report import load_over_training
@@ -28,13 +32,14 @@ def check():
         command_line.config()
 
 run = command_line.run
-results = []
-cases, only_parse = json.load(sys.stdin)
-for case in cases:
+
+def result(case, only_parse, environment):
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     if (child := os.fork()) == 0:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+        os.environ.clear()
+        os.environ.update(environment)
         sys.argv = ["dsmoe_jax", *case]
         if only_parse:
             command_line.run = lambda main, arguments: run(check, arguments)
@@ -50,8 +55,11 @@ for case in cases:
     for file in (out, err):
         file.seek(0)
         texts.append(file.read().decode())
-    results.append((code, *texts))
-print(json.dumps(results))
+    return code, *texts
+
+for line in sys.stdin:
+    cases, *rest = json.loads(line)
+    print(json.dumps([result(case, *rest) for case in cases]), flush=True)
 """
 
 
@@ -70,10 +78,21 @@ def run_all(cases: Sequence[Sequence[str]], *, only_parse: bool = False) -> list
       cases: the arguments after `python -m dsmoe_jax`.
       only_parse: parse the flags and build the config, but do not run the command.
     """
-    done = subprocess.run(
+    process = _driver()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    request = [list(map(list, cases)), only_parse, dict(os.environ)]
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+    assert ready, "the commands do not come to an end"
+    return [Result(*result) for result in json.loads(process.stdout.readline())]
+
+
+@functools.cache
+def _driver() -> subprocess.Popen[str]:
+    """One for all tests of a process; it ends when its input does."""
+    return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _DRIVER],
-        input=json.dumps([list(map(list, cases)), only_parse]),
-        capture_output=True, text=True, timeout=PATIENCE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [Result(*result) for result in json.loads(done.stdout)]
