@@ -112,7 +112,11 @@ def prune(subject: Subject, options: Mapping[str, Any]) -> Outcome:
         [ranked(alike_EE, load_E, ids, threshold) for ids in fewer.parts(config.model)]
         for alike_EE, load_E in zip(alike, load_of, strict=True)
     ]
-    return _pruned(subject, rankings, alike, options, f"--threshold={threshold}")
+    outcome = _pruned(subject, rankings, alike, options, f"--threshold={threshold}")
+    largest = [_most_alike(alike_EE) for alike_EE in alike]
+    numbers = ", ".join("-" if x is None else f"{x:.3f}" for x in largest)
+    text = f"{outcome.text}\nlikeness of the most alike two, by layer: {numbers}"
+    return outcome._replace(report={**outcome.report, "most_alike": largest}, text=text)
 
 
 def extract(subject: Subject, options: Mapping[str, Any]) -> Outcome:
@@ -261,3 +265,9 @@ def _pruned(
         moments=lambda tree: fewer.reduced(config.model, tree, layers),
         load=lambda load_LE: fewer.reduced_load(load_LE, layers),
     )
+
+
+def _most_alike(alike_EE: np.ndarray) -> float | None:
+    """The largest likeness of two experts of a layer; None with one expert."""
+    rows, columns = np.triu_indices(len(alike_EE), k=1)
+    return float(alike_EE[rows, columns].max()) if len(rows) else None
