@@ -167,6 +167,30 @@ def test_gates_grow_by_the_share_of_what_went(e, k, norm, scoring, seed):
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("noisy_topk", [0, 2, 3, 6, 7, 9, 10, 13]),  # logits of all, then noise of all
+        ("dynamic_specialised", [0, 1, 2, 3, *range(8, 16), *range(24, 28)]),  # four side by side
+    ],
+)
+def test_all_router_rows_of_an_expert_go(name, wanted):
+    """By hand: 1, 4 and 5 of six go, and an identity expert stays behind the others."""
+    keys = {"router.name": name, "n_identity_experts": 1, "balance": {}}
+    model = config_of(
+        **{f"model.moe.{key}": x for key, x in keys.items()}, **{"model.num_hidden_layers": 3}
+    ).model
+    n = len(wanted) // 4 * 7
+    tree = {"layers": {"moe": {"router_ED": np.arange(n, dtype=np.float32).reshape(1, n, 1)}}}
+    layer = fewer.kept(np.array([0, 2, 3]), np.eye(E))
+    found = fewer.reduced(model, tree, [layer])["layers"]["moe"]["router_ED"]
+    assert found.ravel().tolist() == wanted
+    mean = fewer.Layer(np.array([[0.5, 0, 0, 0, 0, 0.5], [0, 1, 0, 0, 0, 0]]), layer.place_EN)
+    found = np.ravel(fewer.reduced(model, tree, [mean])["layers"]["moe"]["router_ED"])
+    rows = [0, 5] if name == "noisy_topk" else [0, 20]
+    assert found[0] == np.mean(rows)
+
+
 @pytest.mark.parametrize("name", ["hash", "token_table"])
 def test_tables_give_tokens_to_the_expert_most_alike(name):
     """By hand: 1 goes and is like 4; a token that has 4 already gets the next one."""
