@@ -16,6 +16,7 @@ from dsmoe_jax.evaluation import downstream, question_sets
 from dsmoe_jax.moe import dispatch, dropping, experts, kernels, losses, routers
 from dsmoe_jax.moe.routers import scores
 from dsmoe_jax.nn import attention, feed_forward
+from dsmoe_jax.surgery import likeness
 from dsmoe_jax.training import freezing
 
 PACKAGE = Path(dsmoe_jax.__file__).parent
@@ -34,6 +35,7 @@ REGISTRIES = {
     freezing: freezing.PARTS,
     row_kinds: row_kinds.ROW_KINDS,
     surgery: surgery.OPERATIONS,
+    likeness: likeness.LIKENESS,
     question_sets: question_sets.QUESTION_SETS,
     downstream: downstream.READINGS,
 }
@@ -43,7 +45,7 @@ def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
-        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS"),
+        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS", "LIKENESS"),
         *("QUESTION_SETS", "READINGS"),
     }
     for node in ast.walk(ast.parse(source)):

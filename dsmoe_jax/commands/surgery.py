@@ -10,6 +10,13 @@ parts of them in their order, then have about the same to do.  The model compute
 rows, biases, tables and expert weights move together.  Groups of group-limited routing stay whole.
 Every second batch decides, the others judge.  `evaluate --record_routing` records loads.
 
+`upcycle` makes a mixture of a dense model: its FFNs copied, cut into parts, some of them shared.
+With normalised gates and one router row for all parts of a copy the function stays the same.
+
+`prune` leaves out experts that are like others (in weights or outputs) or that a text does not use.
+`merge` makes one expert of several that are alike.  `extract` keeps the experts that a domain's
+text needs.  All layers keep equally many.  docs/surgery.md says when a model stays the same.
+
 The new workdir has one checkpoint, of the same step: `evaluate`, `generate`, `analyse` and
 `convert` take it, and `train` with the same config goes on with it.  Its surgery.json has all
 operations that made the model, with their numbers.
@@ -47,19 +54,23 @@ _DEFINE = {
 }
 
 
-def _options() -> dict[str, tuple[Option, list[str]]]:
-    """Every option by name, with the operations that have it."""
-    found: dict[str, tuple[Option, list[str]]] = {}
+def _options() -> dict[str, dict[Option, list[str]]]:
+    """Every option by name, in the forms that operations have it in."""
+    found: dict[str, dict[Option, list[str]]] = {}
     for operation, entry in OPERATIONS.items():
         for name, option in entry.options.items():
-            found.setdefault(name, (option, []))[1].append(operation)
+            found.setdefault(name, {}).setdefault(option, []).append(operation)
     return found
 
 
-_FLAGS: dict[str, flags.FlagHolder[Any]] = {
-    name: _DEFINE[option.kind](name, None, f"{', '.join(operations)}: {option.help}")
-    for name, (option, operations) in _options().items()
-}
+def _define(name: str, forms: dict[Option, list[str]]) -> flags.FlagHolder[Any]:
+    """The flag of an option."""
+    (kind,) = {option.kind for option in forms}
+    texts = [f"{', '.join(operations)}: {option.help}" for option, operations in forms.items()]
+    return _DEFINE[kind](name, None, "  ".join(texts))
+
+
+_FLAGS = {name: _define(name, forms) for name, forms in _options().items()}
 
 
 def main() -> None:

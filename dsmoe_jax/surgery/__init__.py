@@ -7,10 +7,30 @@ files; workdirs.py reads the model and writes the new one.
 
 from __future__ import annotations
 
-from dsmoe_jax.surgery import placement
+from dsmoe_jax.surgery import merging, placement, pruning, upcycling
 from dsmoe_jax.surgery.types import Operation, Option, Outcome, Subject
 
 OPERATIONS: dict[str, Operation] = {
+    "upcycle": Operation(
+        upcycling.upcycle,
+        "Make a mixture of a dense model, its FFNs copied and cut.",
+        upcycling.OPTIONS,
+    ),
+    "prune": Operation(
+        pruning.prune,
+        "Leave out experts that are like others, or that a text does not use.",
+        pruning.OPTIONS,
+    ),
+    "merge": Operation(
+        merging.merge,
+        "Make one expert of several that are alike.",
+        merging.OPTIONS,
+    ),
+    "extract": Operation(
+        pruning.extract,
+        "Keep the experts that a domain's text needs.",
+        pruning.EXTRACTION_OPTIONS,
+    ),
     "place": Operation(
         placement.place,
         "Order the experts so that devices get even loads.",

@@ -9,8 +9,8 @@ Shapes: L MoE layers of a stack, E routed experts, then Z identity experts, whic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def check(config: ModelConfig) -> None:
     e = moe.n_routed_experts
     require(e > 0, "model.moe.n_routed_experts", e, "a dense model has no experts to order")
     router, _ = get_router(moe)
-    moves = router.learned or bool(_ids(config))
+    moves = router.learned or bool(id_tables(config))
     want = "chooses experts by their number: in another order it is another router"
     require(moves, "model.moe.router.name", moe.router.name, want)
     want = "replays a recording, whose experts have the order of the recorded model"
@@ -66,21 +66,42 @@ def permuted(config: ModelConfig, tree: Tree, orders: Sequence[np.ndarray]) -> T
       orders: for every MoE layer in the order of reports, those of multi-token prediction last: the
         expert that each place gets, int (E,).
     """
-    by_stack: dict[layout.Path, np.ndarray] = {}
-    rest = list(orders)
-    for stack, n in layout.moe_stacks(config):
-        by_stack[stack] = np.stack(rest[:n])
-        del rest[:n]
-    assert not rest, "an order for every MoE layer"
 
-    def change(path: tuple, x: jax.Array) -> jax.Array:
+    def change(name: str, x: jax.Array, orders: Sequence[np.ndarray]) -> jax.Array:
+        return _change(config, name, x, np.stack(orders))
+
+    return mapped(config, tree, orders, change)
+
+
+def mapped(
+    config: ModelConfig,
+    tree: Tree,
+    of_layers: Sequence[Any],
+    change: Callable[[str, jax.Array, Sequence[Any]], jax.Array],
+) -> Tree:
+    """The arrays of a model, or moments named as they are, with those of the MoE layers changed.
+
+    Args:
+      config: of the model.
+      tree: as for `permuted`.
+      of_layers: something for every MoE layer, those of multi-token prediction last.
+      change: `(name, array, of its layers) -> array`; the array has a leading layer axis.
+    """
+    by_stack: dict[layout.Path, Sequence[Any]] = {}
+    rest = list(of_layers)
+    for stack, n in layout.moe_stacks(config):
+        by_stack[stack] = rest[:n]
+        del rest[:n]
+    assert not rest, "one for every MoE layer"
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
         keys = layout.keys_of(path)
-        for stack, order_LE in by_stack.items():
+        for stack, own in by_stack.items():
             if keys[: len(stack)] == stack and keys[len(stack)] == "moe":
-                return _change(config, parameter_name(path) or "", x, order_LE)
+                return change(parameter_name(path) or "", x, own)
         return x
 
-    return jax.tree.map_with_path(change, tree)
+    return jax.tree.map_with_path(one, tree)
 
 
 def permuted_load(load_LE: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:
@@ -106,7 +127,7 @@ def permuted_config(config: Config, orders: Sequence[np.ndarray]) -> Config:
 
 def _change(config: ModelConfig, name: str, x: jax.Array, order_LE: np.ndarray) -> jax.Array:
     """One array of stacked layers; of an optimizer's state, too."""
-    if name in _ids(config):
+    if name in id_tables(config):
         return _renamed(x, order_LE)
     if not name.rpartition("_")[2].startswith("E"):
         return x
@@ -137,7 +158,7 @@ def _renamed(ids: jax.Array, order_LE: np.ndarray) -> jax.Array:
     return jnp.where(ids < e, jnp.asarray(place_LE)[layer, jnp.minimum(ids, e - 1)], ids)
 
 
-def _ids(config: ModelConfig) -> set[str]:
+def id_tables(config: ModelConfig) -> set[str]:
     """Names of the router's variables that hold ids of experts."""
     router, settings = get_router(config.moe)
     if router.state is None or not router.state.holds_ids:

@@ -39,7 +39,9 @@ _RUNNING_LOAD = "running_load"  # beside a checkpoint, see training/rows.py
 def _carried(outcome: Outcome, state: TrainState) -> Any:
     """The moments of the old parameters, changed as these were."""
     if outcome.moments is None:
-        raise ValueError("--moments=carried: they have no meaning for the new model; must be fresh")
+        raise ValueError(
+            "--moments=carried: they have no meaning for the new model; must be fresh or none"
+        )
     return outcome.moments(state.opt_state)
 
 

@@ -8,10 +8,15 @@ import pytest
 from tests.tools.forked import run_all
 
 FLAGS = {
-    (): "needs a word before its flags: place; see --help",
+    (): "needs a word before its flags: ",
     ("plaice",): "'plaice': no such word here; did you mean place?",
     ("place", "--from=x"): "--from, --to: both are needed",
     ("place", "--from=RUN", "--to=NEW"): "--loads: missing; Recorded loads:",
+    ("upcycle", "--from=RUN", "--to=NEW"): "--copies: missing; Copies of each FFN",
+    ("upcycle", "--from=RUN", "--to=NEW", "--copies=2"): "n_routed_experts=4: is a mixture already",
+    ("prune", "--from=RUN", "--to=NEW", "--keep=1"): "--keep=1: leaves 1 of the 4 experts",
+    ("merge", "--from=RUN", "--to=NEW", "--keep=3"): "--moments=carried: they have no meaning",
+    ("extract", "--from=RUN", "--to=NEW", "LOADS", "--devices=2"): "no meaning for extract",
     ("place", "--from=RUN", "--to=RUN", "LOADS", "--devices=2"): "exists already; name a new or",
     ("place", "--from=RUN", "--to=NEW", "LOADS", "--devices=3"): "--devices=3: must divide the 4",
     ("place", "--from=RUN", "--to=NEW", "LOADS", "--devices=2", "--step=8"): "--step=8: no such",
