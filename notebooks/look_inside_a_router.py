@@ -124,7 +124,7 @@ for place in range(100, 103):
 # %%
 steps = (15, 30, 45)
 earlier = {
-    step: route_text(load_run(workdir, step).model, run.corpus, max_tokens=T, batch_size=8)
+    step: route_text(load_run(workdir, step).model, run.corpus, max_tokens=T, batch_size=8).ids_LTK
     for step in steps
 }
 subject = tables.Subject(text, layer_weights(run.model, run.corpus), earlier)
