@@ -14,7 +14,8 @@ def fixed(value: float | None, digits: int | None) -> str:
     """A number with `digits` decimals; for None, three digits and a unit."""
     if value is None or digits is None:
         return short(value)
-    return f"{value:.{digits}f}"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text  # 0, not -0
 
 
 def signed(value: float | None, digits: int | None = 3) -> str:

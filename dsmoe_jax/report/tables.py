@@ -91,7 +91,7 @@ def claims_table(found: list[Finding]) -> Table:
         rows.append([text + source, finding.verdict, ours, p_value(finding.p), paper])
     orderings = all(f.claim.is_ordering and f.claim.measure == LOSS for f in found)
     head = "the paper's ordering" if orderings else "the claim"
-    return Table([head, "here it", "here: by", "p", "paper: by"], rows)
+    return Table([head, "here it", "here: by", "p", "paper: by"], rows, cards=True)
 
 
 def domains_table(comparison: Comparison) -> Table | None:
