@@ -39,7 +39,7 @@ SHARE = 0.02  # of the time of training that an analysis may take
 
 
 class Cases:
-    """What is timed; each call goes on where the last one stopped."""
+    """A timed call, which goes on where the last one stopped."""
 
     def __init__(self, arm: str, scale: str, directory: Path):
         config = replace(from_config_dict(configs.load(arm, scale)), **{"train.analyse_every": 1})

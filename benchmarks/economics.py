@@ -1,4 +1,4 @@
-"""What a mixture and a dense model of equal quality cost: arithmetic, seconds on any machine.
+"""Costs of a mixture and a dense model of equal quality: arithmetic, seconds on any machine.
 
     python -m benchmarks.economics                                # the tables of docs/economics.md
     python -m benchmarks.economics --picture=docs/economics.png   # and its picture

@@ -75,7 +75,7 @@ def configs() -> list[Config]:
 
 
 def _names() -> list[str]:
-    """What `--config` names: one file, several, or none."""
+    """Names that `--config` was given: one, several, or none."""
     given = FLAGS.config
     return [given] if isinstance(given, str) else given or []
 

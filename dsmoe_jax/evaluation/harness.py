@@ -146,6 +146,6 @@ class HarnessModel(LM):
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    """How tokens are drawn; greedy where a task says nothing of it."""
+    """Settings of sampling; greedy where a task says nothing of it."""
     temperature = settings.get("temperature", 0.0) if settings.get("do_sample", True) else 0.0
     return Sampling(temperature, settings.get("top_k"), settings.get("top_p", 1.0))

@@ -35,7 +35,7 @@ HOUR = 3600
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What decoding costs depends on.
+    """Conditions that the cost of decoding depends on.
 
     Attributes:
       parameters: that are held, without modules of multi-token prediction.
@@ -150,7 +150,7 @@ def of_training(config: Config) -> Training:
 
 
 class Deal(NamedTuple):
-    """What a model costs: hours of a chip for its training, and to decode one token.
+    """Cost of a model: hours of a chip for its training, and to decode one token.
 
     Attributes:
       training: chip-hours.

@@ -1,4 +1,4 @@
-"""What models cost, as JSON and as tables; arithmetic in economics.py."""
+"""Costs of models, as JSON and as tables; arithmetic in economics.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ALL_BATCHES = range(1, 4097)  # in which one model is looked for that decodes f
 
 
 class Setting(NamedTuple):
-    """What costs depend on besides the models.
+    """Conditions that costs depend on besides the models.
 
     Attributes:
       chip: a name in hardware/chips.py.
@@ -126,7 +126,7 @@ def _of_batch(model: Model, batch: int, chip: Chip, setting: Setting) -> dict[st
 def _beside(
     models: tuple[Model, Model], hours: tuple[float, float], setting: Setting
 ) -> dict[str, Any]:
-    """Where two models cost the same."""
+    """Points at which two models cost the same."""
     chip = CHIPS[setting.chip]
     intervals = economics.faster_by_batch(*models, chip, _ALL_BATCHES)
     return {
@@ -141,7 +141,7 @@ def _beside(
 def _break_even(
     models: tuple[Model, Model], hours: tuple[float, float], batch: int, setting: Setting
 ) -> dict[str, Any]:
-    """Where two models cost the same at a batch; `cheaper` is which one before and after."""
+    """Points of equal cost at a batch; `cheaper` is which one before and after."""
     chip = CHIPS[setting.chip]
     token = [model.chip_seconds(batch, chip) / economics.HOUR for model in models]
     one, other = (

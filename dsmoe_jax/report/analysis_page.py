@@ -278,7 +278,7 @@ def _squares(
 
 
 def _saturation(tables: Tables) -> list[Block]:
-    """How far other routings of the same text have the same experts; nothing without one."""
+    """Agreement with other routings of the same text; nothing without one."""
     found = tables["saturation"]
     if not found:
         return []

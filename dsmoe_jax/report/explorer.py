@@ -92,7 +92,7 @@ def _places(text: RoutedText) -> dict[str, np.ndarray]:
 def _run(
     name: str, text: RoutedText, tokenizer: Tokenizer, places: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """What a run makes of the text."""
+    """Routing of the text by a run."""
     n_domains = len(text.domains)
     load_GLE = specialisation.load_by_group(text.ids_LTK, text.domain_T, n_domains, text.n_experts)
     relative_GLE = specialisation.shares(load_GLE) * text.n_experts

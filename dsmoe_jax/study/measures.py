@@ -176,7 +176,7 @@ def _overlap_over_chance(outcome: Outcome) -> float | None:
 
 
 def _invariance(outcome: Outcome) -> float | None:
-    """Where the overlap of the committees is between chance (0) and blind routing (100)."""
+    """Place of the committees' overlap between chance (0) and blind routing (100)."""
     over_chance = _overlap_over_chance(outcome)
     blind = _inside("overlap_if_blind")(outcome)
     chance = _inside("committee_chance_overlap")(outcome)

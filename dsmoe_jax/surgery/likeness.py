@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are, and the order of hidden units in which two are most alike.
+"""Likeness of the experts of a layer, and the order of hidden units in which two are most alike.
 
     weights   cosine of all weights, hidden units in their order
     aligned   the same, each pair in the order of hidden units that makes it most alike

@@ -1,4 +1,4 @@
-"""What an operation on a trained model takes and returns."""
+"""Inputs and results of an operation on a trained model."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def history(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _extra(extra: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
-    """What lies beside a checkpoint, with the running load of the new experts."""
+    """Files beside a checkpoint, with the running load of the new experts."""
     before = extra.get(_RUNNING_LOAD)
     if before is None:
         return extra

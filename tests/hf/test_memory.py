@@ -1,4 +1,4 @@
-"""What a conversion holds in memory: not the model, no more than it said before."""
+"""Memory that a conversion holds: not the model, no more than it said before."""
 
 import re
 import subprocess

@@ -59,7 +59,7 @@ def test_all_notebooks_find_the_package_in_the_same_way():
 
 @pytest.mark.parametrize("start", ["notebooks", ".", "beside", "elsewhere"])
 def test_without_the_package_the_checkout_is_installed(start, monkeypatch, tmp_path):
-    """Where Jupyter (the notebook's folder), VS Code (that or the root) and Colab start one."""
+    """Folders in which Jupyter (the notebook's), VS Code (that or the root) and Colab start."""
     installed = []
     monkeypatch.setattr(metadata, "distributions", lambda name: iter(()))
     monkeypatch.setattr(subprocess, "run", lambda command, check: installed.append(command))

@@ -59,7 +59,7 @@ def test_deepseek_v3_decodes_with_latents():
 
 
 def test_decoding_is_a_third_of_training():
-    """Where the attention has no other way to decode: 2 of 6 FLOPs, at the same length."""
+    """An attention without another way to decode: 2 of 6 FLOPs, at the same length."""
     config = tiny()
     decoding = size.decode_flops_per_token(config.model, config.data.sequence_length)
     assert decoding == pytest.approx(size.train_flops_per_token(config) / 3)

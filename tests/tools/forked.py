@@ -71,6 +71,14 @@ class Result(NamedTuple):
     err: str
 
 
+def assert_refused(result: Result, says: str) -> None:
+    """Asserts that a command ended with one line of error, and nothing on stdout."""
+    assert (result.code, result.out) == (2, "")
+    line = result.err.splitlines()[-1]  # what comes before is of JAX looking for devices
+    assert line.startswith("error: ")
+    assert says in line
+
+
 def run_all(cases: Sequence[Sequence[str]], *, only_parse: bool = False) -> list[Result]:
     """Exit code and output of each command line.
 

@@ -42,7 +42,7 @@ def test_four_steps_and_four_are_eight(whole, tiny_config, tmp_path):
 
 
 def test_its_routing_is_replayed(whole, tiny_config, tmp_path):
-    """That of the module too: other experts there would give another loss."""
+    """Routing of the module too: other experts there would give another loss."""
     replays = {
         **CONFIG,
         "train.steps": 8,
