@@ -199,6 +199,7 @@ class Transformer(nnx.Module):
         whole_logits: bool = False,
         look_ahead: bool = False,
         with_best: bool = False,
+        with_hidden: bool = False,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -209,6 +210,7 @@ class Transformer(nnx.Module):
           whole_logits: whether the logits are wanted, whatever they take.
           look_ahead: whether the modules of `model.mtp` are run too.
           with_best: whether the tokens that the model finds best are wanted.
+          with_hidden: whether what the head gets is wanted.
         """
         recorded = inputs.replayed
         if look_ahead:  # of the model's own layers
@@ -221,13 +223,16 @@ class Transformer(nnx.Module):
             whole_logits=whole_logits,
             with_best=with_best or look_ahead,
         )
+        scored = Scored(nll_BS, logits_BSV, report, None, best_BS)
+        if with_hidden:
+            scored = scored._replace(hidden_BSD=hidden_BSD)
         if not look_ahead:
-            return Scored(nll_BS, logits_BSV, report, best_BS=best_BS)
+            return scored
         assert best_BS is not None
         of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
         inputs = inputs._replace(replayed=of_modules)
         ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
-        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead, best_BS)
+        return scored._replace(report=_joined([report, further]), ahead=ahead)
 
     def _predict(
         self,

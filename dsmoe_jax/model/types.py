@@ -1,7 +1,7 @@
 """Inputs and results of a model, and the cache of generation.
 
-Shapes: B sequences, S positions, L positions of a cache, V vocabulary; of recorded routing, L MoE
-layers and K activated experts; E routed experts.
+Shapes: B sequences, S positions, L positions of a cache, D hidden, V vocabulary; of recorded
+routing, L MoE layers and K activated experts; E routed experts.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ class Scored(NamedTuple):
       report: as in `Output`; with `ahead`, those of its modules come last.
       ahead: predictions of tokens further ahead, if they were asked for.
       best_BS: int32, the token of the largest logit, if it was asked for.
+      hidden_BSD: what the head gets, normed, if it was asked for.
     """
 
     nll_BS: jax.Array
@@ -180,3 +181,4 @@ class Scored(NamedTuple):
     report: LayerReport | None
     ahead: Ahead | None = None
     best_BS: jax.Array | None = None
+    hidden_BSD: jax.Array | None = None

@@ -3,7 +3,8 @@
 It is the mesh of least time, among those that divide the model and the batch and whose memory fits:
 the longer of computation and HBM, and the network after it (`roofline`).  Counted are:
 
-- state, exact: float32 parameters, two moments and gradients, split as sharding.py does;
+- state, exact: float32 parameters, two moments and gradients, split as sharding.py does, and a
+  teacher's parameters (its work, a forward pass, and its logits are not counted);
 - weights in use: those that FSDP gathers for a layer, twice (the next layer arrives meanwhile), and
   the embedding and the head;
 - activations, an estimate: those that rematerialisation keeps of every layer, and the larger of one
@@ -21,6 +22,7 @@ Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -33,6 +35,7 @@ from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import remat
+from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.moe import blocks
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention, head
@@ -42,6 +45,7 @@ from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning import hbm_estimate
 from dsmoe_jax.planning.roofline import Roofline, roofline
 from dsmoe_jax.training.start import TrainState, state_shapes
+from dsmoe_jax.training.teacher import teacher_model
 
 USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and bytes not counted here
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
@@ -263,6 +267,7 @@ def estimate(
     replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
     memory = {
         "parameters": 4 * weights.local,
+        **_teacher(config, sizes),
         "moments": 8 * weights.local,
         # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
@@ -279,6 +284,18 @@ def estimate(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
     return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm)
+
+
+def _teacher(config: Config, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes of the teacher's parameters on one chip; the mesh may not divide them."""
+    shapes = _teacher_shapes(config)
+    return {} if shapes is None else {"teacher": 4 * _weights(shapes, sizes).local}
+
+
+@functools.lru_cache(maxsize=8)  # hundreds of meshes ask
+def _teacher_shapes(config: Config) -> ModelState | None:
+    model = teacher_model(config)
+    return None if model is None else model_shapes(model)
 
 
 def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:
@@ -306,7 +323,7 @@ class _Weights(NamedTuple):
     whole: float
 
 
-def _weights(state: TrainState, sizes: dict[str, int]) -> _Weights:
+def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
     local = 0.0
     stacked = 0.0
     unstacked = 0.0
