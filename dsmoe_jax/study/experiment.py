@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsmoe_jax import config as config_lib
 from dsmoe_jax.config import Config, files, trees
@@ -186,6 +186,13 @@ class Baseline:
         return tuple(arm for arm in self.experiment.arms if arm.line == self.line)
 
 
+class Gain(NamedTuple):
+    """Two arms, by label: others keep a share of what the better one gains over the worse one."""
+
+    worse: str
+    better: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Equal:
     """A rule: `quantity` differs between arms by at most `tolerance`, relative to the first one."""
@@ -230,6 +237,7 @@ class Experiment:
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
       analyses: names in `report.analyses.ANALYSES`, in the order in which they are shown.
       baseline: whose compute the analysis "effective_compute" counts in; None without one.
+      gain: of which the analysis "kept_shares" says what other arms keep; None without one.
       x_axis: label of the axis of the arms' `x`.
       x_scale: of that axis, "linear" or "log".
       panels: title -> names of lines (`Arm.line`), for the picture `panels_over_x`.
@@ -249,6 +257,7 @@ class Experiment:
     pictures: tuple[str, ...] = ()
     analyses: tuple[str, ...] = ()
     baseline: Baseline | None = None
+    gain: Gain | None = None
     x_axis: str = ""
     x_scale: str = "linear"
     panels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -268,7 +277,8 @@ class Experiment:
                     " letters and digits, which name a directory"
                 )
         named = [name for rule in self.equal for name in rule.arms]
-        for label in (*named, *(label for claim in self.claims for label in claim.weights)):
+        of_claims = [label for claim in self.claims for label in claim.weights]
+        for label in (*named, *of_claims, *(self.gain or ())):
             self.arm(label)
         lines = {arm.line for arm in self.arms}
         for title, inside in self.panels.items():
@@ -279,6 +289,8 @@ class Experiment:
         measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
         if "effective_compute" in self.analyses and self.baseline is None:
             raise ValueError(f"{self.name}: baseline=None: effective_compute needs one")
+        if "kept_shares" in self.analyses and self.gain is None:
+            raise ValueError(f"{self.name}: gain=None: kept_shares needs one")
         sizes = [name for name, measure in measures.MEASURES.items() if measure.from_config]
         for rule in self.equal:
             if rule.quantity not in sizes:
