@@ -31,6 +31,7 @@ from experiments.balancing import (
 from experiments.inside import committees, redundancy
 from experiments.laws import granularity
 from experiments.recipe import lengths, stages
+from experiments.surgery import distillation
 from experiments.v1 import (
     fig3,
     fig4,
@@ -818,7 +819,17 @@ CLAIMS = (
         43, "E",
         "A dense student keeps 30 to 40 % of the mixture's gain.",
         LIFE,
-        (NoExperiment("distilling a mixture into a dense model"),),
+        (
+            FromExperiment(
+                distillation.EXPERIMENT,
+                (
+                    f"{distillation.LITTLE} below {distillation.DENSE}",
+                    *(claim.text for claim in distillation.kept(distillation.LITTLE)),
+                ),
+                why="A quarter of the loss is the teacher's, the weights begin at random. More of"
+                " the teacher, and its hidden states, are in the experiment's report.",
+            ),
+        ),
     ),
     SourceClaim(
         44, "E",

@@ -232,6 +232,12 @@ def _logged(
     return read
 
 
+def _as_the_teacher(outcome: Outcome) -> float | None:
+    key = "teacher_agreement"
+    logged = [row[key] for row in outcome.rows if key in row]
+    return 100 * _mean_of_last_fifth(np.array(logged)).item() if logged else None
+
+
 def _last(values_S: np.ndarray) -> np.ndarray:
     return values_S[-1]
 
@@ -532,6 +538,14 @@ MEASURES: dict[str, Measure] = {
         spread=False,
         note="Megabytes sent to devices: the rows that all layers send to the devices of the"
         " experts, one way, a step; mean of the last fifth of the steps.",
+    ),
+    "teacher_agreement": Measure(
+        "share of tokens as the teacher predicts them",
+        _as_the_teacher,
+        "%",
+        digits=1,
+        note="Share of tokens as the teacher predicts them: of which both find the same next token"
+        " best, in training; mean of the last fifth of the logged steps.",
     ),
     # Without compilation, validation and waiting.
     "seconds": Measure("seconds in training steps", _seconds, lower_is_better=True),
