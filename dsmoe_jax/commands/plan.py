@@ -22,6 +22,7 @@ from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning import planner
 from dsmoe_jax.planning.plan_report import describe, stage_to_plan
+from dsmoe_jax.training.teacher import teacher_model
 
 command_line.define_config()
 _CHIP = flags.DEFINE_string("chip", None, f"One of {', '.join(CHIPS)}.")

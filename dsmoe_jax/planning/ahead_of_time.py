@@ -161,7 +161,7 @@ def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh
     """
     planned = config.mesh == MeshConfig()
     if planned:
-        plan, _ = planner.propose(config, chip, len(devices))
+        plan, _ = planner.propose(config, chip, len(devices), teacher_model(config))
         train = dataclasses.replace(config.train, accumulation_steps=plan.accumulation_steps)
         config = dataclasses.replace(config, mesh=MeshConfig(**plan.sizes), train=train)
     return config, open_mesh(config, devices), planned

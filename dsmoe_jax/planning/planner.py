@@ -22,7 +22,6 @@ Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated e
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ from typing import NamedTuple
 
 import jax
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
@@ -45,7 +44,6 @@ from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning import hbm_estimate
 from dsmoe_jax.planning.roofline import Roofline, roofline
 from dsmoe_jax.training.start import TrainState, state_shapes
-from dsmoe_jax.training.teacher import teacher_model
 
 USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and bytes not counted here
 _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
@@ -111,15 +109,23 @@ class _Array:
     axes_in_use: tuple[str, ...]
 
 
-def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
+def propose(
+    config: Config, chip: str, chips: int, teacher: ModelConfig | None = None
+) -> tuple[Plan, list[Plan]]:
     """The plan of least time among those that fit, and all plans considered.
+
+    Args:
+      config: to plan.
+      chip: a name in `CHIPS`.
+      chips: their number.
+      teacher: the model of the run's teacher, see `teacher_model`; None without one.
 
     Raises:
       ValueError: for an unknown chip, or if no mesh fits, with the numbers of the closest one.
     """
     check_chip(chip)
     state = state_shapes(config)
-    plans = _considered(config, state, chip, chips)
+    plans = _considered(config, state, chip, chips, teacher)
     if not plans:
         raise ValueError(_no_mesh(config, state, chips))
     smallest = min(plans, key=lambda plan: plan.used)
@@ -129,7 +135,7 @@ def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
     return best, plans
 
 
-def propose_fewest(config: Config, chip: str) -> Plan:
+def propose_fewest(config: Config, chip: str, teacher: ModelConfig | None = None) -> Plan:
     """The plan of `propose` on the fewest chips, a power of two, on which one fits.
 
     Raises:
@@ -138,7 +144,7 @@ def propose_fewest(config: Config, chip: str) -> Plan:
     check_chip(chip)
     state = state_shapes(config)
     for power in range(17):
-        best = best_that_fits(config, _considered(config, state, chip, 2**power), chip)
+        best = best_that_fits(config, _considered(config, state, chip, 2**power, teacher), chip)
         if best is not None:
             return best
     raise ValueError(
@@ -147,13 +153,15 @@ def propose_fewest(config: Config, chip: str) -> Plan:
     )
 
 
-def _considered(config: Config, state: TrainState, chip: str, chips: int) -> list[Plan]:
+def _considered(
+    config: Config, state: TrainState, chip: str, chips: int, teacher: ModelConfig | None
+) -> list[Plan]:
     """The plans of all meshes, each with ever more micro-batches until it fits."""
     limit = USABLE * CHIPS[chip].hbm_gb
     plans = []
     for sizes in meshes(state, chips):
         for accumulation_steps in _accumulations(config, sizes):
-            plans.append(estimate(config, state, sizes, accumulation_steps))
+            plans.append(estimate(config, state, sizes, accumulation_steps, teacher))
             if plans[-1].used <= limit:
                 break  # more micro-batches would only gather the weights more often
     return plans
@@ -177,8 +185,8 @@ def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
     )
 
 
-def examine(config: Config, chip: str, chips: int) -> Plan:
-    """The plan with the mesh and the micro-batches of the config itself.
+def examine(config: Config, chip: str, chips: int, teacher: ModelConfig | None = None) -> Plan:
+    """The plan with the mesh and the micro-batches of the config itself; arguments of `propose`.
 
     Raises:
       ValueError: for an unknown chip, a mesh that does not divide model or batch, or does not fit.
@@ -196,7 +204,7 @@ def examine(config: Config, chip: str, chips: int) -> Plan:
         f"times data x fsdp x expert = {n_shards} must divide train.global_batch_size="
         f"{config.train.global_batch_size}",
     )
-    plan = estimate(config, state, sizes, accumulation_steps)
+    plan = estimate(config, state, sizes, accumulation_steps, teacher)
     advice = "take more micro-batches (train.accumulation_steps), another mesh, or more chips"
     _refuse_unless_it_fits(config, chip, plan, "it takes", advice)
     return plan
@@ -258,7 +266,11 @@ def _accumulations(config: Config, sizes: dict[str, int]) -> list[int]:
 
 
 def estimate(
-    config: Config, state: TrainState, sizes: dict[str, int], accumulation_steps: int
+    config: Config,
+    state: TrainState,
+    sizes: dict[str, int],
+    accumulation_steps: int,
+    teacher: ModelConfig | None = None,
 ) -> Plan:
     """Memory and traffic of one chip; see the module's docstring for what is counted."""
     weights = _weights(state, sizes)
@@ -267,7 +279,10 @@ def estimate(
     replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
     memory = {
         "parameters": 4 * weights.local,
-        **_teacher(config, sizes),
+        # The mesh may not divide them, which training would refuse.
+        **(
+            {} if teacher is None else {"teacher": 4 * _weights(model_shapes(teacher), sizes).local}
+        ),
         "moments": 8 * weights.local,
         # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
@@ -284,18 +299,6 @@ def estimate(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
     return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm)
-
-
-def _teacher(config: Config, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes of the teacher's parameters on one chip; the mesh may not divide them."""
-    shapes = _teacher_shapes(config)
-    return {} if shapes is None else {"teacher": 4 * _weights(shapes, sizes).local}
-
-
-@functools.lru_cache(maxsize=8)  # hundreds of meshes ask
-def _teacher_shapes(config: Config) -> ModelState | None:
-    model = teacher_model(config)
-    return None if model is None else model_shapes(model)
 
 
 def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:

@@ -1,12 +1,12 @@
 """How much of DeepSeekMoE's gain over a dense model does a dense student of it keep?
 
-    python -m experiments.v1.table1 --scale=demo              # trains the teacher and the dense model
+    python -m experiments.v1.table1 --scale=demo              # trains the teachers
     python -m experiments.surgery.distillation --scale=demo
 
-Students are the dense model of table 1, trained on the same text in the same order: a seed's teacher
-is the DeepSeekMoE of that seed.  The first one weighs the teacher as Switch Transformers do
-(2101.03961, section 4.2), the second one the text less, as Hinton et al. advise (1503.02531), the
-third one is also drawn to the teacher's last hidden states.  All temperatures are 1.  Switch's
+Students are the dense model of table 1, trained on the same text in the same order; the teacher of
+a seed is the DeepSeekMoE of that seed.  The first student weighs the teacher as Switch Transformers
+do (2101.03961, section 4.2), the second one the text less, as Hinton et al. advise (1503.02531),
+the third one is also drawn to the teacher's last hidden states.  All temperatures are 1.  Switch's
 student also begins with the teacher's weights outside of the experts; these begin at random.
 """
 
