@@ -38,10 +38,11 @@ def main() -> None:
     if chip is None or chips is None:
         missing = "chip" if chip is None else "chips"
         raise ValueError(f"--{missing}: missing; for example --chip=v5p --chips=64")
+    teacher = teacher_model(config)
     if config.mesh == MeshConfig():
-        plan, plans = planner.propose(config, chip, chips)
+        plan, plans = planner.propose(config, chip, chips, teacher)
     else:
-        plan = planner.examine(config, chip, chips)
+        plan = planner.examine(config, chip, chips, teacher)
         plans = []
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(plan)))

@@ -279,10 +279,7 @@ def estimate(
     replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
     memory = {
         "parameters": 4 * weights.local,
-        # The mesh may not divide them, which training would refuse.
-        **(
-            {} if teacher is None else {"teacher": 4 * _weights(model_shapes(teacher), sizes).local}
-        ),
+        **_teacher(teacher, sizes),
         "moments": 8 * weights.local,
         # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
@@ -299,6 +296,11 @@ def estimate(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
     return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm)
+
+
+def _teacher(model: ModelConfig | None, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes of a teacher's parameters, on a mesh that may not divide them: `train` refuses that."""
+    return {} if model is None else {"teacher": 4 * _weights(model_shapes(model), sizes).local}
 
 
 def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:

@@ -25,7 +25,7 @@ from dsmoe_jax.runs import loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.digests import digests
 
-_KEY = "train.distillation.teacher"
+TEACHER = "train.distillation.teacher"  # key of the config
 
 
 class Teacher(NamedTuple):
@@ -51,8 +51,8 @@ def teacher_model(config: Config) -> ModelConfig | None:
     section = config.train.distillation
     if section is None:
         return None
-    key = f"{_KEY}={section.teacher!r}"
-    workdir = local_path(_KEY, str(section.teacher))
+    key = f"{TEACHER}={section.teacher!r}"
+    workdir = local_path(TEACHER, str(section.teacher))
     there = workdirs.read_config(workdir, key)
     with loading.saved_checkpoints(workdir, key) as checkpoints:
         step = checkpoints.steps()[-1]
@@ -102,7 +102,7 @@ def check_teacher_on_mesh(config: Config) -> None:
         attention.kernel_of(teacher.attention, length, compute_dtype(teacher))
     except ValueError as error:
         name = config.train.distillation and config.train.distillation.teacher
-        raise ValueError(f"{_KEY}={name!r}: {error}") from None
+        raise ValueError(f"{TEACHER}={name!r}: {error}") from None
 
 
 def load_teacher(config: Config, corpus: Corpus) -> Teacher | None:
@@ -120,8 +120,8 @@ def load_teacher(config: Config, corpus: Corpus) -> Teacher | None:
         return None
     section = config.train.distillation
     assert section is not None
-    key = f"{_KEY}={section.teacher!r}"
-    workdir = local_path(_KEY, str(section.teacher))
+    key = f"{TEACHER}={section.teacher!r}"
+    workdir = local_path(TEACHER, str(section.teacher))
     loaded = loading.load_model_state(workdir, model_shapes(model), key=key)
     check_same_tokenizer(corpus, loaded.extra["tokenizer"], key)
     bits = json.dumps(digests(loaded.state)).encode()
@@ -144,6 +144,6 @@ def check_same_teacher(config: Config, teacher: Teacher | None, saved: Any) -> N
     if now != saved:
         name = config.train.distillation and config.train.distillation.teacher
         raise ValueError(
-            f"{_KEY}={name!r}: is another model than the run had ({now}, then {saved}); bring the"
+            f"{TEACHER}={name!r}: is another model than the run had ({now}, then {saved}); bring the"
             " old one back or start in another workdir"
         )
