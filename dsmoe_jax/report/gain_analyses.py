@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsmoe_jax.report.blocks import Block, Heading, Table, Text
 from dsmoe_jax.report.names import literal
-from dsmoe_jax.report.numbers import NONE, fixed
+from dsmoe_jax.report.numbers import NONE, fixed, signed
 from dsmoe_jax.study import kept_gain, spread
 from dsmoe_jax.study.claims import LOSS
 from dsmoe_jax.study.measures import MEASURES
@@ -31,17 +31,21 @@ def kept_shares(comparison: Comparison, results: Path) -> list[Block]:
         return [heading, Text("No seed is finished in both ends of the gain and in another arm.")]
     worse, better = ([values[label][seed] for seed in seeds] for label in gain)
     gains = [a - b for a, b in zip(worse, better, strict=True)]
+    of_better, of_worse = literal(gain.better), literal(gain.worse)
+    if sum(gains) <= 0:
+        said = f"There is no gain between {of_better} and {of_worse}, so no share of it either."
+        return [heading, Text(said)]
     rows = []
     for label in others:
         kept = [a - values[label][seed] for a, seed in zip(worse, seeds, strict=True)]
-        rows.append(_row(label, kept, kept_gain.kept(kept, gains)))
+        rows.append(_row(label, kept, gains))
     unit = MEASURES[LOSS].unit
     mean = fixed(sum(gains) / len(gains), 3)
     return [
         heading,
         Text(
-            f"{literal(gain.better)} is {mean} {unit} better than {literal(gain.worse)}. Beside it"
-            f" the part of that by which each other arm is better than {literal(gain.worse)}."
+            f"{of_better} is {mean} {unit} better than {of_worse}. Beside it the part of that by"
+            f" which each other arm is better than {of_worse}."
         ),
         Table(["", f"better by, {unit}", "kept of the gain", "95 % interval"], rows),
         Text(
@@ -53,10 +57,10 @@ def kept_shares(comparison: Comparison, results: Path) -> list[Block]:
     ]
 
 
-def _row(label: str, kept_S: list[float], found: kept_gain.Kept | None) -> list[str]:
-    by = fixed(sum(kept_S) / len(kept_S), 3)
-    if found is None:
-        return [label, by, NONE, NONE]
+def _row(label: str, kept_S: list[float], gain_S: list[float]) -> list[str]:
+    found = kept_gain.kept(kept_S, gain_S)
+    assert found is not None, "there is a gain"
+    by = signed(sum(kept_S) / len(kept_S))
     interval = NONE
     if found.interval is not None:
         low, high = (f"{100 * end:.0f}" for end in found.interval)

@@ -581,11 +581,11 @@ MEASURES: dict[str, Measure] = {
         " experts, one way, a step; mean of the last fifth of the steps.",
     ),
     "teacher_agreement": Measure(
-        "share of tokens as the teacher predicts them",
+        "agreement with the teacher",
         _as_the_teacher,
         "%",
         digits=1,
-        note="Share of tokens as the teacher predicts them: of which both find the same next token"
+        note="Agreement with the teacher: the share of tokens of which both find the same next one"
         " best, in training; mean of the last fifth of the logged steps.",
     ),
     # Without compilation, validation and waiting.

@@ -144,6 +144,6 @@ def check_same_teacher(config: Config, teacher: Teacher | None, saved: Any) -> N
     if now != saved:
         name = config.train.distillation and config.train.distillation.teacher
         raise ValueError(
-            f"{TEACHER}={name!r}: is another model than the run had ({now}, then {saved}); bring the"
-            " old one back or start in another workdir"
+            f"{TEACHER}={name!r}: is another model than the run had ({now}, then {saved}); bring"
+            " the old one back or start in another workdir"
         )

@@ -16,7 +16,7 @@ from dsmoe_jax.study.experiment import Arm, Experiment, FinishedRun, Gain, same_
 from experiments.v1 import table1
 
 DENSE, MIXTURE = "Dense", "DeepSeekMoE"
-LITTLE, MUCH, HIDDEN = "1/4 teacher", "3/4 teacher", "1/4 teacher, hidden states"
+LITTLE, MUCH, HIDDEN = "1/4 teacher", "3/4 teacher", "hidden states too"
 STUDENTS = (LITTLE, MUCH, HIDDEN)
 GAIN = Gain(DENSE, MIXTURE)
 SECTION = "train.distillation."
@@ -45,7 +45,8 @@ EXPERIMENT = Experiment(
     summary="A dense model that learns from a mixture's predictions beside the text is said to keep"
     " 30 to 40 % of what the mixture gains over the same dense model on the text alone. (1/4"
     " teacher: a quarter of the loss is the divergence from the teacher's predictions, the rest is"
-    " that of the text.)",
+    " that of the text. FLOPs do not count the forward passes of the teacher; the total has its"
+    " training.)",
     arms=(
         Arm(DENSE, "dense_2b"),
         student(LITTLE, factor=0.25),
@@ -68,6 +69,7 @@ EXPERIMENT = Experiment(
         "total",
         "activated",
         "training_flops",
+        "total_training_flops",
     ),
     pictures=("final_loss", "learning_curves", "domains"),
     analyses=("kept_shares",),

@@ -83,6 +83,8 @@ def test_the_report_has_a_row_for_each_other_arm():
     assert "Seeds, which all have: 0, 1, 2" in note.text
     _, said = kept_shares(comparison({"dense": [4.4], "student": [4.3]}), None)
     assert said.text.startswith("No seed is finished")
+    _, said = kept_shares(comparison({**LOSSES, "mixture": [5.0, 5.0, 5.0]}), None)
+    assert said.text == "There is no gain between mixture and dense, so no share of it either."
     one = kept_shares(comparison({label: losses[:1] for label, losses in LOSSES.items()}), None)
     assert one[2].rows[0][2:] == ["36 %", "–"]
 
