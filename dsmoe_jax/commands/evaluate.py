@@ -154,7 +154,6 @@ def _measure() -> tuple[dict[str, Any], str]:
         dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run, corpus)
-        moe = run.model.config.moe
         held_out = HeldOut(
             graph,
             corpus,
@@ -162,10 +161,8 @@ def _measure() -> tuple[dict[str, Any], str]:
             _MAX_BATCHES.value,
             recorder,
             replayed,
-            tasks=moe.router.tasks,
-            all_of=None
-            if _AS_TASK.value is None
-            else task_number(moe, _AS_TASK.value, "--as_task"),
+            tasks=run.model.config.moe.router.tasks,
+            all_of=_task(run),
         )
         line = ProgressLine(run.config.name, held_out.n_batches)
         result = {"step": run.step} | held_out.measure(params, other, line.update, name)
@@ -174,6 +171,13 @@ def _measure() -> tuple[dict[str, Any], str]:
         result["corpus"] = CORPUS.value
         result["corpus_fingerprint"] = corpus.fingerprint
     return result, held_out_text(result)
+
+
+def _task(run: Run | Writer) -> int | None:
+    """The number of the task that all text is of; None: its domains say it."""
+    if _AS_TASK.value is None:
+        return None
+    return task_number(run.model.config.moe, _AS_TASK.value, "--as_task")
 
 
 def _ask(tasks: list[str]) -> tuple[dict[str, Any], str]:

@@ -106,7 +106,7 @@ def train_batches(
 
     `start` is a step and the number of records that the steps before it took, since their batches
     may have had other sizes: no record is left out or read twice.  But `skips`, pairs of a step and
-    a number of records, leave out those records before that step.  With names of `tasks` the batches
+    a number of records, leave out those records before that step.  With names of `tasks` batches
     have `task_ids_BS`, see config/tasks.py.
     `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
     with other rows. Threads read ahead.
@@ -187,8 +187,9 @@ def _labels(
     numbers_G = np.array(numbers, np.int32)
 
     def labelled(batch: Batch) -> Batch:
-        assert "domain_BS" in batch
-        return Batch(**batch, task_ids_BS=numbers_G[batch["domain_BS"]])
+        assert "domain_BS" in batch, "every batch has it at first"
+        batch["task_ids_BS"] = numbers_G[batch["domain_BS"]]
+        return batch
 
     return labelled
 

@@ -230,7 +230,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
         positions_BS=ids_BS,
         loss_mask_BS=mask_BS,
     )
-    return Batch(**batch, task_ids_BS=ids_BS) if config.model.moe.router.tasks else batch
+    if config.model.moe.router.tasks:
+        batch["task_ids_BS"] = ids_BS
+    return batch
 
 
 def _compile(lowered: Any, name: str, config: Config, sizes: dict[str, int]) -> Any:

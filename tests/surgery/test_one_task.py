@@ -4,6 +4,7 @@ Shapes: E routed experts, K activated ones, D hidden, F width of an expert, W of
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -28,10 +29,10 @@ BY_TASK = {"router.name": "task", "router.tasks": TASKS, "balance": {}}
 
 
 def mixture(**changed):
-    keys = {
-        f"model.moe.{key}": x for key, x in {**BY_TASK, **changed}.items() if "model" not in key
-    }
-    return config_of(**keys, **{key: x for key, x in changed.items() if key.startswith("model.")})
+    keys = {**BY_TASK, **changed}
+    return config_of(
+        **{key if key.startswith("model.") else f"model.moe.{key}": x for key, x in keys.items()}
+    )
 
 
 def drawn(config, seed=0):
@@ -45,9 +46,9 @@ def drawn(config, seed=0):
     return Subject(config, jax.tree.map(draw, model_shapes(config.model)))
 
 
-def logits(subject, tokens_BS, task=None):
+def logits(subject, tokens_BS, task_ids_BS=None):
     graph = abstract_model(subject.config.model)
-    inputs = ModelInputs(tokens_BS).of_task(task)
+    inputs = ModelInputs(tokens_BS, task_ids_BS=task_ids_BS)
     run = jax.jit(lambda state: nnx.merge(graph, *state).forward(inputs))
     return np.asarray(run(subject.model).logits_BSV)
 
@@ -60,19 +61,17 @@ def logits(subject, tokens_BS, task=None):
 def test_one_wide_ffn_is_the_weighted_sum_of_its_experts(e, k, f, shared, seed):
     rng = np.random.default_rng(seed)
     d = 3
+    names = ("gate_FD", "up_FD", "down_DF")
     ids_K = rng.permutation(e)[: min(k, e)]
     gates_K = rng.normal(size=len(ids_K))
     layer = {("ffn_norm", "scale_D"): np.ones(d)}
     for name, shape in (("gate_EFD", (f, d)), ("up_EFD", (f, d)), ("down_EDF", (d, f))):
         layer["moe", name] = rng.normal(size=(e, *shape))
     if shared:
-        for name, shape in (
-            ("gate_FD", (shared, d)),
-            ("up_FD", (shared, d)),
-            ("down_DF", (d, shared)),
-        ):
-            layer["moe", "shared", name] = rng.normal(size=shape)
-    names = ("gate_FD", "up_FD", "down_DF")
+        for name in names:
+            layer["moe", "shared", name] = rng.normal(
+                size=(d, shared)[:: 1 if "DF" in name else -1]
+            )
     x_TD = rng.normal(size=(4, d))
     wanted_TD = np.zeros((4, d))
     if shared:
@@ -108,13 +107,14 @@ def test_one_wide_ffn_is_the_weighted_sum_of_its_experts(e, k, f, shared, seed):
 def test_the_logits_are_those_of_the_mixture_on_its_task(changed):
     """On text of another task they are not.  With several stacks, and with no shared expert."""
     before = drawn(mixture(**changed))
-    tokens_BS = jax.random.randint(jax.random.key(5), (2, 8), 0, V)
+    tokens_BS = jnp.tile(jax.random.randint(jax.random.key(5), (1, 8), 0, V), (2, 1))
     after = one_task.extract_task(before, {"task": "de_news"})
     assert after.report["task"] == "de"
     found = logits(after, tokens_BS)
-    wanted = logits(before, tokens_BS, 1)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
-    assert np.abs(found - logits(before, tokens_BS, 2)).max() > 0.1 * np.abs(wanted).max()
+    wanted = logits(before, tokens_BS, jnp.array([[1] * 8, [2] * 8]))
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-5 * scale)
+    assert np.abs(found[1] - wanted[1]).max() > 0.1 * scale
     shapes = model_shapes(after.config.model)
     assert jax.tree.map(np.shape, after.model) == jax.tree.map(np.shape, shapes)
     counts = [count_parameters(subject.config.model).total for subject in (before, after)]
