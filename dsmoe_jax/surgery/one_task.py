@@ -68,7 +68,7 @@ def extract_task(subject: Subject, options: Mapping[str, Any]) -> Outcome:
     name = options["task"]
     task = task_number(moe, name, "--task")
     assert task is not None, "a name has a number"
-    new = _new_config(config)
+    new = dense_config(config)
     params = by_layer.apart(config.model, by_layer.by_path(subject.model.params))
     variables = by_layer.apart(config.model, by_layer.by_path(subject.model.other))
     layers = []
@@ -155,8 +155,13 @@ def _beside(name: str, shared: np.ndarray, routed: np.ndarray) -> np.ndarray:
     return shared + routed if axis < 0 else np.concatenate([shared, routed], axis=axis)
 
 
-def _new_config(config: Config) -> Config:
-    """The config of the dense model, whose FFN is written as one shared expert.
+def dense_config(config: Config) -> Config:
+    """The config of a task's dense model, whose FFN is written as one shared expert.
+
+    It is the same for all tasks.
+
+    Args:
+      config: of the mixture.
 
     Raises:
       ValueError: naming the key of what cannot be a part of the FFN, or of a setting of routed

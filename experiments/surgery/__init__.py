@@ -1,0 +1,1 @@
+"""Trained models that were changed: `dsmoe_jax/surgery`, and distillation."""
