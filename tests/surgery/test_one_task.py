@@ -189,6 +189,6 @@ def test_a_run_by_task_and_the_workdir_of_one(run, tmp_path):
         assert (abs(loss - wanted) < 1e-5) == (name == tasks[1]), name
     for by_layer in sent["load_by_domain"].values():
         assert all(np.count_nonzero(load_E) == 2 for load_E in by_layer)
-    config = replace(read_config(to), **{"train.steps": 3})
+    config = replace(read_config(to), **{"train.steps": 3, "train.schedule_steps": 2})
     assert train(config, to, progress=False).resumed_from == 2
     assert to_hf(str(to), str(tmp_path / "hf"), 3, "float32", 10**9).step == 3
