@@ -240,27 +240,12 @@ class MoELayer(nnx.Module):
         if router.by_task:
             _check_tasks_known(inputs, self.config)
         if router.learned and router.by_task:
-            # In the place of the token its task's unit vector: an exact look-up, whose gradient is
-            # a product too.
-            task_TA = jax.nn.one_hot(inputs.task_ids_T, len(self.config.router.tasks))
-            logits = jnp.matmul(task_TA, self.router_EA[...].T, precision="highest")
+            logits = self._logits_of_tasks(inputs)
         elif router.learned:
             x_TD = x_TD.astype(jnp.float32)
             if self.config.router.jitter is not None and inputs.rng is not None:
                 x_TD, inputs = _jitter(x_TD, inputs, self.config.router.jitter)
-            # At highest precision: an accelerator's default would round to bfloat16.
-            product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-            dtype = jnp.dtype(self.config.router.logits_dtype)
-            logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
-            logits = logits.astype(jnp.float32)
-            if not router.alters_logits:
-                # The mean of the logits themselves would make XLA on CPU store the logits.
-                mean_D = self.router_ED[...].mean(axis=0)
-                mean_logit_T = product("td,d->t", x_TD, mean_D)
-            if self.config.router.logits_bias:
-                logits += self.router_bias_E[...]
-                if mean_logit_T is not None:
-                    mean_logit_T += self.router_bias_E[...].mean()
+            logits, mean_logit_T = self._logits_of_tokens(x_TD, with_mean=not router.alters_logits)
         choose = router.route
         if intervention.tokens_alone and router.alone is not None:
             choose = router.alone
@@ -271,6 +256,32 @@ class MoELayer(nnx.Module):
         chex.assert_equal_shape([routing.ids_TK, routing.gates_TK])
         chex.assert_type([routing.ids_TK, routing.gates_TK], [jnp.int32, jnp.float32])
         return routing, mean_logit_T
+
+    def _logits_of_tokens(
+        self, x_TD: jax.Array, *, with_mean: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The router matrix times each token, and the mean of each token's logits if wanted."""
+        # At highest precision: an accelerator's default would round to bfloat16.
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        dtype = jnp.dtype(self.config.router.logits_dtype)
+        logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
+        logits = logits.astype(jnp.float32)
+        mean_logit_T = None
+        if with_mean:
+            # The mean of the logits themselves would make XLA on CPU store the logits.
+            mean_D = self.router_ED[...].mean(axis=0)
+            mean_logit_T = product("td,d->t", x_TD, mean_D)
+        if self.config.router.logits_bias:
+            logits += self.router_bias_E[...]
+            if mean_logit_T is not None:
+                mean_logit_T += self.router_bias_E[...].mean()
+        return logits, mean_logit_T
+
+    def _logits_of_tasks(self, inputs: RouterInputs) -> jax.Array:
+        """The logits of each token's task, (T, E)."""
+        # A product with the task's unit vector: an exact look-up, whose gradient is a product too.
+        task_TA = jax.nn.one_hot(inputs.task_ids_T, len(self.config.router.tasks))
+        return jnp.matmul(task_TA, self.router_EA[...].T, precision="highest")
 
     def _drop(
         self,
