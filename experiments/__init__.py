@@ -41,6 +41,8 @@ balancing, ways to balance the load of the experts:
     learned_routers    noisy top-k, Sinkhorn, REINFORCE, BASE beside top-k and Hash (their papers)
 surgery, changes of a trained model:
     distillation       a dense student of DeepSeekMoE (2101.03961; 1503.02531)
+    task_routing       experts chosen by the task of a document, not for each token (2110.03742)
+    one_task           the dense model of each task; probes of task_routing (2110.03742)
 inside, what the experts of finished models learned:
     committees         experts with half of the gates: do all domains share them (2601.03425)
     redundancy         how alike experts are, and the loss without some of them (V1 section 4.5)

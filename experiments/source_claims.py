@@ -31,7 +31,7 @@ from experiments.balancing import (
 from experiments.inside import committees, redundancy
 from experiments.laws import granularity
 from experiments.recipe import lengths, stages
-from experiments.surgery import distillation
+from experiments.surgery import distillation, one_task, task_routing
 from experiments.v1 import (
     fig3,
     fig4,
@@ -836,7 +836,22 @@ CLAIMS = (
         "Whole sequences or tasks can be routed to one expert, and a sub-model extracted for"
         " serving.",
         LIFE,
-        (NoExperiment("routing by sequence, and extraction of a sub-model"),),
+        (
+            FromExperiment(
+                task_routing.EXPERIMENT,
+                ("by task below 1.01 × DeepSeekMoE",),
+                why="Tasks, by label: routing of whole sequences without a label is not there. A"
+                " task has seven experts, as many as a token.",
+            ),
+            FromExperiment(
+                one_task.EXPERIMENT,
+                tuple(
+                    claim.text
+                    for claim in one_task.preserved(task_routing.TASK)
+                    if claim.measure in (one_task.GAP, "total")
+                ),
+            ),
+        ),
     ),
     SourceClaim(
         45, "E",

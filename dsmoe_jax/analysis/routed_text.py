@@ -115,7 +115,14 @@ def route_text(
     """
     check_routes(model.config)
     graph, params, other = nnx.split(model, nnx.Param, ...)
-    held_out = HeldOut(graph, corpus, batch_size, intervention=intervention, keep_routing=True)
+    held_out = HeldOut(
+        graph,
+        corpus,
+        batch_size,
+        intervention=intervention,
+        keep_routing=True,
+        tasks=model.config.moe.router.tasks,
+    )
     routings = held_out.routings(params, other)
     n_experts = model.config.moe.n_routed_experts
     return with_routing(corpus, routings, n_experts, max_tokens=max_tokens, on_batch=on_batch)
@@ -206,7 +213,8 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
     """
     n_sequences = min(corpus.num_records("validation"), SAMPLED_SEQUENCES)
     rows = sharding.local_rows(n_sequences)
-    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, rows)))
+    tasks = model.config.moe.router.tasks
+    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, rows, tasks)))
     graph, state = nnx.split(model)
     inputs = ModelInputs.of_batch(sharding.global_batch(batch, rows, n_sequences))
     step = jax.jit(_layer_inputs, static_argnums=0, out_shardings=sharding.whole())

@@ -17,6 +17,9 @@ With normalised gates and one router row for all parts of a copy the function st
 `merge` makes one expert of several that are alike.  `extract` keeps the experts that a domain's
 text needs.  All layers keep equally many.  docs/surgery.md says when a model stays the same.
 
+`extract_task` makes a dense model of the experts that a task has, of a model whose router chooses
+by task: on text of the task it computes the same.
+
 The new workdir has one checkpoint, of the same step: `evaluate`, `generate`, `analyse` and
 `convert` take it, and `train` with the same config goes on with it.  Its surgery.json has all
 operations that made the model, with their numbers.

@@ -179,6 +179,8 @@ class ProbeArm:
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       x: position on the axis `Experiment.x_axis`; None is a level line.
       probe: function that returns the contents of evaluation.json, which the measures read.
+      becomes: the config of the model that the probe makes of it, from the model's own; None: the
+        probe makes none.
     """
 
     label: str
@@ -188,6 +190,7 @@ class ProbeArm:
     paper_loss: float | None = None
     x: float | None = None
     probe: Callable[[Run, Intervention], dict[str, Any]] = probes.held_out
+    becomes: Callable[[Config], Config] | None = None
 
     def __post_init__(self) -> None:
         self.experiment.arm(self.trained)
@@ -216,7 +219,8 @@ class ProbeArm:
             changes["model.moe.num_experts_per_tok"] = self.intervention.num_experts_per_tok
         if not self.intervention.shared_experts:
             changes["model.moe.n_shared_experts"] = 0
-        return config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        measured = config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        return measured if self.becomes is None else self.becomes(measured)
 
 
 AnyArm = Arm | ProbeArm

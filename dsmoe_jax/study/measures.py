@@ -161,6 +161,16 @@ def _inside(key: str, factor: float = 1.0) -> Callable[[Outcome], float | None]:
     return read
 
 
+def _largest(key: str) -> Callable[[Outcome], float | None]:
+    """Reads the largest of several numbers that a probe finds."""
+
+    def read(outcome: Outcome) -> float | None:
+        found = (outcome.evaluation or {}).get("inside", {}).get(key)
+        return max(found) if found else None
+
+    return read
+
+
 def _over_before(key: str) -> Callable[[Outcome], float | None]:
     """Reads a number of `redundancy.redundancy` less that of a model before training."""
 
@@ -544,6 +554,23 @@ MEASURES: dict[str, Measure] = {
         _inside("single_rises"),
         "nats per token",
         digits=4,
+    ),
+    "task_gap": Measure(
+        "largest difference from the mixture on a task",
+        _largest("task_gap"),
+        "nats per token",
+        digits=6,
+        lower_is_better=True,
+        spread=False,
+        note="Largest difference from the mixture: of the loss on a domain, by the dense model of"
+        " its task.",
+    ),
+    "task_rise": Measure(
+        "rise on other tasks",
+        _inside("task_rise"),
+        "nats per token",
+        note="Rise on other tasks: of the loss on the text of all other tasks, by the dense model"
+        " of one in place of the mixture; mean over tasks.",
     ),
     "busiest_three": Measure(
         "share of the three busiest experts",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe_jax.surgery import merging, placement, pruning, upcycling
+from dsmoe_jax.surgery import merging, one_task, placement, pruning, upcycling
 from dsmoe_jax.surgery.types import Operation, Option, Outcome, Subject
 
 OPERATIONS: dict[str, Operation] = {
@@ -33,6 +33,11 @@ OPERATIONS: dict[str, Operation] = {
         pruning.extract,
         "Keep the experts that a domain's text needs.",
         pruning.EXTRACTION_OPTIONS,
+    ),
+    "extract_task": Operation(
+        one_task.extract_task,
+        "Make a dense model of the experts that a router by task gives one.",
+        one_task.OPTIONS,
     ),
     "place": Operation(
         placement.place,

@@ -53,11 +53,10 @@ def _fresh(outcome: Outcome, state: TrainState) -> Any:
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
+    # The two trees may differ in their parameters, but not in their schedules.
+    before = filter(is_schedule, jax.tree.leaves(state.opt_state, is_leaf=is_schedule))
     return jax.tree.map(
-        lambda new, old: old if is_schedule(new) else new,
-        fresh,
-        state.opt_state,
-        is_leaf=is_schedule,
+        lambda new: next(before) if is_schedule(new) else new, fresh, is_leaf=is_schedule
     )
 
 

@@ -132,6 +132,7 @@ class StageRun:
             self._rows,
             (stage.first, stage.sequences),
             stage.skips,
+            config.model.moe.router.tasks,
         )
         if position is not None:
             self._batches.set_state(position)
@@ -145,6 +146,7 @@ class StageRun:
             recorder,
             recording if routing_records.needs(config) == "routing" else None,
             keep_routing=train.analyse_every is not None,
+            tasks=config.model.moe.router.tasks,
         )
         bytes_V = corpus.bytes_per_token_V
         if teacher is None:
