@@ -205,10 +205,23 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
       sample: tokens, spread evenly over the first held-out sequences.
     """
     n_sequences = min(corpus.num_records("validation"), SAMPLED_SEQUENCES)
+    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1)))
+    return layer_weights_on(model, batch, sample)
+
+
+def layer_weights_on(model: Transformer, batch: Batch, sample: int = SAMPLE) -> list[LayerWeights]:
+    """`layer_weights` for tokens of a batch.
+
+    Args:
+      model: trained, with routed experts.
+      batch: the whole, on every host.
+      sample: tokens, spread evenly over the batch.
+    """
+    n_sequences = len(batch["tokens_BS"])
     rows = sharding.local_rows(n_sequences)
-    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, rows)))
+    own = {name: np.asarray(x)[rows] for name, x in batch.items()}
     graph, state = nnx.split(model)
-    inputs = ModelInputs.of_batch(sharding.global_batch(batch, rows, n_sequences))
+    inputs = ModelInputs.of_batch(sharding.global_batch(own, rows, n_sequences))
     step = jax.jit(_layer_inputs, static_argnums=0, out_shardings=sharding.whole())
     valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
     found = []
