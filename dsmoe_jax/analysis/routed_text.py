@@ -21,6 +21,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.evaluation.domain_load import gate_mass
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
@@ -182,6 +183,34 @@ def with_routing(
         n_experts=n_experts,
         domains=tuple(corpus.domains),
     )
+
+
+def use(model: Transformer, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Assignments to each expert on a text, and the sum of its gates, each (L, E).
+
+    Args:
+      model: trained, with routed experts.
+      batches: the text.
+
+    Raises:
+      ValueError: as `check_routes`.
+    """
+    check_routes(model.config)
+    n_experts = model.config.moe.n_routed_experts
+    graph, state = nnx.split(model)
+
+    def step(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        targets_BS = jnp.asarray(batch["targets_BS"])
+        report = nnx.merge(graph, state).score(ModelInputs.of_batch(batch), targets_BS).report
+        assert report is not None, "a model with routed experts reports its layers"
+        ids_LBSK, gates_LBSK = report.recorded.ids, report.recorded.gates
+        load_LE = gate_mass(ids_LBSK, jnp.ones_like(gates_LBSK), n_experts)
+        return load_LE, gate_mass(ids_LBSK, gates_LBSK, n_experts)
+
+    compiled = jax.jit(step, out_shardings=sharding.whole())
+    sums = [jax.device_get(compiled(state, batch)) for batch in batches]
+    load_LE, mass_LE = np.sum(np.array(sums, np.float64), axis=0)
+    return load_LE, mass_LE
 
 
 class LayerWeights(NamedTuple):

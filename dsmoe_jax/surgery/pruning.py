@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from dsmoe_jax.analysis import leaving_out
-from dsmoe_jax.config import Config
 from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.runs import loads
 from dsmoe_jax.surgery import evidence, fewer, permutation
@@ -69,8 +69,8 @@ class Ranked(NamedTuple):
 
     layers: list[list[Ranking]]
     alike: list[np.ndarray]
-    report: dict[str, Any]
-    text: str
+    report: Mapping[str, Any] = MappingProxyType({})
+    text: str = ""
 
 
 def _by_likeness(subject: Subject, found: Evidence, threshold: float, *, by: str) -> Ranked:
@@ -90,8 +90,7 @@ def _by_use(subject: Subject, found: Evidence, threshold: float) -> Ranked:
     del threshold
     assert found.use_LE is not None, "see `Way.needs_loads`"
     wanted = [np.flatnonzero(use_E) for use_E in found.use_LE]
-    layers = _by_value(subject.config, found.use_LE, wanted)
-    return Ranked(layers, _weights_alike(subject), {}, "")
+    return by_value(subject, found.use_LE, wanted)
 
 
 def _by_loss(subject: Subject, found: Evidence, threshold: float) -> Ranked:
@@ -102,10 +101,10 @@ def _by_loss(subject: Subject, found: Evidence, threshold: float) -> Ranked:
     n_layers, e = loss.shape
     alone = [list(np.arange(e)[:, None])] * n_layers
     rises_LE = leaving_out.rises(loss, found.text, alone)
-    layers = _by_value(subject.config, rises_LE, alone)
     numbers = ", ".join(f"{rises_E.min():.4f} to {rises_E.max():.4f}" for rises_E in rises_LE)
     text = f"rise of the loss without one expert, nats per token, by layer: {numbers}"
-    return Ranked(layers, _weights_alike(subject), {"rises": rises_LE.tolist()}, text)
+    ranked = by_value(subject, rises_LE, alone)
+    return ranked._replace(report={"rises": rises_LE.tolist()}, text=text)
 
 
 class Way(NamedTuple):
@@ -199,35 +198,7 @@ def prune(subject: Subject, options: Mapping[str, Any]) -> Outcome:
         evidence.use_of(subject, options["loads"]),
     )
     why = f"--threshold={threshold}" if way.has_threshold else f"--by={by}"
-    return pruned(subject, by, found, keep=keep, threshold=threshold, why=why)
-
-
-def pruned(
-    subject: Subject,
-    by: str,
-    found: Evidence,
-    *,
-    keep: int | None = None,
-    threshold: float = THRESHOLD,
-    why: str = "",
-) -> Outcome:
-    """`prune` from evidence that is there.
-
-    Args:
-      subject: the model.
-      by: a name in `WAYS`.
-      found: what the way takes.
-      keep: experts that stay in each layer; None: as many as the way says.
-      threshold: of likeness.
-      why: the flag that says how many stay if `keep` does not, for errors.
-
-    Raises:
-      ValueError: as `prune` does.
-    """
-    ranked = WAYS[by].rank(subject, found, threshold)
-    outcome = _cut(subject, ranked, keep, why)
-    text = "\n".join(filter(None, (outcome.text, ranked.text)))
-    return outcome._replace(report={**outcome.report, **ranked.report}, text=text)
+    return cut(subject, way.rank(subject, found, threshold), keep, why)
 
 
 def extract(subject: Subject, options: Mapping[str, Any]) -> Outcome:
@@ -273,9 +244,7 @@ def extracted(
       ValueError: for a layer without use, and as `prune` does.
     """
     wanted = freezing.most_used(use_LE, share)
-    layers = _by_value(subject.config, use_LE, wanted)
-    ranked = Ranked(layers, _weights_alike(subject), {}, "")
-    outcome = _cut(subject, ranked, keep, f"--share={share}")
+    outcome = cut(subject, by_value(subject, use_LE, wanted), keep, f"--share={share}")
     ids_LN = outcome.report["experts"]
     held = [
         float(use_E[ids].sum() / use_E.sum()) for use_E, ids in zip(use_LE, ids_LN, strict=True)
@@ -316,22 +285,24 @@ def ranked(
     return Ranking(np.array([*left, *reversed(gone)]), needed)
 
 
-def _by_value(
-    config: Config, value_LE: np.ndarray, wanted: Sequence[Sequence[int] | np.ndarray]
-) -> list[list[Ranking]]:
-    """The experts of each part from the largest value on, of which those wanted should stay."""
-    found = []
-    for value_E, wanted_ids in zip(value_LE, wanted, strict=True):
+def by_value(
+    subject: Subject, value_LE: np.ndarray, wanted: Sequence[Sequence[int] | np.ndarray]
+) -> Ranked:
+    """The experts of each part from the largest value on.
+
+    Args:
+      subject: the model.
+      value_LE: of each expert.
+      wanted: ids of those of each layer that should stay.
+    """
+    layers = []
+    for value_E, ids_wanted in zip(value_LE, wanted, strict=True):
         rankings = []
-        for ids in fewer.parts(config.model):
+        for ids in fewer.parts(subject.config.model):
             order = ids[np.argsort(-value_E[ids], kind="stable")]
-            rankings.append(Ranking(order, int(np.isin(ids, wanted_ids).sum())))
-        found.append(rankings)
-    return found
-
-
-def _weights_alike(subject: Subject) -> list[np.ndarray]:
-    return LIKENESS["weights"].run(subject, None)
+            rankings.append(Ranking(order, int(np.isin(ids, ids_wanted).sum())))
+        layers.append(rankings)
+    return Ranked(layers, LIKENESS["weights"].run(subject, None))
 
 
 def threshold_of(options: Mapping[str, Any]) -> float:
@@ -347,8 +318,18 @@ def threshold_of(options: Mapping[str, Any]) -> float:
     return threshold
 
 
-def _cut(subject: Subject, ranked: Ranked, keep: int | None, why: str) -> Outcome:
-    """The model with equally many experts in each layer, from the rankings of its groups."""
+def cut(subject: Subject, ranked: Ranked, keep: int | None, why: str) -> Outcome:
+    """The model with equally many experts in each layer, the first of each ranking.
+
+    Args:
+      subject: the model.
+      ranked: its experts.
+      keep: experts that stay in each layer; None: as many as the ranking says.
+      why: the flag that says how many stay if `keep` does not.
+
+    Raises:
+      ValueError: for a number that leaves fewer experts than a token activates, or does not fit.
+    """
     config = subject.config
     moe = config.model.moe
     e = moe.n_routed_experts
@@ -370,11 +351,12 @@ def _cut(subject: Subject, ranked: Ranked, keep: int | None, why: str) -> Outcom
             f"the layers need {', '.join(map(str, needed))}; all keep {number}, since all layers"
             " and groups have equally many"
         )
+    experts = [ids.tolist() for ids in ids_LN]
     return Outcome(
         config=fewer.reduced_config(config, layers),
         model=fewer.reduced(config.model, subject.model, layers),
-        report={"experts": [ids.tolist() for ids in ids_LN], "needed": needed},
-        text="\n".join(lines),
+        report={"experts": experts, "needed": needed, **ranked.report},
+        text="\n".join(filter(None, [*lines, ranked.text])),
         moments=lambda tree: fewer.reduced(config.model, tree, layers),
         load=lambda load_LE: fewer.reduced_load(load_LE, layers),
     )
