@@ -225,6 +225,18 @@ def test_extraction_keeps_a_share_of_the_load(tmp_path):
     assert fixed.report["experts"] == [[0, 1], [1, 4]]  # of equal loads the first
 
 
+def test_extraction_by_gates(tmp_path):
+    """By hand: the gates of few assignments may be most of them."""
+    json_files.write(
+        tmp_path / "both.json",
+        {"load": [[9, 9, 1, 1, 1, 1]] * 2, "gate_mass": [[0.5, 0.5, 4.0, 4.0, 0.5, 0.5]] * 2},
+    )
+    given = options("extract", loads=str(tmp_path / "both.json"), by="gates", share=0.8)
+    outcome = pruning.extract(subject(config_of()), given)
+    assert outcome.report["experts"] == [[2, 3]] * 2
+    assert outcome.report["share"] == [0.8, 0.8]
+
+
 def test_groups_stay_equal(tmp_path):
     groups = {"model.moe.router.n_group": 2, "model.moe.router.topk_group": 1}
     before = subject(config_of(**groups))
@@ -279,7 +291,7 @@ LOADS = [[1] * E] * 2
         ("prune", {"keep": 7}, r"--keep=7: leaves 7 of the 6 experts of a layer"),
         ("prune", {"threshold": 1.5}, r"--threshold=1\.5: must be a cosine, from -1 to 1"),
         ("prune", {"threshold": 0.5, "keep": 3}, r"--threshold=0\.5: --keep=3 says how many"),
-        ("prune", {"by": "looks"}, r"--by=looks: must be one of weights, aligned, outputs, use"),
+        ("prune", {"by": "looks"}, r"--by=looks: must be one of weights, aligned, outputs, use, "),
         ("prune", {"by": "use"}, r"--loads: missing; --by=use counts the tokens of each expert"),
         ("prune", {"by": "use", "threshold": 0.5}, r"--threshold=0\.5: has no meaning for --by"),
         ("prune", {"text": "x"}, r"--text='x': --by=weights takes no text; must not be given"),
@@ -287,6 +299,8 @@ LOADS = [[1] * E] * 2
         ("prune", {"loads": "OTHER"}, r"--loads=.*: has loads of 2 x 5 .* the model 2 x 6"),
         ("extract", {"loads": "LOADS", "share": 1.5}, r"--share=1\.5: must be above 0"),
         ("extract", {"loads": "LOADS", "share": 0.1}, r"--share=0\.1: leaves 1 of the 6 experts"),
+        ("extract", {"loads": "LOADS", "by": "gates"}, r"--loads=.*: holds no gate mass of expert"),
+        ("extract", {"loads": "LOADS", "by": "looks"}, r"--by=looks: must be one of assignments, "),
         ("extract", {"loads": "NONE"}, r"--loads=.*: layer 1 has no load"),
     ],
 )  # fmt: skip
