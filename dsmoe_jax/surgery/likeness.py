@@ -69,7 +69,8 @@ def alignment(units_FX: np.ndarray, to_FX: np.ndarray) -> np.ndarray:
     return linear_sum_assignment(to_FX @ units_FX.T, maximize=True)[1]
 
 
-def _by_weights(subject: Subject, text: Text) -> list[np.ndarray]:
+def by_weights(subject: Subject, text: Text = None) -> list[np.ndarray]:
+    """Cosine of the weights of each pair of experts in every MoE layer, (E, E); takes no text."""
     del text
     return [pairs.weight_similarity(*weights.values()) for weights in of_layers(subject)]
 
@@ -114,7 +115,7 @@ class Measure(NamedTuple):
 
 
 LIKENESS: dict[str, Measure] = {
-    "weights": Measure(_by_weights),
+    "weights": Measure(by_weights),
     "aligned": Measure(_by_aligned_weights),
     "outputs": Measure(_by_outputs, batches=1),
 }

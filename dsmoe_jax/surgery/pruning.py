@@ -33,7 +33,7 @@ from flax import nnx
 from dsmoe_jax.analysis import leaving_out
 from dsmoe_jax.model.build import abstract_model
 from dsmoe_jax.runs import loads
-from dsmoe_jax.surgery import evidence, fewer, permutation
+from dsmoe_jax.surgery import evidence, fewer, likeness, permutation
 from dsmoe_jax.surgery.evidence import LOADS, Evidence
 from dsmoe_jax.surgery.likeness import LIKENESS
 from dsmoe_jax.surgery.types import Option, Outcome, Subject
@@ -302,7 +302,7 @@ def by_value(
             order = ids[np.argsort(-value_E[ids], kind="stable")]
             rankings.append(Ranking(order, int(np.isin(ids, ids_wanted).sum())))
         layers.append(rankings)
-    return Ranked(layers, LIKENESS["weights"].run(subject, None))
+    return Ranked(layers, likeness.by_weights(subject))
 
 
 def threshold_of(options: Mapping[str, Any]) -> float:

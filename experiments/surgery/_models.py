@@ -42,7 +42,7 @@ MODELS = {
 
 def label(model: str, way: str, share: Fraction) -> str:
     """The label of a model of which a share of the experts is left."""
-    return f"{model}, {way}, {share}"
+    return f"{model} {way}, {share}"
 
 
 def line(model: str, way: str) -> str:

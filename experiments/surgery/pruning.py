@@ -27,7 +27,7 @@ WAYS = {
     "by outputs": "outputs",
     "by loss": "loss",
 }
-ALIKE = "above 0.85"
+BY_THRESHOLD = "by threshold"
 RISE, MOST_ALIKE = "rise", "most_alike"
 BLOG = "a blog on V1"
 
@@ -36,7 +36,7 @@ def without_alike(name: str) -> ProbeArm:
     """A model without the experts whose outputs are more alike than 0.85 to another's."""
     model = MODELS[name]
     probe = functools.partial(fewer_experts.pruned, by="outputs")
-    return ProbeArm(f"{name}, {ALIKE}", model.experiment, model.arm, probe=probe)
+    return ProbeArm(f"{name} {BY_THRESHOLD}", model.experiment, model.arm, probe=probe)
 
 
 def rises_more(rival: str, source: str) -> tuple[Claim, ...]:
@@ -68,11 +68,11 @@ EXPERIMENT = Experiment(
         *rises_more(GSHARD, "V1 section 3"),
         # There are such experts, and what goes with them is less than 0.5 %.
         *(
-            bounded(f"{name}, {ALIKE}", above=0.85, measure=MOST_ALIKE, source=BLOG)
+            bounded(f"{name} {BY_THRESHOLD}", above=0.85, measure=MOST_ALIKE, source=BLOG)
             for name in MODELS
         ),
         *(
-            bounded(f"{name}, {ALIKE}", below=0.5, measure="rise_percent", source=BLOG)
+            bounded(f"{name} {BY_THRESHOLD}", below=0.5, measure="rise_percent", source=BLOG)
             for name in MODELS
         ),
     ),

@@ -63,17 +63,15 @@ def assert_same(found, wanted):
 
 
 @given(SIZES, st.integers(1, 2), st.integers(0, 10**6))
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_equal_experts_merged(sizes, active, seed):
     """Copies with one router row and units in other orders; a token then has the one, not all."""
     each = sizes["each"]
     before, rng = drawn(sizes, active * each, "softmax", seed)
     source = np.repeat(np.arange(sizes["groups"]), each)
-    for name, x in arrays(before).items():
+    for x in arrays(before).values():
         for layer in x:
             layer[:] = layer[source * each]
-        axis = likeness.UNIT_AXES.get(name)
-        assert axis is not None or name == "router_ED"
     orders = rng.permuted(np.tile(np.arange(sizes["f"]), (len(source), 1)), axis=1)
     for name, x in arrays(before).items():
         axis = likeness.UNIT_AXES.get(name)
@@ -91,7 +89,7 @@ def test_equal_experts_merged(sizes, active, seed):
 
 
 @given(SIZES, st.integers(0, 10**6))
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_experts_pruned_that_no_token_chooses(sizes, seed):
     """Sigmoid scores, whose gates depend on the chosen experts alone."""
     before, rng = drawn(sizes, 2, "sigmoid", seed)
