@@ -161,7 +161,7 @@ EXTRACTION_OPTIONS = {
         loads.ASSIGNMENTS,
     ),
     "share": Option(
-        float, f"Share of each layer's load whose experts stay; {SHARE} without --keep."
+        float, f"Share of each layer's use whose experts stay; {SHARE} without --keep."
     ),
     "keep": KEEP,
 }
@@ -250,7 +250,7 @@ def extracted(
         float(use_E[ids].sum() / use_E.sum()) for use_E, ids in zip(use_LE, ids_LN, strict=True)
     ]
     shares = ", ".join(f"{x:.3f}" for x in held)
-    text = f"{outcome.text}\ntheir share of the load, by layer: {shares}"
+    text = f"{outcome.text}\ntheir share of the use, by layer: {shares}"
     return outcome._replace(report={**outcome.report, "share": held}, text=text)
 
 

@@ -220,7 +220,7 @@ def test_extraction_keeps_a_share_of_the_load(tmp_path):
     outcome = pruning.extract(before, given)
     report = {"experts": [[0, 1, 2], [1, 3, 4]], "needed": [2, 3], "share": [0.94, 0.95]}
     assert {key: outcome.report[key] for key in report} == report
-    assert outcome.text.endswith("their share of the load, by layer: 0.940, 0.950")
+    assert outcome.text.endswith("their share of the use, by layer: 0.940, 0.950")
     fixed = pruning.extract(before, options("extract", loads=given["loads"], keep=2))
     assert fixed.report["experts"] == [[0, 1], [1, 4]]  # of equal loads the first
 
