@@ -592,15 +592,15 @@ MEASURES: dict[str, Measure] = {
         digits=4,
     ),
     "off_over_on": Measure(
-        "rise off the domain over that on it", _off_over_on, "nats per token", digits=4
+        "rise off the domain less that on it", _off_over_on, "nats per token", digits=4
     ),
     "general_over_own": Measure(
-        "loss with a general choice over the domain's own",
+        "gain of the domain's own choice",
         _general_over_own,
         "nats per token",
         digits=4,
-        note="General choice: as many experts, those that all text uses most; the loss is on the"
-        " domain.",
+        note="Gain of the own choice: the loss on the domain with as many experts that all text"
+        " uses most, less that with those that the domain uses most.",
     ),
     "busiest_three": Measure(
         "share of the three busiest experts",
