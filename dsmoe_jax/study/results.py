@@ -107,7 +107,8 @@ def read_outcome(cell: Cell) -> Outcome:
     if evaluation is not None and evaluation["step"] != cell.config.train.steps:
         evaluation = None
     trained = None if cell.trained is None else read_evaluation(cell.trained)
-    return Outcome(cell.config, cell.measured, read_rows(cell.workdir), evaluation, trained)
+    rows = read_rows(cell.workdir)
+    return Outcome(cell.config, cell.measured, rows, evaluation, cell.before, trained)
 
 
 def read_row(cell: Cell) -> Row:
