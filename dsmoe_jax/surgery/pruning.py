@@ -31,7 +31,10 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.analysis import leaving_out
+from dsmoe_jax.analysis.leaving_out import LossWithout
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.model.build import abstract_model
+from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.runs import loads
 from dsmoe_jax.surgery import evidence, fewer, likeness, permutation
 from dsmoe_jax.surgery.evidence import LOADS, Evidence
@@ -96,15 +99,18 @@ def _by_use(subject: Subject, found: Evidence, threshold: float) -> Ranked:
 def _by_loss(subject: Subject, found: Evidence, threshold: float) -> Ranked:
     del threshold
     assert found.text is not None, "see `Way.batches`"
-    model = nnx.merge(abstract_model(subject.config.model), *subject.model)
-    loss = leaving_out.LossWithout(model)
+    moe = subject.config.model.moe
+    want = "a token has no next best expert; no expert can be left out by itself"
+    name = moe.router.name
+    require(get_router(moe)[0].leaves_out, "model.moe.router.name", name, want)
+    loss = LossWithout(nnx.merge(abstract_model(subject.config.model), *subject.model))
     n_layers, e = loss.shape
     alone = [list(np.arange(e)[:, None])] * n_layers
     rises_LE = leaving_out.rises(loss, found.text, alone)
     numbers = ", ".join(f"{rises_E.min():.4f} to {rises_E.max():.4f}" for rises_E in rises_LE)
     text = f"rise of the loss without one expert, nats per token, by layer: {numbers}"
-    ranked = by_value(subject, rises_LE, alone)
-    return ranked._replace(report={"rises": rises_LE.tolist()}, text=text)
+    order = by_value(subject, rises_LE, [np.arange(e)] * n_layers)
+    return order._replace(report={"rises": rises_LE.tolist()}, text=text)
 
 
 class Way(NamedTuple):
@@ -192,6 +198,8 @@ def prune(subject: Subject, options: Mapping[str, Any]) -> Outcome:
         raise ValueError(f"--loads: missing; --by={by} counts the tokens of each expert")
     if way.needs_keep and keep is None:
         raise ValueError(f"--keep: missing; --by={by} ranks experts, and has no threshold")
+    if keep is not None:  # before a long search
+        fewer.check_number(subject.config.model, keep, f"--keep={keep}")
     threshold = threshold_of(options)
     found = Evidence(
         evidence.text_of_run(subject, by, options["text"], way.batches),

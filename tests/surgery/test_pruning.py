@@ -12,6 +12,7 @@ from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.surgery import OPERATIONS, Subject, fewer, likeness, pruning
+from dsmoe_jax.surgery.evidence import Evidence
 from tests.model.tiny_model import V, config_of
 from tests.surgery import layer_in_numpy
 from tests.tools.trees import by_path
@@ -296,6 +297,7 @@ LOADS = [[1] * E] * 2
         ("prune", {"by": "use", "threshold": 0.5}, r"--threshold=0\.5: has no meaning for --by"),
         ("prune", {"text": "x"}, r"--text='x': --by=weights takes no text; must not be given"),
         ("prune", {"by": "outputs"}, r"data\.corpus=None: the text of the run is not there"),
+        ("prune", {"by": "loss", "keep": 1}, r"--keep=1: leaves 1 of the 6 experts"),
         ("prune", {"loads": "OTHER"}, r"--loads=.*: has loads of 2 x 5 .* the model 2 x 6"),
         ("extract", {"loads": "LOADS", "share": 1.5}, r"--share=1\.5: must be above 0"),
         ("extract", {"loads": "LOADS", "share": 0.1}, r"--share=0\.1: leaves 1 of the 6 experts"),
@@ -311,6 +313,14 @@ def test_what_does_not_fit_is_refused(tmp_path, operation, changed, message):
     run = OPERATIONS[operation].run
     with pytest.raises(ValueError, match=f"^{message}"):
         run(subject(replace(config_of(), **{"data.corpus": None})), options(operation, **changed))
+
+
+def test_a_table_has_no_next_best_expert():
+    keys = {"router.name": "hash", "num_experts_per_tok": 1, "balance": {}}
+    before = subject(config_of(**{f"model.moe.{key}": value for key, value in keys.items()}))
+    message = r"^model\.moe\.router\.name='hash': a token has no next best expert; no expert can"
+    with pytest.raises(ValueError, match=message):
+        pruning.WAYS["loss"].rank(before, Evidence(text=[]), 0.0)
 
 
 def test_routers_by_number_and_dense_models_are_refused():
