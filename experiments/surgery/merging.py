@@ -50,11 +50,11 @@ EXPERIMENT = Experiment(
     title="Loss against experts left: merging",
     source="slides on mixtures of experts; M-SMoE (2310.01334); DeepSeekMoE (arXiv 2401.06066)",
     summary="Merging experts is said to save parameters without much loss; that is read as less"
-    " than 1 %. It is said to be better than pruning. If DeepSeekMoE's experts are less redundant"
-    " than those of the GShard of its loss, it should lose more. The experts most alike in weights"
-    " (hidden units matched) or in outputs become one, the mean by use; nothing is trained"
-    " afterwards. (Labels end in the share of all experts that is left, with DeepSeekMoE's shared"
-    " one.)",
+    " than 1 %. It is said to be better than pruning, where the model is trained afterwards. If"
+    " DeepSeekMoE's experts are less redundant than those of the GShard of its loss, it should lose"
+    " more. The experts most alike in weights (hidden units matched) or in outputs become one, the"
+    " mean by use; here nothing is trained afterwards. (Labels end in the share of all experts that"
+    " is left, with DeepSeekMoE's shared one.)",
     arms=(
         *arms(WEIGHTS, fewer_experts.merged, "aligned"),
         *arms(OUTPUTS, fewer_experts.merged, "outputs"),
