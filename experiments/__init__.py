@@ -46,4 +46,8 @@ surgery, changes of a trained model:
 inside, what the experts of finished models learned:
     committees         experts with half of the gates: do all domains share them (2601.03425)
     redundancy         how alike experts are, and the loss without some of them (V1 section 4.5)
+surgery, changes of a trained model:
+    pruning            at random, by use, likeness or loss: loss against experts left (V1 4.5)
+    merging            alike experts become one: loss against experts left (2310.01334)
+    extraction         the experts that a domain needs: loss on it and off it (2604.05267)
 """

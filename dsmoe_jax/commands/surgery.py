@@ -13,9 +13,10 @@ Every second batch decides, the others judge.  `evaluate --record_routing` recor
 `upcycle` makes a mixture of a dense model: its FFNs copied, cut into parts, some of them shared.
 With normalised gates and one router row for all parts of a copy the function stays the same.
 
-`prune` leaves out experts that are like others (in weights or outputs) or that a text does not use.
-`merge` makes one expert of several that are alike.  `extract` keeps the experts that a domain's
-text needs.  All layers keep equally many.  docs/surgery.md says when a model stays the same.
+`prune` leaves out experts that are like others (in weights or outputs), that a text does not use,
+or without which the loss rises least.  `merge` makes one expert of several that are alike.
+`extract` keeps the experts that a domain's text needs, by its assignments or its gates.  All layers
+keep equally many.  docs/surgery.md says when a model stays the same.
 
 `extract_task` makes a dense model of the experts that a task has, of a model whose router chooses
 by task: on text of the task it computes the same.

@@ -19,7 +19,7 @@ from flax import nnx
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.evaluation.cross_entropy import token_sums
-from dsmoe_jax.evaluation.domain_load import load_by_domain
+from dsmoe_jax.evaluation.domain_load import gate_mass, load_by_domain
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
@@ -36,6 +36,8 @@ from dsmoe_jax.runs.summaries import (
     drop_summary,
     load_summary,
 )
+
+_DIGITS = 4  # of a sum of gates
 
 
 class HeldOut:
@@ -92,7 +94,7 @@ class HeldOut:
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             report = output.report
             if report is None:
-                return jnp.stack(sums), None, None, None
+                return jnp.stack(sums), None, None, None, None
             ledger = report.logged.ledger
             load_GLE = load_by_domain(
                 report.recorded.sent,
@@ -100,8 +102,10 @@ class HeldOut:
                 n_domains,
                 ledger.sent_E.shape[-1],
             )
-            recorded = report.recorded if self._keeps_routing else None
-            return jnp.stack(sums), ledger, load_GLE, recorded
+            computed = report.recorded
+            mass_LE = gate_mass(computed.ids, computed.gates, ledger.sent_E.shape[-1])
+            recorded = computed if self._keeps_routing else None
+            return jnp.stack(sums), ledger, load_GLE, mass_LE, recorded
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)
@@ -130,7 +134,8 @@ class HeldOut:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
           `domains`; and for a model with routed experts `load`, `maxvio`, `gini`, `dead_experts`
           and `dropped` by layer, and `load_by_domain`, the load by layer for each of `domains`:
-          chosen assignments, also those that were dropped later.  `domain_specialisation` by layer
+          chosen assignments, also those that were dropped later; `gate_mass` by layer and expert,
+          the sum of the gates of what was computed.  `domain_specialisation` by layer
           is there if two domains have tokens enough for it.  Where the tokens of a batch decide
           about each other, the numbers hold for one `batch_size`, which is given then.
 
@@ -188,21 +193,26 @@ class HeldOut:
             yield sharding.global_batch(batch, self._rows, self._batch_size)
 
     def _result(
-        self, sums_3G: np.ndarray, ledger: Ledger | None, load_GLE: np.ndarray | None
+        self,
+        sums_3G: np.ndarray,
+        ledger: Ledger | None,
+        load_GLE: np.ndarray | None,
+        mass_LE: np.ndarray | None,
     ) -> dict[str, Any]:
         """The return value of `measure`, from sums over the whole text.
 
         Args:
           sums_3G: nats, tokens and bytes by domain.
-          ledger, load_GLE: of the MoE layers; None without routed experts.
+          ledger, load_GLE, mass_LE: of the MoE layers; None without routed experts.
         """
         result: dict[str, Any] = _summary(*sums_3G.sum(axis=1))
         # A short look may miss a small domain: then it has no numbers.
         seen = {name: g for g, name in enumerate(self._corpus.domains) if sums_3G[1, g]}
-        if ledger is not None and load_GLE is not None:
+        if ledger is not None and load_GLE is not None and mass_LE is not None:
             load_LE = np.asarray(ledger.sent_E)
             result |= load_summary(load_LE) | drop_summary(ledger, detailed=False)
             result["load_by_domain"] = {name: as_list(load_GLE[g], int) for name, g in seen.items()}
+            result["gate_mass"] = as_list(mass_LE.round(_DIGITS))
             specialisation = domain_specialisation(load_GLE, sums_3G[1])
             if specialisation is not None:
                 result["domain_specialisation"] = specialisation

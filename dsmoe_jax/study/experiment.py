@@ -178,6 +178,7 @@ class ProbeArm:
       intervention: change of the model while it is measured.
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       x: position on the axis `Experiment.x_axis`; None is a level line.
+      line: name of the line that joins arms with `x` in a picture; "" is the trained model's label.
       probe: function that returns the contents of evaluation.json, which the measures read.
       becomes: the config of the model that the probe makes of it, from the model's own; None: the
         probe makes none.
@@ -189,16 +190,14 @@ class ProbeArm:
     intervention: Intervention = Intervention()
     paper_loss: float | None = None
     x: float | None = None
+    line: str = ""
     probe: Callable[[Run, Intervention], dict[str, Any]] = probes.held_out
     becomes: Callable[[Config], Config] | None = None
 
     def __post_init__(self) -> None:
         self.experiment.arm(self.trained)
-
-    @property
-    def line(self) -> str:
-        """Name of the line that joins the probes of one model in a picture."""
-        return self.trained
+        if not self.line:
+            object.__setattr__(self, "line", self.trained)
 
     @property
     def slug(self) -> str:

@@ -21,7 +21,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "prune": Operation(
         pruning.prune,
-        "Leave out experts that are like others, or that a text does not use.",
+        "Leave out experts that are like others, or that a text hardly misses.",
         pruning.OPTIONS,
     ),
     "merge": Operation(

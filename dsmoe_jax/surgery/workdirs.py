@@ -10,6 +10,7 @@ Nothing is left half-written, and the old workdir does not change.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,8 +137,9 @@ def operate(
     with new_directory.beside(place) as made:
         _write(made, local_path(_FROM, workdir), outcome.config, entry)
         checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1)
-        checkpoints.save(source.step, items, _extra(source.extra, outcome))
-        checkpoints.close()
+        # An interrupt waits for the arrays on their way, or they would come back after the removal.
+        with contextlib.closing(checkpoints):
+            checkpoints.save(source.step, items, _extra(source.extra, outcome))
     return Made(place, source.step, outcome)
 
 
