@@ -6,7 +6,7 @@
     python -m benchmarks.latency --read=benchmarks/results/NAME.json --page=docs/latency.md
 
 A forward pass of a DeepSeekMoE layer in evaluation, in float32 on a CPU, without the report that
-training logs.  A part is the code of the layer, compiled by itself, on the arrays that it gets there:
+training logs.  A part is the layer's own code, compiled by itself, on the arrays that it gets there:
 
     router     logits, scores, groups of experts if a token is limited to some, top k, gates
     exchange   dispatch and combine, a program each: on one device rows are sorted by expert,
@@ -15,10 +15,10 @@ training logs.  A part is the code of the layer, compiled by itself, on the arra
     shared     the shared experts
     layer      the whole, compiled as one: what the parts together are compared with
 
-On one device the paths are the plain one and the compiled one: row kernels and experts in JAX, or in
-C++.  On eight, the dispatcher that collects every token on every device, and the ragged one, which
-sends what is needed; a limit is that of V2 section 2.1.2: a token's experts are on so many devices at
-most.  The first path of either is `before`.
+On one device the paths are the plain one and the compiled one: row kernels and experts in JAX, or
+in C++.  On eight, the dispatcher that collects every token on every device, and the ragged one,
+which sends what is needed; a limit is that of V2 section 2.1.2: a token's experts are on so many
+devices at most.  The first path of either is `before`.
 
 Eight devices are virtual ones of one CPU, which share its cores and have no wires, and the ragged
 exchange is an emulation there, which collects everything: their times say what a path costs in
@@ -26,8 +26,8 @@ copies and sorting.  `rows` is exact everywhere: rows that a token sends to othe
 direction.
 
 One process, interleaved; medians over rounds.  A ratio is the median over rounds of (before / path
-in the same round): 2 is twice as fast.  `call` is a compiled call that does nothing: what is not far
-above it cannot be resolved, and the sum of the parts contains it once for each.
+in the same round): 2 is twice as fast.  `call` is a compiled call that does nothing: what is not
+far above it cannot be resolved, and the sum of the parts contains it several times.
 
 Shapes: T tokens, D hidden, F expert width, E routed experts, K activated of a token, P devices.
 """
