@@ -6,7 +6,7 @@
     python -m benchmarks.latency --read=benchmarks/results/NAME.json --page=docs/latency.md
 
 A forward pass of a DeepSeekMoE layer in evaluation, in float32 on a CPU, without the report that
-training logs.  A part is the layer's own code, compiled by itself, on the arrays that it gets there:
+training logs.  A part is the layer's own code, compiled by itself, on the arrays that reach it:
 
     router     logits, scores, groups of experts if a token is limited to some, top k, gates
     exchange   dispatch and combine, a program each: on one device rows are sorted by expert,

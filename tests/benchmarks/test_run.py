@@ -106,7 +106,7 @@ def test_parallel(monkeypatch):
 def test_latency(written, monkeypatch, tmp_path):
     """Every part of every path; its page has its tables."""
     monkeypatch.setattr(latency, "D", 8)
-    small = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    small = {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     monkeypatch.setattr(latency, "LAYER", latency.LAYER | small)
     monkeypatch.setattr(latency, "LIMITS", (1,))
     monkeypatch.setattr(latency, "LIMITED", 16)
@@ -124,10 +124,8 @@ def test_latency(written, monkeypatch, tmp_path):
     assert found[8, None, "all_gather"]["rows"] == 7
     assert found[8, 1, latency.RAGGED]["rows"] <= 1 < found[8, None, latency.RAGGED]["rows"] < 2
     page = (tmp_path / "page.md").read_text()
-    assert (
-        page
-        == f"a\n<!-- tables -->\n\n{latency_page.tables(report)}\n\n<!-- end of the tables -->\nb\n"
-    )
+    tables = f"{latency_page.START}\n\n{latency_page.tables(report)}\n\n{latency_page.END}"
+    assert page == f"a\n{tables}\nb\n"
     assert (tmp_path / "picture.svg").read_text().startswith("<svg")
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsmoe_jax.config import replace
 from dsmoe_jax.hf.workdirs import to_hf
 from dsmoe_jax.model.build import model_shapes
 from dsmoe_jax.runs import json_files
@@ -110,6 +111,24 @@ def test_fresh_moments(placed, tmp_path):
     assert set(before.values()) == {9}
     assert sorted(counts.values()) == [0, 9]
     assert all((np.asarray(x) == 0).all() for x in found[tmp_path / "new"].values() if x.ndim)
+
+
+@pytest.mark.eight_devices
+def test_training_goes_on_on_a_mesh(placed):
+    """And the devices of the experts get the load that the order gives them."""
+    run, to, outcome = placed
+    config = replace(read_config(run), **{"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2,
+                                          "mesh.expert": 2})  # fmt: skip
+    result = train(config, to, progress=False)
+    assert (result.resumed_from, result.step) == (9, 10)
+    (there,) = [row for row in read_rows(run) if row["step"] == 10]
+    here = read_rows(to)[-1]
+    for key in ("loss", "grad_norm", "validation_loss"):
+        np.testing.assert_allclose(here[key], there[key], rtol=1e-4, err_msg=key)
+    orders = np.array(outcome.report["orders"])
+    loads_LE = np.take_along_axis(np.array(there["load"]), orders, axis=1), np.array(here["load"])
+    promised_LP, found_LP = (x.reshape(2, 2, -1).sum(axis=2) for x in loads_LE)
+    np.testing.assert_allclose(found_LP, promised_LP, rtol=0.01)
 
 
 @pytest.mark.eight_devices
