@@ -107,7 +107,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Bars of the parts of every setting and path; a mark for the whole layer."""
     panels = list(_panels(rows))
     heights = [0.42 + _ROW * len(panel) for _, panel in panels]
-    height = sum(heights) + 0.42
+    height = sum(heights) + 0.54
     figure = Figure(figsize=(1.4 * WIDTH, height))
     top = height - 0.28
     for (tokens, panel), taken in zip(panels, heights, strict=True):
@@ -115,7 +115,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax = figure.add_axes((0.27, (top + 0.2) / height, 0.7, _ROW * len(panel) / height))
         _bars(ax, panel)
         ax.set_title(f"{tokens:,} tokens", loc="left", pad=2)
-    figure.text(0.27, 0.06 / height, "ms; the black mark is the layer compiled as one")
+    figure.text(0.27, 0.05 / height, "ms; the black mark is the layer compiled as one")
     for i, (name, colour) in enumerate(zip(PARTS.values(), ARM_COLOURS, strict=False)):
         figure.text(0.02 + 0.2 * i, 1 - 0.16 / height, f"■ {name}", color=colour)
     return figure
