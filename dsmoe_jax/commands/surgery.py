@@ -36,7 +36,7 @@ from absl import flags
 
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.runs import json_files
-from dsmoe_jax.surgery import OPERATIONS, Option
+from dsmoe_jax.surgery import OPERATIONS, Option, complete
 from dsmoe_jax.surgery.workdirs import MOMENTS, operate
 
 command_line.define_mesh()
@@ -78,7 +78,8 @@ def main() -> None:
     name = command_line.word()
     if _FROM.value is None or _TO.value is None:
         raise ValueError("--from, --to: both are needed, for example --to=runs/placed")
-    options = _values(name)
+    given = {option: flag.value for option, flag in _FLAGS.items() if flag.value is not None}
+    options = complete(name, given)
     with jax.set_mesh(command_line.mesh()):
         made = operate(
             name, _FROM.value, _TO.value, options, step=_STEP.value, moments=_MOMENTS.value
@@ -87,20 +88,3 @@ def main() -> None:
         print(json_files.dumps({"workdir": str(made.place), **made.outcome.report}))
     else:
         print(f"{made.outcome.text}\n{made.place}: step {made.step}")
-
-
-def _values(operation: str) -> dict[str, Any]:
-    """The options of an operation.
-
-    Raises:
-      ValueError: for one that is missing, or of another operation.
-    """
-    own = OPERATIONS[operation].options
-    given = {name: flag.value for name, flag in _FLAGS.items() if flag.value is not None}
-    for name, value in given.items():
-        if name not in own:
-            raise ValueError(f"--{name}={value}: has no meaning for {operation}")
-    for name, option in own.items():
-        if option.needed and name not in given:
-            raise ValueError(f"--{name}: missing; {option.help}")
-    return {name: given.get(name, option.default) for name, option in own.items()}

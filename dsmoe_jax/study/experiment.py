@@ -18,6 +18,7 @@ from dsmoe_jax.runs.loading import Run
 from dsmoe_jax.study import claims as claim_forms
 from dsmoe_jax.study import measures, probes
 from dsmoe_jax.study.claims import LOSS, Claim
+from dsmoe_jax.surgery import complete
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -39,6 +40,51 @@ def _slug(label: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run of another experiment, of the same scale and seed, or what surgery makes of its model.
+
+    Attributes:
+      experiment: that trains it.
+      trained: the label of its arm there.
+      operations: names in `surgery.OPERATIONS`, each with the options that are not the defaults, in
+        order.  What they draw depends on the seed of the run, unless they have one of their own.
+      file: in the workdir, that is meant instead of the workdir; "" is the workdir.
+    """
+
+    experiment: Experiment = dataclasses.field(hash=False)
+    trained: str
+    operations: tuple[tuple[str, Mapping[str, Any]], ...] = dataclasses.field(
+        default=(), hash=False
+    )
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.experiment.arm(self.trained), Arm):
+            raise ValueError(
+                f"{self.experiment.name}: arm {self.trained!r}: is a probe; must be one that is"
+                " trained"
+            )
+        for name, options in self.operations:
+            complete(name, options)
+
+    @property
+    def arm(self) -> Arm:
+        """The arm that is trained."""
+        found = self.experiment.arm(self.trained)
+        assert isinstance(found, Arm), "refused at construction"
+        return found
+
+    def __str__(self) -> str:
+        """Says the same on all machines: "table1/dense, upcycle copies=8 parts=4"."""
+        changes = [
+            " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+            for name, options in self.operations
+        ]
+        described = ", ".join([f"{self.experiment.name}/{self.arm.slug}", *changes])
+        return f"{described}: {self.file}" if self.file else described
+
+
+@dataclasses.dataclass(frozen=True)
 class Arm:
     """One model of a comparison, trained for it.
 
@@ -52,6 +98,8 @@ class Arm:
         product is rounded to two digits, or to a whole number where the value is one; None stays.
       x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
       line: name of the line that joins arms with `x` in a picture.
+      from_runs: dotted keys whose values are workdirs of other runs, and these runs: what training
+        begins with ("train.start_from"), or learns from.
     """
 
     label: str
@@ -62,6 +110,7 @@ class Arm:
     multiples: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     x: float | None = None
     line: str = ""
+    from_runs: Mapping[str, FinishedRun] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def slug(self) -> str:
@@ -76,6 +125,8 @@ class Arm:
     def run_config(self, scale: str, seed: int, overrides: Mapping[str, Any] = NOTHING) -> Config:
         """The config of one run of this arm.
 
+        A key in `from_runs` has the description of the run: where its workdir is says the cell.
+
         Args:
           scale: of the config files: "smoke", "demo", "gpu", "proxy" or "paper".
           seed: of every random choice; the same seed gives the same data in the same order.
@@ -85,13 +136,26 @@ class Arm:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
         config = config_lib.from_config_dict(files.load(self.config_file(scale)))
-        changes = {**self.overrides, **overrides, "train.seed": seed}
+        runs = {key: str(run) for key, run in self.from_runs.items()}
+        changes = {**self.overrides, **runs, **overrides, "train.seed": seed}
         return self._multiplied(config_lib.replace(config, **changes))
 
     def _multiplied(self, config: Config) -> Config:
         values = dict(trees.flatten(trees.to_tree(config)))
         products = {key: _product(values[key], by) for key, by in self.multiples.items()}
         return config_lib.replace(config, **products)
+
+    def needs(self, overrides: Mapping[str, Any] = NOTHING) -> dict[str, FinishedRun]:
+        """The runs of `from_runs`, without those in whose place overrides name a workdir."""
+        return {key: run for key, run in self.from_runs.items() if key not in overrides}
+
+    def passed_on(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The overrides that hold for the runs in `from_runs` too: of keys not set by this arm.
+
+        A start model of another size is of no use; other steps of fine-tuning change no start.
+        """
+        own = {*self.overrides, *self.multiples, *self.from_runs}
+        return {key: value for key, value in overrides.items() if key not in own}
 
     def changed_values(self, scale: str, overrides: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
         """The values of the keys in `multiples` at a scale, see `run_config`."""

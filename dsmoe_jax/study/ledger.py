@@ -21,7 +21,7 @@ from dsmoe_jax.config import tokens_after
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.study import fairness, spread, verdicts
 from dsmoe_jax.study.claims import LOSS, Claim
-from dsmoe_jax.study.experiment import Experiment, ProbeArm
+from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
 from dsmoe_jax.study.measures import MEASURES
 from dsmoe_jax.study.results import Comparison, Row, load_rows
 from dsmoe_jax.study.verdicts import HOLDS, MISSING, REVERSED, UNDECIDED, Finding
@@ -356,10 +356,18 @@ def _scales(experiment: Experiment) -> list[str]:
 
 
 def _command(experiment: Experiment, scale: str) -> str:
-    """The commands that make an experiment's results; those of probes train their models first."""
-    probed = [arm.experiment.module for arm in experiment.arms if isinstance(arm, ProbeArm)]
-    modules = dict.fromkeys([*probed, experiment.module])
+    """The commands that make an experiment's results; those that train what it needs come first."""
+    needed = [module for arm in experiment.arms for module in _needs(arm)]
+    modules = dict.fromkeys([*needed, experiment.module])
     return " && ".join(f"python -m {module} --scale={scale}" for module in modules)
+
+
+def _needs(arm: AnyArm) -> list[str]:
+    """Modules of the experiments that train what an arm measures, or begins with."""
+    if isinstance(arm, ProbeArm):
+        return [*_needs(arm.experiment.arm(arm.trained)), arm.experiment.module]
+    runs = arm.from_runs.values()
+    return [module for run in runs for module in (*_needs(run.arm), run.experiment.module)]
 
 
 def _other_tokens(comparison: Comparison) -> str:

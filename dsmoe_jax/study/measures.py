@@ -30,12 +30,15 @@ class Outcome:
       measured: of the model that is measured; for a probe, as the intervention changes it.
       rows: of metrics.jsonl, in order; a probe has none.
       evaluation: evaluation.json; None until the run is finished.
+      before: configs of the runs that were trained before it, with which it begins, or from which
+        it learns.
     """
 
     config: Config
     measured: Config
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: dict[str, Any] | None = None
+    before: tuple[Config, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +212,21 @@ def _tokens(outcome: Outcome) -> int | None:
     return tokens_after(config, config.train.steps) if outcome.evaluation is not None else None
 
 
+def _training_flops(config: Config) -> float:
+    """Of a whole run, counted as `flops_per_sequence` is."""
+    sequences = tokens_after(config, config.train.steps) / config.data.sequence_length
+    return sizes(config)["flops_per_sequence"] * sequences
+
+
+def _flops_before(outcome: Outcome) -> float | None:
+    """Of the runs that it needs; None of a run that needs none."""
+    return sum(map(_training_flops, outcome.before)) if outcome.before else None
+
+
+def _total_training_flops(outcome: Outcome) -> float:
+    return sum(map(_training_flops, (*outcome.before, outcome.config)))
+
+
 def _seconds(outcome: Outcome) -> float | None:
     """Time in training steps, from the logged speeds."""
     seconds = 0.0
@@ -278,6 +296,29 @@ MEASURES: dict[str, Measure] = {
     ),
     "tokens": Measure(
         "tokens trained on", _tokens, columns={RESULTS: "tokens"}, digits=None, spread=False
+    ),
+    "flops_before": Measure(
+        "training FLOPs before",
+        _flops_before,
+        digits=None,
+        spread=False,
+        from_config=True,
+        note="Before: training of the model that the run begins with, or learns from.",
+    ),
+    "training_flops": Measure(
+        "training FLOPs",
+        lambda outcome: _training_flops(outcome.config),
+        digits=None,
+        spread=False,
+        from_config=True,
+    ),
+    "total_training_flops": Measure(
+        "training FLOPs in all",
+        _total_training_flops,
+        digits=None,
+        spread=False,
+        from_config=True,
+        note="In all: with those of the model that the run begins with, or learns from.",
     ),
     "validation_tokens": Measure("tokens judged on", _held_out("tokens"), digits=None),
     "maxvio": Measure(

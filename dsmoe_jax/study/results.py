@@ -106,7 +106,7 @@ def read_outcome(cell: Cell) -> Outcome:
     evaluation = read_evaluation(cell.workdir)
     if evaluation is not None and evaluation["step"] != cell.config.train.steps:
         evaluation = None
-    return Outcome(cell.config, cell.measured, read_rows(cell.workdir), evaluation)
+    return Outcome(cell.config, cell.measured, read_rows(cell.workdir), evaluation, cell.before)
 
 
 def read_row(cell: Cell) -> Row:
