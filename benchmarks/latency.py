@@ -152,7 +152,7 @@ class Layer:
             self.state,
             self.x_TD,
         )
-        self.routing = Routing(*routing, None)
+        self.routing = Routing(routing[0], routing[1], None)
         seams = seams_on_one_device if setting.devices == 1 else seams_on_a_mesh
         dispatch, compute, combine = seams(self.moe, self.kernels, setting)
         weights = self.merged(self.state).expert_weights()
