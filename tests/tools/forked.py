@@ -13,19 +13,19 @@ from typing import NamedTuple
 
 from tests.tools.patience import PATIENCE
 
-# Reads [cases, only_parse, environment] from each line; a case is the arguments after
-# `python -m dsmoe_jax`.
+# Reads [module, cases, only_parse, environment] from each line; a case is the arguments after
+# `python -m MODULE`.
 _DRIVER = """
-import json, os, sys, tempfile
-from dsmoe_jax import commands
+import json, os, runpy, sys, tempfile
 from dsmoe_jax.commands import command_line
-# What the commands import, so that it is imported once.
+# What the modules import, so that it is imported once.
 from dsmoe_jax.evaluation import downstream, held_out
 from dsmoe_jax.model import generation
 from dsmoe_jax.planning import ahead_of_time, plan_report
 from dsmoe_jax.report import load_over_training
 from dsmoe_jax.runs import loading
 from dsmoe_jax.training import loop
+from experiments import source_claims
 
 def check():
     if "config" in command_line.FLAGS and command_line.FLAGS.config:
@@ -33,18 +33,18 @@ def check():
 
 run = command_line.run
 
-def result(case, only_parse, environment):
+def result(module, case, only_parse, environment):
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     if (child := os.fork()) == 0:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = ["dsmoe_jax", *case]
+        sys.argv = [module, *case]
         if only_parse:
             command_line.run = lambda main, arguments: run(check, arguments)
         try:
-            commands.main()
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
@@ -58,8 +58,8 @@ def result(case, only_parse, environment):
     return code, *texts
 
 for line in sys.stdin:
-    cases, *rest = json.loads(line)
-    print(json.dumps([result(case, *rest) for case in cases]), flush=True)
+    module, cases, *rest = json.loads(line)
+    print(json.dumps([result(module, case, *rest) for case in cases]), flush=True)
 """
 
 
@@ -79,17 +79,20 @@ def assert_refused(result: Result, says: str) -> None:
     assert says in line
 
 
-def run_all(cases: Sequence[Sequence[str]], *, only_parse: bool = False) -> list[Result]:
+def run_all(
+    cases: Sequence[Sequence[str]], *, only_parse: bool = False, module: str = "dsmoe_jax"
+) -> list[Result]:
     """Exit code and output of each command line.
 
     Args:
-      cases: the arguments after `python -m dsmoe_jax`.
+      cases: the arguments after `python -m MODULE`.
       only_parse: parse the flags and build the config, but do not run the command.
+      module: dsmoe_jax, or an experiment.
     """
     process = _driver()
     assert process.stdin is not None
     assert process.stdout is not None
-    request = [list(map(list, cases)), only_parse, dict(os.environ)]
+    request = [module, list(map(list, cases)), only_parse, dict(os.environ)]
     process.stdin.write(json.dumps(request) + "\n")
     process.stdin.flush()
     ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
