@@ -44,6 +44,9 @@ class RouterConfig:
     logits_bias: bool = False  # a learned bias of the logits (gpt-oss)
     # Of the logits and of the product that they are; bfloat16 is for comparison (Switch 2.4).
     logits_dtype: str = "float32"
+    # Names that a router by task chooses by, domains or beginnings of them: config/tasks.py.
+    # Training takes the corpus' domains if there are none.
+    tasks: tuple[str, ...] = ()
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class RouterConfig:
         check(
             "topk_group", self.topk_group <= self.n_group, f"cannot exceed n_group={self.n_group}"
         )
+        check("tasks", len({*self.tasks} - {""}) == len(self.tasks), "must be different names")
 
 
 @dataclasses.dataclass(frozen=True)

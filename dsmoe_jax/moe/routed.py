@@ -229,6 +229,9 @@ def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> JoinedWeights:
     """The weights of this device's experts, joined and gathered over `fsdp`."""
 
     def whole(w: jax.Array, axis: int) -> jax.Array:
+        if jax.lax.axis_size("fsdp") == 1:
+            # XLA on CPU keeps the gather, and turns the weights round and back for it.
+            return w.astype(dtype)
         # Cast before the gather: bfloat16 has half the bytes of float32.
         return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
 
