@@ -15,8 +15,6 @@ from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import train
 from tests.tools.forked import run_script
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 
 def refused(message, call, *args, **kwargs):
     """Calls, and checks that the error is one line that matches."""

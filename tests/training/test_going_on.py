@@ -33,8 +33,6 @@ import os, signal, sys
 from dsmoe_jax.config import *
 from dsmoe_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 def row_or_kill(*arguments, original=loop.training_row, rows=[]):
     rows.append(1)
     if len(rows) == 8:

@@ -26,8 +26,6 @@ from dsmoe_jax.training.optimizer import SCHEDULES
 from tests.tools.forked import Process, run_all
 from tests.tools.patience import PATIENCE
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 # Rows of the same step of two runs differ in how fast they were, and in nothing else; the first row
 # after a start names the kernels.
 SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}

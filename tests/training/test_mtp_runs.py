@@ -8,8 +8,6 @@ from dsmoe_jax.training.loop import train
 from tests.tools.trees import REORDERED
 from tests.training.test_loop import numbers, parameters
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 CONFIG = {
     "model.num_hidden_layers": 1,
     "model.mtp.num_nextn_predict_layers": 1,

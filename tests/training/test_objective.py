@@ -9,7 +9,7 @@ import pytest
 
 from dsmoe_jax.training.objective import LOSS_PARTS, LossPart
 from dsmoe_jax.training.rows import first_non_finite, training_row
-from dsmoe_jax.training.start import init_state, state_shapes
+from dsmoe_jax.training.start import init_state
 from dsmoe_jax.training.step import make_train_step
 from tests.tools.tiny import tiny
 from tests.training.test_step import V, synthetic_batch
@@ -28,22 +28,11 @@ def initial_state(**overrides):
 
 
 def first_step(**overrides):
+    config = tiny(**overrides)
     same_state = {k: v for k, v in overrides.items() if not k.startswith("train.")}
-    step = jax.jit(make_train_step(tiny(**overrides), jnp.ones(V)))
+    step = jax.jit(make_train_step(config, jnp.ones(V)))
     state, metrics = step(initial_state(**same_state), synthetic_batch())
     return state, jax.device_get(metrics)
-
-
-def first_losses(**overrides):
-    """The loss of the first step, the total, and its parts; nothing else is compiled."""
-    train_step = make_train_step(tiny(**overrides), jnp.ones(V))
-
-    @jax.jit
-    def losses(state, batch):
-        _, metrics = train_step(state, batch)
-        return metrics.loss, metrics.total_loss, metrics.parts
-
-    return jax.device_get(losses(initial_state(**overrides), synthetic_batch()))
 
 
 @pytest.mark.parametrize(
@@ -57,11 +46,11 @@ def first_losses(**overrides):
     ],
 )
 def test_the_parts_of_a_config_add_up_to_its_loss(overrides, names):
-    loss, total_loss, parts = first_losses(**overrides)
-    assert set(parts) == set(names)
-    np.testing.assert_allclose(sum(parts.values()), total_loss, rtol=1e-6)
-    np.testing.assert_allclose(parts["cross_entropy"], loss, rtol=1e-6)
-    assert all(part != 0 for part in parts.values())
+    _, metrics = first_step(**overrides)
+    assert set(metrics.parts) == set(names)
+    np.testing.assert_allclose(sum(metrics.parts.values()), metrics.total_loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.parts["cross_entropy"], metrics.loss, rtol=1e-6)
+    assert all(part != 0 for part in metrics.parts.values())
 
 
 def large_logits(context):
@@ -95,16 +84,8 @@ def test_a_new_part_is_one_line(monkeypatch, micro_batches):
     assert np.abs(head[0] - head[1]).max() > 0
     broken = metrics._replace(parts=metrics.parts | {"large_logits": np.float32("nan")})
     assert first_non_finite(broken)[0] == "logit_size"
-
-
-def test_a_new_part_is_for_configs_that_have_it(monkeypatch):
-    part = LossPart(is_wide, large_logits, "logit_size", logits=True)
-    monkeypatch.setitem(LOSS_PARTS, "large_logits", part)
-    for hidden_size in (16, 32):
-        config = tiny(**{"model.hidden_size": hidden_size})
-        train_step = make_train_step(config, jnp.ones(V))
-        _, metrics = jax.eval_shape(train_step, state_shapes(config), synthetic_batch())
-        assert ("large_logits" in metrics.parts) == (hidden_size == 32)
+    narrow = {"model.hidden_size": 16, "model.attention.head_dim": 8}
+    assert "large_logits" not in first_step(**narrow)[1].parts
 
 
 def forward(params, other):

@@ -18,8 +18,6 @@ from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.start import TRAINING, from_run, init_state
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 BIASED = {"model.moe.router.bias_update_speed": 0.01}
 
 
