@@ -7,7 +7,9 @@ all experiments share the code that runs, checks, resumes and reports them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,6 +24,24 @@ from dsmoe_jax.surgery import complete
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def config_of_file(spec: str) -> Config:
+    """The config that a file gives.  An experiment asks for the same few again and again.
+
+    Args:
+      spec: of the file, see `files.load`; it is executed once in a process.
+
+    Raises:
+      ValueError: as `files.load`, and for a config that cannot be.
+    """
+    return _config_of_file(spec, Path.cwd())
+
+
+@functools.lru_cache(maxsize=1024)
+def _config_of_file(spec: str, directory: Path) -> Config:
+    del directory  # where `files.load` looks
+    return config_lib.from_config_dict(files.load(spec))
 
 
 def _product(value: int | float | None, by: float) -> int | float | None:
@@ -135,7 +155,7 @@ class Arm:
         Raises:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
-        config = config_lib.from_config_dict(files.load(self.config_file(scale)))
+        config = config_of_file(self.config_file(scale))
         runs = {key: str(run) for key, run in self.from_runs.items()}
         changes = {**self.overrides, **runs, **overrides, "train.seed": seed}
         return self._multiplied(config_lib.replace(config, **changes))
