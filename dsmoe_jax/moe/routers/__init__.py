@@ -124,7 +124,8 @@ class Router(NamedTuple):
     @property
     def settings_read(self) -> frozenset[str]:
         """All fields of `RouterConfig` that have a meaning for this router."""
-        return self.reads | {"logits_dtype", "logits_bias"} if self.learned else self.reads
+        of_layer = {"logits_dtype", "logits_bias", "gates_dtype"}
+        return self.reads | of_layer if self.learned else self.reads
 
     def columns(self, n_choices: int, k: int) -> int:
         """Columns of its routings, unassigned ones included."""
