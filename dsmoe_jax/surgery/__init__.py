@@ -7,7 +7,7 @@ files; workdirs.py reads the model and writes the new one.
 
 from __future__ import annotations
 
-from dsmoe_jax.surgery import merging, placement, pruning, upcycling
+from dsmoe_jax.surgery import merging, placement, pruning, quantising, upcycling
 from dsmoe_jax.surgery.types import Operation, Option, Outcome, Subject
 
 OPERATIONS: dict[str, Operation] = {
@@ -35,6 +35,12 @@ OPERATIONS: dict[str, Operation] = {
         placement.place,
         "Order the experts so that devices get even loads.",
         placement.OPTIONS,
+    ),
+    "quantise": Operation(
+        quantising.quantised,
+        "Make whole numbers of 8 bits of the experts' weights.",
+        quantising.OPTIONS,
+        trainable=False,
     ),
 }
 
