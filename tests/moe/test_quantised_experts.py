@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from dsmoe_jax.config import DispatchConfig, MoEConfig, QuantisedConfig, RouterConfig
+from dsmoe_jax.model import mup
 from dsmoe_jax.moe import experts, kernels
 from dsmoe_jax.moe.experts import BACKENDS, ExpertWeights, check_backend, choose_backend
 from dsmoe_jax.moe.layer import MoELayer
@@ -164,6 +165,18 @@ def test_the_layer_is_the_formula():
     np.testing.assert_allclose(y_BSD, wanted_BSD, rtol=1e-5, atol=1e-5)
     assert layer.gate_EFD[...].dtype == layer.shared.down_DF[...].dtype == jnp.int8
     assert layer.router_ED[...].dtype == jnp.float32
+
+
+def test_mup_multiplies_the_scales():
+    """Of a layer that was never trained: the same whole numbers with smaller scales."""
+    (_, plain), (graph, state) = (nnx.split(make_layer(CONFIG)) for _ in range(2))
+    layer = nnx.merge(graph, state)
+    mup.scale_initial(layer, 4.0)
+    wider = nnx.split(layer)[1]
+    np.testing.assert_array_equal(wider["gate_EFD"][...], plain["gate_EFD"][...])
+    np.testing.assert_array_equal(wider["gate_scale_EF"][...], plain["gate_scale_EF"][...] / 2)
+    down = "shared", "down_scale_D"
+    np.testing.assert_array_equal(wider[down[0]][down[1]][...], plain[down[0]][down[1]][...] / 2)
 
 
 def test_gates_are_rounded_to_bfloat16():

@@ -1,0 +1,1 @@
+"""Changes of a trained model: what they cost, and what they keep."""
