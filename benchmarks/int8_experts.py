@@ -31,7 +31,7 @@ from dsmoe_jax.model.generation import generate
 from dsmoe_jax.model.size import weight_bytes
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.moe.experts import ExpertWeights, choose_name
-from dsmoe_jax.nn.quantisation import quantise
+from dsmoe_jax.nn.quantisation import Quantised, quantise
 from dsmoe_jax.runs.loading import Writer, load_writer
 from dsmoe_jax.surgery.quantising import quantised_config, quantised_state
 
@@ -43,8 +43,11 @@ FLOAT = "float"
 
 def quantised(weights: ExpertWeights, *, inputs: bool) -> ExpertWeights:
     """The matrices of 8 bits."""
-    found = (quantise(w) for w in weights[:3])
-    return ExpertWeights(*(dataclasses.replace(w, inputs=inputs) for w in found))
+
+    def of(w: Any) -> Quantised:
+        return dataclasses.replace(quantise(w), inputs=inputs)
+
+    return ExpertWeights(of(weights.gate_EFD), of(weights.up_EFD), of(weights.down_EDF))
 
 
 def layer_runs(size: Size, arrays: Arrays, dtype: Any) -> dict[str, Callable[[], Any]]:

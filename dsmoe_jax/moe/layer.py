@@ -198,14 +198,19 @@ class MoELayer(nnx.Module):
         """The weights of the routed experts."""
         quantised = self.config.quantised
         if quantised is None:
-            matrices = self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            weights = experts.ExpertWeights(
+                self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            )
         else:
             held = functools.partial(quantisation.held, self, inputs=quantised.activations)
-            matrices = map(held, _MATRICES)
+            weights = experts.ExpertWeights(held("gate_EFD"), held("up_EFD"), held("down_EDF"))
         if not form_of(self.config.expert).biases:
-            return experts.ExpertWeights(*matrices)
-        biases = self.gate_bias_EF[...], self.up_bias_EF[...], self.down_bias_ED[...]
-        return experts.ExpertWeights(*matrices, *biases)
+            return weights
+        return weights._replace(
+            gate_bias_EF=self.gate_bias_EF[...],
+            up_bias_EF=self.up_bias_EF[...],
+            down_bias_ED=self.down_bias_ED[...],
+        )
 
     def route(
         self,
