@@ -24,6 +24,8 @@ No text depends on the others that are sampled with it: nothing is dropped, each
 experts of its own, also where the router lets the tokens of a batch compete, and every sample of a
 prompt has random numbers of its own.
 
+A model whose router chooses experts by task needs --task: the name of one, or of a domain of it.
+
 --draft=mtp writes the greedy text in fewer passes, by a model that was trained with model.mtp, and
 says how many drafted tokens were accepted.
 
@@ -58,8 +60,10 @@ from dsmoe_jax.model.generation import CHUNK, generate, routing_notes
 from dsmoe_jax.model.sampling import GREEDY, Sampling
 from dsmoe_jax.model.size import weight_bytes
 from dsmoe_jax.model.speculative import generate_drafted
+from dsmoe_jax.moe.routers import task_number
 from dsmoe_jax.progress import ProgressLine, Silent
 from dsmoe_jax.runs.loading import Writer, load_writer
+from dsmoe_jax.runs.workdir import read_config
 
 command_line.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -101,6 +105,9 @@ _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 1, "How many texts to sample of each prompt.", lower_bound=1
 )
 _STREAM = flags.DEFINE_bool("stream", False, "Write the texts while they grow.")
+_TASK = flags.DEFINE_string(
+    "task", None, "Task of the texts, for a model whose router chooses experts by task."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the texts.")
 
 
@@ -146,6 +153,7 @@ def main() -> None:
 
 
 def _generate(request: Request) -> None:
+    task_number(read_config(request.workdir).model.moe, _TASK.value, "--task")
     run = load_writer(request.workdir, _STEP.value)
     work = _work(run, request)
     _note_length(run, max(map(len, work.tokens)))
@@ -223,6 +231,7 @@ def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
         eos_id=work.run.tokenizer.eos_id,
         watch=watch,
         chunk=1 if _STREAM.value else CHUNK,
+        task=_TASK.value,
     )
     progress.close()
     decoded = generated.decoded_tokens
@@ -232,7 +241,9 @@ def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
 def _write_drafted(work: Work) -> dict[str, Any]:
     """As `_write`, with the modules of multi-token prediction as a draft."""
     n = _MAX_NEW_TOKENS.value
-    drafted = generate_drafted(work.run.model, work.tokens, n, allowed_V=work.allowed_V)
+    drafted = generate_drafted(
+        work.run.model, work.tokens, n, allowed_V=work.allowed_V, task=_TASK.value
+    )
     for text, tokens_G in zip(work.texts, drafted.tokens_BG, strict=True):
         text.add(tokens_G.tolist())
     draft = {

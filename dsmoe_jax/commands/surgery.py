@@ -13,9 +13,13 @@ Every second batch decides, the others judge.  `evaluate --record_routing` recor
 `upcycle` makes a mixture of a dense model: its FFNs copied, cut into parts, some of them shared.
 With normalised gates and one router row for all parts of a copy the function stays the same.
 
-`prune` leaves out experts that are like others (in weights or outputs) or that a text does not use.
-`merge` makes one expert of several that are alike.  `extract` keeps the experts that a domain's
-text needs.  All layers keep equally many.  docs/surgery.md says when a model stays the same.
+`prune` leaves out experts that are like others (in weights or outputs), that a text does not use,
+or without which the loss rises least.  `merge` makes one expert of several that are alike.
+`extract` keeps the experts that a domain's text needs, by its assignments or its gates.  All layers
+keep equally many.  docs/surgery.md says when a model stays the same.
+
+`extract_task` makes a dense model of the experts that a task has, of a model whose router chooses
+by task: on text of the task it computes the same.
 
 `quantise` makes whole numbers of 8 bits of the experts' weights, with a scale for each output: a
 quarter of their bytes.  `evaluate`, `generate` and `analyse` take the model; it is not trained.
@@ -39,7 +43,7 @@ from absl import flags
 
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.runs import json_files
-from dsmoe_jax.surgery import OPERATIONS, Option
+from dsmoe_jax.surgery import OPERATIONS, Option, complete
 from dsmoe_jax.surgery.workdirs import MOMENTS, operate
 
 command_line.define_mesh()
@@ -83,7 +87,8 @@ def main() -> None:
     name = command_line.word()
     if _FROM.value is None or _TO.value is None:
         raise ValueError("--from, --to: both are needed, for example --to=runs/placed")
-    options = _values(name)
+    given = {option: flag.value for option, flag in _FLAGS.items() if flag.value is not None}
+    options = complete(name, given)
     with jax.set_mesh(command_line.mesh()):
         made = operate(
             name, _FROM.value, _TO.value, options, step=_STEP.value, moments=_MOMENTS.value
@@ -92,20 +97,3 @@ def main() -> None:
         print(json_files.dumps({"workdir": str(made.place), **made.outcome.report}))
     else:
         print(f"{made.outcome.text}\n{made.place}: step {made.step}")
-
-
-def _values(operation: str) -> dict[str, Any]:
-    """The options of an operation.
-
-    Raises:
-      ValueError: for one that is missing, or of another operation.
-    """
-    own = OPERATIONS[operation].options
-    given = {name: flag.value for name, flag in _FLAGS.items() if flag.value is not None}
-    for name, value in given.items():
-        if name not in own:
-            raise ValueError(f"--{name}={value}: has no meaning for {operation}")
-    for name, option in own.items():
-        if option.needed and name not in given:
-            raise ValueError(f"--{name}: missing; {option.help}")
-    return {name: given.get(name, option.default) for name, option in own.items()}

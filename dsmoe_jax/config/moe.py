@@ -45,6 +45,9 @@ class RouterConfig:
     # Of the logits and of the product that they are; bfloat16 is for comparison (Switch 2.4).
     logits_dtype: str = "float32"
     gates_dtype: str = "float32"  # that the gates are rounded to; they are float32 all the same
+    # Names that a router by task chooses by, domains or beginnings of them: config/tasks.py.
+    # Training takes the corpus' domains if there are none.
+    tasks: tuple[str, ...] = ()
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class RouterConfig:
         check(
             "topk_group", self.topk_group <= self.n_group, f"cannot exceed n_group={self.n_group}"
         )
+        check("tasks", len({*self.tasks} - {""}) == len(self.tasks), "must be different names")
 
 
 @dataclasses.dataclass(frozen=True)

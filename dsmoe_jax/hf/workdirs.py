@@ -90,8 +90,9 @@ def _save_checkpoint(source: Source, made: Path, extra: dict[str, Any]) -> None:
         checkpoints = Checkpoints(
             made / workdirs.CHECKPOINTS, keep=1, data_file_bytes=_data_file(source)
         )
-        checkpoints.save(STEP, {MODEL: state}, extra)
-        checkpoints.close()
+        # An interrupt waits for the arrays on their way, or they would come back after the removal.
+        with contextlib.closing(checkpoints):
+            checkpoints.save(STEP, {MODEL: state}, extra)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,10 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
 
 
 def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
-    """`parameters_by_formula`, without the biases of the FFNs and routers if they do not count."""
+    """`parameters_by_formula`, if `biases` are False without those that take part in no product.
+
+    They are the biases of the FFNs and routers, and the matrix of a router by task.
+    """
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
@@ -188,7 +191,10 @@ def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
     gate = d if moe.shared_expert_gate else 0
     if not moe.n_routed_experts:
         return gate
-    logits = moe.n_choices * get_router(moe)[0].logits_per_expert
+    router = get_router(moe)[0]
+    logits = moe.n_choices * router.logits_per_expert
+    if router.by_task:
+        return gate + (logits * len(moe.router.tasks) if biases else 0)
     return gate + logits * (d + (biases and moe.router.logits_bias))
 
 

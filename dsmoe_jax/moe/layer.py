@@ -6,7 +6,7 @@
 loop; `routed` composes dispatch, experts and combine.
 
 Shapes: B sequences, S their length, T = B*S tokens, D hidden, F expert width, E routed experts,
-K activated per token.
+K activated per token, A tasks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ class MoELayer(nnx.Module):
         router, settings = routers.get_router(moe)
         if router.learned:
             rows = router.logits_per_expert * moe.n_choices
-            self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
+            if router.by_task:
+                columns = len(moe.router.tasks)
+                self.router_EA = init_matrix(rngs, (rows, columns), initializer_range)
+            else:
+                self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
             if moe.router.logits_bias:
                 self.router_bias_E = init_bias(rows)
         if router.state is not None:
@@ -232,7 +236,8 @@ class MoELayer(nnx.Module):
           logits or has none.
 
         Raises:
-          ValueError: for an intervention that the router would ignore.
+          ValueError: for an intervention that the router would ignore, or a text whose task a
+            router by task does not know.
         """
         interventions.check(intervention, self.config)
         router, settings = routers.get_router(self.config)
@@ -249,23 +254,15 @@ class MoELayer(nnx.Module):
         variables = {n: v for n, v in vars(self).items() if isinstance(v, RouterVariable)}
         inputs = inputs._replace(state={name: v[...] for name, v in variables.items()})
         logits = mean_logit_T = None
-        if router.learned:
+        if router.by_task:
+            _check_tasks_known(inputs, self.config)
+        if router.learned and router.by_task:
+            logits = self._logits_of_tasks(inputs)
+        elif router.learned:
             x_TD = x_TD.astype(jnp.float32)
             if self.config.router.jitter is not None and inputs.rng is not None:
                 x_TD, inputs = _jitter(x_TD, inputs, self.config.router.jitter)
-            # At highest precision: an accelerator's default would round to bfloat16.
-            product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-            dtype = jnp.dtype(self.config.router.logits_dtype)
-            logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
-            logits = logits.astype(jnp.float32)
-            if not router.alters_logits:
-                # The mean of the logits themselves would make XLA on CPU store the logits.
-                mean_D = self.router_ED[...].mean(axis=0)
-                mean_logit_T = product("td,d->t", x_TD, mean_D)
-            if self.config.router.logits_bias:
-                logits += self.router_bias_E[...]
-                if mean_logit_T is not None:
-                    mean_logit_T += self.router_bias_E[...].mean()
+            logits, mean_logit_T = self._logits_of_tokens(x_TD, with_mean=not router.alters_logits)
         choose = router.route
         if intervention.tokens_alone and router.alone is not None:
             choose = router.alone
@@ -277,6 +274,32 @@ class MoELayer(nnx.Module):
         chex.assert_equal_shape([routing.ids_TK, routing.gates_TK])
         chex.assert_type([routing.ids_TK, routing.gates_TK], [jnp.int32, jnp.float32])
         return routing, mean_logit_T
+
+    def _logits_of_tokens(
+        self, x_TD: jax.Array, *, with_mean: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The router matrix times each token, and the mean of each token's logits if wanted."""
+        # At highest precision: an accelerator's default would round to bfloat16.
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        dtype = jnp.dtype(self.config.router.logits_dtype)
+        logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
+        logits = logits.astype(jnp.float32)
+        mean_logit_T = None
+        if with_mean:
+            # The mean of the logits themselves would make XLA on CPU store the logits.
+            mean_D = self.router_ED[...].mean(axis=0)
+            mean_logit_T = product("td,d->t", x_TD, mean_D)
+        if self.config.router.logits_bias:
+            logits += self.router_bias_E[...]
+            if mean_logit_T is not None:
+                mean_logit_T += self.router_bias_E[...].mean()
+        return logits, mean_logit_T
+
+    def _logits_of_tasks(self, inputs: RouterInputs) -> jax.Array:
+        """The logits of each token's task, (T, E)."""
+        # A product with the task's unit vector: an exact look-up, whose gradient is a product too.
+        task_TA = jax.nn.one_hot(inputs.task_ids_T, len(self.config.router.tasks))
+        return jnp.matmul(task_TA, self.router_EA[...].T, precision="highest")
 
     def _drop(
         self,
@@ -343,7 +366,17 @@ def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
         replayed=replayed,
         sequence_ids_B=sequence_ids_B,
         left_out_E=inputs.left_out_E,
+        task_ids_T=None if inputs.task_ids_BS is None else inputs.task_ids_BS.reshape(-1),
     )
+
+
+def _check_tasks_known(inputs: RouterInputs, moe: MoEConfig) -> None:
+    """Refuses a text without tasks where the router chooses by them."""
+    if inputs.task_ids_T is None:
+        raise ValueError(
+            f"model.moe.router.name={moe.router.name!r}: chooses experts by the task of the text,"
+            f" which is not known here; must be one of {', '.join(moe.router.tasks)}"
+        )
 
 
 def _jitter(x_TD: jax.Array, inputs: RouterInputs, width: float) -> tuple[jax.Array, RouterInputs]:

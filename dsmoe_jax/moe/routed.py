@@ -238,6 +238,9 @@ def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> JoinedWeights:
     """The weights of this device's experts, joined and gathered over `fsdp`."""
 
     def whole(w: Any, axis: int) -> Any:
+        if jax.lax.axis_size("fsdp") == 1:
+            # XLA on CPU keeps the gather, and turns the weights round and back for it.
+            return w
         # What has no such axis are the scales of a matrix, whose inputs are split.
         gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
         return jax.tree.map(lambda x: gather(x) if axis < x.ndim else x, w)

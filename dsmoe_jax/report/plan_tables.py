@@ -71,4 +71,10 @@ def notes(
         lines.append(f"{experiment.name} trains nothing: it measures these models of {modules}.")
     if any(arm.config.data.corpus is None for arm in planned):
         lines.append("CORPUS stands for a text of one's own, see docs/data.md.")
-    return lines + [f"{arm.label}:\n  {arm.command}" for arm in planned]
+    needed = dict.fromkeys(module for arm in planned for module in arm.needs)
+    if needed:
+        modules = " and ".join(needed)
+        lines.append(f"Finished runs of {modules} are needed first, which these numbers leave out.")
+    return lines + [
+        "\n  ".join([f"{arm.label}:", *arm.preparation, arm.command]) for arm in planned
+    ]

@@ -7,6 +7,7 @@ probes       measurements of a trained model under an intervention
 fairness     refuses comparisons that are not fair
 plans        sizes, FLOPs and chip-hours of its runs before they are trained; launch lines
 cells        the runs of an experiment: an arm with a seed, and its workdir
+made_models  what surgery makes of finished runs, for runs that begin with it
 runner       trains and probes the runs that are missing
 results      results.jsonl; histories: values logged over training
 """

@@ -4,6 +4,10 @@ A model is trained once for all experiments that have it: the workdir of a run f
 config, RESULTS/models-SCALE/CONFIG/seedN, where CONFIG is the config's name and, if options, the
 arm or `--set` change keys of the plain config file, a digest of the changes.  RESULTS/NAME-SCALE
 has the results of one experiment, and the measurements of its probes.
+
+A run that begins with another one, or learns from it, has the workdir of that in its config, or of
+what surgery makes of it, which lies beside the run's own: seedN-KEY/1_OPERATION.  Neither the name
+of a model nor the digest of a config depends on where the results are.
 """
 
 from __future__ import annotations
@@ -72,10 +76,12 @@ class Cell:
 
     Attributes:
       arm, seed: of the run.
-      config: of the run; for a probe, of the run that trained the model.
+      config: of the run; for a probe, of the run that trained the model.  Keys that name runs which
+        it needs have their descriptions, see `launched`.
       measured: config of the measured model; for a probe, as the intervention changes it.
       workdir: of this run; experiments that train the same model share it.
-      trained: workdir of the run that a probe measures; None if the arm is trained here.
+      probed: the run that a probe measures; None if the arm is trained here.
+      needs: config keys, and the finished runs that training needs for them.
     """
 
     arm: AnyArm
@@ -83,7 +89,45 @@ class Cell:
     config: Config
     measured: Config
     workdir: pathlib.Path
-    trained: pathlib.Path | None = None
+    probed: Cell | None = None
+    needs: Mapping[str, Cell] = dataclasses.field(default_factory=dict)
+
+    @property
+    def trained(self) -> pathlib.Path | None:
+        """Workdir of the run that a probe measures; None if the arm is trained here."""
+        return None if self.probed is None else self.probed.workdir
+
+    @property
+    def launched(self) -> Config:
+        """The config with which the run is trained: it has the workdirs of the runs it needs."""
+        paths = {key: str(self.needed(key)) for key in self.needs}
+        return config_lib.replace(self.config, **paths)
+
+    def needed(self, key: str) -> pathlib.Path:
+        """The workdir, or file in it, that is the value of a key in `needs`."""
+        assert isinstance(self.arm, Arm), "a probe needs no other run"
+        workdir = [self.needs[key].workdir, *self.made(key)][-1]
+        return workdir / self.arm.from_runs[key].file
+
+    def made(self, key: str) -> list[pathlib.Path]:
+        """The workdirs that surgery makes of a run in `needs`, one an operation, in order."""
+        assert isinstance(self.arm, Arm), "a probe needs no other run"
+        folder = self.workdir.with_name(f"{self.workdir.name}-{key}")
+        operations = self.arm.from_runs[key].operations
+        return [folder / f"{i}_{name}" for i, (name, _) in enumerate(operations, start=1)]
+
+    @property
+    def before(self) -> tuple[Config, ...]:
+        """Configs of all runs that are trained before this one, each once."""
+        return tuple(self._before().values())
+
+    def _before(self) -> dict[pathlib.Path, Config]:
+        if self.probed is not None:
+            return self.probed._before()
+        found: dict[pathlib.Path, Config] = {}
+        for cell in self.needs.values():
+            found |= {**cell._before(), cell.workdir: cell.config}
+        return found
 
     @property
     def record(self) -> pathlib.Path:
@@ -109,22 +153,31 @@ def _cell(experiment: Experiment, arm: AnyArm, seed: int, options: Options) -> C
     config = arm.run_config(options.scale, seed, options.overrides)
     measured = arm.measured_config(config)
     if isinstance(arm, Arm):
-        directory = options.models / _model(arm, options.scale, config) / f"seed{seed}"
-        return Cell(arm, seed, config, measured, directory)
+        directory = options.models / _model(arm, options, config) / f"seed{seed}"
+        return Cell(arm, seed, config, measured, directory, needs=_needs(arm, seed, options))
     model = arm.experiment.arm(arm.trained)
     assert isinstance(model, Arm), "a probe measures a model that was trained"
-    trained = options.models / _model(model, options.scale, config) / f"seed{seed}"
+    probed = _cell(arm.experiment, model, seed, options)
     directory = options.directory(experiment) / arm.slug / f"seed{seed}"
-    return Cell(arm, seed, config, measured, directory, trained)
+    return Cell(arm, seed, config, measured, directory, probed)
 
 
-def _model(arm: Arm, scale: str, config: Config) -> str:
+def _needs(arm: Arm, seed: int, options: Options) -> dict[str, Cell]:
+    """The finished runs that an arm needs, by key; none where `--set` names a workdir."""
+    passed_on = dataclasses.replace(options, overrides=arm.passed_on(options.overrides))
+    return {
+        key: _cell(run.experiment, run.arm, seed, passed_on)
+        for key, run in arm.needs(options.overrides).items()
+    }
+
+
+def _model(arm: Arm, options: Options, config: Config) -> str:
     """Directory name of a model: of its config, with a digest of what differs from the plain file.
 
     Keys that may change while a run is on its way make no other model, nor does a corpus that has
-    moved.
+    moved.  A run that it needs counts by its description, wherever it lies.
     """
-    plain = dataclasses.replace(arm, options="").config_file(scale)
+    plain = dataclasses.replace(arm, options="").config_file(options.scale)
     file = config_lib.from_config_dict(files.load(plain))
     there, here = map(workdir.with_absolute_paths, (file, config))
     changes = {
@@ -132,6 +185,7 @@ def _model(arm: Arm, scale: str, config: Config) -> str:
         for key, (_, value) in config_lib.differences(there, here).items()
         if key not in ("name", "train.seed", workdir.MOVED) and not workdir.may_change(key, config)
     }
+    changes |= {key: str(run) for key, run in arm.needs(options.overrides).items()}
     if not changes:
         return config.name
     text = json.dumps(changes, sort_keys=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.runs import workdir
 from dsmoe_jax.study import results
 from dsmoe_jax.study.cells import Cell, Options, shell_command
-from dsmoe_jax.study.experiment import ProbeArm
+from dsmoe_jax.study.experiment import Arm, ProbeArm
 
 
 def check_workdir(cell: Cell) -> bool:
@@ -21,11 +22,17 @@ def check_workdir(cell: Cell) -> bool:
     Raises:
       ValueError: naming the workdir, the key and both values.
     """
-    directory = cell.trained or cell.workdir
+    cell = cell.probed or cell
+    for needed in cell.needs.values():
+        check_workdir(needed)
+    directory = cell.workdir
     if not (directory / workdir.CONFIG).exists():
         return False
-    changes = workdir.changes(directory, cell.config)
-    recorded = directory.with_suffix(".json").exists()  # of what text the run is
+    changes = workdir.changes(directory, cell.launched)
+    for key in cell.needs:
+        if key in changes and _is_same_place(*changes[key], cell):
+            del changes[key]
+    recorded = cell.record.exists()  # of what text the run is
     for key, (there, here) in changes.items():
         if key != workdir.MOVED or not recorded:
             raise ValueError(
@@ -33,6 +40,12 @@ def check_workdir(cell: Cell) -> bool:
                 " another --results"
             )
     return bool(changes)
+
+
+def _is_same_place(there: str | None, here: str, cell: Cell) -> bool:
+    """Whether two workdirs are one, among results that have moved."""
+    below = Path(here).relative_to(cell.workdir.parents[1])
+    return there is not None and Path(there).parts[-len(below.parts) :] == below.parts
 
 
 def check_data(cell: Cell, now: str) -> None:
@@ -50,19 +63,32 @@ def check_data(cell: Cell, now: str) -> None:
 
 
 def check_trained(cells: list[Cell], options: Options) -> None:
-    """Refuses probes of models that are not finished.
+    """Refuses probes of models that are not finished, and runs that need one.
 
     Raises:
       ValueError: naming the workdir, and the command that trains the model.
     """
+    options = dataclasses.replace(options, arms=(), cell=None)
     for cell in cells:
         if isinstance(cell.arm, ProbeArm) and trained_loss(cell) is None:
-            of_model = dataclasses.replace(options, arms=(), cell=None)
-            command = shell_command(cell.arm.experiment, of_model)
+            command = shell_command(cell.arm.experiment, options)
             raise ValueError(
                 f"{cell.trained}: holds no finished run, which {cell} measures; train it with"
                 f" {command}"
             )
+        for key, needed in cell.needs.items():
+            if _final_loss(needed) is None:
+                assert isinstance(cell.arm, Arm), "a probe needs no other run"
+                of_model = dataclasses.replace(
+                    options,
+                    arms=(needed.arm.slug,),
+                    overrides=cell.arm.passed_on(options.overrides),
+                )
+                command = shell_command(cell.arm.from_runs[key].experiment, of_model)
+                raise ValueError(
+                    f"{needed.workdir}: holds no finished run, which {cell} needs for {key};"
+                    f" train it with {command}"
+                )
 
 
 def check_probe(cell: Cell) -> None:
@@ -90,9 +116,33 @@ def probed(cell: Cell) -> dict[str, Any] | None:
     return {**dataclasses.asdict(cell.arm.intervention), "loss": trained_loss(cell)}
 
 
+def check_needs(cell: Cell) -> None:
+    """Refuses a run that has begun with another model than there is now.
+
+    Raises:
+      ValueError: naming the run, the key and the losses of both models.
+    """
+    then = results.read_record(cell.record).get("needs", {})
+    for key, loss in needs(cell).items():
+        if loss is not None and then.get(key, loss) != loss:
+            raise ValueError(
+                f"{cell.workdir}: {key} was a model of loss {then[key]}, it is one of {loss} now;"
+                f" remove {cell.workdir}*, or choose another --results"
+            )
+
+
+def needs(cell: Cell) -> dict[str, float | None]:
+    """The held-out losses of the runs that a run needs, by key, for comparison later."""
+    return {key: _final_loss(needed) for key, needed in cell.needs.items()}
+
+
 def trained_loss(cell: Cell) -> float | None:
     """The held-out loss of the finished run that a probe measures; None if it is not finished."""
-    assert cell.trained is not None
-    evaluation = workdir.read_evaluation(cell.trained, "loss")
+    assert cell.probed is not None
+    return _final_loss(cell.probed)
+
+
+def _final_loss(cell: Cell) -> float | None:
+    evaluation = workdir.read_evaluation(cell.workdir, "loss")
     finished = evaluation is not None and evaluation["step"] == cell.config.train.steps
     return evaluation["loss"] if evaluation is not None and finished else None

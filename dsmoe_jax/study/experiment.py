@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsmoe_jax import config as config_lib
 from dsmoe_jax.config import Config, files, trees
@@ -18,6 +18,7 @@ from dsmoe_jax.runs.loading import Run
 from dsmoe_jax.study import claims as claim_forms
 from dsmoe_jax.study import measures, probes
 from dsmoe_jax.study.claims import LOSS, Claim
+from dsmoe_jax.surgery import complete
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -39,6 +40,51 @@ def _slug(label: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run of another experiment, of the same scale and seed, or what surgery makes of its model.
+
+    Attributes:
+      experiment: that trains it.
+      trained: the label of its arm there.
+      operations: names in `surgery.OPERATIONS`, each with the options that are not the defaults, in
+        order.  What they draw depends on the seed of the run, unless they have one of their own.
+      file: in the workdir, that is meant instead of the workdir; "" is the workdir.
+    """
+
+    experiment: Experiment = dataclasses.field(hash=False)
+    trained: str
+    operations: tuple[tuple[str, Mapping[str, Any]], ...] = dataclasses.field(
+        default=(), hash=False
+    )
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.experiment.arm(self.trained), Arm):
+            raise ValueError(
+                f"{self.experiment.name}: arm {self.trained!r}: is a probe; must be one that is"
+                " trained"
+            )
+        for name, options in self.operations:
+            complete(name, options)
+
+    @property
+    def arm(self) -> Arm:
+        """The arm that is trained."""
+        found = self.experiment.arm(self.trained)
+        assert isinstance(found, Arm), "refused at construction"
+        return found
+
+    def __str__(self) -> str:
+        """Says the same on all machines: "table1/dense, upcycle copies=8 parts=4"."""
+        changes = [
+            " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+            for name, options in self.operations
+        ]
+        described = ", ".join([f"{self.experiment.name}/{self.arm.slug}", *changes])
+        return f"{described}: {self.file}" if self.file else described
+
+
+@dataclasses.dataclass(frozen=True)
 class Arm:
     """One model of a comparison, trained for it.
 
@@ -52,6 +98,8 @@ class Arm:
         product is rounded to two digits, or to a whole number where the value is one; None stays.
       x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
       line: name of the line that joins arms with `x` in a picture.
+      from_runs: dotted keys whose values are workdirs of other runs, and these runs: what training
+        begins with ("train.start_from"), or learns from.
     """
 
     label: str
@@ -62,6 +110,7 @@ class Arm:
     multiples: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     x: float | None = None
     line: str = ""
+    from_runs: Mapping[str, FinishedRun] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def slug(self) -> str:
@@ -76,6 +125,8 @@ class Arm:
     def run_config(self, scale: str, seed: int, overrides: Mapping[str, Any] = NOTHING) -> Config:
         """The config of one run of this arm.
 
+        A key in `from_runs` has the description of the run: where its workdir is says the cell.
+
         Args:
           scale: of the config files: "smoke", "demo", "gpu", "proxy" or "paper".
           seed: of every random choice; the same seed gives the same data in the same order.
@@ -85,13 +136,26 @@ class Arm:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
         config = config_lib.from_config_dict(files.load(self.config_file(scale)))
-        changes = {**self.overrides, **overrides, "train.seed": seed}
+        runs = {key: str(run) for key, run in self.from_runs.items()}
+        changes = {**self.overrides, **runs, **overrides, "train.seed": seed}
         return self._multiplied(config_lib.replace(config, **changes))
 
     def _multiplied(self, config: Config) -> Config:
         values = dict(trees.flatten(trees.to_tree(config)))
         products = {key: _product(values[key], by) for key, by in self.multiples.items()}
         return config_lib.replace(config, **products)
+
+    def needs(self, overrides: Mapping[str, Any] = NOTHING) -> dict[str, FinishedRun]:
+        """The runs of `from_runs`, without those in whose place overrides name a workdir."""
+        return {key: run for key, run in self.from_runs.items() if key not in overrides}
+
+    def passed_on(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The overrides that hold for the runs in `from_runs` too: of keys not set by this arm.
+
+        A start model of another size is of no use; other steps of fine-tuning change no start.
+        """
+        own = {*self.overrides, *self.multiples, *self.from_runs}
+        return {key: value for key, value in overrides.items() if key not in own}
 
     def changed_values(self, scale: str, overrides: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
         """The values of the keys in `multiples` at a scale, see `run_config`."""
@@ -114,7 +178,10 @@ class ProbeArm:
       intervention: change of the model while it is measured.
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       x: position on the axis `Experiment.x_axis`; None is a level line.
+      line: name of the line that joins arms with `x` in a picture; "" is the trained model's label.
       probe: function that returns the contents of evaluation.json, which the measures read.
+      becomes: the config of the model that the probe makes of it, from the model's own; None: the
+        probe makes none.
     """
 
     label: str
@@ -123,15 +190,14 @@ class ProbeArm:
     intervention: Intervention = Intervention()
     paper_loss: float | None = None
     x: float | None = None
+    line: str = ""
     probe: Callable[[Run, Intervention], dict[str, Any]] = probes.held_out
+    becomes: Callable[[Config], Config] | None = None
 
     def __post_init__(self) -> None:
         self.experiment.arm(self.trained)
-
-    @property
-    def line(self) -> str:
-        """Name of the line that joins the probes of one model in a picture."""
-        return self.trained
+        if not self.line:
+            object.__setattr__(self, "line", self.trained)
 
     @property
     def slug(self) -> str:
@@ -152,7 +218,8 @@ class ProbeArm:
             changes["model.moe.num_experts_per_tok"] = self.intervention.num_experts_per_tok
         if not self.intervention.shared_experts:
             changes["model.moe.n_shared_experts"] = 0
-        return config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        measured = config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        return measured if self.becomes is None else self.becomes(measured)
 
 
 AnyArm = Arm | ProbeArm
@@ -184,6 +251,13 @@ class Baseline:
     def arms(self) -> tuple[AnyArm, ...]:
         """The arms on the line."""
         return tuple(arm for arm in self.experiment.arms if arm.line == self.line)
+
+
+class Gain(NamedTuple):
+    """Two arms, by label: others keep a share of what the better one gains over the worse one."""
+
+    worse: str
+    better: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +304,7 @@ class Experiment:
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
       analyses: names in `report.analyses.ANALYSES`, in the order in which they are shown.
       baseline: whose compute the analysis "effective_compute" counts in; None without one.
+      gain: of which the analysis "kept_shares" says what other arms keep; None without one.
       x_axis: label of the axis of the arms' `x`.
       x_scale: of that axis, "linear" or "log".
       panels: title -> names of lines (`Arm.line`), for the picture `panels_over_x`.
@@ -249,6 +324,7 @@ class Experiment:
     pictures: tuple[str, ...] = ()
     analyses: tuple[str, ...] = ()
     baseline: Baseline | None = None
+    gain: Gain | None = None
     x_axis: str = ""
     x_scale: str = "linear"
     panels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -268,7 +344,8 @@ class Experiment:
                     " letters and digits, which name a directory"
                 )
         named = [name for rule in self.equal for name in rule.arms]
-        for label in (*named, *(label for claim in self.claims for label in claim.weights)):
+        of_claims = [label for claim in self.claims for label in claim.weights]
+        for label in (*named, *of_claims, *(self.gain or ())):
             self.arm(label)
         lines = {arm.line for arm in self.arms}
         for title, inside in self.panels.items():
@@ -279,6 +356,8 @@ class Experiment:
         measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
         if "effective_compute" in self.analyses and self.baseline is None:
             raise ValueError(f"{self.name}: baseline=None: effective_compute needs one")
+        if "kept_shares" in self.analyses and self.gain is None:
+            raise ValueError(f"{self.name}: gain=None: kept_shares needs one")
         sizes = [name for name, measure in measures.MEASURES.items() if measure.from_config]
         for rule in self.equal:
             if rule.quantity not in sizes:

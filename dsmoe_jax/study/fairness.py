@@ -34,7 +34,9 @@ def check_configs(experiment: Experiment, cells: Sequence[Cell]) -> None:
                     f" {', '.join(experiment.may_differ)}"
                 )
     _check_tokens(experiment, cells)
-    outcomes = {cell.arm.label: Outcome(cell.config, cell.measured) for cell in cells}
+    outcomes = {
+        cell.arm.label: Outcome(cell.config, cell.measured, before=cell.before) for cell in cells
+    }
     for rule in experiment.equal:
         _check_rule(experiment, rule, outcomes)
 

@@ -21,7 +21,7 @@ from dsmoe_jax.config import tokens_after
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.study import fairness, spread, verdicts
 from dsmoe_jax.study.claims import LOSS, Claim
-from dsmoe_jax.study.experiment import Experiment, ProbeArm
+from dsmoe_jax.study.experiment import AnyArm, Experiment, ProbeArm
 from dsmoe_jax.study.measures import MEASURES
 from dsmoe_jax.study.results import Comparison, Row, load_rows
 from dsmoe_jax.study.verdicts import HOLDS, MISSING, REVERSED, UNDECIDED, Finding
@@ -54,7 +54,7 @@ class Entry:
       ours: our number; None if there is none yet.
       low, high: ends of the 95 % interval of `ours`; None with one seed and for a FIGURE.
       accepted: of a FIGURE, the interval in which the statement holds.
-      scale: of the runs; "paper" for a FIGURE.
+      scale: of the runs; "paper" or None for a FIGURE.
       seeds: their number.
       command: that makes the number; None if there is none.
       why: what a reader must know besides; "" if nothing.
@@ -182,6 +182,7 @@ class Computed:
       paper: the source's number; None if it prints none.
       command: that shows our number.
       why: what a reader must know besides.
+      scale: "paper"; None if the number is of no model's size, as a time on some machine.
     """
 
     statement: str
@@ -191,6 +192,7 @@ class Computed:
     paper: float | None = None
     command: str = "python -m experiments.ledger"
     why: str = ""
+    scale: str | None = "paper"
 
     def entries(self, results: Path) -> list[Entry]:
         """One entry, whatever the results."""
@@ -206,7 +208,7 @@ class Computed:
                 paper=self.paper,
                 ours=ours,
                 accepted=self.accepted,
-                scale="paper",
+                scale=self.scale,
                 command=self.command,
                 why=self.why,
             )
@@ -354,10 +356,18 @@ def _scales(experiment: Experiment) -> list[str]:
 
 
 def _command(experiment: Experiment, scale: str) -> str:
-    """The commands that make an experiment's results; those of probes train their models first."""
-    probed = [arm.experiment.module for arm in experiment.arms if isinstance(arm, ProbeArm)]
-    modules = dict.fromkeys([*probed, experiment.module])
+    """The commands that make an experiment's results; those that train what it needs come first."""
+    needed = [module for arm in experiment.arms for module in _needs(arm)]
+    modules = dict.fromkeys([*needed, experiment.module])
     return " && ".join(f"python -m {module} --scale={scale}" for module in modules)
+
+
+def _needs(arm: AnyArm) -> list[str]:
+    """Modules of the experiments that train what an arm measures, or begins with."""
+    if isinstance(arm, ProbeArm):
+        return [*_needs(arm.experiment.arm(arm.trained)), arm.experiment.module]
+    runs = arm.from_runs.values()
+    return [module for run in runs for module in (*_needs(run.arm), run.experiment.module)]
 
 
 def _other_tokens(comparison: Comparison) -> str:

@@ -8,7 +8,8 @@ compare the same seeds.  Several processes may run the same experiment, or sever
 that no other one holds.
 
 The workdir of a probe holds evaluation.json alone: measures of a model that another experiment has
-trained.  The probe is refused if that model is not finished.
+trained.  The probe is refused if that model is not finished; so is a run that needs one to begin
+with, or to learn from.  What surgery makes of it is made when it is needed, once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dsmoe_jax.data.opening import open_corpus
 from dsmoe_jax.progress import duration
 from dsmoe_jax.runs import json_files, workdir
 from dsmoe_jax.runs.loading import load_run
-from dsmoe_jax.study import existing, fairness, results
+from dsmoe_jax.study import existing, fairness, made_models, results
 from dsmoe_jax.study.cells import Cell, Options, chosen, make_cells, shell_command
 from dsmoe_jax.study.experiment import Experiment, ProbeArm
 from dsmoe_jax.study.histories import read_history
@@ -88,6 +89,7 @@ def _make_missing(experiment: Experiment, options: Options, maker: _Maker) -> li
     moved = [existing.check_workdir(cell) for cell in cells]
     for cell in cells:
         existing.check_probe(cell)
+        existing.check_needs(cell)
     fairness.check_probes(experiment, cells)
     fairness.check_measured(experiment, [results.read_row(cell) for cell in cells])
     wanted = cells if options.cell is None else [_single(cells, options.cell)]
@@ -161,7 +163,7 @@ class _Maker:
 
     def make(self, cells: list[Cell], todo: list[Cell]) -> None:
         """Makes the runs in `todo`, a part of `cells`."""
-        fingerprint = self._fingerprint(cells[0].config.data)  # of all: the arms' data are equal
+        fingerprint = self._fingerprint(cells[0].launched.data)  # of all: the arms' data are equal
         for cell in cells:
             existing.check_data(cell, fingerprint)
         fairness.check_corpus(self._experiment, cells, fingerprint)
@@ -183,6 +185,8 @@ class _Maker:
         record: dict[str, Any] = {"data_fingerprint": fingerprint, "machine": machine()}
         if isinstance(cell.arm, ProbeArm):
             record["probed"] = existing.probed(cell)
+        if cell.needs:
+            record["needs"] = existing.needs(cell)
         json_files.write(cell.record, record)
         try:
             self._train_or_probe(cell)
@@ -203,7 +207,8 @@ class _Maker:
         if isinstance(cell.arm, ProbeArm):
             _probe(cell, cell.arm)
         else:
-            self._train(cell.config, cell.workdir)
+            made_models.make(cell)
+            self._train(cell.launched, cell.workdir)
 
 
 def _probe(cell: Cell, arm: ProbeArm) -> None:

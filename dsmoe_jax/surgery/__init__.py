@@ -7,7 +7,10 @@ files; workdirs.py reads the model and writes the new one.
 
 from __future__ import annotations
 
-from dsmoe_jax.surgery import merging, placement, pruning, quantising, upcycling
+from collections.abc import Mapping
+from typing import Any
+
+from dsmoe_jax.surgery import merging, one_task, placement, pruning, quantising, upcycling
 from dsmoe_jax.surgery.types import Operation, Option, Outcome, Subject
 
 OPERATIONS: dict[str, Operation] = {
@@ -18,7 +21,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "prune": Operation(
         pruning.prune,
-        "Leave out experts that are like others, or that a text does not use.",
+        "Leave out experts that are like others, or that a text hardly misses.",
         pruning.OPTIONS,
     ),
     "merge": Operation(
@@ -30,6 +33,11 @@ OPERATIONS: dict[str, Operation] = {
         pruning.extract,
         "Keep the experts that a domain's text needs.",
         pruning.EXTRACTION_OPTIONS,
+    ),
+    "extract_task": Operation(
+        one_task.extract_task,
+        "Make a dense model of the experts that a router by task gives one.",
+        one_task.OPTIONS,
     ),
     "place": Operation(
         placement.place,
@@ -45,4 +53,23 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-__all__ = ["OPERATIONS", "Operation", "Option", "Outcome", "Subject"]
+def complete(operation: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of an operation: those that are given, the others at their defaults.
+
+    Raises:
+      ValueError: for an operation that there is not, an option that is not its own, or one that is
+        missing.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation {operation!r}: must be one of {', '.join(OPERATIONS)}")
+    own = OPERATIONS[operation].options
+    for name, value in given.items():
+        if name not in own:
+            raise ValueError(f"--{name}={value}: has no meaning for {operation}")
+    for name, option in own.items():
+        if option.needed and name not in given:
+            raise ValueError(f"--{name}: missing; {option.help}")
+    return {name: given.get(name, option.default) for name, option in own.items()}
+
+
+__all__ = ["OPERATIONS", "Operation", "Option", "Outcome", "Subject", "complete"]

@@ -10,6 +10,7 @@ Nothing is left half-written, and the old workdir does not change.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,11 +54,10 @@ def _fresh(outcome: Outcome, state: TrainState) -> Any:
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
+    # The two trees may differ in their parameters, but not in their schedules.
+    before = filter(is_schedule, jax.tree.leaves(state.opt_state, is_leaf=is_schedule))
     return jax.tree.map(
-        lambda new, old: old if is_schedule(new) else new,
-        fresh,
-        state.opt_state,
-        is_leaf=is_schedule,
+        lambda new: next(before) if is_schedule(new) else new, fresh, is_leaf=is_schedule
     )
 
 
@@ -138,8 +138,9 @@ def operate(
     with new_directory.beside(place) as made:
         _write(made, local_path(_FROM, workdir), outcome.config, entry)
         checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1)
-        checkpoints.save(source.step, items, _extra(source.extra, outcome))
-        checkpoints.close()
+        # An interrupt waits for the arrays on their way, or they would come back after the removal.
+        with contextlib.closing(checkpoints):
+            checkpoints.save(source.step, items, _extra(source.extra, outcome))
     return Made(place, source.step, outcome)
 
 

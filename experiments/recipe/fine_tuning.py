@@ -1,16 +1,20 @@
 """Fine-tuning a trained DeepSeekMoE on small tasks: all of it, the dense part, the experts alone.
 
-    python -m experiments.recipe.fine_tuning --scale=demo \\
-        --set=train.start_from=RUN --set=data.tokenizer=RUN/tokenizer.json
+    python -m experiments.recipe.fine_tuning --scale=demo
 
-RUN is the workdir of a `dsmoe_2b` of the same scale, such as runs/table1-demo/deepseekmoe/seed0 of
-`experiments.v1.table1`.  The loss is of the answers alone, the rate constant and conversations are
-packed as densely as possible, as in V1 section 6.1.  The rate is a tenth of the scale's; V1's 1e-5
-is 1/42 of the highest rate that the 16B was trained with.
+Each run begins with the DeepSeekMoE of `experiments.v1.table1` of the same scale and seed, which
+has to be trained before.  With --set=train.start_from=RUN --set=data.tokenizer=RUN/tokenizer.json
+all begin with the workdir RUN of another `dsmoe_2b` of the scale.
+
+The loss is of the answers alone, the rate constant and conversations are packed as densely as
+possible, as in V1 section 6.1.  The rate is a tenth of the scale's; V1's 1e-5 is 1/42 of the
+highest rate that the 16B was trained with.
 """
 
 from dsmoe_jax.commands import experiment
-from dsmoe_jax.study.experiment import Arm, Experiment
+from dsmoe_jax.runs import workdir
+from dsmoe_jax.study.experiment import Arm, Experiment, FinishedRun
+from experiments.v1 import table1
 
 SETTINGS = {
     "data.corpus": "tasks",
@@ -22,6 +26,10 @@ SETTINGS = {
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
 }
+FROM_RUNS = {
+    "train.start_from": FinishedRun(table1.EXPERIMENT, "DeepSeekMoE"),
+    "data.tokenizer": FinishedRun(table1.EXPERIMENT, "DeepSeekMoE", file=workdir.TOKENIZER),
+}
 
 
 def _arm(label: str, part: str) -> Arm:
@@ -30,6 +38,7 @@ def _arm(label: str, part: str) -> Arm:
         "dsmoe_2b",
         overrides={**SETTINGS, "train.trainable.part": part},
         multiples={"optimizer.peak_learning_rate": 0.1},
+        from_runs=FROM_RUNS,
     )
 
 

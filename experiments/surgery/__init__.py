@@ -1,1 +1,1 @@
-"""Changes of a trained model: what they cost, and what they keep."""
+"""Changes of a trained model: what is left of it, and what it costs."""
