@@ -50,4 +50,5 @@ surgery, changes of a trained model:
     pruning            at random, by use, likeness or loss: loss against experts left (V1 4.5)
     merging            alike experts become one: loss against experts left (2310.01334)
     extraction         the experts that a domain needs: loss on it and off it (2604.05267)
+    int8_experts       experts of 8 bits and fewer, with 16-bit gates; probes of table1
 """

@@ -31,7 +31,14 @@ from experiments.balancing import (
 from experiments.inside import committees, redundancy
 from experiments.laws import granularity
 from experiments.recipe import lengths, stages
-from experiments.surgery import distillation, merging, one_task, pruning, task_routing
+from experiments.surgery import (
+    distillation,
+    int8_experts,
+    merging,
+    one_task,
+    pruning,
+    task_routing,
+)
 from experiments.v1 import (
     fig3,
     fig4,
@@ -539,7 +546,11 @@ CLAIMS = (
                 why="That they can go: the loss rises by less than 0.5 %. Where there are none,"
                 " nothing goes.",
             ),
-            NoExperiment("experts in INT8", "16-bit gates with INT8 experts"),
+            FromExperiment(
+                int8_experts.EXPERIMENT,
+                why="Little is read as below 1.005 times the loss, and 95 % of the choices the"
+                " same. 16-bit gates: the router's logits and gates in bfloat16.",
+            ),
         ),
     ),
     SourceClaim(

@@ -30,6 +30,7 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.nn.feed_forward import form_of
+from dsmoe_jax.nn.quantisation import dequantise
 from dsmoe_jax.parallel import sharding
 
 SAMPLE = 256  # tokens on which outputs of the experts are compared
@@ -271,7 +272,7 @@ def layer_weights_on(model: Transformer, batch: Batch, sample: int = SAMPLE) -> 
         x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
         places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
         outputs_ETD = outputs(jnp.asarray(x_TD[places]), layer)
-        matrices = [np.asarray(w, np.float32) for w in layer if w is not None]
+        matrices = [np.asarray(dequantise(w), np.float32) for w in layer if w is not None]
         found.append(LayerWeights(matrices, np.asarray(outputs_ETD)))
     return found
 

@@ -30,10 +30,11 @@ A model whose router chooses experts by task needs --task: the name of one, or o
 says how many drafted tokens were accepted.
 
 --stream writes texts as they grow, one below the other: each begins when the one before is whole.
-The speed, and the bytes of the cache for each token, go to stderr, or into the JSON.  They stand
-beside the cache of a dense model with the same activated parameters A, L layers and V tokens, with
-plain multi-head attention, a standard FFN of 8 D^2 parameters, and so the hidden size D that solves
-12 L D^2 + 2 V D = A (V D if embedding and head are tied): it keeps 2 L D numbers for each token.
+The speed, the bytes of the weights, and those of the cache for each token, go to stderr, or into
+the JSON.  The latter stand beside the cache of a dense model with the same activated parameters A,
+L layers and V tokens, with plain multi-head attention, a standard FFN of 8 D^2 parameters, and so
+the hidden size D that solves 12 L D^2 + 2 V D = A (V D if embedding and head are tied): it keeps
+2 L D numbers for each token.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.cache_size import cache_size
 from dsmoe_jax.model.generation import CHUNK, generate, routing_notes
 from dsmoe_jax.model.sampling import GREEDY, Sampling
+from dsmoe_jax.model.size import weight_bytes
 from dsmoe_jax.model.speculative import generate_drafted
 from dsmoe_jax.moe.routers import task_number
 from dsmoe_jax.progress import ProgressLine, Silent
@@ -165,13 +167,16 @@ def _generate(request: Request) -> None:
     for text in work.texts:
         text.close()
     size = cache_size(run.config.model)
+    weights = weight_bytes(run.config.model).total
     if _JSON.value:
         samples = [_sample(*pair) for pair in zip(work.prompts, work.texts, strict=True)]
-        print(json.dumps({"step": run.step, "samples": samples, **facts, "cache": size._asdict()}))
+        sizes = {"weight_bytes": weights, "cache": size._asdict()}
+        print(json.dumps({"step": run.step, "samples": samples, **facts, **sizes}))
         return
     printer.show()
     print(
         generation_report.speed_line(facts["speed"]),
+        generation_report.weights_line(weights),
         generation_report.cache_line(size),
         sep="\n",
         file=sys.stderr,

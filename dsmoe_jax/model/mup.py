@@ -34,9 +34,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.nn.quantisation import Scale
 from dsmoe_jax.parallel.sharding import parameter_name
 
 
@@ -162,7 +164,11 @@ def scale_initial(model: nnx.Module, ratio: float, *, tied: bool = False) -> Non
     """
 
     def scaled(path: tuple, x: jax.Array) -> jax.Array:
-        return x * ratio ** kind(path, tied=tied).deviation
+        power = ratio ** kind(path, tied=tied).deviation
+        return x * power if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map_with_path(scaled, params))
+    # Quantised are experts alone: their whole numbers stay what they are.
+    scales = nnx.state(model, Scale)
+    nnx.update(model, jax.tree.map(lambda x: x * ratio**HIDDEN.deviation, scales))

@@ -28,8 +28,11 @@ from dsmoe_jax.moe.kernels import RowKernels
 from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs, recorded
 from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
+from dsmoe_jax.nn import quantisation
 from dsmoe_jax.nn.feed_forward import FeedForward, form_of, init_bias
 from dsmoe_jax.nn.layers import init_matrix
+
+_MATRICES = ("gate_EFD", "up_EFD", "down_EDF")  # of the routed experts
 
 
 class RouterVariable(nnx.Variable):
@@ -60,7 +63,9 @@ class MoELayer(nnx.Module):
         form = form_of(moe.expert)
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
-            self.shared = FeedForward(d, moe.shared_width, initializer_range, form, rngs=rngs)
+            self.shared = FeedForward(
+                d, moe.shared_width, initializer_range, form, moe.quantised, rngs=rngs
+            )
         if moe.shared_expert_gate:
             self.shared_gate_D = init_matrix(rngs, (d,), initializer_range)
         if not e:
@@ -83,6 +88,8 @@ class MoELayer(nnx.Module):
         self.gate_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.up_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.down_EDF = init_matrix(rngs, (e, d, f), initializer_range)
+        if moe.quantised is not None:
+            quantisation.hold(self, _MATRICES, moe.quantised.bits)
         if form.biases:
             self.gate_bias_EF = init_bias(e, f)
             self.up_bias_EF = init_bias(e, f)
@@ -192,12 +199,22 @@ class MoELayer(nnx.Module):
         return y_TD.reshape(x_BSD.shape), report
 
     def expert_weights(self) -> experts.ExpertWeights:
-        """The parameters of the routed experts."""
-        matrices = self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+        """The weights of the routed experts."""
+        quantised = self.config.quantised
+        if quantised is None:
+            weights = experts.ExpertWeights(
+                self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            )
+        else:
+            held = functools.partial(quantisation.held, self, inputs=quantised.activations)
+            weights = experts.ExpertWeights(held("gate_EFD"), held("up_EFD"), held("down_EDF"))
         if not form_of(self.config.expert).biases:
-            return experts.ExpertWeights(*matrices)
-        biases = self.gate_bias_EF[...], self.up_bias_EF[...], self.down_bias_ED[...]
-        return experts.ExpertWeights(*matrices, *biases)
+            return weights
+        return weights._replace(
+            gate_bias_EF=self.gate_bias_EF[...],
+            up_bias_EF=self.up_bias_EF[...],
+            down_bias_ED=self.down_bias_ED[...],
+        )
 
     def route(
         self,
@@ -206,7 +223,7 @@ class MoELayer(nnx.Module):
         row_kernels: RowKernels = kernels.JAX_ROWS,
         intervention: Intervention = interventions.NONE,
     ) -> tuple[Routing, jax.Array | None]:
-        """The routing of activations, in float32 but for logits of another `logits_dtype`.
+        """The routing of activations, in float32 but for another `logits_dtype` or `gates_dtype`.
 
         Args:
           x_TD: activations.
@@ -250,6 +267,7 @@ class MoELayer(nnx.Module):
         if intervention.tokens_alone and router.alone is not None:
             choose = router.alone
         routing = choose(logits, inputs, settings)
+        routing = _rounded(routing, jnp.dtype(self.config.router.gates_dtype))
         if inputs.replayed is not None and inputs.rng is None:
             replayed = inputs.replayed
             routing = routing._replace(ids_TK=replayed.ids, gates_TK=replayed.gates)
@@ -316,7 +334,8 @@ def check_layer(moe: MoEConfig) -> None:
     router, _ = routers.get_router(moe)
     dropping.check_policies(moe, scored=router.learned)
     dispatch.check_dispatcher(moe)
-    experts.check_backend(moe.expert_backend, form_of(moe.expert))
+    quantised = moe.quantised is not None
+    experts.check_backend(moe.expert_backend, form_of(moe.expert), quantised=quantised)
     kernels.check_rows(moe.row_kernels)
     losses.check(moe, moe.router.name, learned=router.learned, balanced=router.balanced)
 
@@ -326,6 +345,13 @@ def evaluated_together(moe: MoEConfig) -> bool:
     if not moe.n_routed_experts:
         return False
     return moe.evaluation_drop is not None or routers.get_router(moe)[0].alone is not None
+
+
+def _rounded(routing: Routing, dtype: jnp.dtype) -> Routing:
+    """A routing whose gates are numbers of another dtype, in float32."""
+    if dtype == jnp.float32:
+        return routing
+    return routing._replace(gates_TK=routing.gates_TK.astype(dtype).astype(jnp.float32))
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:

@@ -676,6 +676,32 @@ MEASURES: dict[str, Measure] = {
         note="Gain of the own choice: the loss on the domain with as many experts that all text"
         " uses most, less that with those that the domain uses most.",
     ),
+    "routing_agreement": Measure(
+        "routing agreement",
+        _inside("routing_agreement", 100),
+        "%",
+        digits=2,
+        lower_is_better=False,
+        note="Routing agreement: share of the experts chosen by the model as it was trained that"
+        " are chosen for the same token; on a fifth of the held-out text, mean over layers.",
+    ),
+    "expert_megabytes": Measure(
+        "megabytes of the experts",
+        _inside("expert_bytes", 1e-6),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+        note="Megabytes: as they are stored; what is not quantised is float32.",
+    ),
+    "weight_megabytes": Measure(
+        "megabytes of all weights",
+        _inside("weight_bytes", 1e-6),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+    ),
     "busiest_three": Measure(
         "share of the three busiest experts",
         _load(_busiest_percent),

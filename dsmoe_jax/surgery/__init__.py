@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe_jax.surgery import merging, one_task, placement, pruning, upcycling
+from dsmoe_jax.surgery import merging, one_task, placement, pruning, quantising, upcycling
 from dsmoe_jax.surgery.types import Operation, Option, Outcome, Subject
 
 OPERATIONS: dict[str, Operation] = {
@@ -43,6 +43,12 @@ OPERATIONS: dict[str, Operation] = {
         placement.place,
         "Order the experts so that devices get even loads.",
         placement.OPTIONS,
+    ),
+    "quantise": Operation(
+        quantising.quantised,
+        "Make whole numbers of 8 bits of the experts' weights.",
+        quantising.OPTIONS,
+        trainable=False,
     ),
 }
 

@@ -69,7 +69,10 @@ def kernels_of(config: Config) -> dict[str, str]:
     if (attends := attention_kernel(config)) is not None:
         found["attention"] = attends
     if moe.n_routed_experts:
-        found["experts"] = experts.choose_name(moe.expert_backend, dtype, form_of(moe.expert))
+        quantised = moe.quantised is not None
+        found["experts"] = experts.choose_name(
+            moe.expert_backend, dtype, form_of(moe.expert), quantised=quantised
+        )
         found["rows"] = kernels.choose_rows_name(moe.row_kernels, dtype)
     return found
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from benchmarks import (
     analysis,
+    int8_experts,
     latency,
     latency_page,
     moe_layer,
@@ -24,7 +25,16 @@ from dsmoe_jax.moe.kernels import native
 def written(tmp_path, monkeypatch):
     """`written(benchmark, *flags)`: the report of one round, from its file."""
     # Freed memory that a process keeps would stay with all other tests.
-    for benchmark in (analysis, latency, moe_layer, parallel, router_metrics, routers, train_step):
+    for benchmark in (
+        analysis,
+        int8_experts,
+        latency,
+        moe_layer,
+        parallel,
+        router_metrics,
+        routers,
+        train_step,
+    ):
         monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: False)
 
     def run(benchmark, *flags):
@@ -45,6 +55,16 @@ def test_moe_layer(written):
         for case in [("dense", "-"), *((b, r) for b in backends for r in moe_layer.ROUTINGS)]
         for kind in ("forward", "forward+gradients")
     }
+
+
+def test_int8_experts(written, finished_run):
+    flags = ("--size=demo", "--tokens=4", f"--workdir={finished_run[0]}")
+    report = written(int8_experts, *flags)
+    cases = {row["case"]: row for row in report["layer"]}
+    assert {"float", "int8", "int8 x int8"} <= set(cases)
+    assert cases["float"]["weight_mb"] == 4 * cases["int8"]["weight_mb"]
+    text = {row["case"]: row["weight_mb"] for row in report["generation"]}
+    assert text["int8"] == text["int8 x int8"] < text["float"]
 
 
 def test_moe_layer_beside_hugging_face():

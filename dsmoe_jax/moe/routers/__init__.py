@@ -131,7 +131,8 @@ class Router(NamedTuple):
     def settings_read(self) -> frozenset[str]:
         """All fields of `RouterConfig` that have a meaning for this router."""
         of_product = self.learned and not self.by_task
-        return self.reads | {"logits_dtype", "logits_bias"} if of_product else self.reads
+        of_layer = {"logits_dtype", "logits_bias", "gates_dtype"}
+        return self.reads | of_layer if of_product else self.reads
 
     def columns(self, n_choices: int, k: int) -> int:
         """Columns of its routings, unassigned ones included."""
