@@ -14,6 +14,7 @@ from dsmoe_jax.config.moe import (
     DropConfig,
     ExpertConfig,
     MoEConfig,
+    QuantisedConfig,
     RouterConfig,
     Schedule,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "QuantisedConfig",
     "RopeScaling",
     "RouterConfig",
     "Schedule",

@@ -160,8 +160,7 @@ class Transformer(nnx.Module):
         self,
         k: int,
         hidden_BSD: jax.Array,
-        next_BS: jax.Array,
-        segment_ids_BS: jax.Array,
+        following: ModelInputs,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """Runs the k-th module of multi-token prediction as a draft of generation.
@@ -169,21 +168,21 @@ class Transformer(nnx.Module):
         Args:
           k: 1, 2, ...
           hidden_BSD: of `hidden` (k = 1) or of the module before it.
-          next_BS: int32, the token k ahead of each position.
-          segment_ids_BS: int32, 1 where the position has a token, 0 where it is padding.
+          following: the token k ahead of each position; segment 1 where the position has a token,
+            0 where it is padding.
           cache: from `empty_draft_cache`; `length` is the first position here.
 
         Returns:
           The representation whose logits predict the token k + 1 ahead, and the cache with this
           module's positions filled.
         """
-        every = inputs_of_every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
+        every = inputs_of_every_layer(following, cache)
         graph, params = nnx.split(self.mtp)
         params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
         module = nnx.merge(graph, params)
         one = OneLayer(own)
         hidden_BSD, _, own = module(
-            hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
+            hidden_BSD, self._embed(following.tokens_BS), every, one, interventions.GENERATION
         )
         stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
         segment_ids_BL = every.mask.key_segment_ids_BL

@@ -229,13 +229,16 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     split = sharding.batch_sharding(mesh)
     ids_BS: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     mask_BS: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-    return Batch(
+    batch = Batch(
         tokens_BS=ids_BS,
         targets_BS=ids_BS,
         segment_ids_BS=ids_BS,
         positions_BS=ids_BS,
         loss_mask_BS=mask_BS,
     )
+    if config.model.moe.router.tasks:
+        batch["task_ids_BS"] = ids_BS
+    return batch
 
 
 def _compile(lowered: Any, name: str, config: Config, sizes: dict[str, int]) -> Any:

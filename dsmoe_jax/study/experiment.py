@@ -7,7 +7,9 @@ all experiments share the code that runs, checks, resumes and reports them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,6 +24,24 @@ from dsmoe_jax.surgery import complete
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def config_of_file(spec: str) -> Config:
+    """The config that a file gives.  An experiment asks for the same few again and again.
+
+    Args:
+      spec: of the file, see `files.load`; it is executed once in a process.
+
+    Raises:
+      ValueError: as `files.load`, and for a config that cannot be.
+    """
+    return _config_of_file(spec, Path.cwd())
+
+
+@functools.lru_cache(maxsize=1024)
+def _config_of_file(spec: str, directory: Path) -> Config:
+    del directory  # where `files.load` looks
+    return config_lib.from_config_dict(files.load(spec))
 
 
 def _product(value: int | float | None, by: float) -> int | float | None:
@@ -135,7 +155,7 @@ class Arm:
         Raises:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
-        config = config_lib.from_config_dict(files.load(self.config_file(scale)))
+        config = config_of_file(self.config_file(scale))
         runs = {key: str(run) for key, run in self.from_runs.items()}
         changes = {**self.overrides, **runs, **overrides, "train.seed": seed}
         return self._multiplied(config_lib.replace(config, **changes))
@@ -178,7 +198,10 @@ class ProbeArm:
       intervention: change of the model while it is measured.
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       x: position on the axis `Experiment.x_axis`; None is a level line.
+      line: name of the line that joins arms with `x` in a picture; "" is the trained model's label.
       probe: function that returns the contents of evaluation.json, which the measures read.
+      becomes: the config of the model that the probe makes of it, from the model's own; None: the
+        probe makes none.
     """
 
     label: str
@@ -187,15 +210,14 @@ class ProbeArm:
     intervention: Intervention = Intervention()
     paper_loss: float | None = None
     x: float | None = None
+    line: str = ""
     probe: Callable[[Run, Intervention], dict[str, Any]] = probes.held_out
+    becomes: Callable[[Config], Config] | None = None
 
     def __post_init__(self) -> None:
         self.experiment.arm(self.trained)
-
-    @property
-    def line(self) -> str:
-        """Name of the line that joins the probes of one model in a picture."""
-        return self.trained
+        if not self.line:
+            object.__setattr__(self, "line", self.trained)
 
     @property
     def slug(self) -> str:
@@ -216,7 +238,8 @@ class ProbeArm:
             changes["model.moe.num_experts_per_tok"] = self.intervention.num_experts_per_tok
         if not self.intervention.shared_experts:
             changes["model.moe.n_shared_experts"] = 0
-        return config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        measured = config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        return measured if self.becomes is None else self.becomes(measured)
 
 
 AnyArm = Arm | ProbeArm

@@ -69,7 +69,10 @@ def kernels_of(config: Config) -> dict[str, str]:
     if (attends := attention_kernel(config)) is not None:
         found["attention"] = attends
     if moe.n_routed_experts:
-        found["experts"] = experts.choose_name(moe.expert_backend, dtype, form_of(moe.expert))
+        quantised = moe.quantised is not None
+        found["experts"] = experts.choose_name(
+            moe.expert_backend, dtype, form_of(moe.expert), quantised=quantised
+        )
         found["rows"] = kernels.choose_rows_name(moe.row_kernels, dtype)
     return found
 
@@ -132,6 +135,7 @@ class StageRun:
             self._rows,
             (stage.first, stage.sequences),
             stage.skips,
+            config.model.moe.router.tasks,
         )
         if position is not None:
             self._batches.set_state(position)
@@ -145,6 +149,7 @@ class StageRun:
             recorder,
             recording if routing_records.needs(config) == "routing" else None,
             keep_routing=train.analyse_every is not None,
+            tasks=config.model.moe.router.tasks,
         )
         bytes_V = corpus.bytes_per_token_V
         if teacher is None:

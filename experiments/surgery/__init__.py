@@ -1,1 +1,1 @@
-"""Trained models that were changed: `dsmoe_jax/surgery`, and distillation."""
+"""Changes of a trained model: what is left of it, and what it costs."""
