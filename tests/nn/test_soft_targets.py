@@ -68,13 +68,13 @@ def by_torch(x_BSD, head_VD, teacher_BSH, teacher_VH, weight_BS, temperature):
     return divergence.detach().numpy(), agrees.numpy(), x.grad.numpy(), w.grad.numpy()
 
 
-@settings(max_examples=6)
+@pytest.mark.parametrize("n_blocks", [None, 3])
+@settings(max_examples=3)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(2, 7)),
-    temperature=st.sampled_from([0.5, 1.0, 3.0]),
-    n_blocks=st.sampled_from([None, 1, 3, 11]),
+    temperature=st.sampled_from([0.5, 3.0]),
 )
-def test_values_and_gradients(sizes, temperature, n_blocks):
+def test_values_and_gradients(n_blocks, sizes, temperature):
     """The teacher gets no gradient."""
     inputs = arrays(*sizes)
     *found, of_teacher, of_teachers_head = compared(*inputs, temperature, n_blocks)
