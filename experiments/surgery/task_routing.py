@@ -16,7 +16,7 @@ from dsmoe_jax.study.experiment import Arm, Equal, Experiment, same_total
 
 # The beginnings of the domains' names in all corpora that come with the project.
 TASKS = ("en", "de", "es", "nl", "zh", "code", "math", "dialogue", "unicode")
-TOKEN, TASK, TABLE, DENSE = "DeepSeekMoE", "by task", "by a table of tasks", "dense, as activated"
+TOKEN, TASK, TABLE, DENSE = "DeepSeekMoE", "by task", "by table", "dense, as activated"
 KUDUGUNTA = "2110.03742"
 BY_TASK = {"model.moe.router.name": "task", "model.moe.router.tasks": TASKS}
 EVEN_OVER_BATCH = {"model.moe.balance.expert.scope": "global_batch"}
