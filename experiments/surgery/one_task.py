@@ -3,8 +3,8 @@
 python -m experiments.surgery.task_routing --scale=demo    # trains the mixtures
 python -m experiments.surgery.one_task --scale=demo        # measures what is taken out of them
 
-The loss of "its dense models" is that of the held-out text with each domain read by the model of
-its own task.
+The loss of "extracted" is that of the held-out text with each domain read by the dense model of its
+own task.
 """
 
 from dsmoe_jax.commands import experiment
@@ -20,7 +20,7 @@ GAP, RISE = "task_gap", "task_rise"
 
 def taken_from(trained: str) -> str:
     """The label of the dense models of a mixture."""
-    return f"{trained}: its dense models"
+    return f"{trained}, extracted"
 
 
 def whole(trained: str) -> ProbeArm:

@@ -13,11 +13,10 @@ even.
 from dsmoe_jax.commands import experiment
 from dsmoe_jax.study.claims import below, ratio_below
 from dsmoe_jax.study.experiment import Arm, Equal, Experiment, same_total
-from experiments.v1 import table1
 
 # The beginnings of the domains' names in all corpora that come with the project.
 TASKS = ("en", "de", "es", "nl", "zh", "code", "math", "dialogue", "unicode")
-TOKEN, TASK, TABLE, DENSE = "DeepSeekMoE", "by task", "by a table of tasks", "dense, as activated"
+TOKEN, TASK, TABLE, DENSE = "DeepSeekMoE", "by task", "by table", "dense, as activated"
 KUDUGUNTA = "2110.03742"
 BY_TASK = {"model.moe.router.name": "task", "model.moe.router.tasks": TASKS}
 EVEN_OVER_BATCH = {"model.moe.balance.expert.scope": "global_batch"}
@@ -31,7 +30,7 @@ EXPERIMENT = Experiment(
     " routed by token, and is served as small dense models. (Here it is a language model, whose"
     " tasks are languages, code and mathematics; it reads the label of each document.)",
     arms=(
-        table1.EXPERIMENT.arm(TOKEN),
+        Arm(TOKEN, "dsmoe_2b"),
         Arm(TASK, "dsmoe_2b", overrides={**BY_TASK, **EVEN_OVER_BATCH}),
         Arm(TABLE, "dsmoe_2b", overrides=BY_TABLE),
         # The width of a shared and seven routed experts: what a task's dense model has.
