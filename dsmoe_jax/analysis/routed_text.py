@@ -30,6 +30,7 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.nn.feed_forward import form_of
+from dsmoe_jax.nn.quantisation import dequantise
 from dsmoe_jax.parallel import sharding
 
 SAMPLE = 256  # tokens on which outputs of the experts are compared
@@ -116,7 +117,14 @@ def route_text(
     """
     check_routes(model.config)
     graph, params, other = nnx.split(model, nnx.Param, ...)
-    held_out = HeldOut(graph, corpus, batch_size, intervention=intervention, keep_routing=True)
+    held_out = HeldOut(
+        graph,
+        corpus,
+        batch_size,
+        intervention=intervention,
+        keep_routing=True,
+        tasks=model.config.moe.router.tasks,
+    )
     routings = held_out.routings(params, other)
     n_experts = model.config.moe.n_routed_experts
     return with_routing(corpus, routings, n_experts, max_tokens=max_tokens, on_batch=on_batch)
@@ -234,7 +242,8 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
       sample: tokens, spread evenly over the first held-out sequences.
     """
     n_sequences = min(corpus.num_records("validation"), SAMPLED_SEQUENCES)
-    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1)))
+    tasks = model.config.moe.router.tasks
+    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, tasks=tasks)))
     return layer_weights_on(model, batch, sample)
 
 
@@ -263,7 +272,7 @@ def layer_weights_on(model: Transformer, batch: Batch, sample: int = SAMPLE) -> 
         x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
         places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
         outputs_ETD = outputs(jnp.asarray(x_TD[places]), layer)
-        matrices = [np.asarray(w, np.float32) for w in layer if w is not None]
+        matrices = [np.asarray(dequantise(w), np.float32) for w in layer if w is not None]
         found.append(LayerWeights(matrices, np.asarray(outputs_ETD)))
     return found
 

@@ -8,7 +8,7 @@ K columns of a routing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,8 @@ class HeldOut:
       recording: has the routing of every batch, for a router that replays it.
       intervention: a change to how the MoE layers are used.
       keep_routing: whether `routings` will be asked for.
+      tasks: `model.moe.router.tasks` of the model.
+      all_of: number of the task that all of the text is of; None: each domain's.
     """
 
     def __init__(
@@ -65,8 +67,11 @@ class HeldOut:
         intervention: Intervention = interventions.NONE,
         *,
         keep_routing: bool = False,
+        tasks: Sequence[str] = (),
+        all_of: int | None = None,
     ):
         self._graph = graph
+        self._labels = tasks, all_of
         self._corpus = corpus
         self._batch_size = batch_size
         self._max_batches = max_batches
@@ -176,7 +181,11 @@ class HeldOut:
     def _batches(self, name: str, max_batches: int | None) -> Iterator[Any]:
         """The batches of a pass on the mesh, with recorded routing if it is replayed."""
         batches = validation_batches(
-            self._corpus.directory, self._batch_size, max_batches or None, self._rows
+            self._corpus.directory,
+            self._batch_size,
+            max_batches or None,
+            self._rows,
+            *self._labels,
         )
         for number, batch in enumerate(batches, start=1):
             if self._recording is not None:
@@ -221,7 +230,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a model on the held-out text of a corpus: see `HeldOut.measure`."""
     graph, params, other = nnx.split(model, nnx.Param, ...)
-    held_out = HeldOut(graph, corpus, batch_size, max_batches, intervention=intervention)
+    held_out = HeldOut(
+        graph,
+        corpus,
+        batch_size,
+        max_batches,
+        intervention=intervention,
+        tasks=model.config.moe.router.tasks,
+    )
     return held_out.measure(params, other)
 
 

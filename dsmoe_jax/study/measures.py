@@ -163,6 +163,16 @@ def _inside(key: str, factor: float = 1.0) -> Callable[[Outcome], float | None]:
     return read
 
 
+def _largest(key: str) -> Callable[[Outcome], float | None]:
+    """Reads the largest of several numbers that a probe finds."""
+
+    def read(outcome: Outcome) -> float | None:
+        found = (outcome.evaluation or {}).get("inside", {}).get(key)
+        return max(found) if found else None
+
+    return read
+
+
 def _over_before(key: str) -> Callable[[Outcome], float | None]:
     """Reads a number of `redundancy.redundancy` less that of a model before training."""
 
@@ -300,6 +310,12 @@ def _logged(
         return over_steps(np.array(logged)).item() if logged else None
 
     return read
+
+
+def _as_the_teacher(outcome: Outcome) -> float | None:
+    key = "teacher_agreement"
+    logged = [row[key] for row in outcome.rows if key in row]
+    return 100 * _mean_of_last_fifth(np.array(logged)).item() if logged else None
 
 
 def _last(values_S: np.ndarray) -> np.ndarray:
@@ -591,6 +607,23 @@ MEASURES: dict[str, Measure] = {
         "nats per token",
         digits=4,
     ),
+    "task_gap": Measure(
+        "largest difference from the mixture on a task",
+        _largest("task_gap"),
+        "nats per token",
+        digits=6,
+        lower_is_better=True,
+        spread=False,
+        note="Largest difference from the mixture: of the loss on a domain, by the dense model of"
+        " its task.",
+    ),
+    "task_rise": Measure(
+        "rise on other tasks",
+        _inside("task_rise"),
+        "nats per token",
+        note="Rise on other tasks: of the loss on the text of all other tasks, by the dense model"
+        " of one in place of the mixture; mean over tasks.",
+    ),
     "rise": Measure(
         "rise of the loss",
         _over_trained,
@@ -643,6 +676,32 @@ MEASURES: dict[str, Measure] = {
         note="Gain of the own choice: the loss on the domain with as many experts that all text"
         " uses most, less that with those that the domain uses most.",
     ),
+    "routing_agreement": Measure(
+        "routing agreement",
+        _inside("routing_agreement", 100),
+        "%",
+        digits=2,
+        lower_is_better=False,
+        note="Routing agreement: share of the experts chosen by the model as it was trained that"
+        " are chosen for the same token; on a fifth of the held-out text, mean over layers.",
+    ),
+    "expert_megabytes": Measure(
+        "megabytes of the experts",
+        _inside("expert_bytes", 1e-6),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+        note="Megabytes: as they are stored; what is not quantised is float32.",
+    ),
+    "weight_megabytes": Measure(
+        "megabytes of all weights",
+        _inside("weight_bytes", 1e-6),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+    ),
     "busiest_three": Measure(
         "share of the three busiest experts",
         _load(_busiest_percent),
@@ -677,6 +736,14 @@ MEASURES: dict[str, Measure] = {
         spread=False,
         note="Megabytes sent to devices: the rows that all layers send to the devices of the"
         " experts, one way, a step; mean of the last fifth of the steps.",
+    ),
+    "teacher_agreement": Measure(
+        "agreement with the teacher",
+        _as_the_teacher,
+        "%",
+        digits=1,
+        note="Agreement with the teacher: the share of tokens of which both find the same next one"
+        " best, in training; mean of the last fifth of the logged steps.",
     ),
     # Without compilation, validation and waiting.
     "seconds": Measure("seconds in training steps", _seconds, lower_is_better=True),
