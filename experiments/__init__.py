@@ -42,4 +42,6 @@ balancing, ways to balance the load of the experts:
 inside, what the experts of finished models learned:
     committees         experts with half of the gates: do all domains share them (2601.03425)
     redundancy         how alike experts are, and the loss without some of them (V1 section 4.5)
+surgery, changes of a trained model:
+    upcycling          mixtures made of a dense model, beside ones from scratch (2212.05055)
 """

@@ -31,6 +31,7 @@ from experiments.balancing import (
 from experiments.inside import committees, redundancy
 from experiments.laws import granularity
 from experiments.recipe import lengths, stages
+from experiments.surgery import upcycling
 from experiments.v1 import (
     fig3,
     fig4,
@@ -722,7 +723,17 @@ CLAIMS = (
         38, "D",
         "Upcycling a dense model is cheaper than training from scratch.",
         LIFE,
-        (NoExperiment("upcycling, and the FLOPs until it has the loss of one from scratch"),),
+        (
+            FromExperiment(
+                upcycling.EXPERIMENT,
+                tuple(
+                    f"{upcycling.UPCYCLED.label} below {other.label}"
+                    for other in (upcycling.FRESH, upcycling.FRESH_IN_ALL, upcycling.LONGER)
+                ),
+                why="A quarter of the dense model's steps after it, for as many tokens, and for as"
+                " many FLOPs with those of the dense model; and the dense model trained on.",
+            ),
+        ),
     ),
     SourceClaim(
         39, "D",

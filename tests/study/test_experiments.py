@@ -20,7 +20,7 @@ MODULES = sorted(
     if not path.stem.startswith("_")
 )
 
-FOLDERS = {"balancing", "inside", "laws", "recipe", "v1", "v2", "v3"}
+FOLDERS = {"balancing", "inside", "laws", "recipe", "surgery", "v1", "v2", "v3"}
 
 
 def load(module: str) -> Experiment:

@@ -1,0 +1,1 @@
+"""Changes of trained models, and how good what comes out is."""
