@@ -11,10 +11,11 @@ normalised gates and one router row a copy the function is that of the dense mod
 copies" has 16 of them and two for a token, as GShard has; "half drawn anew" is Drop-Upcycling.  The
 mixtures from scratch have the same sizes and gates.
 
-All train for a quarter of the dense model's steps on text that it has not seen, and the fresh one
-of equal tokens on the same text.  A quarter is where one would upcycle: its FLOPs are few beside
-those that the dense model has cost already, and the fresh mixture of equal FLOPs in all has as many
-steps as the dense one, and some more.
+All train for a quarter of the dense model's steps on text that it has not seen; "scratch, tokens"
+does so on the same text.  "scratch, FLOPs" has as many FLOPs as the dense and the upcycled model
+together: about as many steps as the dense one, from the beginning of the text.  A quarter is where
+one would upcycle, with FLOPs that are few beside those spent already, and it is cheap: a fresh
+mixture of equal FLOPs in all takes four times as long as any other arm.
 
 Every run has the whole schedule of the scale, in its own length: the same peak rate, warm-up for
 the same share of the steps, the same decay; moments begin at 0.  The dense model had decayed its
@@ -84,15 +85,11 @@ def _upcycled(label: str, config: str, sizes: dict[str, Any], **options: Any) ->
 
 
 UPCYCLED = _upcycled("upcycled", "dsmoe_2b", CUT_SIZES, **CUT)
-DRAWN = _upcycled("upcycled, half drawn anew", "dsmoe_2b", CUT_SIZES, **CUT, drop=0.5)
-WHOLE = _upcycled("upcycled, whole copies", "gshard_2b", COPIES_SIZES, **COPIES)
-LONGER = Arm(
-    "dense, trained on", "dense_2b", at_scale=_further, from_runs={"train.start_from": DENSE}
-)
-FRESH = Arm("from scratch, equal tokens", "dsmoe_2b", overrides=CUT_SIZES, at_scale=_further)
-FRESH_IN_ALL = Arm(
-    "from scratch, equal FLOPs in all", "dsmoe_2b", overrides=CUT_SIZES, at_scale=_all_flops
-)
+DRAWN = _upcycled("half drawn anew", "dsmoe_2b", CUT_SIZES, **CUT, drop=0.5)
+WHOLE = _upcycled("whole copies", "gshard_2b", COPIES_SIZES, **COPIES)
+LONGER = Arm("dense, longer", "dense_2b", at_scale=_further, from_runs={"train.start_from": DENSE})
+FRESH = Arm("scratch, tokens", "dsmoe_2b", overrides=CUT_SIZES, at_scale=_further)
+FRESH_IN_ALL = Arm("scratch, FLOPs", "dsmoe_2b", overrides=CUT_SIZES, at_scale=_all_flops)
 CUT_LIKE = tuple(arm.label for arm in (UPCYCLED, DRAWN, FRESH, FRESH_IN_ALL))
 SPARSE, DROP = "2212.05055", "2502.19261"
 
@@ -140,6 +137,8 @@ EXPERIMENT = Experiment(
         "total_training_flops",
         "maxvio",
     ),
+    # Differences of losses step by step would be of other batches in one arm.
+    pictures=("final_loss", "learning_curves", "domains", "maxvio", "maxvio_running"),
     seeds={"smoke": 1, "demo": 2, "gpu": 1, "proxy": 1},
 )
 
