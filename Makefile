@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up what they need on a fresh machine with Python >= 3.11 and pip.
 PYTHON ?= python3
 BIN := .venv/bin
+# What is imported is compiled then: all of it takes a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 ARGS ?=
 MINUTES ?= 15
 
@@ -29,14 +31,13 @@ lint: .venv/installed-test  ## ruff, pyright and the layers of the package
 
 # Stamps: a second call does nothing unless the requirements changed.
 .venv/installed: .venv/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) --editable '.[test]'
 	# Beside the packages, for one test: among them, JAX would look for TPUs in every process.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
-	  --upgrade --target .venv/libtpu libtpu
+	$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
 clean:  ## remove the virtual environment and caches (results in runs/ stay)

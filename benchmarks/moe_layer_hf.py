@@ -44,7 +44,9 @@ def cases(
     k: int,
 ) -> list[Case]:
     """Forward and forward+gradients for every routing."""
-    e, f, d = weights.gate_EFD.shape
+    matrices: list[Any] = [*weights[:3]]
+    gate_EFD, up_EFD, down_EDF = matrices
+    e, f, d = gate_EFD.shape
     config = DeepseekV3Config(
         hidden_size=d, moe_intermediate_size=f, n_routed_experts=e, n_shared_experts=1,
         num_experts_per_tok=k, n_group=1, topk_group=1,
@@ -56,10 +58,8 @@ def cases(
     moe: Any = DeepseekV3MoE(config)
     moe.shared_experts = _NoSharedExpert()
     with torch.no_grad():
-        moe.experts.gate_up_proj.copy_(
-            torch.tensor(np.concatenate([weights.gate_EFD, weights.up_EFD], axis=1))
-        )
-        moe.experts.down_proj.copy_(torch.tensor(weights.down_EDF))
+        moe.experts.gate_up_proj.copy_(torch.tensor(np.concatenate([gate_EFD, up_EFD], axis=1)))
+        moe.experts.down_proj.copy_(torch.tensor(down_EDF))
     for routing, offsets_TE in offsets.items():
         gate = _Gate(router_ED, offsets_TE, k)
 

@@ -39,9 +39,17 @@ balancing, ways to balance the load of the experts:
     capacity           GShard with experts that take 1 to 2 times their mean load (2006.16668)
     router_stability   a float32 router and the z-loss at a high rate (2101.03961; 2202.08906)
     learned_routers    noisy top-k, Sinkhorn, REINFORCE, BASE beside top-k and Hash (their papers)
+surgery, changes of a trained model:
+    distillation       a dense student of DeepSeekMoE (2101.03961; 1503.02531)
+    task_routing       experts chosen by the task of a document, not for each token (2110.03742)
+    one_task           the dense model of each task; probes of task_routing (2110.03742)
 inside, what the experts of finished models learned:
     committees         experts with half of the gates: do all domains share them (2601.03425)
     redundancy         how alike experts are, and the loss without some of them (V1 section 4.5)
 surgery, changes of a trained model:
     upcycling          mixtures made of a dense model, beside ones from scratch (2212.05055)
+    pruning            at random, by use, likeness or loss: loss against experts left (V1 4.5)
+    merging            alike experts become one: loss against experts left (2310.01334)
+    extraction         the experts that a domain needs: loss on it and off it (2604.05267)
+    int8_experts       experts of 8 bits and fewer, with 16-bit gates; probes of table1
 """

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.scored import SUB_EXPERTS
 from dsmoe_jax.moe.types import RouterInputs, Routing
 from dsmoe_jax.planning import economics, papers
+from dsmoe_jax.runs import json_files
 from dsmoe_jax.study.ledger import Computed
 
 COUNT = "python -m dsmoe_jax count"
@@ -223,6 +226,38 @@ def times_the_speed(name: str, other: str, chip: str, batch: int, context: int) 
         for model in (name, other)
     )
     return two / one
+
+
+# Times of a layer's parts
+
+LATENCY = "benchmarks/results/cpu-2core-latency.json"
+SHOW_LATENCY = f"python -m benchmarks.latency --read={LATENCY}"
+LATENCY_TOKENS = 4096  # the most that are measured: the least of a time is the call itself
+
+
+@functools.cache
+def _latency() -> list[dict[str, Any]]:
+    return json_files.read(Path(__file__).parents[1] / LATENCY)["rows"]
+
+
+def _latency_row(path: str) -> dict[str, Any]:
+    """The times of a path of `benchmarks.latency` without a device limit."""
+    (row,) = (
+        row
+        for row in _latency()
+        if (row["path"], row["tokens"], row["limit"]) == (path, LATENCY_TOKENS, None)
+    )
+    return row
+
+
+def times_as_fast(part: str) -> float:
+    """How many times as fast the compiled path is as the plain one in a part, on one device."""
+    return _latency_row("compiled")[f"{part}_ratio"]
+
+
+def times_fewer_rows() -> float:
+    """Rows that travel if all are collected, over those that a ragged exchange sends."""
+    return _latency_row("all_gather")["rows"] / _latency_row("all_to_all")["rows"]
 
 
 # Functions of routing

@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,10 @@ hypothesis.settings.load_profile("any machine")
 @pytest.fixture(scope="session", autouse=True)
 def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For all tests, and the processes that they start; see `full_optimisation`."""
-    with compiling.compiling_quickly(tmp_path_factory.mktemp("compiled")):
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent  # of all workers: what one has compiled the others need not
+    with compiling.compiling_quickly(directory / "compiled"):
         yield
 
 
@@ -39,6 +43,15 @@ def full_optimisation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiles as outside of tests, for tests of the compiled program: its size, its memory."""
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
     with compiling.jax_settings(jax_disable_most_optimizations=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def kept_programs() -> Iterator[None]:
+    """Runs of one config share what was traced for the first of them, see tools/kept.py."""
+    from tests.tools import kept
+
+    with kept.kept_programs():
         yield
 
 
@@ -66,6 +79,8 @@ def finished_run(
 ) -> tuple[Path, "Result"]:
     """Workdir and result of a run that nothing disturbed; to be copied before it is changed."""
     from dsmoe_jax.training.loop import train  # most tests need not wait for its imports
+    from tests.tools import kept
 
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return workdir, train(tiny_config(), workdir, progress=False)
+    with kept.kept_programs():
+        return workdir, train(tiny_config(), workdir, progress=False)

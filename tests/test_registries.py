@@ -16,6 +16,7 @@ from dsmoe_jax.evaluation import downstream, question_sets
 from dsmoe_jax.moe import dispatch, dropping, experts, kernels, losses, routers
 from dsmoe_jax.moe.routers import scores
 from dsmoe_jax.nn import attention, feed_forward
+from dsmoe_jax.runs import loads
 from dsmoe_jax.surgery import likeness
 from dsmoe_jax.training import freezing
 
@@ -36,6 +37,7 @@ REGISTRIES = {
     row_kinds: row_kinds.ROW_KINDS,
     surgery: surgery.OPERATIONS,
     likeness: likeness.LIKENESS,
+    loads: loads.KINDS,
     question_sets: question_sets.QUESTION_SETS,
     downstream: downstream.READINGS,
 }
@@ -45,7 +47,7 @@ def names_known_in(source, names):
     """(line, name) of every name that is compared with, matched, or looked up in a registry."""
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
-        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS", "LIKENESS"),
+        *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS", "LIKENESS", "KINDS"),
         *("QUESTION_SETS", "READINGS"),
     }
     for node in ast.walk(ast.parse(source)):

@@ -21,6 +21,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
+from dsmoe_jax.evaluation.domain_load import gate_mass
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
@@ -29,6 +30,7 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.nn.feed_forward import form_of
+from dsmoe_jax.nn.quantisation import dequantise
 from dsmoe_jax.parallel import sharding
 
 SAMPLE = 256  # tokens on which outputs of the experts are compared
@@ -115,7 +117,14 @@ def route_text(
     """
     check_routes(model.config)
     graph, params, other = nnx.split(model, nnx.Param, ...)
-    held_out = HeldOut(graph, corpus, batch_size, intervention=intervention, keep_routing=True)
+    held_out = HeldOut(
+        graph,
+        corpus,
+        batch_size,
+        intervention=intervention,
+        keep_routing=True,
+        tasks=model.config.moe.router.tasks,
+    )
     routings = held_out.routings(params, other)
     n_experts = model.config.moe.n_routed_experts
     return with_routing(corpus, routings, n_experts, max_tokens=max_tokens, on_batch=on_batch)
@@ -184,6 +193,34 @@ def with_routing(
     )
 
 
+def use(model: Transformer, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Assignments to each expert on a text, and the sum of its gates, each (L, E).
+
+    Args:
+      model: trained, with routed experts.
+      batches: the text.
+
+    Raises:
+      ValueError: as `check_routes`.
+    """
+    check_routes(model.config)
+    n_experts = model.config.moe.n_routed_experts
+    graph, state = nnx.split(model)
+
+    def step(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        targets_BS = jnp.asarray(batch["targets_BS"])
+        report = nnx.merge(graph, state).score(ModelInputs.of_batch(batch), targets_BS).report
+        assert report is not None, "a model with routed experts reports its layers"
+        ids_LBSK, gates_LBSK = report.recorded.ids, report.recorded.gates
+        load_LE = gate_mass(ids_LBSK, jnp.ones_like(gates_LBSK), n_experts)
+        return load_LE, gate_mass(ids_LBSK, gates_LBSK, n_experts)
+
+    compiled = jax.jit(step, out_shardings=sharding.whole())
+    sums = [jax.device_get(compiled(state, batch)) for batch in batches]
+    load_LE, mass_LE = np.sum(np.array(sums, np.float64), axis=0)
+    return load_LE, mass_LE
+
+
 class LayerWeights(NamedTuple):
     """Weights of the routed experts of one layer, and their outputs for the same tokens.
 
@@ -205,10 +242,24 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
       sample: tokens, spread evenly over the first held-out sequences.
     """
     n_sequences = min(corpus.num_records("validation"), SAMPLED_SEQUENCES)
+    tasks = model.config.moe.router.tasks
+    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, tasks=tasks)))
+    return layer_weights_on(model, batch, sample)
+
+
+def layer_weights_on(model: Transformer, batch: Batch, sample: int = SAMPLE) -> list[LayerWeights]:
+    """`layer_weights` for tokens of a batch.
+
+    Args:
+      model: trained, with routed experts.
+      batch: the whole, on every host.
+      sample: tokens, spread evenly over the batch.
+    """
+    n_sequences = len(batch["tokens_BS"])
     rows = sharding.local_rows(n_sequences)
-    batch = next(iter(validation_batches(corpus.directory, n_sequences, 1, rows)))
+    own = {name: np.asarray(x)[rows] for name, x in batch.items()}
     graph, state = nnx.split(model)
-    inputs = ModelInputs.of_batch(sharding.global_batch(batch, rows, n_sequences))
+    inputs = ModelInputs.of_batch(sharding.global_batch(own, rows, n_sequences))
     step = jax.jit(_layer_inputs, static_argnums=0, out_shardings=sharding.whole())
     valid_BS = np.asarray(batch["segment_ids_BS"]) > 0
     found = []
@@ -221,7 +272,7 @@ def layer_weights(model: Transformer, corpus: Corpus, sample: int = SAMPLE) -> l
         x_TD = np.asarray(x_BSD, np.float32)[valid_BS]
         places = np.linspace(0, len(x_TD) - 1, min(sample, len(x_TD))).astype(int)
         outputs_ETD = outputs(jnp.asarray(x_TD[places]), layer)
-        matrices = [np.asarray(w, np.float32) for w in layer if w is not None]
+        matrices = [np.asarray(dequantise(w), np.float32) for w in layer if w is not None]
         found.append(LayerWeights(matrices, np.asarray(outputs_ETD)))
     return found
 

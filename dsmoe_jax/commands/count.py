@@ -47,9 +47,18 @@ def report(config: Config) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
         "train_flops_per_token": size.train_flops_per_token(config),
         "stages": [_report_of_stage(stage) for stage in _several_stages(config)],
-        "state_bytes": size.state_bytes(int(figures["total"] + figures["mtp"])),
+        "state_bytes": _state_bytes(config),
+        "weight_bytes": size.weight_bytes(config.model).total,
         "paper": {key: papers.value(digits) for key, digits in _paper(config).items()},
     }
+
+
+def _state_bytes(config: Config) -> dict[str, int] | None:
+    """Bytes of training state; None for a model that cannot be trained."""
+    if config.model.moe.quantised is not None:
+        return None
+    counted = size.parameters_by_formula(config.model)
+    return size.state_bytes(counted.total + counted.mtp)
 
 
 def _several_stages(config: Config) -> tuple[Stage, ...]:
@@ -137,16 +146,27 @@ def _short(value: float) -> str:
 def details(config: Config) -> str:
     """Bytes of training state, and FLOPs at the widths used, which the paper does not print."""
     counted = size.parameters_by_formula(config.model)
-    state = size.state_bytes(counted.total + counted.mtp)
-    # Three digits, without an exponent: 2,730 GB.
-    gb = {key: f"{float(f'{value / 1e9:.3g}'):,g} GB" for key, value in state.items()}
+    state = _state_bytes(config)
+    if state is None:
+        held = size.weight_bytes(config.model)
+        experts = held.routed + held.shared
+        state_line = f"Weights: {_gb(held.total)}, quantised experts {_gb(experts)} of it"
+    else:
+        state_line = (
+            f"Training state (float32): parameters {_gb(state['parameters'])}, optimizer"
+            f" {_gb(state['optimizer'])}, gradients {_gb(state['gradients'])}"
+        )
     return (
-        f"Training state (float32): parameters {gb['parameters']}, optimizer {gb['optimizer']},"
-        f" gradients {gb['gradients']}\n"
+        f"{state_line}\n"
         f"Training FLOPs per token at the widths used:"
         f" {_short(size.train_flops_per_token(config))}"
         f"{_modules(counted)}"
     )
+
+
+def _gb(n_bytes: float) -> str:
+    """Three digits, without an exponent: 2,730 GB."""
+    return f"{float(f'{n_bytes / 1e9:.3g}'):,g} GB"
 
 
 def _modules(counted: size.Parameters) -> str:

@@ -42,7 +42,10 @@ _MFU = flags.DEFINE_float(
 )
 _WEIGHT_BITS = flags.DEFINE_integer("weight_bits", 16, "Of a weight in decoding.", 1)
 _EXPERT_BITS = flags.DEFINE_integer(
-    "expert_bits", None, "Of a weight of a routed expert; --weight_bits if not given.", 1
+    "expert_bits",
+    None,
+    "Of a weight of a routed expert; --weight_bits if not given.  Quantised ones have their own.",
+    1,
 )
 _PRICES = flags.DEFINE_string("prices", None, "Table of prices, TOML.")
 _RATE = flags.DEFINE_float("rate", None, "Tokens served in a second, for the price of memory.", 0.0)

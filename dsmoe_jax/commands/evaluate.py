@@ -11,6 +11,9 @@ folder whose subfolders are the domains), on the held-out part of a prepared or 
 Bits per byte compare between texts of one model and between models, whatever their tokenizers.
 Nothing in the workdir changes: evaluation.json stays that of the run's own held-out text.
 
+A model whose router chooses experts by task takes a domain's name for its task.  Text with other
+domains, and questions, need --as_task.
+
 Where a model drops tokens in evaluation, or a batch's tokens compete for experts, the loss depends
 on --batch_size; the result names it then.
 
@@ -60,6 +63,7 @@ from dsmoe_jax.evaluation.question_sets import QUESTION_SETS, read_task
 from dsmoe_jax.evaluation.questions import QuestionSet
 from dsmoe_jax.model.generation import routing_notes
 from dsmoe_jax.moe import dropping
+from dsmoe_jax.moe.routers import task_number
 from dsmoe_jax.progress import ProgressLine
 from dsmoe_jax.report.downstream_table import downstream_text
 from dsmoe_jax.report.names import telling_apart
@@ -101,6 +105,12 @@ _MAX_LENGTH = flags.DEFINE_integer(
     "Tokens that a model reads at once, the last ones of a question and its answer;"
     " data.sequence_length of the run if not given.",
     lower_bound=1,
+)
+_AS_TASK = flags.DEFINE_string(
+    "as_task",
+    None,
+    "Task that all text is taken to be of, by a model whose router chooses experts by task; without"
+    " it a domain's name says its task.",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 _OUT = flags.DEFINE_string("out", None, "Also write the JSON to this new file.")
@@ -144,7 +154,16 @@ def _measure() -> tuple[dict[str, Any], str]:
         dropping.check_capacity(run.config.model.moe, tokens)
         graph, params, other = nnx.split(run.model, nnx.Param, ...)
         recorder, replayed, name = _routing(run, corpus)
-        held_out = HeldOut(graph, corpus, _BATCH_SIZE.value, _MAX_BATCHES.value, recorder, replayed)
+        held_out = HeldOut(
+            graph,
+            corpus,
+            _BATCH_SIZE.value,
+            _MAX_BATCHES.value,
+            recorder,
+            replayed,
+            tasks=run.model.config.moe.router.tasks,
+            all_of=_task(run),
+        )
         line = ProgressLine(run.config.name, held_out.n_batches)
         result = {"step": run.step} | held_out.measure(params, other, line.update, name)
     line.close()
@@ -152,6 +171,13 @@ def _measure() -> tuple[dict[str, Any], str]:
         result["corpus"] = CORPUS.value
         result["corpus_fingerprint"] = corpus.fingerprint
     return result, held_out_text(result)
+
+
+def _task(run: Run | Writer) -> int | None:
+    """The number of the task that all text is of; None: its domains say it."""
+    if _AS_TASK.value is None:
+        return None
+    return task_number(run.model.config.moe, _AS_TASK.value, "--as_task")
 
 
 def _ask(tasks: list[str]) -> tuple[dict[str, Any], str]:
@@ -169,12 +195,13 @@ def _ask(tasks: list[str]) -> tuple[dict[str, Any], str]:
 def _asked(name: str, workdir: str, sets: dict[str, QuestionSet]) -> dict[str, Any]:
     """The numbers of a run."""
     run = load_writer(workdir, _STEP.value)
+    task_number(run.model.config.moe, _AS_TASK.value, "--as_task")
     length = _MAX_LENGTH.value or run.config.data.sequence_length
     for note in routing_notes(run.config.model.moe):
         print(note, file=sys.stderr)
     tasks = TokenisedSets(run.tokenizer, sets, length)
     line = ProgressLine(name, tasks.n_windows)
-    scorer = Scorer(run.model, length, _BATCH_SIZE.value)
+    scorer = Scorer(run.model, length, _BATCH_SIZE.value, _AS_TASK.value)
     found = tasks.measure(scorer, line.update)
     line.close()
     return {"step": run.step, "max_length": length, "tasks": found}

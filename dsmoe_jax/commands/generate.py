@@ -24,14 +24,17 @@ No text depends on the others that are sampled with it: nothing is dropped, each
 experts of its own, also where the router lets the tokens of a batch compete, and every sample of a
 prompt has random numbers of its own.
 
+A model whose router chooses experts by task needs --task: the name of one, or of a domain of it.
+
 --draft=mtp writes the greedy text in fewer passes, by a model that was trained with model.mtp, and
 says how many drafted tokens were accepted.
 
 --stream writes texts as they grow, one below the other: each begins when the one before is whole.
-The speed, and the bytes of the cache for each token, go to stderr, or into the JSON.  They stand
-beside the cache of a dense model with the same activated parameters A, L layers and V tokens, with
-plain multi-head attention, a standard FFN of 8 D^2 parameters, and so the hidden size D that solves
-12 L D^2 + 2 V D = A (V D if embedding and head are tied): it keeps 2 L D numbers for each token.
+The speed, the bytes of the weights, and those of the cache for each token, go to stderr, or into
+the JSON.  The latter stand beside the cache of a dense model with the same activated parameters A,
+L layers and V tokens, with plain multi-head attention, a standard FFN of 8 D^2 parameters, and so
+the hidden size D that solves 12 L D^2 + 2 V D = A (V D if embedding and head are tied): it keeps
+2 L D numbers for each token.
 """
 
 from __future__ import annotations
@@ -55,9 +58,12 @@ from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.cache_size import cache_size
 from dsmoe_jax.model.generation import CHUNK, generate, routing_notes
 from dsmoe_jax.model.sampling import GREEDY, Sampling
+from dsmoe_jax.model.size import weight_bytes
 from dsmoe_jax.model.speculative import generate_drafted
+from dsmoe_jax.moe.routers import task_number
 from dsmoe_jax.progress import ProgressLine, Silent
 from dsmoe_jax.runs.loading import Writer, load_writer
+from dsmoe_jax.runs.workdir import read_config
 
 command_line.define_mesh()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -99,6 +105,9 @@ _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 1, "How many texts to sample of each prompt.", lower_bound=1
 )
 _STREAM = flags.DEFINE_bool("stream", False, "Write the texts while they grow.")
+_TASK = flags.DEFINE_string(
+    "task", None, "Task of the texts, for a model whose router chooses experts by task."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the texts.")
 
 
@@ -144,6 +153,7 @@ def main() -> None:
 
 
 def _generate(request: Request) -> None:
+    task_number(read_config(request.workdir).model.moe, _TASK.value, "--task")
     run = load_writer(request.workdir, _STEP.value)
     work = _work(run, request)
     _note_length(run, max(map(len, work.tokens)))
@@ -157,13 +167,16 @@ def _generate(request: Request) -> None:
     for text in work.texts:
         text.close()
     size = cache_size(run.config.model)
+    weights = weight_bytes(run.config.model).total
     if _JSON.value:
         samples = [_sample(*pair) for pair in zip(work.prompts, work.texts, strict=True)]
-        print(json.dumps({"step": run.step, "samples": samples, **facts, "cache": size._asdict()}))
+        sizes = {"weight_bytes": weights, "cache": size._asdict()}
+        print(json.dumps({"step": run.step, "samples": samples, **facts, **sizes}))
         return
     printer.show()
     print(
         generation_report.speed_line(facts["speed"]),
+        generation_report.weights_line(weights),
         generation_report.cache_line(size),
         sep="\n",
         file=sys.stderr,
@@ -218,6 +231,7 @@ def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
         eos_id=work.run.tokenizer.eos_id,
         watch=watch,
         chunk=1 if _STREAM.value else CHUNK,
+        task=_TASK.value,
     )
     progress.close()
     decoded = generated.decoded_tokens
@@ -227,7 +241,9 @@ def _write(work: Work, printer: TextPrinter) -> dict[str, Any]:
 def _write_drafted(work: Work) -> dict[str, Any]:
     """As `_write`, with the modules of multi-token prediction as a draft."""
     n = _MAX_NEW_TOKENS.value
-    drafted = generate_drafted(work.run.model, work.tokens, n, allowed_V=work.allowed_V)
+    drafted = generate_drafted(
+        work.run.model, work.tokens, n, allowed_V=work.allowed_V, task=_TASK.value
+    )
     for text, tokens_G in zip(work.texts, drafted.tokens_BG, strict=True):
         text.add(tokens_G.tolist())
     draft = {

@@ -40,6 +40,11 @@ def cache_line(size: CacheSize) -> str:
     )
 
 
+def weights_line(n_bytes: float) -> str:
+    """The bytes of the weights as a line."""
+    return f"weights: {n_bytes:,.0f} bytes"
+
+
 def draft_line(draft: dict[str, Any]) -> str:
     """The drafted tokens as a line."""
     shares = [f"{a} of {p}" for a, p in zip(draft["accepted"], draft["proposed"], strict=True)]

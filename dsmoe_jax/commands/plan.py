@@ -22,6 +22,7 @@ from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.planning import planner
 from dsmoe_jax.planning.plan_report import describe, stage_to_plan
+from dsmoe_jax.training.teacher import teacher_model
 
 command_line.define_config()
 _CHIP = flags.DEFINE_string("chip", None, f"One of {', '.join(CHIPS)}.")
@@ -37,10 +38,11 @@ def main() -> None:
     if chip is None or chips is None:
         missing = "chip" if chip is None else "chips"
         raise ValueError(f"--{missing}: missing; for example --chip=v5p --chips=64")
+    teacher = teacher_model(config)
     if config.mesh == MeshConfig():
-        plan, plans = planner.propose(config, chip, chips)
+        plan, plans = planner.propose(config, chip, chips, teacher)
     else:
-        plan = planner.examine(config, chip, chips)
+        plan = planner.examine(config, chip, chips, teacher)
         plans = []
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(plan)))

@@ -13,9 +13,16 @@ Every second batch decides, the others judge.  `evaluate --record_routing` recor
 `upcycle` makes a mixture of a dense model: its FFNs copied, cut into parts, some of them shared.
 With normalised gates and one router row for all parts of a copy the function stays the same.
 
-`prune` leaves out experts that are like others (in weights or outputs) or that a text does not use.
-`merge` makes one expert of several that are alike.  `extract` keeps the experts that a domain's
-text needs.  All layers keep equally many.  docs/surgery.md says when a model stays the same.
+`prune` leaves out experts that are like others (in weights or outputs), that a text does not use,
+or without which the loss rises least.  `merge` makes one expert of several that are alike.
+`extract` keeps the experts that a domain's text needs, by its assignments or its gates.  All layers
+keep equally many.  docs/surgery.md says when a model stays the same.
+
+`extract_task` makes a dense model of the experts that a task has, of a model whose router chooses
+by task: on text of the task it computes the same.
+
+`quantise` makes whole numbers of 8 bits of the experts' weights, with a scale for each output: a
+quarter of their bytes.  `evaluate`, `generate` and `analyse` take the model; it is not trained.
 
 The new workdir has one checkpoint, of the same step: `evaluate`, `generate`, `analyse` and
 `convert` take it, and `train` with the same config goes on with it.  Its surgery.json has all
@@ -44,7 +51,9 @@ command_line.define_words({name: entry.purpose for name, entry in OPERATIONS.ite
 _FROM = flags.DEFINE_string("from", None, "Workdir of a trained model.")
 _TO = flags.DEFINE_string("to", None, "New workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of --from; the newest if not given.")
-_MOMENTS = flags.DEFINE_enum("moments", "carried", [*MOMENTS], "The optimizer's.")
+_MOMENTS = flags.DEFINE_enum(
+    "moments", None, [*MOMENTS], "The optimizer's; carried if not given, none for quantise."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the report as JSON.")
 _DEFINE = {
     int: flags.DEFINE_integer,

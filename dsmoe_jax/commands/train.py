@@ -25,6 +25,9 @@ A new run begins with the parameters of another one, with an optimizer and a sch
 any text of the same tokenizer: --config.train.start_from=OTHER_WORKDIR.  Checkpoints that are never
 pruned: --config.train.keep_every=1000, --config.train.keep_best=1.  More in docs/going_on.md.
 
+Beside the text a run may learn from a trained model, as a dense student of a mixture:
+--config.train.distillation.teacher=OTHER_WORKDIR, see docs/distillation.md.
+
 Where the time of a step goes, by the parts of the model: --profile=5 traces five steps, see
 docs/profiles.md.
 

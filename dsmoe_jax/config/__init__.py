@@ -14,6 +14,7 @@ from dsmoe_jax.config.moe import (
     DropConfig,
     ExpertConfig,
     MoEConfig,
+    QuantisedConfig,
     RouterConfig,
     Schedule,
 )
@@ -27,7 +28,7 @@ from dsmoe_jax.config.run import (
     to_config_dict,
 )
 from dsmoe_jax.config.stages import Stage, stage_of, stages_of, tokens_after
-from dsmoe_jax.config.train import TrainableConfig, TrainConfig
+from dsmoe_jax.config.train import DistillationConfig, TrainableConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DispatchConfig",
+    "DistillationConfig",
     "DropConfig",
     "ExpertConfig",
     "FrozenDict",
@@ -43,6 +45,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "QuantisedConfig",
     "RopeScaling",
     "RouterConfig",
     "Schedule",

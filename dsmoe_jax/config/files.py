@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -83,17 +83,16 @@ def _neighbours_of(file: Path) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = path
-        for name, module in list(sys.modules.items()):
-            neighbour = name not in modules and _directory(module) == folder
-            if neighbour or _in_package(name):
+        for name in sys.modules.keys() - modules.keys():
+            if _directory(sys.modules[name]) == folder:
                 del sys.modules[name]
-        sys.modules.update({n: module for n, module in modules.items() if _in_package(n)})
+        _forget_package()
+        sys.modules.update((name, modules[name]) for name in _of_package(modules))
 
 
 def _make_package(roots: list[Path]) -> None:
     """Makes `configs` the files of all configs/ in these directories, the first ones first."""
-    for name in filter(_in_package, list(sys.modules)):
-        del sys.modules[name]
+    _forget_package()
     folders = [root / CONFIGS for root in roots if (root / CONFIGS).is_dir()]
     for init in (folder / "__init__.py" for folder in folders):
         if init.is_file():
@@ -107,8 +106,14 @@ def _make_package(roots: list[Path]) -> None:
             return
 
 
-def _in_package(name: str) -> bool:
-    return name.partition(".")[0] == CONFIGS
+def _forget_package() -> None:
+    for name in _of_package(sys.modules):
+        del sys.modules[name]
+
+
+def _of_package(modules: Mapping[str, ModuleType]) -> list[str]:
+    """The names of the package and of what is in it."""
+    return [name for name in modules if name == CONFIGS or name.startswith(f"{CONFIGS}.")]
 
 
 def _directory(module: ModuleType) -> Path | None:

@@ -44,6 +44,10 @@ class RouterConfig:
     logits_bias: bool = False  # a learned bias of the logits (gpt-oss)
     # Of the logits and of the product that they are; bfloat16 is for comparison (Switch 2.4).
     logits_dtype: str = "float32"
+    gates_dtype: str = "float32"  # that the gates are rounded to; they are float32 all the same
+    # Names that a router by task chooses by, domains or beginnings of them: config/tasks.py.
+    # Training takes the corpus' domains if there are none.
+    tasks: tuple[str, ...] = ()
     options: FrozenDict[str, bool | int | float | str] = FrozenDict()
 
     def __post_init__(self) -> None:
@@ -62,11 +66,13 @@ class RouterConfig:
         for name, names in (
             ("group_score", ("max", "top2_sum")),
             ("logits_dtype", ("float32", "bfloat16")),
+            ("gates_dtype", ("float32", "bfloat16")),
         ):
             check(name, getattr(self, name) in names, f"must be one of {names}")
         check(
             "topk_group", self.topk_group <= self.n_group, f"cannot exceed n_group={self.n_group}"
         )
+        check("tasks", len({*self.tasks} - {""}) == len(self.tasks), "must be different names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,21 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         positive(self, "model.moe.expert.", "limit", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedConfig:
+    """Experts of whole numbers, routed and shared, with a scale for each output of a matrix.
+
+    A model gets them by `surgery quantise`; they cannot be trained.
+    """
+
+    bits: int = 8  # of a weight; it takes a byte in any case, so that fewer only cost accuracy
+    activations: bool = False  # what they are multiplied with too, in 8 bits
+
+    def __post_init__(self) -> None:
+        check = checker(self, "model.moe.quantised.")
+        check("bits", 2 <= self.bits <= 8, "must be 2 to 8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +169,7 @@ class MoEConfig:
     evaluation_drop: DropConfig | None = None  # in evaluation; generation drops nothing
     dispatch: DispatchConfig = DispatchConfig()
     expert: ExpertConfig = ExpertConfig()
+    quantised: QuantisedConfig | None = None  # None: the experts are float32
     expert_backend: str = "auto"  # a name in dsmoe_jax/moe/experts.py, or the best for the device
     row_kernels: str = "auto"  # "native", "jax": top-k, sorting and summing rows; moe/kernels
 

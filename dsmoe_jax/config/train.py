@@ -29,6 +29,33 @@ class TrainableConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """A trained model, the teacher, whose predictions this run learns beside the text.
+
+        loss = (1 - factor) cross-entropy of the text
+               + factor temperature^2 KL(teacher || student), both at the temperature
+
+    after Hinton et al. (1503.02531), who weigh the text considerably less than the teacher.  The
+    defaults are those of Switch Transformers (2101.03961, section 4.2), which distil a mixture into
+    a dense model: 0.25 of the teacher's predictions, 0.75 of the text.
+    """
+
+    teacher: str | None = None  # its workdir; the same tokenizer and vocabulary
+    factor: float = 0.25
+    temperature: float = 1.0  # both models' logits are divided by it
+    # Weight of the mean squared difference of what the two heads get: the last layers' outputs,
+    # normed.  Both models must be of one hidden size.  None: these are not compared.
+    hidden_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        at = "train.distillation."
+        check = checker(self, at)
+        check("teacher", bool(self.teacher), "must be the workdir of a trained model")
+        positive(self, at, "factor", "temperature", "hidden_factor")
+        check("factor", self.factor <= 1, "must be at most 1: the text has the rest")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length of a run, its batches, and the files that it keeps.
 
@@ -64,6 +91,7 @@ class TrainConfig:
     # Pairs (step, number): before this step so many batches of its size are left out of the data.
     skip_batches: tuple[tuple[int, ...], ...] = ()
     start_from: str | None = None  # the workdir of a run whose parameters this one begins with
+    distillation: DistillationConfig | None = None  # None: it learns from the text alone
     trainable: TrainableConfig = TrainableConfig()
     stages: FrozenDict[str, tuple[Any, ...]] | None = None
     record_routing: bool = False  # keep every step's expert ids and gates in WORKDIR/routing

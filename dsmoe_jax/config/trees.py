@@ -113,6 +113,8 @@ def with_defaults(hint: Any, tree: Any, prefix: str = "") -> tuple[Any, Tree]:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
+    if type(value) is hint and hint in _SAID:  # most of them: what follows takes longer
+        return _checked(value, key)
     if hint is Any:
         return _frozen(value)
     if isinstance(hint, types.UnionType):

@@ -10,13 +10,14 @@ global batches, and the position is a single number, the step.
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import grain
 import numpy as np
 
+from dsmoe_jax.config.tasks import numbers_of
 from dsmoe_jax.data.corpus import Corpus, load_corpus
 from dsmoe_jax.data.packing import (
     CONTEXT,
@@ -51,6 +52,8 @@ class Batch(TypedDict):
     """float32, 1 where the target counts; 0 on padding, and where no answer is predicted."""
     domain_BS: NotRequired[np.ndarray]
     """int32 index into `Corpus.domains`; validation only, meaningless where loss_mask is 0."""
+    task_ids_BS: NotRequired[np.ndarray]
+    """int32, the task of each token's document, if a router chooses by it."""
     replayed_ids_BLSK: NotRequired[np.ndarray]
     """int32, recorded experts of every layer, if they are to be replayed."""
     replayed_gates_BLSK: NotRequired[np.ndarray]
@@ -97,19 +100,22 @@ def train_batches(
     rows: Sequence[int] | None = None,
     start: tuple[int, int] = (0, 0),
     skips: Sequence[tuple[int, int]] = (),
+    tasks: Sequence[str] = (),
 ) -> "grain.DatasetIterator[Batch]":
     """Endless shuffled batches, of which this host gets the given rows (None: all).
 
     `start` is a step and the number of records that the steps before it took, since their batches
     may have had other sizes: no record is left out or read twice.  But `skips`, pairs of a step and
-    a number of records, leave out those records before that step.
+    a number of records, leave out those records before that step.  With names of `tasks` batches
+    have `task_ids_BS`, see config/tasks.py.
     `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
     with other rows. Threads read ahead.
 
     Raises:
-      ValueError: if the sizes do not fit the corpus.
+      ValueError: if the sizes do not fit the corpus, or a domain is of no task.
     """
     corpus = load_corpus(corpus_dir)
+    label = _labels(corpus, tasks)
     rows = _checked_rows(global_batch_size, rows)
     if sequence_length != corpus.sequence_length:
         raise ValueError(
@@ -133,7 +139,7 @@ def train_batches(
             records = source.__getitems__([order[first + row] for row in rows])
         except RuntimeError as error:
             raise damaged(corpus.directory, error) from error
-        batch = make_batch(records, sequence_length, eos_id, pad_id)
+        batch = label(make_batch(records, sequence_length, eos_id, pad_id))
         del batch["domain_BS"]  # the training step has no use for it
         return batch
 
@@ -147,18 +153,45 @@ def validation_batches(
     batch_size: int,
     max_batches: int | None = None,
     rows: Sequence[int] | None = None,
+    tasks: Sequence[str] = (),
+    all_of: int | None = None,
 ) -> Iterator[Batch]:
     """The held-out sequences in a fixed order, each once; with `domain_BS`.
 
     The last batch is filled up with rows of padding (loss_mask 0). Domains are interleaved:
     the first `max_batches` batches hold every domain in about its share. This host gets the
-    given rows of every batch (None: all), as in `train_batches`.
+    given rows of every batch (None: all), as in `train_batches`. With names of `tasks` the batches
+    have `task_ids_BS`; with the number `all_of` one, all text is of that task, whatever its domain.
     """
     corpus = load_corpus(corpus_dir)
     rows = _checked_rows(batch_size, rows)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches}: must be at least 1, or None for all")
-    return _validation_batches(corpus, batch_size, max_batches, rows)
+    label = _labels(corpus, tasks, all_of)
+    return map(label, _validation_batches(corpus, batch_size, max_batches, rows))
+
+
+def _labels(
+    corpus: Corpus, tasks: Sequence[str], all_of: int | None = None
+) -> Callable[[Batch], Batch]:
+    """Adds `task_ids_BS` to a batch with `domain_BS`, if there are tasks.
+
+    Raises:
+      ValueError: for a domain that is of no task.
+    """
+    if not tasks:
+        return lambda batch: batch
+    numbers = [all_of] * len(corpus.domains)
+    if all_of is None:
+        numbers = numbers_of(corpus.domains, tasks)
+    numbers_G = np.array(numbers, np.int32)
+
+    def labelled(batch: Batch) -> Batch:
+        assert "domain_BS" in batch, "every batch has it at first"
+        batch["task_ids_BS"] = numbers_G[batch["domain_BS"]]
+        return batch
+
+    return labelled
 
 
 def _validation_batches(

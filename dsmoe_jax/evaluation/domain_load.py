@@ -1,4 +1,4 @@
-"""Load of the experts by domain, counted in the compiled step.
+"""Load of the experts by domain, and the sum of their gates, counted in the compiled step.
 
 Shapes: B sequences, S positions, K columns of a routing, G domains, L MoE layers, E routed experts.
 """
@@ -47,3 +47,19 @@ def by_comparing(
     equal_LBSKE = ids_LBSK[..., None] == jnp.arange(n_experts)
     load_LBE = equal_LBSKE.sum(axis=(2, 3), dtype=jnp.int32)
     return jax.ops.segment_sum(load_LBE.swapaxes(0, 1), domain_B, n_domains)
+
+
+def gate_mass(ids_LBSK: jax.Array, gates_LBSK: jax.Array, n_experts: int) -> jax.Array:
+    """Sum of the gates of each expert, float32 (L, E).
+
+    Args:
+      ids_LBSK: int32, the experts that computed each token; others than 0 to E - 1 count nowhere.
+      gates_LBSK: float32, their gates.
+      n_experts: E.
+    """
+    if platform() == "cpu":  # see `load_by_domain`
+        layer_L = jnp.arange(len(ids_LBSK))[:, None, None, None]
+        zeros_LE = jnp.zeros((len(ids_LBSK), n_experts), jnp.float32)
+        return zeros_LE.at[layer_L, ids_LBSK].add(gates_LBSK, mode="drop")
+    equal_LBSKE = ids_LBSK[..., None] == jnp.arange(n_experts)
+    return jnp.where(equal_LBSKE, gates_LBSK[..., None], 0.0).sum(axis=(1, 2, 3))

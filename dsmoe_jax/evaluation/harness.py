@@ -46,6 +46,7 @@ class HarnessModel(LM):
       max_length: tokens that it reads at once; None: `data.sequence_length` of the run.
       batch_size: sequences of this length at once.
       max_gen_toks: tokens that it writes, where a task does not say.
+      task: of all texts, for a model whose router chooses by task.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class HarnessModel(LM):
         max_length: int | None = None,
         batch_size: int = 16,
         max_gen_toks: int = 256,
+        task: str | None = None,
     ):
         super().__init__()
         self._run = run
         self._max_length = max_length or run.config.data.sequence_length
         self._batch_size = batch_size
         self._max_gen_toks = max_gen_toks
-        self._scorer = Scorer(run.model, self._max_length, batch_size)
+        self._task = task
+        self._scorer = Scorer(run.model, self._max_length, batch_size, task)
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -139,6 +142,7 @@ class HarnessModel(LM):
             allowed_V=tokenizer.may_be_written(self._run.config.model.vocab_size),
             eos_id=tokenizer.eos_id,
             watch=watch,
+            task=self._task,
         )
         for text in texts:
             text.close()

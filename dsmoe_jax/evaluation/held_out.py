@@ -8,7 +8,7 @@ K columns of a routing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from flax import nnx
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.pipeline import Batch, validation_batches
 from dsmoe_jax.evaluation.cross_entropy import token_sums
-from dsmoe_jax.evaluation.domain_load import load_by_domain
+from dsmoe_jax.evaluation.domain_load import gate_mass, load_by_domain
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
@@ -37,6 +37,8 @@ from dsmoe_jax.runs.summaries import (
     load_summary,
 )
 
+_DIGITS = 4  # of a sum of gates
+
 
 class HeldOut:
     """The held-out text of a corpus and the compiled step that measures a model on it.
@@ -50,6 +52,8 @@ class HeldOut:
       recording: has the routing of every batch, for a router that replays it.
       intervention: a change to how the MoE layers are used.
       keep_routing: whether `routings` will be asked for.
+      tasks: `model.moe.router.tasks` of the model.
+      all_of: number of the task that all of the text is of; None: each domain's.
     """
 
     def __init__(
@@ -63,8 +67,11 @@ class HeldOut:
         intervention: Intervention = interventions.NONE,
         *,
         keep_routing: bool = False,
+        tasks: Sequence[str] = (),
+        all_of: int | None = None,
     ):
         self._graph = graph
+        self._labels = tasks, all_of
         self._corpus = corpus
         self._batch_size = batch_size
         self._max_batches = max_batches
@@ -87,7 +94,7 @@ class HeldOut:
             sums = [(domain_GBS * x).sum(axis=(1, 2)) for x in (nll_BS, mask_BS, bytes_BS)]
             report = output.report
             if report is None:
-                return jnp.stack(sums), None, None, None
+                return jnp.stack(sums), None, None, None, None
             ledger = report.logged.ledger
             load_GLE = load_by_domain(
                 report.recorded.sent,
@@ -95,8 +102,10 @@ class HeldOut:
                 n_domains,
                 ledger.sent_E.shape[-1],
             )
-            recorded = report.recorded if self._keeps_routing else None
-            return jnp.stack(sums), ledger, load_GLE, recorded
+            computed = report.recorded
+            mass_LE = gate_mass(computed.ids, computed.gates, ledger.sent_E.shape[-1])
+            recorded = computed if self._keeps_routing else None
+            return jnp.stack(sums), ledger, load_GLE, mass_LE, recorded
 
         self._step = jax.jit(step, out_shardings=sharding.whole())
         self._rows = sharding.local_rows(batch_size)
@@ -125,7 +134,8 @@ class HeldOut:
           `loss` (nats per token), `bits_per_byte`, `tokens`, `bytes`; the same for each of
           `domains`; and for a model with routed experts `load`, `maxvio`, `gini`, `dead_experts`
           and `dropped` by layer, and `load_by_domain`, the load by layer for each of `domains`:
-          chosen assignments, also those that were dropped later.  `domain_specialisation` by layer
+          chosen assignments, also those that were dropped later; `gate_mass` by layer and expert,
+          the sum of the gates of what was computed.  `domain_specialisation` by layer
           is there if two domains have tokens enough for it.  Where the tokens of a batch decide
           about each other, the numbers hold for one `batch_size`, which is given then.
 
@@ -171,7 +181,11 @@ class HeldOut:
     def _batches(self, name: str, max_batches: int | None) -> Iterator[Any]:
         """The batches of a pass on the mesh, with recorded routing if it is replayed."""
         batches = validation_batches(
-            self._corpus.directory, self._batch_size, max_batches or None, self._rows
+            self._corpus.directory,
+            self._batch_size,
+            max_batches or None,
+            self._rows,
+            *self._labels,
         )
         for number, batch in enumerate(batches, start=1):
             if self._recording is not None:
@@ -179,21 +193,26 @@ class HeldOut:
             yield sharding.global_batch(batch, self._rows, self._batch_size)
 
     def _result(
-        self, sums_3G: np.ndarray, ledger: Ledger | None, load_GLE: np.ndarray | None
+        self,
+        sums_3G: np.ndarray,
+        ledger: Ledger | None,
+        load_GLE: np.ndarray | None,
+        mass_LE: np.ndarray | None,
     ) -> dict[str, Any]:
         """The return value of `measure`, from sums over the whole text.
 
         Args:
           sums_3G: nats, tokens and bytes by domain.
-          ledger, load_GLE: of the MoE layers; None without routed experts.
+          ledger, load_GLE, mass_LE: of the MoE layers; None without routed experts.
         """
         result: dict[str, Any] = _summary(*sums_3G.sum(axis=1))
         # A short look may miss a small domain: then it has no numbers.
         seen = {name: g for g, name in enumerate(self._corpus.domains) if sums_3G[1, g]}
-        if ledger is not None and load_GLE is not None:
+        if ledger is not None and load_GLE is not None and mass_LE is not None:
             load_LE = np.asarray(ledger.sent_E)
             result |= load_summary(load_LE) | drop_summary(ledger, detailed=False)
             result["load_by_domain"] = {name: as_list(load_GLE[g], int) for name, g in seen.items()}
+            result["gate_mass"] = as_list(mass_LE.round(_DIGITS))
             specialisation = domain_specialisation(load_GLE, sums_3G[1])
             if specialisation is not None:
                 result["domain_specialisation"] = specialisation
@@ -211,7 +230,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a model on the held-out text of a corpus: see `HeldOut.measure`."""
     graph, params, other = nnx.split(model, nnx.Param, ...)
-    held_out = HeldOut(graph, corpus, batch_size, max_batches, intervention=intervention)
+    held_out = HeldOut(
+        graph,
+        corpus,
+        batch_size,
+        max_batches,
+        intervention=intervention,
+        tasks=model.config.moe.router.tasks,
+    )
     return held_out.measure(params, other)
 
 

@@ -28,6 +28,7 @@ from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.moe import interventions
+from dsmoe_jax.moe.routers import task_number
 from dsmoe_jax.parallel import sharding
 
 SHORTEST = 32  # positions; the other lengths are twice the one before
@@ -127,12 +128,20 @@ class Scorer:
       model: trained.
       max_length: positions that it reads at once, see `windows`.
       batch_size: sequences of this length at once; of shorter ones there are more.
+      task: of all requests, for a router by task.
 
     Raises:
-      ValueError: for a length or batch size out of range.
+      ValueError: for a length or batch size out of range, and a task that is missing or unknown.
     """
 
-    def __init__(self, model: Transformer, max_length: int, batch_size: int = 16):
+    def __init__(
+        self,
+        model: Transformer,
+        max_length: int,
+        batch_size: int = 16,
+        task: str | None = None,
+    ):
+        task_id = task_number(model.config.moe, task, "task")
         require(max_length > 0, "max_length", max_length, "must be > 0")
         require(batch_size > 0, "batch_size", batch_size, "must be > 0")
         self.max_length = max_length
@@ -143,7 +152,7 @@ class Scorer:
             model = nnx.merge(graph, params, other)
             targets_BS = batch["targets_BS"]
             counts_BS = batch["counts_BS"]
-            inputs = ModelInputs(batch["tokens_BS"], batch["segment_ids_BS"])
+            inputs = ModelInputs(batch["tokens_BS"], batch["segment_ids_BS"]).of_task(task_id)
             scored = model.score(inputs, targets_BS, interventions.GENERATION, with_best=True)
             nats_B = -jnp.where(counts_BS, scored.nll_BS, 0.0).sum(axis=1)
             greedy_B = ((scored.best_BS == targets_BS) | ~counts_BS).all(axis=1)

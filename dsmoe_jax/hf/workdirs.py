@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config import Config, DataConfig, ModelConfig, stage_of, to_config_dict
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.opening import tokenizer_fingerprint
 from dsmoe_jax.data.tokenizer import Tokenizer
@@ -89,8 +90,9 @@ def _save_checkpoint(source: Source, made: Path, extra: dict[str, Any]) -> None:
         checkpoints = Checkpoints(
             made / workdirs.CHECKPOINTS, keep=1, data_file_bytes=_data_file(source)
         )
-        checkpoints.save(STEP, {MODEL: state}, extra)
-        checkpoints.close()
+        # An interrupt waits for the arrays on their way, or they would come back after the removal.
+        with contextlib.closing(checkpoints):
+            checkpoints.save(STEP, {MODEL: state}, extra)
 
 
 @contextlib.contextmanager
@@ -177,6 +179,8 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
     place = new_directory.new(directory, "--to_hf")
     config = workdirs.read_config(workdir, f"--from={workdir}")
     model = _model_of(config, step)
+    want = "the tensors of Hugging Face are not quantised; must be the run that this was made from"
+    require(model.moe.quantised is None, "--from", workdir, want)
     kept = _kept(local_path("--from", workdir), config)
     destination = saving.describe(model, dtype, _about(kept, config))
     shapes = model_shapes(model)

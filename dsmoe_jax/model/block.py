@@ -37,6 +37,7 @@ class EveryLayer(NamedTuple):
     segment_ids_BS: jax.Array | None
     sequence_ids_B: jax.Array | None
     cache_length: jax.Array | int
+    task_ids_BS: jax.Array | None
 
 
 class OneLayer(NamedTuple):
@@ -102,6 +103,7 @@ class Block(nnx.Module):
                 one.replayed,
                 every.segment_ids_BS,
                 one.left_out_E,
+                every.task_ids_BS,
             )
             y_BSD, report = self.moe(normed_BSD, moe_inputs, intervention)
         chex.assert_equal_shape([x_BSD, y_BSD])
@@ -145,6 +147,7 @@ def inputs_of_every_layer(inputs: ModelInputs, cache: Cache | None) -> EveryLaye
         segment_ids_BS,
         inputs.sequence_ids_B,
         start,
+        inputs.task_ids_BS,
     )
 
 

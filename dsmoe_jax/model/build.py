@@ -17,8 +17,9 @@ class ModelState(NamedTuple):
     """The arrays of a model, or their shapes; `nnx.merge(graph, params, other)` makes it whole.
 
     Attributes:
-      params: what is trained (`nnx.Param`), float32.
-      other: variables that carry no gradient: the routers' loss-free bias, hash tables.
+      params: what is trained (`nnx.Param`), float32; int8 where it is quantised.
+      other: variables that carry no gradient: the routers' loss-free bias, hash tables, scales of
+        quantised matrices.
     """
 
     params: nnx.State

@@ -28,7 +28,7 @@ from dsmoe_jax.model.sampling import GREEDY, Sampling, sample
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import Cache, ModelInputs
 from dsmoe_jax.moe import interventions
-from dsmoe_jax.moe.routers import get_router
+from dsmoe_jax.moe.routers import get_router, task_number
 
 # Tokens of each text that one call adds, unless every one is wanted at once.
 CHUNK = 32
@@ -82,11 +82,13 @@ class _Given(NamedTuple):
       keys_B: a random key for each text.
       allowed_V: bool, the tokens that may be generated.
       eos_id: int32, the token that ends a text; -1: none.
+      task_id: int32, the task of all texts; None for a router that does not choose by it.
     """
 
     keys_B: jax.Array
     allowed_V: jax.Array
     eos_id: jax.Array
+    task_id: jax.Array | None
 
 
 class _UnderWay(NamedTuple):
@@ -125,6 +127,7 @@ def generate(
     eos_id: int | None = None,
     watch: Watch | None = None,
     chunk: int = CHUNK,
+    task: str | None = None,
 ) -> Generated:
     """Continues prompts, each as if it were alone: see `interventions.GENERATION`.
 
@@ -141,6 +144,7 @@ def generate(
       watch: called after every `chunk` tokens with the new tokens of each text (none of a text that
         has ended); it returns bool (B,), the texts that are to end here.
       chunk: tokens of each text between two calls.
+      task: of all texts, for a router by task.
 
     Raises:
       ValueError: naming the argument that is out of range or takes too much memory, or the token
@@ -152,12 +156,14 @@ def generate(
     require(chunk > 0, "chunk", chunk, "must be > 0")
     require(allowed_V.shape == (v,), "allowed", allowed_V.shape, f"must be of shape {(v,)}")
     require(bool(allowed_V.any()), "allowed", "none", "must allow a token")
-    inputs = prompt_inputs(prompts, v)
+    inputs = prompt_inputs(prompts, v, task_number(model.config.moe, task, "task"))
     b, p = inputs.tokens_BS.shape
     ids_B = jnp.arange(b) if sample_ids is None else jnp.asarray(sample_ids)
     require(ids_B.shape == (b,), "sample_ids", ids_B.shape, f"must be of shape {(b,)}")
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), ids_B)
-    given = _Given(keys_B, jnp.asarray(allowed_V), jnp.int32(-1 if eos_id is None else eos_id))
+    task_id = None if inputs.task_ids_BS is None else inputs.task_ids_BS[0, 0]
+    eos = jnp.int32(-1 if eos_id is None else eos_id)
+    given = _Given(keys_B, jnp.asarray(allowed_V), eos, task_id)
     try:
         return _run(model, _Plan(max_new_tokens, sampling), inputs, given, watch, chunk)
     except jax.errors.JaxRuntimeError as error:
@@ -188,12 +194,13 @@ def routing_notes(moe: MoEConfig) -> list[str]:
     return notes
 
 
-def prompt_inputs(prompts: Prompts, vocab_size: int) -> ModelInputs:
+def prompt_inputs(prompts: Prompts, vocab_size: int, task_id: int | None = None) -> ModelInputs:
     """One batch of prompts, shorter ones with padding before them.
 
     Args:
       prompts: token ids of each text, at least one.
       vocab_size: ids that the model has.
+      task_id: number of the task of all texts, for a router by task.
 
     Raises:
       ValueError: for no prompt, an empty one, or ids that the model does not have.
@@ -215,7 +222,8 @@ def prompt_inputs(prompts: Prompts, vocab_size: int) -> ModelInputs:
         tokens_BP[i, : p - len(row)] = row[0]
         tokens_BP[i, p - len(row) :] = row
         segment_ids_BP[i, p - len(row) :] = 1
-    return ModelInputs(jnp.asarray(tokens_BP), jnp.asarray(segment_ids_BP))
+    inputs = ModelInputs(jnp.asarray(tokens_BP), jnp.asarray(segment_ids_BP))
+    return inputs.of_task(task_id)
 
 
 def _run(
@@ -331,7 +339,7 @@ def _decode(
     def step(way: _UnderWay) -> _UnderWay:
         # Of a text that has ended the tokens are padding: no expert computes them.
         alive_B1 = (~way.ended_B).astype(jnp.int32)[:, None]
-        inputs = ModelInputs(way.token_B[:, None], alive_B1)
+        inputs = ModelInputs(way.token_B[:, None], alive_B1).of_task(given.task_id)
         output = model.forward(inputs, way.cache, interventions.GENERATION)
         assert output.cache is not None
         way = way._replace(cache=output.cache)

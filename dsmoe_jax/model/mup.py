@@ -9,6 +9,7 @@ which powers of m its initial deviation and its rate under Adam are multiplied:
     hidden   both             attention, experts, FFNs, projection     m^-1/2      m^-1
     output   the input        head, router, latent attention's key     m^-1        m^-1
     vector   its length       scales of the norms, biases              1           1
+    fixed    nothing          router by task                           1           1
 
 Weight decay pulls no vector to zero.
 
@@ -33,9 +34,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.nn.quantisation import Scale
 from dsmoe_jax.parallel.sharding import parameter_name
 
 
@@ -57,6 +60,7 @@ INPUT = Kind(deviation=0, rate=0)
 HIDDEN = Kind(deviation=-0.5, rate=-1)
 OUTPUT = Kind(deviation=-1, rate=-1)
 VECTOR = Kind(deviation=0, rate=0, decayed=False)
+FIXED = Kind(deviation=0, rate=0)
 
 # By name of the parameter.  A name that is not here is refused: its kind is no matter of its shape
 # alone (embedding and head have the same).
@@ -85,6 +89,7 @@ KINDS: dict[str, Kind] = {
     "up_EFD": HIDDEN,
     "down_EDF": HIDDEN,
     "router_ED": OUTPUT,
+    "router_EA": FIXED,
     "router_bias_E": VECTOR,
     "shared_gate_D": OUTPUT,
     "gate_bias_F": VECTOR,
@@ -123,7 +128,7 @@ def kind(path: tuple, *, tied: bool = False) -> Kind:
         where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         raise ValueError(
             f"model.mup_base_width: {where} has no kind; KINDS in dsmoe_jax/model/mup.py must say"
-            " whether it is input, hidden, output or vector; without muP it must be None"
+            " whether it is input, hidden, output, vector or fixed; without muP it must be None"
         )
     return KINDS[name]
 
@@ -159,7 +164,11 @@ def scale_initial(model: nnx.Module, ratio: float, *, tied: bool = False) -> Non
     """
 
     def scaled(path: tuple, x: jax.Array) -> jax.Array:
-        return x * ratio ** kind(path, tied=tied).deviation
+        power = ratio ** kind(path, tied=tied).deviation
+        return x * power if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map_with_path(scaled, params))
+    # Quantised are experts alone: their whole numbers stay what they are.
+    scales = nnx.state(model, Scale)
+    nnx.update(model, jax.tree.map(lambda x: x * ratio**HIDDEN.deviation, scales))

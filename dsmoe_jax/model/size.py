@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -116,7 +117,10 @@ def parameters_by_formula(model: ModelConfig) -> Parameters:
 
 
 def _by_formula(model: ModelConfig, *, biases: bool) -> Parameters:
-    """`parameters_by_formula`, without the biases of the FFNs and routers if they do not count."""
+    """`parameters_by_formula`, if `biases` are False without those that take part in no product.
+
+    They are the biases of the FFNs and routers, and the matrix of a router by task.
+    """
     moe = model.moe
     d = model.hidden_size
     layers = model.num_hidden_layers
@@ -187,7 +191,10 @@ def _router_parameters(model: ModelConfig, *, biases: bool) -> int:
     gate = d if moe.shared_expert_gate else 0
     if not moe.n_routed_experts:
         return gate
-    logits = moe.n_choices * get_router(moe)[0].logits_per_expert
+    router = get_router(moe)[0]
+    logits = moe.n_choices * router.logits_per_expert
+    if router.by_task:
+        return gate + (logits * len(moe.router.tasks) if biases else 0)
     return gate + logits * (d + (biases and moe.router.logits_bias))
 
 
@@ -289,6 +296,55 @@ def cache_bytes_per_token(model: ModelConfig) -> int:
     """
     one_layer = attention.cache_bytes(model.attention, compute_dtype(model))
     return model.num_hidden_layers * one_layer
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of a model's weights, without modules of multi-token prediction.
+
+    Attributes:
+      routed: of the routed experts.
+      shared: of the shared ones.
+      others: of all else.
+    """
+
+    routed: float
+    shared: float
+    others: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of all."""
+        return sum(self)
+
+
+def weight_bytes(
+    model: ModelConfig, each: float = 4, each_routed: float | None = None
+) -> WeightBytes:
+    """Bytes of a model's weights; those of quantised experts are what they are stored as.
+
+    Args:
+      model: its config.
+      each: bytes of a weight that is not quantised; they are stored as float32.
+      each_routed: of one of a routed expert; None: the same.
+    """
+    moe = model.moe
+    layers = len(model.moe_layers)
+    counted = parameters_by_formula(model)
+    each_routed = each if each_routed is None else each_routed
+    one = _expert_bytes(model, moe.moe_intermediate_size, each_routed)
+    shared = layers * _expert_bytes(model, moe.shared_width, each) if moe.n_shared_experts else 0
+    others = each * (counted.total - counted.expert_total)
+    return WeightBytes(layers * moe.n_routed_experts * one, shared, others)
+
+
+def _expert_bytes(model: ModelConfig, width: int, each: float) -> float:
+    """Bytes of an expert of a width: matrices, biases if it has them, scales if it is quantised."""
+    d = model.hidden_size
+    outputs = 2 * width + d
+    biases = form_of(model.moe.expert).biases * outputs * each
+    if model.moe.quantised is None:
+        return 3 * d * width * each + biases
+    return 3 * d * width + 4 * outputs + biases  # a byte each, and a float32 scale an output
 
 
 def state_bytes(parameters: int) -> dict[str, int]:

@@ -31,6 +31,7 @@ from dsmoe_jax.model.generation import Prompts, Seconds, prompt_inputs
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import Cache, ModelInputs
 from dsmoe_jax.moe import interventions
+from dsmoe_jax.moe.routers import task_number
 
 
 class Drafted(NamedTuple):
@@ -71,6 +72,7 @@ class _State(NamedTuple):
       draft_cache: of the modules.
       passes, proposed, accepted: so far.
       finite: whether all logits were.
+      task_id: of all texts; None for a router that does not choose by it.
     """
 
     tokens_BL: jax.Array
@@ -83,6 +85,7 @@ class _State(NamedTuple):
     proposed: jax.Array
     accepted: jax.Array
     finite: jax.Array
+    task_id: jax.Array | None
 
 
 def generate_drafted(
@@ -91,6 +94,7 @@ def generate_drafted(
     max_new_tokens: int,
     *,
     allowed_V: np.ndarray | None = None,
+    task: str | None = None,
 ) -> Drafted:
     """Continues prompts greedily, each as if it were alone.
 
@@ -99,6 +103,7 @@ def generate_drafted(
       prompts: token ids of each text, at least one; texts may differ in length.
       max_new_tokens: G.
       allowed_V: bool, the tokens that may be generated; None: all of the model's.
+      task: of all texts, for a router by task.
 
     Raises:
       ValueError: for a model without modules, an argument out of range, or logits that are not
@@ -113,7 +118,7 @@ def generate_drafted(
     require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be > 0")
     v = model.config.vocab_size
     allowed_V = np.ones(v, bool) if allowed_V is None else np.asarray(allowed_V, bool)
-    inputs = prompt_inputs(prompts, v)
+    inputs = prompt_inputs(prompts, v, task_number(model.config.moe, task, "task"))
     done, seconds = _run(model, inputs, jnp.asarray(allowed_V), max_new_tokens)
     if not done.finite:
         raise ValueError(
@@ -204,6 +209,7 @@ class _Drafting:
             none,
             none,
             finite,
+            None if inputs.task_ids_BS is None else inputs.task_ids_BS[0, 0],
         )
         return self._draft(state, 0, max(p, self._window))
 
@@ -211,7 +217,8 @@ class _Drafting:
         """Verifies the drafted tokens and drafts new ones."""
         b = len(state.tokens_BL)
         seen_BS = jax.lax.dynamic_slice_in_dim(state.tokens_BL, state.last, self._depth + 1, axis=1)
-        hidden_BSD, best_BS, cache, finite = self._look(ModelInputs(seen_BS), state.cache)
+        seen = ModelInputs(seen_BS).of_task(state.task_id)
+        hidden_BSD, best_BS, cache, finite = self._look(seen, state.cache)
         agrees_BK = jnp.cumprod(seen_BS[:, 1:] == best_BS[:, :-1], axis=1)
         kept = agrees_BK.min(axis=0).sum()  # of all sequences
         behind = state.last + 1
@@ -257,7 +264,8 @@ class _Drafting:
         cache = state.draft_cache._replace(length=jnp.int32(first))
         for k in range(1, self._depth + 1):
             next_BS = jax.lax.dynamic_slice_in_dim(tokens_BL, first + k, length, axis=1)
-            hidden_BSD, cache = self._model.draft(k, hidden_BSD, next_BS, ids_BS, cache)
+            following = ModelInputs(next_BS, ids_BS).of_task(state.task_id)
+            hidden_BSD, cache = self._model.draft(k, hidden_BSD, following, cache)
             last_B1D = jax.lax.dynamic_slice_in_dim(hidden_BSD, at, 1, axis=1)
             best_B1, _ = self._best(last_B1D)
             tokens_BL = jax.lax.dynamic_update_slice(tokens_BL, best_B1, (0, state.last + k))

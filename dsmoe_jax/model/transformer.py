@@ -160,8 +160,7 @@ class Transformer(nnx.Module):
         self,
         k: int,
         hidden_BSD: jax.Array,
-        next_BS: jax.Array,
-        segment_ids_BS: jax.Array,
+        following: ModelInputs,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """Runs the k-th module of multi-token prediction as a draft of generation.
@@ -169,21 +168,21 @@ class Transformer(nnx.Module):
         Args:
           k: 1, 2, ...
           hidden_BSD: of `hidden` (k = 1) or of the module before it.
-          next_BS: int32, the token k ahead of each position.
-          segment_ids_BS: int32, 1 where the position has a token, 0 where it is padding.
+          following: the token k ahead of each position; segment 1 where the position has a token,
+            0 where it is padding.
           cache: from `empty_draft_cache`; `length` is the first position here.
 
         Returns:
           The representation whose logits predict the token k + 1 ahead, and the cache with this
           module's positions filled.
         """
-        every = inputs_of_every_layer(ModelInputs(next_BS, segment_ids_BS), cache)
+        every = inputs_of_every_layer(following, cache)
         graph, params = nnx.split(self.mtp)
         params, own = jax.tree.map(operator.itemgetter(k - 1), (params, cache.stacked))
         module = nnx.merge(graph, params)
         one = OneLayer(own)
         hidden_BSD, _, own = module(
-            hidden_BSD, self._embed(next_BS), every, one, interventions.GENERATION
+            hidden_BSD, self._embed(following.tokens_BS), every, one, interventions.GENERATION
         )
         stacked = jax.tree.map(lambda x, new: x.at[k - 1].set(new), cache.stacked, own)
         segment_ids_BL = every.mask.key_segment_ids_BL
@@ -199,6 +198,7 @@ class Transformer(nnx.Module):
         whole_logits: bool = False,
         look_ahead: bool = False,
         with_best: bool = False,
+        with_hidden: bool = False,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -209,6 +209,7 @@ class Transformer(nnx.Module):
           whole_logits: whether the logits are wanted, whatever they take.
           look_ahead: whether the modules of `model.mtp` are run too.
           with_best: whether the tokens that the model finds best are wanted.
+          with_hidden: whether what the head gets is wanted.
         """
         recorded = inputs.replayed
         if look_ahead:  # of the model's own layers
@@ -221,13 +222,16 @@ class Transformer(nnx.Module):
             whole_logits=whole_logits,
             with_best=with_best or look_ahead,
         )
+        scored = Scored(nll_BS, logits_BSV, report, None, best_BS)
+        if with_hidden:
+            scored = scored._replace(hidden_BSD=hidden_BSD)
         if not look_ahead:
-            return Scored(nll_BS, logits_BSV, report, best_BS=best_BS)
+            return scored
         assert best_BS is not None
         of_modules = jax.tree.map(lambda x: x[:, self.n_scanned :], recorded)
         inputs = inputs._replace(replayed=of_modules)
         ahead, further = self._look_ahead(hidden_BSD, best_BS, inputs, targets_BS, intervention)
-        return Scored(nll_BS, logits_BSV, _joined([report, further]), ahead, best_BS)
+        return scored._replace(report=_joined([report, further]), ahead=ahead)
 
     def _predict(
         self,

@@ -1,7 +1,7 @@
 """Inputs and results of a model, and the cache of generation.
 
-Shapes: B sequences, S positions, L positions of a cache, V vocabulary; of recorded routing, L MoE
-layers and K activated experts; E routed experts.
+Shapes: B sequences, S positions, L positions of a cache, D hidden, V vocabulary; of recorded
+routing, L MoE layers and K activated experts; E routed experts.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class ModelInputs(NamedTuple):
         next best ones.  An array and no part of `Intervention`, so that other experts need no
         compilation; `interventions.check_left_out` says which may be left out.  Only in evaluation,
         and not in the modules of `model.mtp`.  None: none.
+      task_ids_BS: int32, the task of each token's document, its place in `model.moe.router.tasks`,
+        for routers by task; any number on padding.  None: not known.
     """
 
     tokens_BS: jax.Array
@@ -47,6 +49,7 @@ class ModelInputs(NamedTuple):
     rng: jax.Array | None = None
     replayed: RecordedRouting | None = None
     left_out_LE: jax.Array | None = None
+    task_ids_BS: jax.Array | None = None
 
     @classmethod
     def of_batch(
@@ -65,6 +68,7 @@ class ModelInputs(NamedTuple):
         if "replayed_ids_BLSK" in batch:
             arrays = (batch[f"replayed_{name}_BLSK"] for name in RecordedRouting._fields)
             replayed = RecordedRouting(*map(jnp.asarray, arrays))
+        task_ids_BS = jnp.asarray(batch["task_ids_BS"]) if "task_ids_BS" in batch else None
         return cls(
             jnp.asarray(batch["tokens_BS"]),
             jnp.asarray(batch["segment_ids_BS"]),
@@ -72,7 +76,14 @@ class ModelInputs(NamedTuple):
             sequence_ids_B,
             rng,
             replayed,
+            task_ids_BS=task_ids_BS,
         )
+
+    def of_task(self, task_id: jax.Array | int | None) -> ModelInputs:
+        """The same inputs, all of one task; None: as they are."""
+        if task_id is None:
+            return self
+        return self._replace(task_ids_BS=jnp.full_like(self.tokens_BS, task_id))
 
     def assert_shapes(self, n_moe_layers: int) -> None:
         """Asserts that the parts belong to one batch; free at run time, shapes are static.
@@ -82,7 +93,7 @@ class ModelInputs(NamedTuple):
         """
         chex.assert_rank(self.tokens_BS, 2)
         b, s = self.tokens_BS.shape
-        for x_BS in (self.segment_ids_BS, self.positions_BS):
+        for x_BS in (self.segment_ids_BS, self.positions_BS, self.task_ids_BS):
             if x_BS is not None:
                 chex.assert_shape(x_BS, (b, s))
         if self.sequence_ids_B is not None:
@@ -173,6 +184,7 @@ class Scored(NamedTuple):
       report: as in `Output`; with `ahead`, those of its modules come last.
       ahead: predictions of tokens further ahead, if they were asked for.
       best_BS: int32, the token of the largest logit, if it was asked for.
+      hidden_BSD: what the head gets, normed, if it was asked for.
     """
 
     nll_BS: jax.Array
@@ -180,3 +192,4 @@ class Scored(NamedTuple):
     report: LayerReport | None
     ahead: Ahead | None = None
     best_BS: jax.Array | None = None
+    hidden_BSD: jax.Array | None = None

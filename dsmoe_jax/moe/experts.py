@@ -8,7 +8,8 @@ tested against.
 
 Row blocks of `group_sizes_E` rows go to experts 0, 1, ...; rows past the last group are padding:
 whatever they hold (NaN included), their output and their gradient are exactly 0.  The weights are
-of the dtype of the rows; products are accumulated in float32.
+of the dtype of the rows; products are accumulated in float32.  Matrices may be `Quantised`
+instead (nn/quantisation), for backends that say so; these have no gradients.
 
 What an expert computes between its products is its form (nn/feed_forward): SwiGLU, or another one
 of the open models, with or without biases.  A new backend is such a function and a line in
@@ -33,17 +34,19 @@ from dsmoe_jax.config.checks import require
 from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.moe.kernels import blocked, native, native_serves
 from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, Form
+from dsmoe_jax.nn.quantisation import Matrix, Quantised, times, unscaled
 
 
 class ExpertWeights(NamedTuple):
     """The matrices of all experts, each stored (out, in) as in PyTorch checkpoints, and biases.
 
-    The biases are None for experts without; all three are there, or none.
+    All matrices are quantised, or none.  The biases are None for experts without; all three are
+    there, or none.
     """
 
-    gate_EFD: jax.Array
-    up_EFD: jax.Array
-    down_EDF: jax.Array
+    gate_EFD: Matrix
+    up_EFD: Matrix
+    down_EDF: Matrix
     gate_bias_EF: jax.Array | None = None
     up_bias_EF: jax.Array | None = None
     down_bias_ED: jax.Array | None = None
@@ -52,21 +55,23 @@ class ExpertWeights(NamedTuple):
 class JoinedWeights(NamedTuple):
     """The same for one product with gate and up: G = 2 F, first the gates' rows, then the ups'."""
 
-    gate_up_EGD: jax.Array
-    down_EDF: jax.Array
+    gate_up_EGD: Matrix
+    down_EDF: Matrix
     gate_up_bias_EG: jax.Array | None = None
     down_bias_ED: jax.Array | None = None
 
 
 RunExperts = Callable[..., jax.Array]  # see the head of this file; the activation may be left out
 RunWeighted = Callable[..., jax.Array]  # see `Backend.run_weighted`
-GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # x_NI, w_EOI, sizes_E
+GroupedProduct = Callable[..., jax.Array]  # x_NI, w_EOI, sizes_E, dtype of the results (None: x's)
 SILU = SWIGLU.activation
 
 
 def join(weights: ExpertWeights) -> JoinedWeights:
     """Puts gate and up into one matrix, and their biases into one vector."""
-    gate_up_EGD = jnp.concatenate([weights.gate_EFD, weights.up_EFD], axis=1)
+    gate_up_EGD = jax.tree.map(
+        lambda *halves: jnp.concatenate(halves, axis=1), weights.gate_EFD, weights.up_EFD
+    )
     if weights.gate_bias_EF is None:
         return JoinedWeights(gate_up_EGD, weights.down_EDF)
     assert weights.up_bias_EF is not None
@@ -76,7 +81,10 @@ def join(weights: ExpertWeights) -> JoinedWeights:
 
 def split(joined: JoinedWeights) -> ExpertWeights:
     """The weights that `join` has joined."""
-    gate_EFD, up_EFD = jnp.split(joined.gate_up_EGD, 2, axis=1)
+    gate_EFD, up_EFD = (
+        jax.tree.map(lambda x, half=half: jnp.split(x, 2, axis=1)[half], joined.gate_up_EGD)
+        for half in (0, 1)
+    )
     if joined.gate_up_bias_EG is None:
         return ExpertWeights(gate_EFD, up_EFD, joined.down_EDF)
     gate_EF, up_EF = jnp.split(joined.gate_up_bias_EG, 2, axis=1)
@@ -105,10 +113,10 @@ def loop(
 
 def one_expert_on(x_ND: jax.Array, w: ExpertWeights, activation: Activation) -> jax.Array:
     """One expert, whose weights have no E: accumulated in float32, in the dtype of x."""
-    gate_NF = _plus(_matmul_f32(x_ND, w.gate_EFD), w.gate_bias_EF)
-    up_NF = _plus(_matmul_f32(x_ND, w.up_EFD), w.up_bias_EF)
+    gate_NF = _plus(times(x_ND, w.gate_EFD), w.gate_bias_EF)
+    up_NF = _plus(times(x_ND, w.up_EFD), w.up_bias_EF)
     hidden_NF = activation.hidden(gate_NF, up_NF).astype(x_ND.dtype)
-    return _plus(_matmul_f32(hidden_NF, w.down_EDF), w.down_bias_ED).astype(x_ND.dtype)
+    return _plus(times(hidden_NF, w.down_EDF), w.down_bias_ED).astype(x_ND.dtype)
 
 
 def _plus(y_NO: jax.Array, bias_O: jax.Array | None) -> jax.Array:
@@ -125,9 +133,12 @@ def ragged_dot(
     return _grouped(_ragged_dot, rows_ND, group_sizes_E, weights, activation)
 
 
-def _ragged_dot(x_NI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def _ragged_dot(
+    x_NI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, dtype: Any = None
+) -> jax.Array:
     w_EIO = w_EOI.swapaxes(1, 2)
-    return jax.lax.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=x_NI.dtype)
+    dtype = x_NI.dtype if dtype is None else dtype
+    return jax.lax.ragged_dot(x_NI, w_EIO, group_sizes_E, preferred_element_type=dtype)
 
 
 def tokamax(
@@ -173,8 +184,9 @@ def _grouped(
     # So they are masked on the way into and out of each matmul: 0 * NaN is NaN in a gradient too.
     mask = functools.partial(_first, group_sizes_E.sum())
 
-    def masked_product(x_NI: jax.Array, w_EOI: jax.Array, bias_EO: jax.Array | None) -> jax.Array:
-        return mask(_plus_of_group(product(x_NI, w_EOI, group_sizes_E), bias_EO, group_sizes_E))
+    def masked_product(x_NI: jax.Array, w_EOI: Matrix, bias_EO: jax.Array | None) -> jax.Array:
+        y_NO = _times_of_group(product, x_NI, w_EOI, group_sizes_E)
+        return mask(_plus_of_group(y_NO, bias_EO, group_sizes_E))
 
     x_ND = mask(rows_ND)
     gate_NF = masked_product(x_ND, weights.gate_EFD, weights.gate_bias_EF)
@@ -183,21 +195,36 @@ def _grouped(
     return masked_product(hidden_NF.astype(x_ND.dtype), weights.down_EDF, weights.down_bias_ED)
 
 
+def _times_of_group(
+    product: GroupedProduct, x_NI: jax.Array, w_EOI: Matrix, group_sizes_E: jax.Array
+) -> jax.Array:
+    """Each row times the matrix of its group, in the dtype of x."""
+    if not isinstance(w_EOI, Quantised):
+        return product(x_NI, w_EOI, group_sizes_E)
+
+    def of_group(x_NI: jax.Array, w_EOI: jax.Array, dtype: Any) -> jax.Array:
+        return product(x_NI, w_EOI, group_sizes_E, dtype)
+
+    sums_NO = unscaled(of_group, x_NI, w_EOI)
+    scale_NO = vector_of_rows(w_EOI.scale, group_sizes_E, x_NI.shape[0])
+    return (sums_NO * scale_NO).astype(x_NI.dtype)
+
+
 def _plus_of_group(
     y_NO: jax.Array, bias_EO: jax.Array | None, group_sizes_E: jax.Array
 ) -> jax.Array:
     if bias_EO is None:
         return y_NO
-    return y_NO + bias_of_rows(bias_EO, group_sizes_E, y_NO.shape[0])
+    return y_NO + vector_of_rows(bias_EO, group_sizes_E, y_NO.shape[0])
 
 
-def bias_of_rows(bias_EO: jax.Array, group_sizes_E: jax.Array, n_rows: int) -> jax.Array:
-    """The bias of each row's expert, (N, O); 0 for padding."""
+def vector_of_rows(vector_EO: jax.Array, group_sizes_E: jax.Array, n_rows: int) -> jax.Array:
+    """The bias, or the scales, of each row's expert, (N, O); 0 for padding."""
     # As a product with ones and zeros: its transpose is a product too, and no scatter-add over all
     # rows.  At highest precision it is exact.
     owner_N = expert_of_row(group_sizes_E, n_rows)
-    mine_NE = (owner_N[:, None] == jnp.arange(len(bias_EO))).astype(bias_EO.dtype)
-    return jnp.matmul(mine_NE, bias_EO, precision="highest")
+    mine_NE = (owner_N[:, None] == jnp.arange(len(vector_EO))).astype(vector_EO.dtype)
+    return jnp.matmul(mine_NE, vector_EO, precision="highest")
 
 
 def _weighted(
@@ -209,14 +236,14 @@ def _weighted(
     activation: Activation = SILU,
 ) -> jax.Array:
     # The gate before the down product: there its gradient costs no further pass over rows of D.
-    gate_up_NG = product(rows_ND, weights.gate_up_EGD, group_sizes_E)
+    gate_up_NG = _times_of_group(product, rows_ND, weights.gate_up_EGD, group_sizes_E)
     gate_up_NG = _plus_of_group(gate_up_NG, weights.gate_up_bias_EG, group_sizes_E)
     hidden_NF: Any = _weighted_activation(activation, gate_up_NG, gates_N, group_sizes_E.sum())
-    y_ND = product(hidden_NF, weights.down_EDF, group_sizes_E)
+    y_ND = _times_of_group(product, hidden_NF, weights.down_EDF, group_sizes_E)
     if weights.down_bias_ED is None:
         return y_ND
     # The gate weighs all of an expert's output, its bias too.
-    bias_ND = bias_of_rows(weights.down_bias_ED, group_sizes_E, rows_ND.shape[0])
+    bias_ND = vector_of_rows(weights.down_bias_ED, group_sizes_E, rows_ND.shape[0])
     return y_ND + (gates_N[:, None] * bias_ND.astype(jnp.float32)).astype(y_ND.dtype)
 
 
@@ -272,10 +299,6 @@ def _weighted_after(
     return (gates_N[:, None] * out_ND.astype(jnp.float32)).astype(rows_ND.dtype)
 
 
-def _matmul_f32(x_NI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    return jnp.einsum("ni,oi->no", x_NI, w_OI, preferred_element_type=jnp.float32)
-
-
 def _tokamax_missing() -> str:
     if find_spec("tokamax") is not None:
         return ""
@@ -303,6 +326,7 @@ class Backend(NamedTuple):
         another one needs `jax.default_device`.
       product: of rows with the matrix of their group, for `run_weighted`; None: it has none.
       only_swiglu: its kernel computes no other form of expert.
+      quantised: it computes experts with quantised matrices, too.
     """
 
     run: RunExperts
@@ -310,6 +334,7 @@ class Backend(NamedTuple):
     default_device: bool = False
     product: GroupedProduct | None = None
     only_swiglu: bool = False
+    quantised: bool = False
 
     @property
     def run_weighted(self) -> RunWeighted:
@@ -323,22 +348,23 @@ class Backend(NamedTuple):
 
 
 BACKENDS: dict[str, Backend] = {
-    "loop": Backend(loop),
-    "blocked": Backend(blocked.run),
+    "loop": Backend(loop, quantised=True),
+    "blocked": Backend(blocked.run, quantised=True),
     "native": Backend(native.run, missing=_native_missing, only_swiglu=True),
-    "ragged_dot": Backend(ragged_dot, product=_ragged_dot),
+    "ragged_dot": Backend(ragged_dot, product=_ragged_dot, quantised=True),
     "tokamax": Backend(
         tokamax, missing=_tokamax_missing, default_device=True, product=_tokamax_dot
     ),
 }
 
 
-def check_backend(name: str, form: Form = SWIGLU) -> None:
+def check_backend(name: str, form: Form = SWIGLU, *, quantised: bool = False) -> None:
     """Refuses a `model.moe.expert_backend` that is unknown or cannot run here.
 
     Args:
       name: of the backend, or "auto".
       form: of the experts.
+      quantised: whether their matrices are.
 
     Raises:
       ValueError: saying what is missing, or that it computes no such experts.
@@ -352,26 +378,34 @@ def check_backend(name: str, form: Form = SWIGLU) -> None:
     others = ["auto", *sorted(n for n, other in BACKENDS.items() if not other.only_swiglu)]
     want = f"computes SwiGLU experts without biases and no others; must be one of {others}"
     require(form == SWIGLU or not backend.only_swiglu, key, name, want)
+    others = ["auto", *sorted(n for n, other in BACKENDS.items() if other.quantised)]
+    want = f"computes no quantised experts (model.moe.quantised); must be one of {others}"
+    require(backend.quantised or not quantised, key, name, want)
     if backend.missing is not None and (reason := backend.missing()):
         raise ValueError(f"{key}={name!r}: {reason}")
 
 
-def choose_name(name: str, dtype: jnp.dtype, form: Form = SWIGLU) -> str:
+def choose_name(
+    name: str, dtype: jnp.dtype, form: Form = SWIGLU, *, quantised: bool = False
+) -> str:
     """The backend that `model.moe.expert_backend` means, for rows of a dtype.
 
     "auto" is the one that suits the device: on a CPU `native` where it serves and else `blocked`,
-    on accelerators `ragged_dot`.
+    which is that of quantised experts; on accelerators `ragged_dot`.
 
     Raises:
       ValueError: as `check_backend`.
     """
-    check_backend(name, form)
+    check_backend(name, form, quantised=quantised)
     if name != "auto":
         return name
-    on_cpu = "native" if native_serves(dtype) and form == SWIGLU else "blocked"
+    serves = form == SWIGLU and not quantised and native_serves(dtype)
+    on_cpu = "native" if serves else "blocked"
     return on_cpu if platform() == "cpu" else "ragged_dot"
 
 
-def choose_backend(name: str, dtype: jnp.dtype, form: Form = SWIGLU) -> Backend:
+def choose_backend(
+    name: str, dtype: jnp.dtype, form: Form = SWIGLU, *, quantised: bool = False
+) -> Backend:
     """The entry of `choose_name`."""
-    return BACKENDS[choose_name(name, dtype, form)]
+    return BACKENDS[choose_name(name, dtype, form, quantised=quantised)]

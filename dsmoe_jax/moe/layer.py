@@ -6,7 +6,7 @@
 loop; `routed` composes dispatch, experts and combine.
 
 Shapes: B sequences, S their length, T = B*S tokens, D hidden, F expert width, E routed experts,
-K activated per token.
+K activated per token, A tasks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from dsmoe_jax.moe.kernels import RowKernels
 from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs, recorded
 from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
+from dsmoe_jax.nn import quantisation
 from dsmoe_jax.nn.feed_forward import FeedForward, form_of, init_bias
 from dsmoe_jax.nn.layers import init_matrix
+
+_MATRICES = ("gate_EFD", "up_EFD", "down_EDF")  # of the routed experts
 
 
 class RouterVariable(nnx.Variable):
@@ -60,7 +63,9 @@ class MoELayer(nnx.Module):
         form = form_of(moe.expert)
         if moe.n_shared_experts:
             # Shared experts all see every token: side by side they are one wide FFN.
-            self.shared = FeedForward(d, moe.shared_width, initializer_range, form, rngs=rngs)
+            self.shared = FeedForward(
+                d, moe.shared_width, initializer_range, form, moe.quantised, rngs=rngs
+            )
         if moe.shared_expert_gate:
             self.shared_gate_D = init_matrix(rngs, (d,), initializer_range)
         if not e:
@@ -69,7 +74,11 @@ class MoELayer(nnx.Module):
         router, settings = routers.get_router(moe)
         if router.learned:
             rows = router.logits_per_expert * moe.n_choices
-            self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
+            if router.by_task:
+                columns = len(moe.router.tasks)
+                self.router_EA = init_matrix(rngs, (rows, columns), initializer_range)
+            else:
+                self.router_ED = init_matrix(rngs, (rows, d), initializer_range)
             if moe.router.logits_bias:
                 self.router_bias_E = init_bias(rows)
         if router.state is not None:
@@ -79,6 +88,8 @@ class MoELayer(nnx.Module):
         self.gate_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.up_EFD = init_matrix(rngs, (e, f, d), initializer_range)
         self.down_EDF = init_matrix(rngs, (e, d, f), initializer_range)
+        if moe.quantised is not None:
+            quantisation.hold(self, _MATRICES, moe.quantised.bits)
         if form.biases:
             self.gate_bias_EF = init_bias(e, f)
             self.up_bias_EF = init_bias(e, f)
@@ -188,12 +199,22 @@ class MoELayer(nnx.Module):
         return y_TD.reshape(x_BSD.shape), report
 
     def expert_weights(self) -> experts.ExpertWeights:
-        """The parameters of the routed experts."""
-        matrices = self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+        """The weights of the routed experts."""
+        quantised = self.config.quantised
+        if quantised is None:
+            weights = experts.ExpertWeights(
+                self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+            )
+        else:
+            held = functools.partial(quantisation.held, self, inputs=quantised.activations)
+            weights = experts.ExpertWeights(held("gate_EFD"), held("up_EFD"), held("down_EDF"))
         if not form_of(self.config.expert).biases:
-            return experts.ExpertWeights(*matrices)
-        biases = self.gate_bias_EF[...], self.up_bias_EF[...], self.down_bias_ED[...]
-        return experts.ExpertWeights(*matrices, *biases)
+            return weights
+        return weights._replace(
+            gate_bias_EF=self.gate_bias_EF[...],
+            up_bias_EF=self.up_bias_EF[...],
+            down_bias_ED=self.down_bias_ED[...],
+        )
 
     def route(
         self,
@@ -202,7 +223,7 @@ class MoELayer(nnx.Module):
         row_kernels: RowKernels = kernels.JAX_ROWS,
         intervention: Intervention = interventions.NONE,
     ) -> tuple[Routing, jax.Array | None]:
-        """The routing of activations, in float32 but for logits of another `logits_dtype`.
+        """The routing of activations, in float32 but for another `logits_dtype` or `gates_dtype`.
 
         Args:
           x_TD: activations.
@@ -215,7 +236,8 @@ class MoELayer(nnx.Module):
           logits or has none.
 
         Raises:
-          ValueError: for an intervention that the router would ignore.
+          ValueError: for an intervention that the router would ignore, or a text whose task a
+            router by task does not know.
         """
         interventions.check(intervention, self.config)
         router, settings = routers.get_router(self.config)
@@ -232,33 +254,52 @@ class MoELayer(nnx.Module):
         variables = {n: v for n, v in vars(self).items() if isinstance(v, RouterVariable)}
         inputs = inputs._replace(state={name: v[...] for name, v in variables.items()})
         logits = mean_logit_T = None
-        if router.learned:
+        if router.by_task:
+            _check_tasks_known(inputs, self.config)
+        if router.learned and router.by_task:
+            logits = self._logits_of_tasks(inputs)
+        elif router.learned:
             x_TD = x_TD.astype(jnp.float32)
             if self.config.router.jitter is not None and inputs.rng is not None:
                 x_TD, inputs = _jitter(x_TD, inputs, self.config.router.jitter)
-            # At highest precision: an accelerator's default would round to bfloat16.
-            product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-            dtype = jnp.dtype(self.config.router.logits_dtype)
-            logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
-            logits = logits.astype(jnp.float32)
-            if not router.alters_logits:
-                # The mean of the logits themselves would make XLA on CPU store the logits.
-                mean_D = self.router_ED[...].mean(axis=0)
-                mean_logit_T = product("td,d->t", x_TD, mean_D)
-            if self.config.router.logits_bias:
-                logits += self.router_bias_E[...]
-                if mean_logit_T is not None:
-                    mean_logit_T += self.router_bias_E[...].mean()
+            logits, mean_logit_T = self._logits_of_tokens(x_TD, with_mean=not router.alters_logits)
         choose = router.route
         if intervention.tokens_alone and router.alone is not None:
             choose = router.alone
         routing = choose(logits, inputs, settings)
+        routing = _rounded(routing, jnp.dtype(self.config.router.gates_dtype))
         if inputs.replayed is not None and inputs.rng is None:
             replayed = inputs.replayed
             routing = routing._replace(ids_TK=replayed.ids, gates_TK=replayed.gates)
         chex.assert_equal_shape([routing.ids_TK, routing.gates_TK])
         chex.assert_type([routing.ids_TK, routing.gates_TK], [jnp.int32, jnp.float32])
         return routing, mean_logit_T
+
+    def _logits_of_tokens(
+        self, x_TD: jax.Array, *, with_mean: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The router matrix times each token, and the mean of each token's logits if wanted."""
+        # At highest precision: an accelerator's default would round to bfloat16.
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        dtype = jnp.dtype(self.config.router.logits_dtype)
+        logits = product("td,ed->te", x_TD.astype(dtype), self.router_ED[...].astype(dtype))
+        logits = logits.astype(jnp.float32)
+        mean_logit_T = None
+        if with_mean:
+            # The mean of the logits themselves would make XLA on CPU store the logits.
+            mean_D = self.router_ED[...].mean(axis=0)
+            mean_logit_T = product("td,d->t", x_TD, mean_D)
+        if self.config.router.logits_bias:
+            logits += self.router_bias_E[...]
+            if mean_logit_T is not None:
+                mean_logit_T += self.router_bias_E[...].mean()
+        return logits, mean_logit_T
+
+    def _logits_of_tasks(self, inputs: RouterInputs) -> jax.Array:
+        """The logits of each token's task, (T, E)."""
+        # A product with the task's unit vector: an exact look-up, whose gradient is a product too.
+        task_TA = jax.nn.one_hot(inputs.task_ids_T, len(self.config.router.tasks))
+        return jnp.matmul(task_TA, self.router_EA[...].T, precision="highest")
 
     def _drop(
         self,
@@ -293,7 +334,8 @@ def check_layer(moe: MoEConfig) -> None:
     router, _ = routers.get_router(moe)
     dropping.check_policies(moe, scored=router.learned)
     dispatch.check_dispatcher(moe)
-    experts.check_backend(moe.expert_backend, form_of(moe.expert))
+    quantised = moe.quantised is not None
+    experts.check_backend(moe.expert_backend, form_of(moe.expert), quantised=quantised)
     kernels.check_rows(moe.row_kernels)
     losses.check(moe, moe.router.name, learned=router.learned, balanced=router.balanced)
 
@@ -303,6 +345,13 @@ def evaluated_together(moe: MoEConfig) -> bool:
     if not moe.n_routed_experts:
         return False
     return moe.evaluation_drop is not None or routers.get_router(moe)[0].alone is not None
+
+
+def _rounded(routing: Routing, dtype: jnp.dtype) -> Routing:
+    """A routing whose gates are numbers of another dtype, in float32."""
+    if dtype == jnp.float32:
+        return routing
+    return routing._replace(gates_TK=routing.gates_TK.astype(dtype).astype(jnp.float32))
 
 
 def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
@@ -317,7 +366,17 @@ def _by_token(inputs: MoEInputs, sequence_ids_B: jax.Array) -> RouterInputs:
         replayed=replayed,
         sequence_ids_B=sequence_ids_B,
         left_out_E=inputs.left_out_E,
+        task_ids_T=None if inputs.task_ids_BS is None else inputs.task_ids_BS.reshape(-1),
     )
+
+
+def _check_tasks_known(inputs: RouterInputs, moe: MoEConfig) -> None:
+    """Refuses a text without tasks where the router chooses by them."""
+    if inputs.task_ids_T is None:
+        raise ValueError(
+            f"model.moe.router.name={moe.router.name!r}: chooses experts by the task of the text,"
+            f" which is not known here; must be one of {', '.join(moe.router.tasks)}"
+        )
 
 
 def _jitter(x_TD: jax.Array, inputs: RouterInputs, width: float) -> tuple[jax.Array, RouterInputs]:

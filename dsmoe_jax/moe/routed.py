@@ -15,6 +15,7 @@ devices of the axis `expert`, Q chunks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from dsmoe_jax.moe.experts import Backend, ExpertWeights, JoinedWeights, choose_
 from dsmoe_jax.moe.kernels import JAX_ROWS, RowKernels
 from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, form_of
+from dsmoe_jax.nn.quantisation import Matrix, Quantised, in_dtype
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.sharding import spec
 
@@ -91,14 +93,16 @@ def routed_experts(
     dispatch.check_mesh(moe.dispatch.name, expert_devices(), has_mesh=not mesh.empty)
     dispatcher = dispatch.choose_dispatcher(moe.dispatch.name, expert_devices())
     form = form_of(moe.expert)
-    backend = choose_backend(moe.expert_backend, x_TD.dtype, form)
+    backend = choose_backend(
+        moe.expert_backend, x_TD.dtype, form, quantised=moe.quantised is not None
+    )
     parts = Parts(dispatcher, backend, kernels, form.activation)
     tokens = Tokens(x_TD, routing.ids_TK, routing.gates_TK)
     if dispatcher.needs_mesh or math.prod(mesh.axis_sizes) > 1:
         # The compiled row kernels support neither empty slots nor cut-off rows.
         parts = parts._replace(kernels=JAX_ROWS)
         return _on_mesh(parts, tokens, weights, moe, max_kept)
-    weights = jax.tree.map(lambda w: w.astype(x_TD.dtype), weights)
+    weights = in_dtype(weights, x_TD.dtype)
     y_TD, computed_E = on_one_device(parts, weights, tokens)
     return y_TD, DispatchReport(computed_E.astype(jnp.float32))
 
@@ -174,9 +178,7 @@ def _on_mesh(
     replicated = PartitionSpec()
     by_token = spec("TD")
     report: Any = DispatchReport(PartitionSpec("expert"), replicated)  # pyright: ignore
-    specs: Any = [
-        None if w is None else spec(axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True)
-    ]
+    specs: Any = list(map(_spec_of, weights, WEIGHT_AXES))
     # Without check_vma, which would take the zeros that the backends' loops start from for
     # replicated.
     y_TD, report = jax.shard_map(
@@ -186,6 +188,13 @@ def _on_mesh(
         check_vma=False,
     )(_fill_up(tokens, token_shards(), n_experts), weights)
     return y_TD[: tokens.x_TD.shape[0]], jax.lax.stop_gradient(report)
+
+
+def _spec_of(w: Matrix | None, axes: str) -> Any:
+    """The partition of weights; the scales of a quantised matrix have no inputs."""
+    if isinstance(w, Quantised):
+        return dataclasses.replace(w, values=spec(axes), scale=spec(axes[:-1]))
+    return None if w is None else spec(axes)
 
 
 def _in_chunks(
@@ -228,12 +237,17 @@ def _in_chunks(
 def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> JoinedWeights:
     """The weights of this device's experts, joined and gathered over `fsdp`."""
 
-    def whole(w: jax.Array, axis: int) -> jax.Array:
-        # Cast before the gather: bfloat16 has half the bytes of float32.
-        return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=axis, tiled=True)
+    def whole(w: Any, axis: int) -> Any:
+        if jax.lax.axis_size("fsdp") == 1:
+            # XLA on CPU keeps the gather, and turns the weights round and back for it.
+            return w
+        # What has no such axis are the scales of a matrix, whose inputs are split.
+        gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
+        return jax.tree.map(lambda x: gather(x) if axis < x.ndim else x, w)
 
-    # Joined before: a device's part is small.
-    joined = join(weights)
+    # Joined before: a device's part is small.  Cast before the gather: bfloat16 has half the bytes
+    # of float32, and quantised matrices have a quarter.
+    joined = in_dtype(join(weights), dtype)
     matrices = whole(joined.gate_up_EGD, 2), whole(joined.down_EDF, 1)
     if joined.gate_up_bias_EG is None or joined.down_bias_ED is None:
         return JoinedWeights(*matrices)
@@ -241,7 +255,7 @@ def _gather_weights(weights: ExpertWeights, dtype: jnp.dtype) -> JoinedWeights:
     # bias of the results belongs to one of the parts.
     first = jax.lax.axis_index("tensor") == 0
     down_bias_ED = jnp.where(first, whole(joined.down_bias_ED, 1), 0)
-    return JoinedWeights(*matrices, joined.gate_up_bias_EG.astype(dtype), down_bias_ED)
+    return JoinedWeights(*matrices, joined.gate_up_bias_EG, down_bias_ED)
 
 
 def _fill_up(tokens: Tokens, multiple: int, n_experts: int) -> Tokens:
@@ -277,3 +291,10 @@ def _check_divides(weights: ExpertWeights) -> None:
     ):
         if value % sizes[axis]:
             raise ValueError(f"mesh.{axis}={sizes[axis]}: must divide {key}={value}")
+    gate_EFD = weights.gate_EFD
+    if isinstance(gate_EFD, Quantised) and gate_EFD.inputs and sizes["tensor"] > 1:
+        raise ValueError(
+            f"mesh.tensor={sizes['tensor']}: splits a row that has one scale for all of"
+            f" model.moe.moe_intermediate_size={f}; must be 1, or model.moe.quantised.activations"
+            " False"
+        )

@@ -73,6 +73,7 @@ class MoEInputs(NamedTuple):
         stand together.  None: one document a sequence.
       left_out_E: bool, routed experts that no token may choose, see `interventions.check_left_out`;
         only in evaluation.  None: none.
+      task_ids_BS: int32, the task of each token's document, for routers by task.  None: not known.
     """
 
     token_ids_BS: jax.Array
@@ -82,6 +83,7 @@ class MoEInputs(NamedTuple):
     replayed: RecordedRouting | None = None
     segment_ids_BS: jax.Array | None = None
     left_out_E: jax.Array | None = None
+    task_ids_BS: jax.Array | None = None
 
 
 class RouterInputs(NamedTuple):
@@ -96,6 +98,7 @@ class RouterInputs(NamedTuple):
       sequence_ids_B: int32, the place of each sequence in the global batch; None: the T tokens are
         one sequence, the first.
       left_out_E: bool, routed experts that no token may choose; None: none.
+      task_ids_T: int32, the task of each token's document, for routers by task; None: not known.
     """
 
     token_ids_T: jax.Array
@@ -105,6 +108,7 @@ class RouterInputs(NamedTuple):
     replayed: RecordedRouting | None = None
     sequence_ids_B: jax.Array | None = None
     left_out_E: jax.Array | None = None
+    task_ids_T: jax.Array | None = None
 
     def draw(self, sample: Callable[..., jax.Array], *shape: int) -> jax.Array:
         """Random numbers of shape (T, *shape), drawn with a key for each sequence.

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import ExpertConfig
+from dsmoe_jax.config import ExpertConfig, QuantisedConfig
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.nn import quantisation
 from dsmoe_jax.nn.layers import init_matrix, linear
 
 
@@ -119,13 +120,26 @@ class FeedForward(nnx.Module):
       hidden, width: D and F.
       std: deviation of the matrices at the start; biases start at 0.
       form: of the network.
+      quantised: its matrices are whole numbers; None: they are float32.
     """
 
-    def __init__(self, hidden: int, width: int, std: float, form: Form, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        std: float,
+        form: Form,
+        quantised: QuantisedConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.form = form
+        self.quantised = quantised
         self.gate_FD = init_matrix(rngs, (width, hidden), std)
         self.up_FD = init_matrix(rngs, (width, hidden), std)
         self.down_DF = init_matrix(rngs, (hidden, width), std)
+        if quantised is not None:
+            quantisation.hold(self, ("gate_FD", "up_FD", "down_DF"), quantised.bits)
         if form.biases:
             self.gate_bias_F = init_bias(width)
             self.up_bias_F = init_bias(width)
@@ -133,12 +147,19 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) -> (..., D), same dtype."""
-        gate, up = linear(x, self.gate_FD), linear(x, self.up_FD)
+        gate, up = self._times(x, "gate_FD"), self._times(x, "up_FD")
         if self.form.biases:
             gate += self.gate_bias_F[...].astype(x.dtype)
             up += self.up_bias_F[...].astype(x.dtype)
-        y = linear(self.form.activation.hidden(gate, up), self.down_DF)
+        y = self._times(self.form.activation.hidden(gate, up), "down_DF")
         return y + self.down_bias_D[...].astype(x.dtype) if self.form.biases else y
+
+    def _times(self, x: jax.Array, name: str) -> jax.Array:
+        """The product with a matrix by its name, in the dtype of x."""
+        if self.quantised is None:
+            return linear(x, getattr(self, name))
+        matrix = quantisation.held(self, name, inputs=self.quantised.activations)
+        return quantisation.times(x, matrix).astype(x.dtype)
 
 
 def init_bias(*shape: int) -> nnx.Param[jax.Array]:

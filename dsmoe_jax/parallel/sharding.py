@@ -53,6 +53,7 @@ LOGICAL: dict[str, LogicalAxis] = {
     "I": LogicalAxis("size of a head's value"),
     "Q": LogicalAxis("latent of the queries", ("fsdp", "expert")),
     "Z": LogicalAxis("latent of keys and values", ("fsdp", "expert")),
+    "A": LogicalAxis("tasks"),
     "J": LogicalAxis("two hidden vectors side by side", ("tensor",)),
 }
 

@@ -26,15 +26,18 @@ from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.chips import CHIPS, TPUS
 from dsmoe_jax.model import layout, size
+from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import collectives, memory_traffic, planner
 from dsmoe_jax.planning.collectives import Overlap
 from dsmoe_jax.planning.memory_traffic import Move
 from dsmoe_jax.planning.roofline import Roofline, roofline
+from dsmoe_jax.runs.checkpoint import target
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.start import TrainState, abstract_state
 from dsmoe_jax.training.step import jit_train_step
+from dsmoe_jax.training.teacher import teacher_model
 
 # libtpu asks which machine it is on, complains where there is none, and lets only one process use
 # its TPUs.
@@ -158,7 +161,7 @@ def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh
     """
     planned = config.mesh == MeshConfig()
     if planned:
-        plan, _ = planner.propose(config, chip, len(devices))
+        plan, _ = planner.propose(config, chip, len(devices), teacher_model(config))
         train = dataclasses.replace(config.train, accumulation_steps=plan.accumulation_steps)
         config = dataclasses.replace(config, mesh=MeshConfig(**plan.sizes), train=train)
     return config, open_mesh(config, devices), planned
@@ -175,13 +178,16 @@ def prove(config: Config, topology: str) -> Proof:
     with jax.set_mesh(mesh):
         state = abstract_state(config)
         batch = abstract_batch(config, mesh)
-        step: Any = jit_train_step(config, np.ones(config.model.vocab_size, np.int32))
+        bytes_V = np.ones(config.model.vocab_size, np.int32)
+        model = teacher_model(config)
+        teacher = None if model is None else target(model_shapes(model))
+        step: Any = jit_train_step(config, bytes_V, model)
         start = time.perf_counter()
         kernels = contextlib.nullcontext()
         if _default_device_counts(config.model.moe.expert_backend):
             kernels = jax.default_device(devices[0])
         with kernels:
-            lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
+            lowered = step.trace(state, batch, teacher).lower(lowering_platforms=("tpu",))
         compiled = _compile(lowered, f"{config.name} on {topology}", config, dict(mesh.shape))
         seconds = time.perf_counter() - start
     text = compiled.as_text()
@@ -195,7 +201,7 @@ def prove(config: Config, topology: str) -> Proof:
         chips=len(devices),
         sizes=dict(mesh.shape),
         planned=planned,
-        memory=_memory(compiled.memory_analysis(), state, batch),
+        memory=_memory(compiled.memory_analysis(), state, batch, teacher),
         gradients=local_bytes(state.params) / 1e9,
         flops=flops,
         collectives=received,
@@ -223,13 +229,16 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     split = sharding.batch_sharding(mesh)
     ids_BS: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     mask_BS: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-    return Batch(
+    batch = Batch(
         tokens_BS=ids_BS,
         targets_BS=ids_BS,
         segment_ids_BS=ids_BS,
         positions_BS=ids_BS,
         loss_mask_BS=mask_BS,
     )
+    if config.model.moe.router.tasks:
+        batch["task_ids_BS"] = ids_BS
+    return batch
 
 
 def _compile(lowered: Any, name: str, config: Config, sizes: dict[str, int]) -> Any:
@@ -255,13 +264,17 @@ def local_bytes(tree: Any) -> int:
     return total
 
 
-def _memory(allocated: Any, state: TrainState, batch: Batch) -> dict[str, float]:
+def _memory(
+    allocated: Any, state: TrainState, batch: Batch, teacher: ModelState | None
+) -> dict[str, float]:
     """GB of one chip by category: the arguments by their shapes, the rest as compiled."""
     arguments = {
         "parameters": local_bytes(state.params),
         "moments": local_bytes(state.opt_state),
         "batch": local_bytes(batch) + local_bytes((state.step, state.other)),
     }
+    if teacher is not None:
+        arguments["teacher"] = local_bytes(teacher)
     categories = {
         **arguments,
         "padding of the above": allocated.argument_size_in_bytes - sum(arguments.values()),

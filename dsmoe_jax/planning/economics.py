@@ -101,18 +101,17 @@ def of_model(
       context: tokens of each sequence in the cache.
       load_LE: recorded loads of its experts; None: all are equally likely.
       weight_bytes: of one weight.
-      expert_bytes: of one weight of a routed expert.
+      expert_bytes: of one weight of a routed expert.  What is quantised has its own.
     """
     counted = size.parameters_by_formula(model)
-    others = counted.total - counted.routed
-    routed = counted.routed * expert_bytes
+    held = size.weight_bytes(model, weight_bytes, expert_bytes)
     cache = model.num_hidden_layers * attention.cache_bytes(model.attention, jnp.dtype("bfloat16"))
     return Model(
         parameters=counted.total,
         activated=counted.activated,
-        bytes=others * weight_bytes + routed,
-        always=(others - counted.embedding) * weight_bytes,
-        routed=routed,
+        bytes=held.total,
+        always=held.shared + held.others - counted.embedding * weight_bytes,
+        routed=held.routed,
         touch_LE=_probabilities(model, load_LE),
         cache=cache,
         flops=size.decode_flops_per_token(model, context),

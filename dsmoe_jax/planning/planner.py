@@ -3,7 +3,8 @@
 It is the mesh of least time, among those that divide the model and the batch and whose memory fits:
 the longer of computation and HBM, and the network after it (`roofline`).  Counted are:
 
-- state, exact: float32 parameters, two moments and gradients, split as sharding.py does;
+- state, exact: float32 parameters, two moments and gradients, split as sharding.py does, and a
+  teacher's parameters (its work, a forward pass, and its logits are not counted);
 - weights in use: those that FSDP gathers for a layer, twice (the next layer arrives meanwhile), and
   the embedding and the head;
 - activations, an estimate: those that rematerialisation keeps of every layer, and the larger of one
@@ -28,11 +29,12 @@ from typing import NamedTuple
 
 import jax
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import remat
+from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.moe import blocks
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention, head
@@ -107,15 +109,23 @@ class _Array:
     axes_in_use: tuple[str, ...]
 
 
-def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
+def propose(
+    config: Config, chip: str, chips: int, teacher: ModelConfig | None = None
+) -> tuple[Plan, list[Plan]]:
     """The plan of least time among those that fit, and all plans considered.
+
+    Args:
+      config: to plan.
+      chip: a name in `CHIPS`.
+      chips: their number.
+      teacher: the model of the run's teacher, see `teacher_model`; None without one.
 
     Raises:
       ValueError: for an unknown chip, or if no mesh fits, with the numbers of the closest one.
     """
     check_chip(chip)
     state = state_shapes(config)
-    plans = _considered(config, state, chip, chips)
+    plans = _considered(config, state, chip, chips, teacher)
     if not plans:
         raise ValueError(_no_mesh(config, state, chips))
     smallest = min(plans, key=lambda plan: plan.used)
@@ -125,7 +135,7 @@ def propose(config: Config, chip: str, chips: int) -> tuple[Plan, list[Plan]]:
     return best, plans
 
 
-def propose_fewest(config: Config, chip: str) -> Plan:
+def propose_fewest(config: Config, chip: str, teacher: ModelConfig | None = None) -> Plan:
     """The plan of `propose` on the fewest chips, a power of two, on which one fits.
 
     Raises:
@@ -134,7 +144,7 @@ def propose_fewest(config: Config, chip: str) -> Plan:
     check_chip(chip)
     state = state_shapes(config)
     for power in range(17):
-        best = best_that_fits(config, _considered(config, state, chip, 2**power), chip)
+        best = best_that_fits(config, _considered(config, state, chip, 2**power, teacher), chip)
         if best is not None:
             return best
     raise ValueError(
@@ -143,13 +153,15 @@ def propose_fewest(config: Config, chip: str) -> Plan:
     )
 
 
-def _considered(config: Config, state: TrainState, chip: str, chips: int) -> list[Plan]:
+def _considered(
+    config: Config, state: TrainState, chip: str, chips: int, teacher: ModelConfig | None
+) -> list[Plan]:
     """The plans of all meshes, each with ever more micro-batches until it fits."""
     limit = USABLE * CHIPS[chip].hbm_gb
     plans = []
     for sizes in meshes(state, chips):
         for accumulation_steps in _accumulations(config, sizes):
-            plans.append(estimate(config, state, sizes, accumulation_steps))
+            plans.append(estimate(config, state, sizes, accumulation_steps, teacher))
             if plans[-1].used <= limit:
                 break  # more micro-batches would only gather the weights more often
     return plans
@@ -173,8 +185,8 @@ def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
     )
 
 
-def examine(config: Config, chip: str, chips: int) -> Plan:
-    """The plan with the mesh and the micro-batches of the config itself.
+def examine(config: Config, chip: str, chips: int, teacher: ModelConfig | None = None) -> Plan:
+    """The plan with the mesh and the micro-batches of the config itself; arguments of `propose`.
 
     Raises:
       ValueError: for an unknown chip, a mesh that does not divide model or batch, or does not fit.
@@ -192,7 +204,7 @@ def examine(config: Config, chip: str, chips: int) -> Plan:
         f"times data x fsdp x expert = {n_shards} must divide train.global_batch_size="
         f"{config.train.global_batch_size}",
     )
-    plan = estimate(config, state, sizes, accumulation_steps)
+    plan = estimate(config, state, sizes, accumulation_steps, teacher)
     advice = "take more micro-batches (train.accumulation_steps), another mesh, or more chips"
     _refuse_unless_it_fits(config, chip, plan, "it takes", advice)
     return plan
@@ -254,7 +266,11 @@ def _accumulations(config: Config, sizes: dict[str, int]) -> list[int]:
 
 
 def estimate(
-    config: Config, state: TrainState, sizes: dict[str, int], accumulation_steps: int
+    config: Config,
+    state: TrainState,
+    sizes: dict[str, int],
+    accumulation_steps: int,
+    teacher: ModelConfig | None = None,
 ) -> Plan:
     """Memory and traffic of one chip; see the module's docstring for what is counted."""
     weights = _weights(state, sizes)
@@ -263,6 +279,7 @@ def estimate(
     replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
     memory = {
         "parameters": 4 * weights.local,
+        **_teacher(teacher, sizes),
         "moments": 8 * weights.local,
         # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
@@ -279,6 +296,11 @@ def estimate(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
     return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm)
+
+
+def _teacher(model: ModelConfig | None, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes of a teacher's parameters, on a mesh that may not divide them: `train` refuses that."""
+    return {} if model is None else {"teacher": 4 * _weights(model_shapes(model), sizes).local}
 
 
 def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:
@@ -306,7 +328,7 @@ class _Weights(NamedTuple):
     whole: float
 
 
-def _weights(state: TrainState, sizes: dict[str, int]) -> _Weights:
+def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
     local = 0.0
     stacked = 0.0
     unstacked = 0.0

@@ -13,7 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dsmoe_jax.report import compute_analyses, granularity_analyses, sweep_analyses
+from dsmoe_jax.report import (
+    compute_analyses,
+    gain_analyses,
+    granularity_analyses,
+    sweep_analyses,
+)
 from dsmoe_jax.report.blocks import Block
 from dsmoe_jax.report.style import styled
 from dsmoe_jax.study.results import Comparison
@@ -28,6 +33,7 @@ ANALYSES: dict[str, Analysis] = {
     "turns_of_lines": sweep_analyses.turns_of_lines,
     "compute_law": compute_analyses.law,
     "effective_compute": compute_analyses.effective_compute,
+    "kept_shares": gain_analyses.kept_shares,
 }
 
 

@@ -130,8 +130,8 @@ def _caution(judged: Sequence[JudgedClaim]) -> str:
     scales = collections.Counter(str(entry.scale) for entry in trained)
     listed = ", ".join(f"{n} at {scale} scale" for scale, n in scales.items()) or "none yet"
     text = (
-        "Computed: from configs, formulas and pure functions. Trained: from trained models,"
-        f" {listed}; only the scale called paper has the sizes of the papers' models."
+        "Computed: from configs, formulas, pure functions and kept times. Trained: from trained"
+        f" models, {listed}; only the scale called paper has the sizes of the papers' models."
     )
     one_seed = sum(entry.seeds == 1 for entry in trained)
     return text + (f" {one_seed} are the bare sign of a single seed." if one_seed else "")
@@ -234,7 +234,7 @@ def _figures(entries: list[Entry]) -> Table:
                 _plain(entry.paper),
                 _plain(entry.ours),
                 _interval(*entry.accepted),
-                str(entry.scale),
+                NONE if entry.scale is None else entry.scale,
             ]
         )
     head = ["statement", "here it", "source", "here", "holds within", "scale"]

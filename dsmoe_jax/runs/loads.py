@@ -1,56 +1,82 @@
-"""Loads of the experts as runs leave them: recorded routing, logs, results of evaluations.
+"""Use of the experts as runs leave it: recorded routing, logs, results of evaluations.
 
     DIRECTORY/validation-00000400    a pass of recorded routing, see routing_records.py: every batch
     DIRECTORY/train                  the same of the training
     metrics.jsonl                    the step of every row
     evaluation.json                  all held-out text; also what `evaluate --out` writes
 
-Shapes: S samples of a load, L MoE layers, E routed experts.
+Use is counted in assignments, the load, or in gates; a metrics.jsonl has the load alone.
+
+Shapes: S samples of a use, L MoE layers, E routed experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.model import layout
+from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.runs import json_files, metrics_log, routing_records
 from dsmoe_jax.runs.routing_records import MANIFEST
 from dsmoe_jax.runs.workdir import METRICS
 
+ASSIGNMENTS, GATES = "assignments", "gates"
 
-def read(path: str, config: Config, flag: str) -> np.ndarray:
-    """Assignments to each expert, one sample for each batch, step or evaluation.
+
+class Kind(NamedTuple):
+    """A way to count the use of experts in the registry.
+
+    Attributes:
+      key: in logs and results.
+      weigh: what an assignment counts, from a batch's recorded routing, (B, L, S, K).
+    """
+
+    key: str
+    weigh: Callable[[RecordedRouting], np.ndarray]
+
+
+KINDS: dict[str, Kind] = {
+    ASSIGNMENTS: Kind("load", lambda routing: np.ones(np.shape(routing.ids))),
+    GATES: Kind("gate_mass", lambda routing: np.asarray(routing.gates, np.float64)),
+}
+
+
+def read(path: str, config: Config, flag: str, kind: str = ASSIGNMENTS) -> np.ndarray:
+    """Use of each expert, one sample for each batch, step or evaluation.
 
     Args:
       path: of one of the above.
-      config: of the run whose model the load must be of.
+      config: of the run whose model the use must be of.
       flag: that names the path, for errors.
+      kind: a name in `KINDS`.
 
     Returns:
       (S, L, E); layers of multi-token prediction last, if the load is of a training.
 
     Raises:
-      ValueError: if there is no load, or it is of another model.
+      ValueError: if there is no such use, or it is of another model.
     """
     place = local_path(flag, path)
-    key = f"{flag}={path}"
+    name = f"{flag}={path}"
+    key = KINDS[kind].key
     if place.is_dir():
-        found = _of_pass(place, config, key)
+        found = _of_pass(place, config, name, KINDS[kind])
     elif place.name == METRICS:
         rows = metrics_log.read_rows(place.parent) if place.is_file() else []
-        found = [row["load"] for row in rows if "load" in row]
+        found = [row[key] for row in rows if key in row]
     elif place.is_file():
-        found = [load] if (load := json_files.read(place).get("load")) is not None else []
+        found = [use] if (use := json_files.read(place).get(key)) is not None else []
     else:
-        raise ValueError(f"{key}: no such file or folder")
+        raise ValueError(f"{name}: no such file or folder")
     if not found:
-        raise ValueError(f"{key}: holds no load of experts")
-    return _checked(found, config, key)
+        raise ValueError(f"{name}: holds no {key.replace('_', ' ')} of experts")
+    return _checked(found, config, name)
 
 
 def _checked(found: list[Any], config: Config, key: str) -> np.ndarray:
@@ -70,8 +96,8 @@ def _checked(found: list[Any], config: Config, key: str) -> np.ndarray:
     return np.array(found, np.float64)
 
 
-def _of_pass(folder: Path, config: Config, key: str) -> list[np.ndarray]:
-    """The load of every batch of a recorded pass, (L, E)."""
+def _of_pass(folder: Path, config: Config, key: str, kind: Kind) -> list[np.ndarray]:
+    """The use in every batch of a recorded pass, (L, E)."""
     manifest = folder.parent / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{key}: no pass of recorded routing (no {MANIFEST} beside it)")
@@ -83,12 +109,17 @@ def _of_pass(folder: Path, config: Config, key: str) -> list[np.ndarray]:
     if wrong:
         raise ValueError(f"{key}: recorded with {'; '.join(wrong)}; must be of this model")
     files = sorted(folder.glob("[0-9]*.npz"))
-    return [_count(np.asarray(routing_records.load(file).ids), config) for file in files]
+    return [_count(routing_records.load(file), config, kind) for file in files]
 
 
-def _count(ids_BLSK: np.ndarray, config: Config) -> np.ndarray:
-    """Assignments to each routed expert, (L, E)."""
+def _count(routing: RecordedRouting, config: Config, kind: Kind) -> np.ndarray:
+    """Use of each routed expert, (L, E)."""
     e = config.model.moe.n_routed_experts
-    by_layer = np.swapaxes(ids_BLSK, 0, 1).reshape(ids_BLSK.shape[1], -1)
-    # Identity experts and unassigned ones come behind the routed experts.
-    return np.stack([np.bincount(ids[ids < e], minlength=e) for ids in by_layer])
+    ids_BLSK = np.asarray(routing.ids)
+    found = []
+    for ids, weights in zip(
+        np.swapaxes(ids_BLSK, 0, 1), np.swapaxes(kind.weigh(routing), 0, 1), strict=True
+    ):
+        real = ids < e  # identity experts and unassigned ones come behind the routed experts
+        found.append(np.bincount(ids[real], weights[real], minlength=e))
+    return np.stack(found)

@@ -60,6 +60,7 @@ _PATHS = (
     "data.validation",
     "data.tokenizer",
     "train.start_from",
+    "train.distillation.teacher",
     "train.replay_routing",
     "train.trainable.most_used_in",
 )
@@ -232,7 +233,7 @@ def with_absolute_paths(config: Config) -> Config:
         paths[MOVED] = locate(config.data.corpus)
     values = dict(trees.flatten(trees.to_tree(config)))
     for key in _PATHS:
-        if values[key] is not None:
+        if values.get(key) is not None:  # no key of a section that is None has a value
             paths[key] = str(local_path(key, values[key]))
     return replace(config, **paths)
 

@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsmoe_jax import config as config_lib
-from dsmoe_jax.config import Config, files
+from dsmoe_jax.config import Config
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.runs import workdir
-from dsmoe_jax.study.experiment import AnyArm, Arm, Experiment
+from dsmoe_jax.study.experiment import AnyArm, Arm, Experiment, config_of_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _model(arm: Arm, options: Options, config: Config) -> str:
     moved.  A run that it needs counts by its description, wherever it lies.
     """
     plain = dataclasses.replace(arm, options="").config_file(options.scale)
-    file = config_lib.from_config_dict(files.load(plain))
+    file = config_of_file(plain)
     there, here = map(workdir.with_absolute_paths, (file, config))
     changes = {
         key: value

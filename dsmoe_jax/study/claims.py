@@ -95,6 +95,36 @@ def ratio_below(
     return Claim(text, {whole: ratio, part: -1.0}, 0.0, measure, source, paper)
 
 
+def keeps(
+    arm: str,
+    gain: tuple[str, str],
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    measure: str = LOSS,
+    source: str = "",
+) -> Claim:
+    """A share: of what the second arm of `gain` is below the first one, `arm` keeps so much.
+
+    (worse - arm) / (worse - better) >= share, where the gain is above 0, is the linear inequality
+    (1 - share) worse + share better - arm >= 0.
+
+    Raises:
+      ValueError: unless one of the two is given.
+    """
+    if (at_least is None) == (at_most is None):
+        raise ValueError(f"at_least={at_least}, at_most={at_most}: give one of the two")
+    worse, better = gain
+    if at_least is not None:
+        text = f"{arm} keeps at least {100 * at_least:g} % of the gain"
+        weights = {worse: 1 - at_least, better: at_least, arm: -1.0}
+    else:
+        assert at_most is not None
+        text = f"{arm} keeps at most {100 * at_most:g} % of the gain"
+        weights = {worse: at_most - 1, better: -at_most, arm: 1.0}
+    return Claim(text, weights, 0.0, measure, source)
+
+
 def bounded(
     label: str,
     *,

@@ -7,9 +7,11 @@ all experiments share the code that runs, checks, resumes and reports them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsmoe_jax import config as config_lib
 from dsmoe_jax.config import Config, files, trees
@@ -22,6 +24,24 @@ from dsmoe_jax.surgery import complete
 
 _LONGEST_SLUG = 200  # file systems allow 255
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def config_of_file(spec: str) -> Config:
+    """The config that a file gives.  An experiment asks for the same few again and again.
+
+    Args:
+      spec: of the file, see `files.load`; it is executed once in a process.
+
+    Raises:
+      ValueError: as `files.load`, and for a config that cannot be.
+    """
+    return _config_of_file(spec, Path.cwd())
+
+
+@functools.lru_cache(maxsize=1024)
+def _config_of_file(spec: str, directory: Path) -> Config:
+    del directory  # where `files.load` looks
+    return config_lib.from_config_dict(files.load(spec))
 
 
 def _product(value: int | float | None, by: float) -> int | float | None:
@@ -142,7 +162,7 @@ class Arm:
         Raises:
           ValueError: for an unknown config file, option, scale or key, or an impossible value.
         """
-        config = config_lib.from_config_dict(files.load(self.config_file(scale)))
+        config = config_of_file(self.config_file(scale))
         runs = {key: str(run) for key, run in self.from_runs.items()}
         own = {**self.overrides, **self.at_scale(scale), **runs}
         changes = {**own, **overrides, "train.seed": seed}
@@ -186,7 +206,10 @@ class ProbeArm:
       intervention: change of the model while it is measured.
       paper_loss: validation loss that the paper prints, in nats per token; None if it prints none.
       x: position on the axis `Experiment.x_axis`; None is a level line.
+      line: name of the line that joins arms with `x` in a picture; "" is the trained model's label.
       probe: function that returns the contents of evaluation.json, which the measures read.
+      becomes: the config of the model that the probe makes of it, from the model's own; None: the
+        probe makes none.
     """
 
     label: str
@@ -195,15 +218,14 @@ class ProbeArm:
     intervention: Intervention = Intervention()
     paper_loss: float | None = None
     x: float | None = None
+    line: str = ""
     probe: Callable[[Run, Intervention], dict[str, Any]] = probes.held_out
+    becomes: Callable[[Config], Config] | None = None
 
     def __post_init__(self) -> None:
         self.experiment.arm(self.trained)
-
-    @property
-    def line(self) -> str:
-        """Name of the line that joins the probes of one model in a picture."""
-        return self.trained
+        if not self.line:
+            object.__setattr__(self, "line", self.trained)
 
     @property
     def slug(self) -> str:
@@ -224,7 +246,8 @@ class ProbeArm:
             changes["model.moe.num_experts_per_tok"] = self.intervention.num_experts_per_tok
         if not self.intervention.shared_experts:
             changes["model.moe.n_shared_experts"] = 0
-        return config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        measured = config_lib.replace(config_lib.stages_of(config)[-1].config, **changes)
+        return measured if self.becomes is None else self.becomes(measured)
 
 
 AnyArm = Arm | ProbeArm
@@ -256,6 +279,13 @@ class Baseline:
     def arms(self) -> tuple[AnyArm, ...]:
         """The arms on the line."""
         return tuple(arm for arm in self.experiment.arms if arm.line == self.line)
+
+
+class Gain(NamedTuple):
+    """Two arms, by label: others keep a share of what the better one gains over the worse one."""
+
+    worse: str
+    better: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +332,7 @@ class Experiment:
       pictures: names in `report.plots.PLOTS`; () is all that have something to show.
       analyses: names in `report.analyses.ANALYSES`, in the order in which they are shown.
       baseline: whose compute the analysis "effective_compute" counts in; None without one.
+      gain: of which the analysis "kept_shares" says what other arms keep; None without one.
       x_axis: label of the axis of the arms' `x`.
       x_scale: of that axis, "linear" or "log".
       panels: title -> names of lines (`Arm.line`), for the picture `panels_over_x`.
@@ -321,6 +352,7 @@ class Experiment:
     pictures: tuple[str, ...] = ()
     analyses: tuple[str, ...] = ()
     baseline: Baseline | None = None
+    gain: Gain | None = None
     x_axis: str = ""
     x_scale: str = "linear"
     panels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -340,7 +372,8 @@ class Experiment:
                     " letters and digits, which name a directory"
                 )
         named = [name for rule in self.equal for name in rule.arms]
-        for label in (*named, *(label for claim in self.claims for label in claim.weights)):
+        of_claims = [label for claim in self.claims for label in claim.weights]
+        for label in (*named, *of_claims, *(self.gain or ())):
             self.arm(label)
         lines = {arm.line for arm in self.arms}
         for title, inside in self.panels.items():
@@ -351,6 +384,8 @@ class Experiment:
         measures.check_names(self.name, (*self.measures, *(c.measure for c in self.claims)))
         if "effective_compute" in self.analyses and self.baseline is None:
             raise ValueError(f"{self.name}: baseline=None: effective_compute needs one")
+        if "kept_shares" in self.analyses and self.gain is None:
+            raise ValueError(f"{self.name}: gain=None: kept_shares needs one")
         sizes = [name for name, measure in measures.MEASURES.items() if measure.from_config]
         for rule in self.equal:
             if rule.quantity not in sizes:

@@ -54,7 +54,7 @@ class Entry:
       ours: our number; None if there is none yet.
       low, high: ends of the 95 % interval of `ours`; None with one seed and for a FIGURE.
       accepted: of a FIGURE, the interval in which the statement holds.
-      scale: of the runs; "paper" for a FIGURE.
+      scale: of the runs; "paper" or None for a FIGURE.
       seeds: their number.
       command: that makes the number; None if there is none.
       why: what a reader must know besides; "" if nothing.
@@ -182,6 +182,7 @@ class Computed:
       paper: the source's number; None if it prints none.
       command: that shows our number.
       why: what a reader must know besides.
+      scale: "paper"; None if the number is of no model's size, as a time on some machine.
     """
 
     statement: str
@@ -191,6 +192,7 @@ class Computed:
     paper: float | None = None
     command: str = "python -m experiments.ledger"
     why: str = ""
+    scale: str | None = "paper"
 
     def entries(self, results: Path) -> list[Entry]:
         """One entry, whatever the results."""
@@ -206,7 +208,7 @@ class Computed:
                 paper=self.paper,
                 ours=ours,
                 accepted=self.accepted,
-                scale="paper",
+                scale=self.scale,
                 command=self.command,
                 why=self.why,
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Outcome:
       evaluation: evaluation.json; None until the run is finished.
       before: configs of the runs that were trained before it, with which it begins, or from which
         it learns.
+      trained: of a probe, evaluation.json of the run whose model it measures; else None.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Outcome:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     before: tuple[Config, ...] = ()
+    trained: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,16 @@ def _inside(key: str, factor: float = 1.0) -> Callable[[Outcome], float | None]:
     return read
 
 
+def _largest(key: str) -> Callable[[Outcome], float | None]:
+    """Reads the largest of several numbers that a probe finds."""
+
+    def read(outcome: Outcome) -> float | None:
+        found = (outcome.evaluation or {}).get("inside", {}).get(key)
+        return max(found) if found else None
+
+    return read
+
+
 def _over_before(key: str) -> Callable[[Outcome], float | None]:
     """Reads a number of `redundancy.redundancy` less that of a model before training."""
 
@@ -197,6 +209,56 @@ def _specific_over(key: str) -> Callable[[Outcome], float | None]:
         return None if seen is None or other is None else seen - other
 
     return read
+
+
+def _over_trained(outcome: Outcome) -> float | None:
+    """The loss of a probe less that of the model as it was trained."""
+    if outcome.evaluation is None or outcome.trained is None:
+        return None
+    return outcome.evaluation["loss"] - outcome.trained["loss"]
+
+
+def _percent_over_trained(outcome: Outcome) -> float | None:
+    rise = _over_trained(outcome)
+    if rise is None or outcome.trained is None:
+        return None
+    return 100 * rise / outcome.trained["loss"]
+
+
+def _of_part(domains: Mapping[str, Any], names: Sequence[str], *, on: bool) -> float:
+    """Nats per token of all text of some domains, or of the others."""
+    part = [found for name, found in domains.items() if (name in names) == on]
+    tokens = sum(found["tokens"] for found in part)
+    return sum(found["loss"] * found["tokens"] for found in part) / tokens
+
+
+def _part_over_trained(*, on: bool) -> Callable[[Outcome], float | None]:
+    """Reads the rise on the domains that `fewer_experts.extracted` is for, or off them."""
+
+    def read(outcome: Outcome) -> float | None:
+        names = (outcome.evaluation or {}).get("inside", {}).get("domains")
+        if names is None or outcome.evaluation is None or outcome.trained is None:
+            return None
+        now, before = (found["domains"] for found in (outcome.evaluation, outcome.trained))
+        return _of_part(now, names, on=on) - _of_part(before, names, on=on)
+
+    return read
+
+
+def _off_over_on(outcome: Outcome) -> float | None:
+    on = _part_over_trained(on=True)(outcome)
+    off = _part_over_trained(on=False)(outcome)
+    return None if on is None or off is None else off - on
+
+
+def _general_over_own(outcome: Outcome) -> float | None:
+    """The loss on its domains with a general choice of experts over that with their own."""
+    inside = (outcome.evaluation or {}).get("inside", {})
+    if outcome.evaluation is None or "general" not in inside:
+        return None
+    general, own = inside["general"], outcome.evaluation["domains"]
+    names = inside["domains"]
+    return _of_part(general, names, on=True) - _of_part(own, names, on=True)
 
 
 def _loss_rise(outcome: Outcome) -> float | None:
@@ -248,6 +310,12 @@ def _logged(
         return over_steps(np.array(logged)).item() if logged else None
 
     return read
+
+
+def _as_the_teacher(outcome: Outcome) -> float | None:
+    key = "teacher_agreement"
+    logged = [row[key] for row in outcome.rows if key in row]
+    return 100 * _mean_of_last_fifth(np.array(logged)).item() if logged else None
 
 
 def _last(values_S: np.ndarray) -> np.ndarray:
@@ -539,6 +607,101 @@ MEASURES: dict[str, Measure] = {
         "nats per token",
         digits=4,
     ),
+    "task_gap": Measure(
+        "largest difference from the mixture on a task",
+        _largest("task_gap"),
+        "nats per token",
+        digits=6,
+        lower_is_better=True,
+        spread=False,
+        note="Largest difference from the mixture: of the loss on a domain, by the dense model of"
+        " its task.",
+    ),
+    "task_rise": Measure(
+        "rise on other tasks",
+        _inside("task_rise"),
+        "nats per token",
+        note="Rise on other tasks: of the loss on the text of all other tasks, by the dense model"
+        " of one in place of the mixture; mean over tasks.",
+    ),
+    "rise": Measure(
+        "rise of the loss",
+        _over_trained,
+        "nats per token",
+        digits=4,
+        lower_is_better=True,
+        note="Rise: the loss on the held-out text less that of the model as it was trained.",
+    ),
+    "rise_percent": Measure(
+        "rise in % of the loss",
+        _percent_over_trained,
+        "%",
+        digits=2,
+        lower_is_better=True,
+    ),
+    "experts_left": Measure(
+        "routed experts left", _inside("experts_left"), "%", digits=1, spread=False
+    ),
+    "parameters_left": Measure(
+        "parameters left", _inside("parameters_left"), "%", digits=1, spread=False
+    ),
+    "most_alike": Measure(
+        "likeness of the most alike two",
+        _inside("most_alike"),
+        lower_is_better=True,
+        note="The most alike two: experts of a layer of the whole model, in all layers.",
+    ),
+    "rise_on": Measure(
+        "rise on the domain",
+        _part_over_trained(on=True),
+        "nats per token",
+        digits=4,
+        lower_is_better=True,
+        note="Rises on the domain's text, and off it, on the rest of the held-out text.",
+    ),
+    "rise_off": Measure(
+        "rise off the domain",
+        _part_over_trained(on=False),
+        "nats per token",
+        digits=4,
+    ),
+    "off_over_on": Measure(
+        "rise off the domain less that on it", _off_over_on, "nats per token", digits=4
+    ),
+    "general_over_own": Measure(
+        "gain of the domain's own choice",
+        _general_over_own,
+        "nats per token",
+        digits=4,
+        note="Gain of the own choice: the loss on the domain with as many experts that all text"
+        " uses most, less that with those that the domain uses most.",
+    ),
+    "routing_agreement": Measure(
+        "routing agreement",
+        _inside("routing_agreement", 100),
+        "%",
+        digits=2,
+        lower_is_better=False,
+        note="Routing agreement: share of the experts chosen by the model as it was trained that"
+        " are chosen for the same token; on a fifth of the held-out text, mean over layers.",
+    ),
+    "expert_megabytes": Measure(
+        "megabytes of the experts",
+        _inside("expert_bytes", 1e-6),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+        note="Megabytes: as they are stored; what is not quantised is float32.",
+    ),
+    "weight_megabytes": Measure(
+        "megabytes of all weights",
+        _inside("weight_bytes", 1e-6),
+        "MB",
+        digits=2,
+        lower_is_better=True,
+        spread=False,
+    ),
     "busiest_three": Measure(
         "share of the three busiest experts",
         _load(_busiest_percent),
@@ -573,6 +736,14 @@ MEASURES: dict[str, Measure] = {
         spread=False,
         note="Megabytes sent to devices: the rows that all layers send to the devices of the"
         " experts, one way, a step; mean of the last fifth of the steps.",
+    ),
+    "teacher_agreement": Measure(
+        "agreement with the teacher",
+        _as_the_teacher,
+        "%",
+        digits=1,
+        note="Agreement with the teacher: the share of tokens of which both find the same next one"
+        " best, in training; mean of the last fifth of the logged steps.",
     ),
     # Without compilation, validation and waiting.
     "seconds": Measure("seconds in training steps", _seconds, lower_is_better=True),

@@ -7,7 +7,7 @@ import math
 import shlex
 from pathlib import Path
 
-from dsmoe_jax.config import Config, overrides, tokens_after, trees
+from dsmoe_jax.config import Config, ModelConfig, overrides, tokens_after, trees
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.hardware.chips import CHIPS
@@ -16,6 +16,7 @@ from dsmoe_jax.planning import planner
 from dsmoe_jax.study import fairness, made_models, measures
 from dsmoe_jax.study.cells import Cell, Options, make_cells
 from dsmoe_jax.study.experiment import Arm, Experiment
+from dsmoe_jax.training.teacher import TEACHER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _plan(cell: Cell, options: Options, hardware: Hardware) -> PlannedArm:
     sizes = measures.sizes(config)
     tokens = tokens_after(config, config.train.steps)
     flops = size.train_flops_per_token(config) * tokens
-    plan = _mesh(config, hardware)
+    plan = _mesh(config, hardware, _teacher(cell))
     speed = hardware.utilisation * CHIPS[hardware.chip].peak_flops
     return PlannedArm(
         label=arm.label,
@@ -117,16 +118,22 @@ def _plan(cell: Cell, options: Options, hardware: Hardware) -> PlannedArm:
     )
 
 
-def _mesh(config: Config, hardware: Hardware) -> planner.Plan:
+def _teacher(cell: Cell) -> ModelConfig | None:
+    """The model of a run's teacher, before the operations that it may go through."""
+    needed = cell.needs.get(TEACHER)
+    return None if needed is None else needed.config.model
+
+
+def _mesh(config: Config, hardware: Hardware, teacher: ModelConfig | None) -> planner.Plan:
     """The mesh of the config if it has one, else the planner's; for the stage with most work."""
     stage = size.most_work(config).config
     if config.mesh != MeshConfig():
         if hardware.chips is None:
             raise ValueError("--chips: missing; a mesh in the config needs their number")
-        return planner.examine(stage, hardware.chip, hardware.chips)
+        return planner.examine(stage, hardware.chip, hardware.chips, teacher)
     if hardware.chips is None:
-        return planner.propose_fewest(stage, hardware.chip)
-    return planner.propose(stage, hardware.chip, hardware.chips)[0]
+        return planner.propose_fewest(stage, hardware.chip, teacher)
+    return planner.propose(stage, hardware.chip, hardware.chips, teacher)[0]
 
 
 def _command(arm: Arm, cell: Cell, options: Options, plan: planner.Plan) -> str:

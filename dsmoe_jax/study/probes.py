@@ -2,9 +2,9 @@
 
 A probe is a function from a run and an intervention to what evaluation.json holds; the measures
 read that.  `held_out` gives loss and load on the held-out text, `inside` also what the experts
-serve there, `redundancy.redundancy` how far they could stand in for each other; a probe that
-measures something else is a function like them, and an entry in `measures.MEASURES` that reads its
-number.
+serve there, `redundancy.redundancy` how far they could stand in for each other,
+`quantised.quantised` what is left of a model whose experts have few bits; a probe that measures
+something else is a function like them, and an entry in `measures.MEASURES` that reads its number.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def _two_texts(run: Run) -> tuple[list[Batch], list[Batch]]:
     )
     n_choice = max(int(n * CHOICE), 1)
     n_judgement = max(int(n * JUDGEMENT), 1)
-    batches = validation_batches(run.corpus.directory, size, n_choice + n_judgement)
+    tasks = run.model.config.moe.router.tasks
+    batches = validation_batches(run.corpus.directory, size, n_choice + n_judgement, tasks=tasks)
     choice = list(itertools.islice(batches, n_choice))
     return choice, list(batches)
 

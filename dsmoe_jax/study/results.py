@@ -106,7 +106,9 @@ def read_outcome(cell: Cell) -> Outcome:
     evaluation = read_evaluation(cell.workdir)
     if evaluation is not None and evaluation["step"] != cell.config.train.steps:
         evaluation = None
-    return Outcome(cell.config, cell.measured, read_rows(cell.workdir), evaluation, cell.before)
+    trained = None if cell.trained is None else read_evaluation(cell.trained)
+    rows = read_rows(cell.workdir)
+    return Outcome(cell.config, cell.measured, rows, evaluation, cell.before, trained)
 
 
 def read_row(cell: Cell) -> Row:

@@ -45,7 +45,7 @@ def difference_half_width(values: BySeed) -> float | None:
     table = np.array([[by_seed[seed] for seed in seeds] for by_seed in values.values()])
     noise = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     variance = float((noise**2).sum()) / degrees
-    return _quantile(degrees) * math.sqrt(2 * variance / len(seeds))
+    return quantile(degrees) * math.sqrt(2 * variance / len(seeds))
 
 
 def difference_degrees(values: BySeed) -> int:
@@ -63,7 +63,7 @@ def p_value(value: float, half_width: float, degrees: int) -> float:
     """
     if half_width == 0:
         return 1.0 if value == 0 else 0.0
-    return float(2 * stats.t.sf(abs(value) / half_width * _quantile(degrees), degrees))
+    return float(2 * stats.t.sf(abs(value) / half_width * quantile(degrees), degrees))
 
 
 def mean_half_width(values: Sequence[float]) -> float | None:
@@ -71,8 +71,9 @@ def mean_half_width(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     deviation = float(np.std(values, ddof=1))
-    return _quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+    return quantile(len(values) - 1) * deviation / math.sqrt(len(values))
 
 
-def _quantile(degrees: int) -> float:
+def quantile(degrees: int) -> float:
+    """Half the 95 % interval of a mean in units of its standard error (Student's t)."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))

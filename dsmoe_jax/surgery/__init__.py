@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe_jax.surgery import merging, placement, pruning, upcycling
+from dsmoe_jax.surgery import merging, one_task, placement, pruning, quantising, upcycling
 from dsmoe_jax.surgery.types import Operation, Option, Outcome, Subject
 
 OPERATIONS: dict[str, Operation] = {
@@ -21,7 +21,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "prune": Operation(
         pruning.prune,
-        "Leave out experts that are like others, or that a text does not use.",
+        "Leave out experts that are like others, or that a text hardly misses.",
         pruning.OPTIONS,
     ),
     "merge": Operation(
@@ -34,10 +34,21 @@ OPERATIONS: dict[str, Operation] = {
         "Keep the experts that a domain's text needs.",
         pruning.EXTRACTION_OPTIONS,
     ),
+    "extract_task": Operation(
+        one_task.extract_task,
+        "Make a dense model of the experts that a router by task gives one.",
+        one_task.OPTIONS,
+    ),
     "place": Operation(
         placement.place,
         "Order the experts so that devices get even loads.",
         placement.OPTIONS,
+    ),
+    "quantise": Operation(
+        quantising.quantised,
+        "Make whole numbers of 8 bits of the experts' weights.",
+        quantising.OPTIONS,
+        trainable=False,
     ),
 }
 

@@ -11,7 +11,7 @@ Shapes: L MoE layers, E routed experts, F expert width, X numbers of one hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +19,10 @@ from flax import nnx
 from scipy.optimize import linear_sum_assignment
 
 from dsmoe_jax.analysis import pairs, routed_text
-from dsmoe_jax.config import replace
-from dsmoe_jax.config.checks import require
-from dsmoe_jax.data.corpus import Corpus
-from dsmoe_jax.data.opening import is_there, locate, open_corpus
+from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.model import layout
 from dsmoe_jax.model.build import abstract_model
-from dsmoe_jax.runs import workdir as workdirs
-from dsmoe_jax.surgery.types import Option, Subject
+from dsmoe_jax.surgery.types import Subject
 
 # By name of an array of the experts its axis of hidden units; None: it has none.
 UNIT_AXES = {
@@ -38,6 +34,7 @@ UNIT_AXES = {
     "down_bias_ED": None,
 }
 Weights = dict[str, np.ndarray]  # the arrays of the experts of a layer, by name
+Text = Sequence[Batch] | None
 
 
 def of_layers(subject: Subject) -> list[Weights]:
@@ -72,13 +69,14 @@ def alignment(units_FX: np.ndarray, to_FX: np.ndarray) -> np.ndarray:
     return linear_sum_assignment(to_FX @ units_FX.T, maximize=True)[1]
 
 
-def _by_weights(subject: Subject, corpus: Corpus | None) -> list[np.ndarray]:
-    del corpus
+def by_weights(subject: Subject, text: Text = None) -> list[np.ndarray]:
+    """Cosine of the weights of each pair of experts in every MoE layer, (E, E); takes no text."""
+    del text
     return [pairs.weight_similarity(*weights.values()) for weights in of_layers(subject)]
 
 
-def _by_aligned_weights(subject: Subject, corpus: Corpus | None) -> list[np.ndarray]:
-    del corpus
+def _by_aligned_weights(subject: Subject, text: Text) -> list[np.ndarray]:
+    del text
     return [aligned(weights) for weights in of_layers(subject)]
 
 
@@ -97,10 +95,10 @@ def aligned(weights: Weights) -> np.ndarray:
     return np.divide(products_EE, norms_EE, out=np.zeros_like(products_EE), where=norms_EE > 0)
 
 
-def _by_outputs(subject: Subject, corpus: Corpus | None) -> list[np.ndarray]:
-    assert corpus is not None, "see `Measure.needs_text`"
+def _by_outputs(subject: Subject, text: Text) -> list[np.ndarray]:
+    assert text is not None, "see `Measure.batches`"
     model = nnx.merge(abstract_model(subject.config.model), *subject.model)
-    layers = routed_text.layer_weights(model, corpus)
+    layers = routed_text.layer_weights_on(model, text[0])
     return [pairs.output_similarity(layer.outputs_ETD) for layer in layers]
 
 
@@ -108,51 +106,17 @@ class Measure(NamedTuple):
     """A measure of likeness in the registry.
 
     Attributes:
-      run: `(subject, corpus) -> [likeness_EE of every MoE layer]`, 1 for experts that are equal.
-      needs_text: takes the held-out text of the run; else the corpus is None.
+      run: `(subject, text) -> [likeness_EE of every MoE layer]`, 1 for experts that are equal.
+      batches: of text that it takes; 0: none, and it is None.
     """
 
-    run: Callable[[Subject, Corpus | None], list[np.ndarray]]
-    needs_text: bool = False
+    run: Callable[[Subject, Text], list[np.ndarray]]
+    batches: int = 0
 
 
 LIKENESS: dict[str, Measure] = {
-    "weights": Measure(_by_weights),
+    "weights": Measure(by_weights),
     "aligned": Measure(_by_aligned_weights),
-    "outputs": Measure(_by_outputs, needs_text=True),
+    "outputs": Measure(_by_outputs, batches=1),
 }
-TEXT = Option(
-    str, "With --by=outputs: where the text of the run is now, if it is not where it was."
-)
-
-
-def likeness(subject: Subject, by: str, text: str | None) -> list[np.ndarray]:
-    """The likeness of each pair of experts in every MoE layer, (E, E).
-
-    Args:
-      subject: the model.
-      by: a name in `LIKENESS`.
-      text: where the text of the run is now; None: where it was.
-
-    Raises:
-      ValueError: for text that is not there or not needed, and for layers that see none of it.
-    """
-    measure = LIKENESS[by]
-    if not measure.needs_text:
-        require(text is None, "--text", text, f"--by={by} takes no text; must not be given")
-        return measure.run(subject, None)
-    depth = subject.config.model.mtp_depth
-    want = "layers of multi-token prediction have no held-out outputs; without text it is possible"
-    require(depth == 0, "--by", by, want)
-    return measure.run(subject, _corpus(subject, text))
-
-
-def _corpus(subject: Subject, text: str | None) -> Corpus:
-    """The text of the run."""
-    config = subject.config
-    if text is not None:
-        config = replace(config, **{workdirs.MOVED: locate(text, "--text")})
-    name = config.data.corpus
-    want = "the text of the run is not there; say where it is now: --text=PATH"
-    require(name is not None and is_there(name), "data.corpus", name, want)
-    return open_corpus(config.data)
+TEXTUAL = ", ".join(name for name, measure in LIKENESS.items() if measure.batches)

@@ -22,7 +22,7 @@ Shapes: L MoE layers, E routed experts before, N after, F expert width, X number
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.cluster import hierarchy
@@ -31,7 +31,8 @@ from scipy.spatial.distance import squareform
 from dsmoe_jax.config import Config, ModelConfig, replace
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.scores import SCORING
-from dsmoe_jax.surgery import fewer, likeness, permutation, pruning
+from dsmoe_jax.surgery import evidence, fewer, likeness, permutation, pruning
+from dsmoe_jax.surgery.evidence import LOADS, Evidence
 from dsmoe_jax.surgery.likeness import LIKENESS, Weights
 from dsmoe_jax.surgery.types import Option, Outcome, Subject
 
@@ -54,8 +55,8 @@ OPTIONS = {
         "Instead of a threshold: ids of experts that become one in every layer, as in 0,1;4,5,6;"
         " the others stay.",
     ),
-    "loads": Option(str, f"Recorded loads: {pruning.LOADS}  Means are weighted by them."),
-    "text": likeness.TEXT,
+    "loads": Option(str, f"Recorded loads: {LOADS}  Means are weighted by them."),
+    "text": evidence.text_option(likeness.TEXTUAL),
     "per_token": Option(int, "Experts that a token activates afterwards; as many as before."),
 }
 
@@ -71,28 +72,107 @@ def merge(subject: Subject, options: Mapping[str, Any]) -> Outcome:
       ValueError: for numbers that leave fewer experts than a token activates, or do not fit; for
         loads of another model, and for experts of different kinds.
     """
-    config = subject.config
-    permutation.check(config.model)
-    load_LE = pruning.load(config, options["loads"])
-    groups, why, needed = _groups(subject, options)
-    config = _with_k(config, options["per_token"])
-    number = len(groups[0])
-    fewer.check_number(config.model, number, why)
+    permutation.check(subject.config.model)
+    by = options["by"]
+    if by not in LIKENESS:
+        raise ValueError(f"--by={by}: must be one of {', '.join(LIKENESS)}")
+    use_LE = evidence.use_of(subject, options["loads"])
+    per_token = options["per_token"]
+    if options["together"] is not None:
+        return _of_groups(subject, _together(subject, options), use_LE, per_token)
+    threshold = pruning.threshold_of(options)
+    text = evidence.text_of_run(subject, by, options["text"], LIKENESS[by].batches)
+    return merged_by(
+        subject,
+        by,
+        Evidence(text, use_LE),
+        keep=options["keep"],
+        threshold=threshold,
+        per_token=per_token,
+    )
+
+
+def merged_by(
+    subject: Subject,
+    by: str,
+    found: Evidence,
+    *,
+    keep: int | None = None,
+    threshold: float = pruning.THRESHOLD,
+    per_token: int | None = None,
+) -> Outcome:
+    """`merge` from evidence that is there.
+
+    Args:
+      subject: the model.
+      by: a name in `LIKENESS`.
+      found: what the likeness takes, and the use by which means are weighted, if it is known.
+      keep: experts of each layer afterwards; None: as many as the threshold leaves.
+      threshold: of likeness.
+      per_token: experts that a token activates afterwards; None: as many as before.
+
+    Raises:
+      ValueError: as `merge` does.
+    """
+    model = subject.config.model
+    alike = LIKENESS[by].run(subject, found.text)
+    parts = fewer.parts(model)
+    n_parts, size = parts.shape
+    if size == 1:
+        raise ValueError(
+            f"model.moe.router.n_group={n_parts}: leaves one expert in each group, and none to"
+            " merge it with"
+        )
+    trees = [[linked(alike_EE, ids, threshold) for ids in parts] for alike_EE in alike]
+    needed = [sum(n for _, n in layer) for layer in trees]
+    why = f"--threshold={threshold}"
+    number = max(n for layer in trees for _, n in layer) * n_parts
+    if keep is not None:
+        number = keep
+        why = f"--keep={number}"
+        needed = [number] * len(alike)
+    fewer.check_number(_with_k(subject.config, per_token).model, number, why)
+    groups = [
+        [
+            group
+            for (joins, _), ids in zip(layer, parts, strict=True)
+            for group in cut(joins, ids, number // n_parts)
+        ]
+        for layer in trees
+    ]
+    return _of_groups(subject, _Chosen(groups, why, needed), found.use_LE, per_token)
+
+
+class _Chosen(NamedTuple):
+    """The groups of every layer, the flag that says so, and how many each layer would need."""
+
+    groups: list[Groups]
+    why: str
+    needed: list[int]
+
+
+def _of_groups(
+    subject: Subject, chosen: _Chosen, use_LE: np.ndarray | None, per_token: int | None
+) -> Outcome:
+    """The model in which the experts of each group are one."""
+    config = _with_k(subject.config, per_token)
+    number = len(chosen.groups[0])
+    fewer.check_number(config.model, number, chosen.why)
     layers = []
     for layer, weights in enumerate(likeness.of_layers(subject)):
-        load_E = None if load_LE is None else load_LE[layer]
-        layers.append(merged(groups[layer], weights, load_E))
+        use_E = None if use_LE is None else use_LE[layer]
+        layers.append(merged(chosen.groups[layer], weights, use_E))
     e = config.model.moe.n_routed_experts
-    lines = [f"{e} -> {number} experts in each of {len(layers)} layers ({why})"]
-    if min(needed) < number:
+    lines = [f"{e} -> {number} experts in each of {len(layers)} layers ({chosen.why})"]
+    if min(chosen.needed) < number:
         lines.append(
-            f"by the threshold {', '.join(map(str, needed))} would do; all have {number}, since all"
-            " layers and groups have equally many"
+            f"by the threshold {', '.join(map(str, chosen.needed))} would do; all have {number},"
+            " since all layers and groups have equally many"
         )
     return Outcome(
         config=fewer.reduced_config(config, layers),
         model=fewer.reduced(subject.config.model, subject.model, layers),
-        report={"experts": groups, "needed": needed},
+        report={"experts": chosen.groups, "needed": chosen.needed},
         text="\n".join(lines),
         load=lambda load_LE: fewer.reduced_load(load_LE, layers),
     )
@@ -148,46 +228,15 @@ def cut(joins: np.ndarray, ids: np.ndarray, n: int) -> Groups:
     return sorted(ids[label == i].tolist() for i in range(n))
 
 
-def _groups(subject: Subject, options: Mapping[str, Any]) -> tuple[list[Groups], str, list[int]]:
-    """The groups of every layer, the flag that says so, and how many each layer would need."""
-    model = subject.config.model
+def _together(subject: Subject, options: Mapping[str, Any]) -> _Chosen:
+    """The groups that a user names, in every layer."""
+    why = f"--together={options['together']}"
+    for name in ("threshold", "keep", "text"):
+        if options[name] is not None:
+            raise ValueError(f"--{name}={options[name]}: {why} says which; name one")
     n_layers = len(likeness.of_layers(subject))
-    if options["together"] is not None:
-        why = f"--together={options['together']}"
-        for name in ("threshold", "keep", "text"):
-            if options[name] is not None:
-                raise ValueError(f"--{name}={options[name]}: {why} says which; name one")
-        groups = _named(model, options["together"])
-        return [groups] * n_layers, why, [len(groups)] * n_layers
-    if options["by"] not in LIKENESS:
-        raise ValueError(f"--by={options['by']}: must be one of {', '.join(LIKENESS)}")
-    threshold = pruning.threshold_of(options)
-    alike = likeness.likeness(subject, options["by"], options["text"])
-    parts = fewer.parts(model)
-    n_parts, size = parts.shape
-    if size == 1:
-        raise ValueError(
-            f"model.moe.router.n_group={n_parts}: leaves one expert in each group, and none to"
-            " merge it with"
-        )
-    trees = [[linked(alike_EE, ids, threshold) for ids in parts] for alike_EE in alike]
-    needed = [sum(n for _, n in layer) for layer in trees]
-    why = f"--threshold={threshold}"
-    number = max(n for layer in trees for _, n in layer) * n_parts
-    if options["keep"] is not None:
-        number = options["keep"]
-        why = f"--keep={number}"
-        needed = [number] * n_layers
-    fewer.check_number(_with_k(subject.config, options["per_token"]).model, number, why)
-    groups = [
-        [
-            group
-            for (joins, _), ids in zip(layer, parts, strict=True)
-            for group in cut(joins, ids, number // n_parts)
-        ]
-        for layer in trees
-    ]
-    return groups, why, needed
+    groups = _named(subject.config.model, options["together"])
+    return _Chosen([groups] * n_layers, why, [len(groups)] * n_layers)
 
 
 def _named(model: ModelConfig, together: str) -> Groups:
@@ -261,4 +310,4 @@ def _with_k(config: Config, k: int | None) -> Config:
     return config
 
 
-__all__ = ["OPTIONS", "cut", "linked", "merge", "merged"]
+__all__ = ["OPTIONS", "cut", "linked", "merge", "merged", "merged_by"]

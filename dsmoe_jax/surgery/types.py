@@ -67,8 +67,10 @@ class Operation(NamedTuple):
       run: `(subject, options) -> Outcome`, pure; raises a ValueError for what does not fit.
       purpose: a line.
       options: settings by name; operations may share one.
+      trainable: whether the new model can be trained; one that cannot is changed no further.
     """
 
     run: Callable[[Subject, Mapping[str, Any]], Outcome]
     purpose: str
     options: Mapping[str, Option]
+    trainable: bool = True

@@ -10,6 +10,7 @@ Nothing is left half-written, and the old workdir does not change.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,11 +54,10 @@ def _fresh(outcome: Outcome, state: TrainState) -> Any:
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
+    # The two trees may differ in their parameters, but not in their schedules.
+    before = filter(is_schedule, jax.tree.leaves(state.opt_state, is_leaf=is_schedule))
     return jax.tree.map(
-        lambda new, old: old if is_schedule(new) else new,
-        fresh,
-        state.opt_state,
-        is_leaf=is_schedule,
+        lambda new: next(before) if is_schedule(new) else new, fresh, is_leaf=is_schedule
     )
 
 
@@ -95,7 +95,7 @@ def operate(
     options: Mapping[str, Any],
     *,
     step: int | None = None,
-    moments: str = "carried",
+    moments: str | None = None,
 ) -> Made:
     """Makes a workdir by an operation.
 
@@ -105,12 +105,13 @@ def operate(
       to: must not exist, or be empty.
       options: of the operation, all of them by name.
       step: of the checkpoint; None is the newest.
-      moments: a name in `MOMENTS`.
+      moments: a name in `MOMENTS`; None is "carried", or "none" where nothing can be trained.
 
     Raises:
       ValueError: for options that do not fit, a workdir without a checkpoint or a damaged one.
       OSError: if the disk is full.
     """
+    moments = _moments_of(name, moments)
     place = new_directory.new(to, "--to")
     source = _read(workdir, step, with_training=MOMENTS[moments] is not None)
     outcome = OPERATIONS[name].run(Subject(source.config, source.model), options)
@@ -137,15 +138,30 @@ def operate(
     with new_directory.beside(place) as made:
         _write(made, local_path(_FROM, workdir), outcome.config, entry)
         checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1)
-        checkpoints.save(source.step, items, _extra(source.extra, outcome))
-        checkpoints.close()
+        # An interrupt waits for the arrays on their way, or they would come back after the removal.
+        with contextlib.closing(checkpoints):
+            checkpoints.save(source.step, items, _extra(source.extra, outcome))
     return Made(place, source.step, outcome)
+
+
+def _moments_of(name: str, moments: str | None) -> str:
+    """What becomes of the optimizer's state in an operation."""
+    if OPERATIONS[name].trainable:
+        return moments or "carried"
+    if moments not in (None, "none"):
+        raise ValueError(f"--moments={moments}: {name} makes no model to train; must be none")
+    return "none"
 
 
 def _read(workdir: str, step: int | None, *, with_training: bool) -> _Source:
     """The checkpoint of a workdir, on the ambient mesh."""
     key = f"{_FROM}={workdir}"
     config = workdirs.read_config(workdir, key)
+    if config.model.moe.quantised is not None:
+        raise ValueError(
+            f"{key}: its experts are quantised; must be the run that it was made from, to be"
+            " quantised when all else is done"
+        )
     shapes = model_shapes(config.model)
     if not (mesh := jax.sharding.get_mesh()).empty:
         sharding.check(shapes, mesh.shape)

@@ -3,6 +3,7 @@
 train.epochs                   -> train.steps, from the sequences of the corpus
 train.trainable.most_used_in   -> train.trainable.experts, from the results of an evaluation
 train.start_from               -> data.tokenizer, for conversations that are not prepared yet
+model.moe.router.name          -> model.moe.router.tasks, the domains of the corpus, if by task
 
 The same command gives the same values again, as long as the files are the same; where they are not,
 a run that has begun is refused, since its config would be another.
@@ -19,6 +20,7 @@ from dsmoe_jax.config import Config, replace
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import opening
+from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs import workdir as workdirs
@@ -88,4 +90,21 @@ def _is_load(load: Any) -> bool:
     return all(map(is_of_layer, load))
 
 
-_STEPS: tuple[Callable[[Config], Config], ...] = (_tokenizer, _steps, _experts)
+def _tasks(config: Config) -> Config:
+    """A router by task has the domains of the corpus to choose by, if no others are named."""
+    router = config.model.moe.router
+    by_task = router.name in ROUTERS and ROUTERS[router.name].by_task
+    if router.tasks or not by_task:
+        return config
+    domains = hosts.first_then_all(lambda: opening.open_corpus(config.data)).domains
+    require(
+        len(domains) > 1,
+        "data.corpus",
+        config.data.corpus,
+        f"has the one domain {domains[0]}, and the {router.name} router chooses by task; must have"
+        " two or more, or the router be another",
+    )
+    return replace(config, **{"model.moe.router.tasks": tuple(domains)})
+
+
+_STEPS: tuple[Callable[[Config], Config], ...] = (_tokenizer, _steps, _experts, _tasks)

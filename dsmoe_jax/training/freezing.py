@@ -33,6 +33,10 @@ from dsmoe_jax.parallel.sharding import parameter_name
 _KEY = "train.trainable."
 
 
+class NoLoad(ValueError):
+    """A layer whose experts a text does not use."""
+
+
 class Part(NamedTuple):
     """A registry line.
 
@@ -177,12 +181,12 @@ def most_used(load_LE: Any, share: float) -> tuple[tuple[int, ...], ...]:
       share: of each layer's assignments, above 0.
 
     Raises:
-      ValueError: for a layer without load.
+      NoLoad: for a layer without load.
     """
     chosen = []
     for layer, load_E in enumerate(np.asarray(load_LE, np.float64)):
         if not load_E.sum():
-            raise ValueError(f"layer {layer} has no load")
+            raise NoLoad(f"layer {layer} has no load")
         order_E = np.argsort(-load_E, kind="stable")
         reached_E = np.cumsum(load_E[order_E]) / load_E.sum()
         # The sum of shares may round to just below 1.

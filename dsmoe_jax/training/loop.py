@@ -46,6 +46,12 @@ from dsmoe_jax.training.rows import (
 from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
+from dsmoe_jax.training.teacher import (
+    Teacher,
+    check_same_teacher,
+    check_teacher_on_mesh,
+    load_teacher,
+)
 
 
 class NonFinite(ValueError):
@@ -104,6 +110,7 @@ def train(
     mesh = open_mesh(config)
     with jax.set_mesh(mesh):
         check_kernels(config)  # before anything is written
+        check_teacher_on_mesh(config)
     with jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
@@ -189,6 +196,7 @@ class _Trainer:
             directory / workdirs.CHECKPOINTS, train.keep_checkpoints, train.keep_every
         )
         self.log: MetricsLog | None = None
+        self.teacher: Teacher | None = None
         self.tables = OverTraining(directory / workdirs.ANALYSIS)
         self.kernels: dict[str, str] = {}  # not in the log yet
         self.running_load = RunningLoad()
@@ -243,7 +251,8 @@ class _Trainer:
 
     def _stage(self, step: int, position: dict[str, Any] | None = None) -> StageRun:
         routing = self.recorder, self.recording
-        return StageRun(stage_of(self.config, step), self.corpus, position, *routing)
+        stage = stage_of(self.config, step)
+        return StageRun(stage, self.corpus, position, *routing, self.teacher)
 
     def _next_stage(self, step: int) -> None:
         self.now = self._stage(step, self.now.position())
@@ -261,9 +270,11 @@ class _Trainer:
     def _start(self) -> tuple[TrainState, int, int | None]:
         """The state to go on from, its step, and the checkpoint that it came from."""
         state, step, extra = start(self.config, self.checkpoints, self.corpus)
+        self.teacher = load_teacher(self.config, self.corpus)
         if extra is None:
             self.now = self._stage(0)
             return state, 0, None
+        check_same_teacher(self.config, self.teacher, extra.get("teacher"))
         self.now = self._stage(step, extra["data"])
         self.running_load = RunningLoad(extra["running_load"])
         self.line.message(f"{self.config.name}: going on from step {step}")
@@ -348,6 +359,8 @@ class _Trainer:
                 "tokenizer": tokenizer_fingerprint(self.corpus.tokenizer),
                 "running_load": self.running_load.saved(),
             }
+            if self.teacher is not None:
+                extra["teacher"] = self.teacher.identity
             self.checkpoints.save(step, to_items(state), extra, self._best_steps())
             self.saved_step = step
 

@@ -16,16 +16,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import AheadSums, Sums, ahead_sums, token_sums
 from dsmoe_jax.model import mtp
-from dsmoe_jax.model.build import abstract_model
+from dsmoe_jax.model.build import ModelState, abstract_model
+from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs, Scored
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.training import distillation
+from dsmoe_jax.training.distillation import Distilled
 from dsmoe_jax.training.objective import (
     LossContext,
     balance_terms,
@@ -54,6 +57,7 @@ class Totals(NamedTuple):
       terms: of the balance, without their weights, (L,).
       router: sums of the MoE layers, for the log; None without routed experts.
       ahead: sums of multi-token prediction; None without it.
+      distilled: sums of the differences from a teacher; None without one.
     """
 
     total_loss: jax.Array
@@ -62,6 +66,7 @@ class Totals(NamedTuple):
     terms: dict[str, jax.Array]
     router: LoggedSums | None
     ahead: AheadSums | None = None
+    distilled: Distilled | None = None
 
 
 class Gradients(NamedTuple):
@@ -84,12 +89,14 @@ class BatchGradient:
     Args:
       config: of the run.
       bytes_V: UTF-8 bytes of each token.
+      teacher: the model of the run's teacher; None without one.
     """
 
-    def __init__(self, config: Config, bytes_V: Any):
+    def __init__(self, config: Config, bytes_V: Any, teacher: ModelConfig | None = None):
         self._config = config
         self._bytes_V = bytes_V
         self._graph = abstract_model(config.model)
+        self._teacher_graph = None if teacher is None else abstract_model(teacher)
         self._n_micro = config.train.accumulation_steps
         self._counted = losses.counted_over_batch(config.model.moe.balance)
 
@@ -101,6 +108,7 @@ class BatchGradient:
         rng: jax.Array,
         weights: dict[str, jax.Array],
         mtp_weight: jax.Array | None = None,
+        teacher: ModelState | None = None,
     ) -> Gradients:
         """Computes the gradient; call it under `jax.jit`.
 
@@ -111,6 +119,7 @@ class BatchGradient:
           rng: random key of the step.
           weights: of the balance terms.
           mtp_weight: of multi-token prediction; None without it.
+          teacher: the arrays of the run's teacher; None without one.
         """
         micros = split(batch, self._n_micro)
         sent_LG = self._load_of_batch(params, other, micros, rng)
@@ -120,15 +129,14 @@ class BatchGradient:
         def part_of(micro: MicroBatch):
             grad_fn = jax.grad(self._loss, has_aux=True)
             grads, (totals, recorded) = grad_fn(
-                params, other, micro, rng, weights, mtp_weight, all_tokens, whole
+                params, other, micro, rng, weights, mtp_weight, all_tokens, whole, teacher
             )
             return (totals, grads), recorded
 
         (totals, grads), recorded = add_up(part_of, micros)
         return Gradients(totals, grads, None if recorded is None else join(recorded))
 
-    def _score(self, params, other, micro: MicroBatch, rng) -> Scored:
-        model = nnx.merge(self._graph, params, other)
+    def _score(self, model: Transformer, micro: MicroBatch, rng) -> Scored:
         inputs = ModelInputs.of_batch(micro.batch, micro.sequence_ids_B, rng)
         targets_BS = jnp.asarray(micro.batch["targets_BS"])
         return model.score(
@@ -136,6 +144,7 @@ class BatchGradient:
             targets_BS,
             whole_logits=needs_logits(self._config),
             look_ahead=self._config.model.mtp is not None,
+            with_hidden=self._config.train.distillation is not None,
         )
 
     def _whole(self, segment_ids_BS: jax.Array, sent_LG: dict[str, jax.Array] | None):
@@ -149,9 +158,13 @@ class BatchGradient:
         counts = jax.vmap(losses.whole_batch)(jnp.concatenate([of_layers, of_modules]))
         return counts._replace(sent_LG=sent_LG)
 
-    def _loss(self, params, other, micro: MicroBatch, rng, weights, mtp_weight, all_tokens, whole):
+    def _loss(
+        self, params, other, micro: MicroBatch, rng, weights, mtp_weight, all_tokens, whole, teacher
+    ):
         """Share of a micro-batch in the training loss; its `Totals` and recorded routing."""
-        output = self._score(params, other, micro, rng)
+        model = nnx.merge(self._graph, params, other)
+        output = self._score(model, micro, rng)
+        distilled = self._distilled(model, output, teacher, micro)
         with jax.named_scope("head"):
             nll_BS, sums = token_sums(output.nll_BS, micro.batch, self._bytes_V)
             ahead = None if output.ahead is None else ahead_sums(output.ahead, micro.batch)
@@ -169,13 +182,27 @@ class BatchGradient:
                 all_tokens,
                 ahead,
                 mtp_weight,
+                distilled,
             )
         )
         report = output.report
         if report is None:
-            return loss, (Totals(loss, parts, sums, terms, None, ahead), None)
+            return loss, (Totals(loss, parts, sums, terms, None, ahead, distilled), None)
         recorded = report.recorded if self._config.train.record_routing else None
-        return loss, (Totals(loss, parts, sums, terms, report.logged, ahead), recorded)
+        totals = Totals(loss, parts, sums, terms, report.logged, ahead, distilled)
+        return loss, (totals, recorded)
+
+    def _distilled(
+        self, model: Transformer, output: Scored, teacher: ModelState | None, micro: MicroBatch
+    ) -> Distilled | None:
+        """Differences from the teacher; None without one."""
+        section = self._config.train.distillation
+        if section is None:
+            return None
+        assert self._teacher_graph is not None
+        assert teacher is not None, "a run with a teacher gets its arrays in every step"
+        frozen = nnx.merge(self._teacher_graph, *teacher)
+        return distillation.compare(section, model, output, frozen, micro.batch)
 
     def _load_of_batch(self, params, other, micros: MicroBatch, rng) -> dict[str, jax.Array] | None:
         """The load of all micro-batches together on each group, by balance term.
@@ -187,7 +214,7 @@ class BatchGradient:
             return None
 
         def sent(micro: MicroBatch):
-            report = self._score(params, other, micro, rng).report
+            report = self._score(nnx.merge(self._graph, params, other), micro, rng).report
             assert report is not None
             return {name: report.loss_inputs.terms[name].sent_G for name in self._counted}, None
 

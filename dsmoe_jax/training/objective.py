@@ -1,9 +1,9 @@
 """The training loss: a sum of parts, each a line of `LOSS_PARTS`.
 
     loss = cross-entropy + sum of the weighted balance terms + loss of a router that is a policy
-           + weighted loss of multi-token prediction
+           + weighted loss of multi-token prediction + weighted differences from a teacher
 
-A new part (distillation) is a function of a `LossContext` and a line there.
+A new part is a function of a `LossContext` and a line there.
 
 The global batch may be computed in micro-batches, and each computes its share of every part.  The
 shares add up to the part, and so do their gradients: a part divides by counts of the whole batch,
@@ -29,6 +29,7 @@ from dsmoe_jax.model.types import Scored
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.moe.routers.policy import policy_loss
+from dsmoe_jax.training.distillation import Distilled
 
 
 class LossContext(NamedTuple):
@@ -45,6 +46,7 @@ class LossContext(NamedTuple):
       all_tokens: predicted tokens of the global batch.
       ahead: sums of multi-token prediction; None without it.
       mtp_weight: its weight in this step; None without it.
+      distilled: sums of the differences from a teacher; None without one.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class LossContext(NamedTuple):
     all_tokens: jax.Array
     ahead: AheadSums | None = None
     mtp_weight: jax.Array | None = None
+    distilled: Distilled | None = None
 
 
 class LossPart(NamedTuple):
@@ -76,8 +79,10 @@ class LossPart(NamedTuple):
 
 
 def cross_entropy(context: LossContext) -> jax.Array:
-    """Nats per predicted token of the global batch."""
-    return context.sums.nll / context.all_tokens
+    """Nats per predicted token of the global batch; with a teacher the share that it leaves."""
+    value = context.sums.nll / context.all_tokens
+    section = context.config.train.distillation
+    return value if section is None else (1 - section.factor) * value
 
 
 def balance(context: LossContext) -> jax.Array:
@@ -108,6 +113,24 @@ def multi_token(context: LossContext) -> jax.Array:
     return context.mtp_weight * context.ahead.nll.mean() / context.all_tokens
 
 
+def distillation(context: LossContext) -> jax.Array:
+    """Divergence from the teacher's predictions, times its weight (1503.02531, section 2)."""
+    section = context.config.train.distillation
+    assert section is not None
+    assert context.distilled is not None
+    return section.factor * context.distilled.divergence / context.all_tokens
+
+
+def hidden_states(context: LossContext) -> jax.Array:
+    """Mean squared difference from what the teacher's head gets, times its weight."""
+    section = context.config.train.distillation
+    assert section is not None
+    assert section.hidden_factor is not None
+    assert context.distilled is not None
+    assert context.distilled.squared is not None
+    return section.hidden_factor * context.distilled.squared / context.all_tokens
+
+
 def _balances(config: Config) -> bool:
     moe = config.model.moe
     return moe.n_routed_experts > 0 and bool(moe.balance)
@@ -122,12 +145,23 @@ def _samples(config: Config) -> bool:
     return moe.n_routed_experts > 0 and get_router(moe)[0].samples
 
 
+def _is_taught(config: Config) -> bool:
+    return config.train.distillation is not None
+
+
+def _compares_hidden(config: Config) -> bool:
+    section = config.train.distillation
+    return section is not None and section.hidden_factor is not None
+
+
 # In the order in which they are added.
 LOSS_PARTS: dict[str, LossPart] = {
     "cross_entropy": LossPart(lambda config: True, cross_entropy),  # its key is `loss`
     "balance": LossPart(_balances, balance),  # every term has a key
     "policy": LossPart(_samples, policy),  # the entropy is `router_entropy`
     "mtp": LossPart(_looks_ahead, multi_token),  # of each module `mtp_loss`, without the weight
+    "distillation": LossPart(_is_taught, distillation, "distillation"),
+    "hidden_states": LossPart(_compares_hidden, hidden_states, "distillation_hidden"),
 }
 
 

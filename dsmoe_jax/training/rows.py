@@ -61,6 +61,7 @@ def training_row(metrics: StepMetrics, model: ModelConfig) -> dict[str, Any]:
         "learning_rate": float(metrics.learning_rate),
         **_logged_parts(metrics),
         **_ahead(metrics),
+        **_agreement(metrics),
     }
     if metrics.router is None:
         return row
@@ -102,6 +103,13 @@ def _ahead(metrics: StepMetrics) -> dict[str, list[float]]:
     return {"mtp_loss": as_list(nll_K / tokens_K), "mtp_acceptance": as_list(agreed_K / tokens_K)}
 
 
+def _agreement(metrics: StepMetrics) -> dict[str, float]:
+    """The share of the predicted tokens of which student and teacher find the same one best."""
+    if metrics.distilled is None:
+        return {}
+    return {"teacher_agreement": float(metrics.distilled.agreed / metrics.tokens)}
+
+
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:
     """The results of `HeldOut.measure` after a step; of the loads only how uneven they are."""
     keys = ("loss", "bits_per_byte", "tokens", "maxvio", "dropped", "domains")
@@ -139,11 +147,14 @@ def first_non_finite(metrics: StepMetrics) -> tuple[str, float] | None:
 
 
 def shown(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Fields of the progress line besides the loss: the last speed and MaxVio."""
+    """Fields of the progress line besides the loss: speed, MaxVio, likeness to a teacher."""
     row = next((r for r in reversed(rows) if "tokens_per_second" in r), {})
     fields = {}
     if "tokens_per_second" in row:
         fields["tokens/s"] = f"{row['tokens_per_second']:,.0f}"
     if "maxvio" in row:
         fields["MaxVio"] = f"{sum(row['maxvio']) / len(row['maxvio']):.2f}"
+    if "teacher_agreement" in row:
+        fields["distillation"] = f"{row['distillation']:.4f}"
+        fields["as the teacher"] = f"{row['teacher_agreement']:.0%}"
     return fields

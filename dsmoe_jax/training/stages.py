@@ -5,6 +5,7 @@ A run without stages is one stage.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from dsmoe_jax.config import Config, Stage, replace, stages_of, trees
@@ -22,6 +23,7 @@ from dsmoe_jax.runs import routing_records
 from dsmoe_jax.runs.routing_records import Recorder, Recording
 from dsmoe_jax.training.start import shapes_by_path, state_shapes
 from dsmoe_jax.training.step import jit_train_step
+from dsmoe_jax.training.teacher import Teacher
 
 
 def check_stages(config: Config) -> None:
@@ -67,7 +69,10 @@ def kernels_of(config: Config) -> dict[str, str]:
     if (attends := attention_kernel(config)) is not None:
         found["attention"] = attends
     if moe.n_routed_experts:
-        found["experts"] = experts.choose_name(moe.expert_backend, dtype, form_of(moe.expert))
+        quantised = moe.quantised is not None
+        found["experts"] = experts.choose_name(
+            moe.expert_backend, dtype, form_of(moe.expert), quantised=quantised
+        )
         found["rows"] = kernels.choose_rows_name(moe.row_kernels, dtype)
     return found
 
@@ -106,6 +111,7 @@ class StageRun:
         position: dict[str, Any] | None = None,
         recorder: Recorder | None = None,
         recording: Recording | None = None,
+        teacher: Teacher | None = None,
     ):
         """Makes the stage ready; nothing is compiled yet.
 
@@ -115,6 +121,7 @@ class StageRun:
           position: in the data, of a run that goes on.
           recorder: of the routing of held-out text.
           recording: routing to replay.
+          teacher: of the run.
         """
         config = stage.config
         train = config.train
@@ -128,6 +135,7 @@ class StageRun:
             self._rows,
             (stage.first, stage.sequences),
             stage.skips,
+            config.model.moe.router.tasks,
         )
         if position is not None:
             self._batches.set_state(position)
@@ -141,8 +149,14 @@ class StageRun:
             recorder,
             recording if routing_records.needs(config) == "routing" else None,
             keep_routing=train.analyse_every is not None,
+            tasks=config.model.moe.router.tasks,
         )
-        self.train_step = jit_train_step(config, corpus.bytes_per_token_V)
+        bytes_V = corpus.bytes_per_token_V
+        if teacher is None:
+            self.train_step = jit_train_step(config, bytes_V)
+        else:  # its arrays are an input: as constants they would be a part of the program
+            step = jit_train_step(config, bytes_V, teacher.model)
+            self.train_step = functools.partial(step, teacher=teacher.state)
 
     def next_batch(self, step: int) -> Batch:
         """The batch of a step, which is the next one."""

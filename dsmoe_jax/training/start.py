@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_corpus, check_same_tokenizer
@@ -141,7 +142,13 @@ def check_start_from(config: Config) -> None:
         return
     workdir = local_path("train.start_from", config.train.start_from)
     key = _key(config)
-    there = shapes_by_path(model_shapes(workdirs.read_config(workdir, key).model))
+    began = workdirs.read_config(workdir, key).model
+    if began.moe.quantised is not None:
+        raise ValueError(
+            f"{key}: its experts are quantised, and whole numbers have no gradient; must be the run"
+            " that it was made from"
+        )
+    there = shapes_by_path(model_shapes(began))
     here = shapes_by_path(model_shapes(config.model))
     for path in {**here, **there}:
         if there.get(path) != here.get(path):
@@ -170,6 +177,7 @@ def shapes_by_path(tree: Any) -> dict[str, Any]:
 def _first_state(
     config: Config, key: jax.Array, values: Mapping[str, Any] | None = None
 ) -> TrainState:
+    _refuse_quantised(config)
     _refuse_without_room(config)
     _, params, other = nnx.split(build_model(config.model, key), nnx.Param, ...)
     if values:
@@ -181,6 +189,13 @@ def _first_moments(config: Config, params: nnx.State) -> Any:
     """The state of a fresh optimizer, of the parameters that are trained."""
     trained, _ = Freezing(config).split(params)
     return optimizer_of(config).init(trained)
+
+
+def _refuse_quantised(config: Config) -> None:
+    """Refuses experts that have no gradient."""
+    quantised = config.model.moe.quantised
+    want = "whole numbers have no gradient; must be None to train; quantise when all is trained"
+    require(quantised is None, "model.moe.quantised", quantised, want)
 
 
 def _refuse_without_room(config: Config) -> None:

@@ -7,8 +7,7 @@ routing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import chex
 import jax
@@ -16,16 +15,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dsmoe_jax.config import Config
+from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import AheadSums
 from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.model.build import ModelState
 from dsmoe_jax.moe import losses
 from dsmoe_jax.moe.report import LoggedSums
 from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training import router_state
+from dsmoe_jax.training.distillation import Distilled
 from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.optimizer import make_schedule, optimizer_of
@@ -33,8 +34,6 @@ from dsmoe_jax.training.start import TrainState, state_shapes
 
 # Without this a TPU computes nothing while tokens travel to their experts.
 _COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": True}}
-
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, "StepMetrics"]]
 
 
 class StepMetrics(NamedTuple):
@@ -53,6 +52,7 @@ class StepMetrics(NamedTuple):
         routed experts.
       recorded: routing of the global batch, (L, B, S, K), if the run records it.
       ahead: sums of multi-token prediction, by module; None without it.
+      distilled: sums of the differences from a teacher; None without one.
     """
 
     loss: jax.Array
@@ -66,23 +66,37 @@ class StepMetrics(NamedTuple):
     router: LoggedSums | None
     recorded: RecordedRouting | None
     ahead: AheadSums | None = None
+    distilled: Distilled | None = None
 
 
-def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
+class TrainStep(Protocol):
+    """A step: from the state before it, its batch and the arrays of the run's teacher, if any."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, teacher: ModelState | None = None
+    ) -> tuple[TrainState, StepMetrics]: ...
+
+
+def make_train_step(
+    config: Config, bytes_V: Any, teacher_model: ModelConfig | None = None
+) -> TrainStep:
     """Builds the pure `(state, batch) -> (state, metrics)`; `jit_train_step` compiles it.
 
     Args:
       config: of the run.
       bytes_V: UTF-8 bytes of each token, for bits per byte.
+      teacher_model: of the run's teacher; None without one.
     """
     assert not config.optimizer.rate_changes, "each stage has a peak of its own, see stages_of"
-    gradient = BatchGradient(config, bytes_V)
+    gradient = BatchGradient(config, bytes_V, teacher_model)
     steps = config.train.scheduled_steps
     optimizer = optimizer_of(config)
     freezing = Freezing(config)
     schedule = make_schedule(config.optimizer, steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Batch, teacher: ModelState | None = None
+    ) -> tuple[TrainState, StepMetrics]:
         assert_shapes(batch)
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         progress = Progress(state.step, steps)
@@ -90,7 +104,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
         trained, frozen = freezing.split(state.params)
         others = nnx.merge_state(frozen, state.other)
         of_mtp = mtp_weight(config, progress)
-        totals, grads, recorded = gradient(trained, others, batch, rng, weights, of_mtp)
+        totals, grads, recorded = gradient(trained, others, batch, rng, weights, of_mtp, teacher)
         with jax.named_scope("optimizer"):
             grads = freezing.gradient(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -112,6 +126,7 @@ def make_train_step(config: Config, bytes_V: Any) -> TrainStep:
             router=totals.router,
             recorded=recorded,
             ahead=totals.ahead,
+            distilled=totals.distilled,
         )
         other = state.other
         if totals.router is not None and freezing.moves_router:
@@ -140,14 +155,16 @@ def assert_shapes(batch: Batch) -> None:
         chex.assert_equal_shape(replayed)
 
 
-def jit_train_step(config: Config, bytes_V: Any) -> TrainStep:
+def jit_train_step(
+    config: Config, bytes_V: Any, teacher_model: ModelConfig | None = None
+) -> TrainStep:
     """`make_train_step` jitted for the ambient mesh, with the state donated.
 
     The state keeps its shardings, every device gets the metrics.  The batch is global: its rows
     split over the mesh, as `sharding.global_batch` makes them.  It is traced once: see
     `traced_once`.
     """
-    train_step = traced_once(make_train_step(config, bytes_V))
+    train_step = traced_once(make_train_step(config, bytes_V, teacher_model))
     state = sharding.shardings(state_shapes(config))
     out_shardings = None if state is None else (state, sharding.whole())
     options = _COMPILER_OPTIONS.get(platform())
@@ -168,11 +185,13 @@ def traced_once(train_step: TrainStep) -> TrainStep:
     traced: list[Any] = []
 
     @functools.wraps(train_step)
-    def guarded(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        arguments = {"state": state, "batch": batch}
+    def guarded(
+        state: TrainState, batch: Batch, teacher: ModelState | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        arguments = {"state": state, "batch": batch, "teacher": teacher}
         traced.append(jax.tree.map(jax.typeof, arguments))
         assert len(traced) == 1, f"the training step is traced again: {_changed(*traced)}"
-        return train_step(state, batch)
+        return train_step(state, batch, teacher)
 
     return guarded
 

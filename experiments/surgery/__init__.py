@@ -1,1 +1,1 @@
-"""Changes of trained models, and how good what comes out is."""
+"""Changes of a trained model: what is left of it, and what it costs."""

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import analysis, moe_layer, parallel, router_metrics, routers, train_step
+from benchmarks import (
+    analysis,
+    int8_experts,
+    latency,
+    latency_page,
+    moe_layer,
+    parallel,
+    router_metrics,
+    routers,
+    train_step,
+)
 from dsmoe_jax.analysis import over_training
 from dsmoe_jax.moe.kernels import native
 
@@ -15,7 +25,16 @@ from dsmoe_jax.moe.kernels import native
 def written(tmp_path, monkeypatch):
     """`written(benchmark, *flags)`: the report of one round, from its file."""
     # Freed memory that a process keeps would stay with all other tests.
-    for benchmark in (analysis, moe_layer, parallel, router_metrics, routers, train_step):
+    for benchmark in (
+        analysis,
+        int8_experts,
+        latency,
+        moe_layer,
+        parallel,
+        router_metrics,
+        routers,
+        train_step,
+    ):
         monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: False)
 
     def run(benchmark, *flags):
@@ -36,6 +55,16 @@ def test_moe_layer(written):
         for case in [("dense", "-"), *((b, r) for b in backends for r in moe_layer.ROUTINGS)]
         for kind in ("forward", "forward+gradients")
     }
+
+
+def test_int8_experts(written, finished_run):
+    flags = ("--size=demo", "--tokens=4", f"--workdir={finished_run[0]}")
+    report = written(int8_experts, *flags)
+    cases = {row["case"]: row for row in report["layer"]}
+    assert {"float", "int8", "int8 x int8"} <= set(cases)
+    assert cases["float"]["weight_mb"] == 4 * cases["int8"]["weight_mb"]
+    text = {row["case"]: row["weight_mb"] for row in report["generation"]}
+    assert text["int8"] == text["int8 x int8"] < text["float"]
 
 
 def test_moe_layer_beside_hugging_face():
@@ -91,6 +120,46 @@ def test_parallel(monkeypatch):
             assert row["sent_mb"] is None
         else:
             assert row["least_mb"] < row["sent_mb"]
+
+
+@pytest.mark.eight_devices
+def test_latency(written, monkeypatch, tmp_path):
+    """Every part of every path; its page has its tables."""
+    monkeypatch.setattr(latency, "D", 8)
+    small = {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    monkeypatch.setattr(latency, "LAYER", latency.LAYER | small)
+    monkeypatch.setattr(latency, "LIMITS", (1,))
+    monkeypatch.setattr(latency, "LIMITED", 16)
+    monkeypatch.setattr(latency, "ROUNDS", {16: 1})
+    (tmp_path / "page.md").write_text("a\n<!-- tables -->\nold\n<!-- end of the tables -->\nb\n")
+    flags = (f"--page={tmp_path / 'page.md'}", f"--picture={tmp_path / 'picture.svg'}")
+    report = written(latency, *flags)
+    found = {(row["devices"], row["limit"], row["path"]): row for row in report["rows"]}
+    assert set(found) == {
+        *((1, None, path) for path in latency.PATHS[1]),
+        *((8, limit, path) for limit in (None, 1) for path in latency.PATHS[8]),
+    }
+    for row in report["rows"]:
+        assert all(row[f"{part}_ms"] > 0 for part in (*latency.PARTS, latency.WHOLE, latency.CALL))
+    assert found[8, None, "all_gather"]["rows"] == 7
+    assert found[8, 1, latency.RAGGED]["rows"] <= 1 < found[8, None, latency.RAGGED]["rows"] < 2
+    page = (tmp_path / "page.md").read_text()
+    tables = f"{latency_page.START}\n\n{latency_page.tables(report)}\n\n{latency_page.END}"
+    assert page == f"a\n{tables}\nb\n"
+    assert (tmp_path / "picture.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("path", latency.PATHS[8])
+def test_the_parts_of_latency_are_the_layer(monkeypatch, path):
+    """Put together they give what the layer gives."""
+    monkeypatch.setattr(latency, "D", 8)
+    with latency.on_devices(8):
+        layer = latency.Layer(latency.Setting(8, 4, 16), latency.PATHS[8][path])
+        calls = layer.calls((latency.EXCHANGE, latency.SHARED, latency.WHOLE))
+        _, routed_TD = calls[latency.EXCHANGE]()
+        together = routed_TD + calls[latency.SHARED]()
+        np.testing.assert_allclose(together, calls[latency.WHOLE](), atol=1e-5)
 
 
 def test_routers(written, monkeypatch):

@@ -31,8 +31,8 @@ assert not {"jax", "absl", "numpy"} & sys.modules.keys()
 # A flag that the manual of each command explains.
 FLAGS = {
     "train": ("--workdir", "--[no]distributed", "--config", "--config.train.seed=1"),
-    "evaluate": ("--workdir", "--record_routing", "--tasks", "hellaswag", "--mesh", "--[no]json"),
-    "generate": ("--prompt", "--top_p", "--num_samples", "--mesh", "an empty prompt"),
+    "evaluate": ("--workdir", "--record_routing", "--as_task", "hellaswag", "--[no]json"),
+    "generate": ("--prompt", "--task", "--top_p", "--num_samples", "--mesh", "an empty prompt"),
     "count": ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--[no]all"),
     "plan": ("--chip", "--chips", "--config"),
     "aot": ("--topology", "--[no]json"),

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 import configs
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.training.loop import train
-from tests.tools.patience import PATIENCE
+from tests.tools.forked import run_all, run_script
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ DRIVER = """
 import contextlib, io, json, sys
 from absl import flags
 from dsmoe_jax.commands import command_line, generate
-cases = json.load(sys.stdin)
+cases = json.loads(sys.argv[1])
 results = []
 for argv in cases:
     out, err = io.StringIO(), io.StringIO()
@@ -131,12 +129,11 @@ def results(workdir, tmp_path_factory):
     for line in lines:
         if not any(a.startswith("--workdir") for a in line):
             line.append(f"--workdir={workdir}")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DRIVER],
-        input=json.dumps(lines), capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return dict(zip(cases, json.loads(done.stdout), strict=True))
+    script = directory / "driver.py"
+    script.write_text(DRIVER)
+    done = run_script(script, json.dumps(lines))
+    assert done.code == 0, done.err
+    return dict(zip(cases, json.loads(done.out), strict=True))
 
 
 def samples_of(results, name):
@@ -259,18 +256,13 @@ def test_bad_input_gives_one_line(results, argv):
 
 
 def test_the_command_as_users_call_it(workdir, results):
-    command = [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate"]
-    arguments = [f"--workdir={workdir}", *GOOD["greedy"]]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, done.stdout) == (0, results["greedy"][1])
+    (done,) = run_all([("generate", f"--workdir={workdir}", *GOOD["greedy"])])
+    assert (done.code, done.out) == (0, results["greedy"][1])
 
 
 def test_help_explains():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "dsmoe_jax", "generate", "--help"],
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == 0
+    (done,) = run_all([("generate", "--help")])
+    assert done.code == 0
     for text in (
         "an empty prompt",
         "--workdir=runs/dsmoe",
@@ -281,4 +273,4 @@ def test_help_explains():
         "12 L D^2",
         "--[no]json",
     ):
-        assert text in done.stdout
+        assert text in done.out

@@ -17,6 +17,8 @@ FLAGS = {
     ("prune", "--from=RUN", "--to=NEW", "--keep=1"): "--keep=1: leaves 1 of the 4 experts",
     ("merge", "--from=RUN", "--to=NEW", "--keep=3"): "--moments=carried: they have no meaning",
     ("extract", "--from=RUN", "--to=NEW", "LOADS", "--devices=2"): "no meaning for extract",
+    ("extract_task", "--from=RUN", "--to=NEW"): "--task: missing; Of model.moe.router.tasks",
+    ("extract_task", "--from=RUN", "--to=NEW", "--task=a"): "--task='a': has no meaning for this",
     ("place", "--from=RUN", "--to=RUN", "LOADS", "--devices=2"): "exists already; name a new or",
     ("place", "--from=RUN", "--to=NEW", "LOADS", "--devices=3"): "--devices=3: must divide the 4",
     ("place", "--from=RUN", "--to=NEW", "LOADS", "--devices=2", "--step=8"): "--step=8: no such",

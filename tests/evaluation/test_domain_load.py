@@ -46,10 +46,12 @@ class Kept:
 
     def __init__(self):
         self.sent = []
+        self.computed = []
 
     def write(self, name, number, recorded):
-        """Keeps the choices of a batch, before dropping."""
+        """Keeps the choices of a batch, before dropping and after it, with gates."""
         self.sent.append(np.asarray(recorded.sent))
+        self.computed.append((np.asarray(recorded.ids), np.asarray(recorded.gates)))
 
 
 def check(config, corpus, intervention=NONE, batch_size=4):
@@ -67,6 +69,14 @@ def check(config, corpus, intervention=NONE, batch_size=4):
         assert load_LE.any() == (name in by_name)
         np.testing.assert_array_equal(by_name.get(name, 0), load_LE)
     np.testing.assert_array_equal(np.sum([*by_name.values()], axis=0), found["load"])
+    mass_LE = np.zeros_like(found["load"], float)
+    for ids_LBSK, gates_LBSK in kept.computed:
+        for (layer, *_), expert, gate in zip(
+            np.ndindex(ids_LBSK.shape), ids_LBSK.flat, gates_LBSK.flat, strict=True
+        ):
+            if expert < sizes[1]:
+                mass_LE[layer, expert] += gate
+    np.testing.assert_allclose(found["gate_mass"], mass_LE, atol=1e-4, rtol=1e-5)
     return found
 
 

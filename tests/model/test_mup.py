@@ -13,6 +13,7 @@ from dsmoe_jax.model.build import build_model, model_shapes
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.nn.attention import ATTENTION
 from dsmoe_jax.parallel.sharding import parameter_name
+from tests.tools.routing import TASKS, tasks_of
 from tests.tools.tiny import tiny
 from tests.tools.trees import by_path
 
@@ -51,6 +52,7 @@ MODELS = [
         {**LATENT, OPTIONS + "q_lora_rank": 10},
         {OPTIONS + "kv_lora_rank": 16, OPTIONS + "q_lora_rank": 20},
     ),
+    ({"model.moe.router.name": "task", "model.moe.router.tasks": TASKS}, {}),
 ]
 
 
@@ -72,6 +74,7 @@ def test_every_parameter_of_every_router_has_a_kind(name):
     k = ROUTERS[name].top or 2
     balance = {"model.moe.balance": {}}
     changes = {"model.moe.router.name": name, "model.moe.num_experts_per_tok": k, **balance}
+    changes["model.moe.router.tasks"] = tasks_of(name)
     model_shapes(tiny(**changes, **{"model.mup_base_width": 32}).model)
 
 
@@ -93,6 +96,8 @@ def test_kinds_are_those_that_the_shapes_of_two_widths_show():
                 expected = mup.HIDDEN
             elif name == "scale_D" or "_bias_" in name:
                 expected = mup.VECTOR
+            elif growing == 0:
+                expected = mup.FIXED
             else:
                 # Vocabulary, experts, rotated part; of the shared experts' gate the layers alone.
                 assert growing == 1, path

@@ -14,6 +14,7 @@ from dsmoe_jax.moe.interventions import GENERATION, NONE, Intervention, check_le
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs
+from tests.tools.routing import TASKS, tasks_of
 
 T, D, E, K = 14, 8, 6, 2
 V3 = {
@@ -172,8 +173,11 @@ def test_the_capacity_is_that_of_the_other_k():
 @pytest.mark.parametrize("name", [n for n, r in ROUTERS.items() if r.needs_recording != "routing"])
 def test_every_router_heeds_an_intervention_or_refuses_it(name):
     """In evaluation the second best take the place of masked ones, and K is another number."""
-    layer = make_layer(k=ROUTERS[name].top or K, **{"router.name": name})
-    x_TD, tokens = activations().reshape(T, D), RouterInputs(jnp.arange(T))
+    layer = make_layer(
+        k=ROUTERS[name].top or K, **{"router.name": name, "router.tasks": tasks_of(name)}
+    )
+    x_TD = activations().reshape(T, D)
+    tokens = RouterInputs(jnp.arange(T), task_ids_T=jnp.arange(T) % len(TASKS))
 
     def ids(intervention):
         return np.asarray(layer.route(x_TD, tokens, intervention=intervention)[0].ids_TK)
@@ -207,11 +211,13 @@ def test_every_router_heeds_an_intervention_or_refuses_it(name):
 @pytest.mark.parametrize("name", [n for n, r in ROUTERS.items() if r.needs_recording != "routing"])
 def test_in_generation_every_router_routes_each_token_by_itself(name):
     """In a batch of two sequences, and as the only token there is: the same experts and gates."""
-    layer = make_layer(k=ROUTERS[name].top or K, **{"router.name": name})
+    layer = make_layer(
+        k=ROUTERS[name].top or K, **{"router.name": name, "router.tasks": tasks_of(name)}
+    )
     x_TD = activations().reshape(T, D)
 
     def route(x_TD, ids_T, sequences_B):
-        tokens = RouterInputs(ids_T, sequence_ids_B=sequences_B)
+        tokens = RouterInputs(ids_T, sequence_ids_B=sequences_B, task_ids_T=ids_T % len(TASKS))
         return layer.route(x_TD, tokens, intervention=GENERATION)[0]
 
     together = route(x_TD, jnp.arange(T), jnp.arange(2))

@@ -17,6 +17,7 @@ from dsmoe_jax.moe.dispatch import local
 from dsmoe_jax.moe.layer import MoELayer
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.moe.types import MoEInputs, RouterInputs, Routing
+from tests.tools.routing import TASKS, tasks_of
 
 D = 8
 SMALL = {
@@ -28,7 +29,8 @@ SMALL = {
 def make_layer(**changed):
     """A layer of the small sizes; dotted keys of `model.moe`, with "__" for the dots, changed."""
     keys = {f"model.moe.{key.replace('__', '.')}": v for key, v in {**SMALL, **changed}.items()}
-    moe = replace(Config(), **keys).model.moe
+    tasks = tasks_of(keys.get("model.moe.router.name", "topk"))
+    moe = replace(Config(), **keys, **{"model.moe.router.tasks": tasks}).model.moe
     layer = MoELayer(moe, hidden_size=D, vocab_size=50, initializer_range=0.4, rngs=nnx.Rngs(0))
     if hasattr(layer, "table_VK"):  # of a router that has its experts from the training text
         k = moe.num_experts_per_tok
@@ -55,14 +57,23 @@ def value_and_gradients(layer, x_BSD, token_ids_BS, apply):
     return y_BSD, grads
 
 
+def router_matrix(layer):
+    """The learned parameter of the router: (E, D), or (E, A) of one by task."""
+    return layer.router_EA if hasattr(layer, "router_EA") else layer.router_ED
+
+
 def run_layer(layer, x_BSD, token_ids_BS):
-    return layer(x_BSD, MoEInputs(token_ids_BS, jnp.ones(token_ids_BS.shape, bool)))[0]
+    valid_BS = jnp.ones(token_ids_BS.shape, bool)
+    task_ids_BS = token_ids_BS % len(TASKS)
+    return layer(x_BSD, MoEInputs(token_ids_BS, valid_BS, task_ids_BS=task_ids_BS))[0]
 
 
 def run_reference(layer, x_BSD, token_ids_BS):
     """The dense loop, with the layer's own routing."""
     x_TD = x_BSD.reshape(-1, D)
-    routing, _ = layer.route(x_TD, RouterInputs(token_ids_BS.reshape(-1)))
+    token_ids_T = token_ids_BS.reshape(-1)
+    inputs = RouterInputs(token_ids_T, task_ids_T=token_ids_T % len(TASKS))
+    routing, _ = layer.route(x_TD, inputs)
     routed = layer.gate_EFD[...], layer.up_EFD[...], layer.down_EDF[...]
     shared = wide(layer.shared) if layer.config.n_shared_experts else None
     return reference.moe_layer(x_TD, routing, routed, shared).reshape(x_BSD.shape)
@@ -101,7 +112,7 @@ def test_agrees_with_the_dense_loop(router, backend):
     if (
         ROUTERS[router].learned and not ROUTERS[router].samples
     ):  # that one learns from the loss alone
-        assert jnp.abs(got[1][0].router_ED[...]).max() > 1e-3
+        assert jnp.abs(router_matrix(got[1][0])[...]).max() > 1e-3
 
 
 def by_dispatch(x, gates, ids, n_experts):
@@ -262,12 +273,14 @@ def test_what_is_logged_of_a_routing(router, scoring, backend, rows):
         router__scoring_func=scoring, expert_backend=backend, row_kernels=rows,
         **without_balance(router),
     )  # fmt: skip
-    layer.router_ED[...] *= 20.0  # affinities far from even
+    router_matrix(layer)[...] *= 20.0  # affinities far from even
     x = jax.random.normal(jax.random.key(1), (2, 9, 8))
     valid = jnp.arange(9)[None, :] < jnp.array([[9], [4]])
-    _, report = layer(x, MoEInputs(jnp.zeros((2, 9), jnp.int32), valid))
+    zeros = jnp.zeros((2, 9), jnp.int32)
+    task_ids = jnp.arange(18).reshape(2, 9) % len(TASKS)
+    _, report = layer(x, MoEInputs(zeros, valid, task_ids_BS=task_ids))
     logged = report.logged
-    inputs = RouterInputs(jnp.zeros(18, jnp.int32), valid_T=valid.reshape(-1))
+    inputs = RouterInputs(zeros.reshape(-1), valid.reshape(-1), task_ids_T=task_ids.reshape(-1))
     routing = jax.tree.map(np.asarray, layer.route(x.reshape(18, 8), inputs)[0])
     valid = np.asarray(valid).reshape(-1)
     p_TE = routing.affinity_TE[valid].astype(np.float64)

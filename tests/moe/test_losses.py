@@ -17,6 +17,7 @@ from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RecordedRouting, RouterInputs, Routing
 from tests.tools.routing import moe_config as router_config
 from tests.tools.routing import route as route_by
+from tests.tools.routing import tasks_of
 
 B, S, E, K = 3, 8, 6, 2
 D, M = 3, 2  # devices, and how many of them a token may use
@@ -304,7 +305,7 @@ def test_an_even_sure_router_gives_one(router):
     elif per_expert > 1:
         logits = np.repeat(logits, per_expert, axis=1)
     options = {o: True for o in ROUTERS[router].options if o == "random_second_expert"}
-    moe = router_config(router, e=E, k=k, options=options)
+    moe = router_config(router, e=E, k=k, options=options, tasks=tasks_of(router))
     ids_TK = jnp.asarray(ids, jnp.int32)
     replayed = RecordedRouting(ids_TK, jnp.ones((t, k)), ids_TK, ids_TK)
     inputs = RouterInputs(jnp.zeros(t, jnp.int32), rng=jax.random.key(0), replayed=replayed)

@@ -15,7 +15,7 @@ from dsmoe_jax.moe.routers import ROUTERS, RouterSettings, get_router, scored
 from dsmoe_jax.moe.routers.fixed import balanced_table, hash_expert
 from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import RouterInputs, count_load
-from tests.tools.routing import moe_config, route
+from tests.tools.routing import moe_config, route, tasks_of
 
 
 def numpy_softmax(x):
@@ -206,11 +206,15 @@ def test_variables_are_there_when_a_setting_asks_for_them(name):
     router = ROUTERS[name]
 
     def first(**section):
+        section["tasks"] = tasks_of(name)
         _, found = get_router(moe_config(name, k=router.top or 2, **section))
         return router.state.first(dataclasses.replace(found, vocab_size=20))
 
     if router.state is None:
         assert "bias_update_speed" not in router.reads
+        return
+    if router.own_k and router.by_task:
+        np.testing.assert_array_equal(first()["table_AK"], [[0, 1], [2, 3], [4, 5]])
         return
     if router.own_k:
         np.testing.assert_array_equal(first()["table_VK"], np.full((20, 2), 8))

@@ -117,20 +117,29 @@ SAMPLED = {"model.moe.router.name": "reinforce", "model.moe.router.options.entro
 
 
 @functools.cache
-def step_gradients(block_tokens, micro_batches, sampled):
-    config = tiny(**SAMPLED) if sampled else tiny()
-    state = init_state(config)
+def initial_state(sampled):
+    return init_state(tiny(**SAMPLED) if sampled else tiny())
+
+
+def gradient_and_arguments(block_tokens, micro_batches, sampled):
+    state = initial_state(sampled)
     config = replace(
-        config,
+        tiny(**SAMPLED) if sampled else tiny(),
         **{
             "model.head_block_tokens": block_tokens,
             "train.accumulation_steps": micro_batches,
         },
     )
-    gradient = jax.jit(BatchGradient(config, jnp.arange(512) % 5))
+    gradient = BatchGradient(config, jnp.arange(512) % 5)
     weights = {name: jnp.float32(0.1) for name in config.model.moe.balance}
     rng = jax.random.key(1)
-    return jax.device_get(gradient(state.params, state.other, batch(config), rng, weights))
+    return gradient, (state.params, state.other, batch(config), rng, weights)
+
+
+@functools.cache
+def step_gradients(*case):
+    gradient, arguments = gradient_and_arguments(*case)
+    return jax.device_get(jax.jit(gradient)(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -156,13 +165,12 @@ def test_a_part_that_looks_at_logits_has_them_whole(monkeypatch):
 
     seen = []
     part = objective.LossPart(lambda config: True, largest_logit, logits=True)
-    step_gradients.cache_clear()
     for parts in ({}, {"largest_logit": part}):
         with monkeypatch.context() as patch:
             for name, line in parts.items():
                 patch.setitem(objective.LOSS_PARTS, name, line)
-            step_gradients(100, 1, False)
-            step_gradients.cache_clear()
+            gradient, arguments = gradient_and_arguments(100, 1, False)
+            jax.eval_shape(gradient, *arguments)
     assert [logits_BSV.shape for logits_BSV in seen] == [(4, 64, 512)]
 
 

@@ -3,7 +3,6 @@
 import functools
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 from configs import dsmoe_16b
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.planning import planner
+from tests.tools.forked import run_all
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "launch").iterdir())
@@ -23,11 +23,11 @@ THEIR_OWN = {  # flags of gcloud, sbatch, srun and xpk
 
 
 @functools.cache
-def known_flags(*module: str) -> set[str]:
-    """Those of a module, by its manual."""
-    command = [sys.executable, "-m", *module, "--help"]
-    manual = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return set(re.findall(r"^ +--(?:\[no\])?(\w+)", manual, re.MULTILINE))
+def known_flags(module: str, *word: str) -> set[str]:
+    """Those of a module, or of a command of it, by its manual."""
+    (manual,) = run_all([[*word, "--help"]], module=module)
+    assert manual.code == 0, manual.err
+    return set(re.findall(r"^ +--(?:\[no\])?(\w+)", manual.out, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

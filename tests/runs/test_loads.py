@@ -19,7 +19,8 @@ IDS_LBSK = np.array([[[[0, 1], [0, 4]]], [[[3, 2], [3, 1]]]])
 def recorded(tmp_path):
     recorder = Recorder(tmp_path / "routing", belongs_to(CONFIG, "text"))
     for number, ids in ((1, IDS_LBSK), (2, (IDS_LBSK + 1) % 5)):
-        routing = RecordedRouting(ids, np.ones(ids.shape, np.float32), ids, ids)
+        gates = np.arange(1, 9, dtype=np.float32).reshape(ids.shape)
+        routing = RecordedRouting(ids, gates, ids, ids)
         recorder.write(validation_name(3), number, routing)
     return tmp_path / "routing" / validation_name(3)
 
@@ -30,12 +31,22 @@ def test_recorded_routing(recorded):
     assert load_SLE[1].tolist() == [[1, 2, 1, 0], [0, 0, 1, 1]]
 
 
+def test_recorded_gates(recorded):
+    """By hand: of the first layer the gates are 1 to 4, the last of which has no expert."""
+    mass_SLE = loads.read(str(recorded), CONFIG, "--loads", loads.GATES)
+    assert mass_SLE[0].tolist() == [[4, 2, 0, 0], [0, 8, 6, 12]]
+
+
 def test_logs_and_results(finished_run):
     run = finished_run[0]
     rows = loads.read(str(run / "metrics.jsonl"), CONFIG, "--loads")
     assert rows.tolist() == [row["load"] for row in read_rows(run)]
     (held_out,) = loads.read(str(run / "evaluation.json"), CONFIG, "--loads")
     assert held_out.tolist() == json_files.read(run / "evaluation.json")["load"]
+    (mass_LE,) = loads.read(str(run / "evaluation.json"), CONFIG, "--loads", loads.GATES)
+    assert (mass_LE < held_out).all()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: holds no gate mass of experts$"):
+        loads.read(str(run / "metrics.jsonl"), CONFIG, "--loads", loads.GATES)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +27,7 @@ from dsmoe_jax.study.ledger import (
 from dsmoe_jax.study.results import Row, write_rows
 from dsmoe_jax.study.verdicts import HOLDS, REVERSED, UNDECIDED
 from experiments.source_claims import CLAIMS
+from tests.tools.forked import run_all
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -267,10 +266,9 @@ def test_the_committed_ledger_is_what_the_committed_results_give(rows):
 
 
 def test_a_wrong_flag_is_answered_in_one_line():
-    command = [sys.executable, "-m", "experiments.ledger", "--reslts=x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --reslts: no such flag; did you mean --results?\n"
+    (done,) = run_all([["--reslts=x"]], module="experiments.ledger")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: --reslts: no such flag; did you mean --results?\n"
 
 
 def test_results_that_are_not_there_are_refused(tmp_path):

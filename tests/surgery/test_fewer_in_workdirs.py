@@ -1,10 +1,17 @@
 """A workdir with fewer experts: all that loads a checkpoint can load it, moments included."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
+from dsmoe_jax.evaluation.held_out import evaluate
 from dsmoe_jax.hf.workdirs import to_hf
+from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.loading import load_run, load_writer, saved_checkpoints
 from dsmoe_jax.runs.workdir import read_config
 from dsmoe_jax.surgery import OPERATIONS, workdirs
@@ -68,3 +75,75 @@ def test_merging_has_fresh_moments_or_none(pruned, tmp_path):
     moments = [x for x in jax.tree.leaves(state[TRAINING]["opt_state"]) if x.ndim]
     assert all((np.asarray(x) == 0).all() for x in moments)
     assert [entry["operation"] for entry in workdirs.history(tmp_path / "x")] == ["prune", "merge"]
+
+
+def test_by_loss_the_one_goes_that_is_missed_least(finished_run, tmp_path):
+    """An expert without weights is not missed at all: leaving it out only frees its place."""
+    run = str(finished_run[0])
+    given = options("prune", by="loss", keep=3)
+    made = workdirs.operate("prune", run, str(tmp_path / "x"), given, step=9)
+    rises_LE = np.array(made.outcome.report["rises"])
+    assert rises_LE.shape == (2, 4)
+    assert 0 < np.abs(rises_LE).max() < 1
+    gone = [({*range(4)} - {*ids}).pop() for ids in made.outcome.report["experts"]]
+    assert gone == rises_LE.argmin(axis=1).tolist()
+    assert "without one expert, nats per token, by layer: " in made.outcome.text
+    before, after = (load_run(place, 9) for place in (run, tmp_path / "x"))
+    losses = [evaluate(loaded.model, loaded.corpus)["loss"] for loaded in (before, after)]
+    assert losses[1] - losses[0] < 0.1
+
+
+WAYS_OUT = {
+    ("loss", "keep", None): r"^--keep: missing; --by=loss ranks experts, and has no threshold$",
+    ("loss", "threshold", 0.5): r"^--threshold=0\.5: has no meaning for --by=loss$",
+    ("loss", "loads", "x.json"): r"^--loads=x\.json: has no meaning for --by=loss$",
+}
+
+
+@pytest.mark.parametrize(("by", "name", "value"), WAYS_OUT)
+def test_what_a_way_does_not_take_is_refused(finished_run, tmp_path, by, name, value):
+    given = options("prune", **{"by": by, "keep": 3, name: value})
+    with pytest.raises(ValueError, match=WAYS_OUT[by, name, value]):
+        workdirs.operate("prune", str(finished_run[0]), str(tmp_path / "x"), given, step=9)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_interrupted_operation_leaves_nothing(finished_run, tmp_path, monkeypatch):
+    """Ctrl-C when all but the last bytes are written; afterwards the same command succeeds."""
+    save = Checkpoints.save
+
+    def interrupted(self, *arguments):
+        save(self, *arguments)
+        assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
+        raise KeyboardInterrupt
+
+    arguments = ("prune", str(finished_run[0]), str(tmp_path / "x"), options("prune", keep=3))
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            workdirs.operate(*arguments, step=9)
+    assert [*tmp_path.iterdir()] == []
+    assert workdirs.operate(*arguments, step=9).step == 9
+
+
+KILLED = """
+import os, signal, sys
+from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.surgery import OPERATIONS, workdirs
+save = Checkpoints.save
+def killed(self, *arguments):
+    save(self, *arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+Checkpoints.save = killed
+own = {name: option.default for name, option in OPERATIONS["prune"].options.items()}
+workdirs.operate("prune", sys.argv[1], sys.argv[2], own | {"keep": 3}, step=9)
+"""
+
+
+def test_a_killed_operation_leaves_no_workdir(finished_run, tmp_path):
+    """kill -9 at that moment: what is there has a hidden name, and is in nobody's way."""
+    run, to = str(finished_run[0]), tmp_path / "x"
+    killed = subprocess.run([sys.executable, "-c", KILLED, run, str(to)], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name.startswith(".x.") for path in tmp_path.iterdir()] == [True]
+    assert workdirs.operate("prune", run, str(to), options("prune", keep=3), step=9).step == 9

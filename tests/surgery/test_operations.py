@@ -6,13 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from dsmoe_jax.config import MeshConfig
 from dsmoe_jax.hf.workdirs import to_hf
 from dsmoe_jax.model.build import model_shapes
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.parallel.mesh import make_mesh
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.loading import load_model_state, load_run, load_writer, saved_checkpoints
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_config
-from dsmoe_jax.surgery import OPERATIONS, placement, workdirs
+from dsmoe_jax.surgery import OPERATIONS, Subject, placement, workdirs
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.start import TRAINING, abstract_state, to_items
 from tests.tools.trees import by_path
@@ -115,11 +118,6 @@ def test_fresh_moments(placed, tmp_path):
 @pytest.mark.eight_devices
 def test_a_mesh_gives_devices_the_parts_of_the_order(tiny_config, tmp_path):
     """Device p has the p-th part: what the plan says, and the exchange of rows follows."""
-    from dsmoe_jax.config.mesh import MeshConfig
-    from dsmoe_jax.parallel import sharding
-    from dsmoe_jax.parallel.mesh import make_mesh
-    from dsmoe_jax.surgery import Subject
-
     config = tiny_config(**{"model.moe.n_routed_experts": 8})
     shapes = model_shapes(config.model)
     load = {"load": [[80, 70, 5, 5, 60, 50, 5, 5]] * 2}

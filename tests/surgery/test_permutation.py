@@ -19,6 +19,7 @@ from dsmoe_jax.moe.routers import ROUTERS, get_router
 from dsmoe_jax.moe.types import RouterInputs
 from dsmoe_jax.surgery import permutation
 from tests.model.tiny_model import V, config_of
+from tests.tools.routing import TASKS
 from tests.tools.trees import by_path
 
 E = 8
@@ -34,6 +35,8 @@ MOVABLE = {
     "reinforce": {},
     "hash": {"num_experts_per_tok": 1, "router.options": {"table": "frequency"}},
     "token_table": {"num_experts_per_tok": 3},
+    "task": {"router.tasks": TASKS, "router.bias_update_speed": 0.01},
+    "task_table": {"router.tasks": TASKS},
 }
 REFUSED = {
     "uniform": "chooses experts by their number",
@@ -120,7 +123,7 @@ def test_every_router_chooses_the_same_experts(name):
             logits = jnp.einsum("td,ed->te", x_TD, arrays.pop("router_ED"), precision="highest")
         inputs = RouterInputs(
             jnp.asarray(tokens), valid_T=jnp.ones(24, bool), state=arrays,
-            sequence_ids_B=jnp.arange(2),
+            sequence_ids_B=jnp.arange(2), task_ids_T=jnp.asarray(tokens) % len(TASKS),
         )  # fmt: skip
         return router.route(logits, inputs, found)
 

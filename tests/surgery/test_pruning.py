@@ -12,6 +12,7 @@ from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.types import ModelInputs
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.surgery import OPERATIONS, Subject, fewer, likeness, pruning
+from dsmoe_jax.surgery.evidence import Evidence
 from tests.model.tiny_model import V, config_of
 from tests.surgery import layer_in_numpy
 from tests.tools.trees import by_path
@@ -220,9 +221,21 @@ def test_extraction_keeps_a_share_of_the_load(tmp_path):
     outcome = pruning.extract(before, given)
     report = {"experts": [[0, 1, 2], [1, 3, 4]], "needed": [2, 3], "share": [0.94, 0.95]}
     assert {key: outcome.report[key] for key in report} == report
-    assert outcome.text.endswith("their share of the load, by layer: 0.940, 0.950")
+    assert outcome.text.endswith("their share of the use, by layer: 0.940, 0.950")
     fixed = pruning.extract(before, options("extract", loads=given["loads"], keep=2))
     assert fixed.report["experts"] == [[0, 1], [1, 4]]  # of equal loads the first
+
+
+def test_extraction_by_gates(tmp_path):
+    """By hand: the gates of few assignments may be most of them."""
+    json_files.write(
+        tmp_path / "both.json",
+        {"load": [[9, 9, 1, 1, 1, 1]] * 2, "gate_mass": [[0.5, 0.5, 4.0, 4.0, 0.5, 0.5]] * 2},
+    )
+    given = options("extract", loads=str(tmp_path / "both.json"), by="gates", share=0.8)
+    outcome = pruning.extract(subject(config_of()), given)
+    assert outcome.report["experts"] == [[2, 3]] * 2
+    assert outcome.report["share"] == [0.8, 0.8]
 
 
 def test_groups_stay_equal(tmp_path):
@@ -279,14 +292,17 @@ LOADS = [[1] * E] * 2
         ("prune", {"keep": 7}, r"--keep=7: leaves 7 of the 6 experts of a layer"),
         ("prune", {"threshold": 1.5}, r"--threshold=1\.5: must be a cosine, from -1 to 1"),
         ("prune", {"threshold": 0.5, "keep": 3}, r"--threshold=0\.5: --keep=3 says how many"),
-        ("prune", {"by": "looks"}, r"--by=looks: must be one of weights, aligned, outputs, use"),
+        ("prune", {"by": "looks"}, r"--by=looks: must be one of weights, aligned, outputs, use, "),
         ("prune", {"by": "use"}, r"--loads: missing; --by=use counts the tokens of each expert"),
         ("prune", {"by": "use", "threshold": 0.5}, r"--threshold=0\.5: has no meaning for --by"),
         ("prune", {"text": "x"}, r"--text='x': --by=weights takes no text; must not be given"),
         ("prune", {"by": "outputs"}, r"data\.corpus=None: the text of the run is not there"),
+        ("prune", {"by": "loss", "keep": 1}, r"--keep=1: leaves 1 of the 6 experts"),
         ("prune", {"loads": "OTHER"}, r"--loads=.*: has loads of 2 x 5 .* the model 2 x 6"),
         ("extract", {"loads": "LOADS", "share": 1.5}, r"--share=1\.5: must be above 0"),
         ("extract", {"loads": "LOADS", "share": 0.1}, r"--share=0\.1: leaves 1 of the 6 experts"),
+        ("extract", {"loads": "LOADS", "by": "gates"}, r"--loads=.*: holds no gate mass of expert"),
+        ("extract", {"loads": "LOADS", "by": "looks"}, r"--by=looks: must be one of assignments, "),
         ("extract", {"loads": "NONE"}, r"--loads=.*: layer 1 has no load"),
     ],
 )  # fmt: skip
@@ -297,6 +313,14 @@ def test_what_does_not_fit_is_refused(tmp_path, operation, changed, message):
     run = OPERATIONS[operation].run
     with pytest.raises(ValueError, match=f"^{message}"):
         run(subject(replace(config_of(), **{"data.corpus": None})), options(operation, **changed))
+
+
+def test_a_table_has_no_next_best_expert():
+    keys = {"router.name": "hash", "num_experts_per_tok": 1, "balance": {}}
+    before = subject(config_of(**{f"model.moe.{key}": value for key, value in keys.items()}))
+    message = r"^model\.moe\.router\.name='hash': a token has no next best expert; no expert can"
+    with pytest.raises(ValueError, match=message):
+        pruning.WAYS["loss"].rank(before, Evidence(text=[]), 0.0)
 
 
 def test_routers_by_number_and_dense_models_are_refused():

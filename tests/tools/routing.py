@@ -9,8 +9,15 @@ import jax
 
 from dsmoe_jax.config import MoEConfig, RouterConfig
 from dsmoe_jax.config.frozen import FrozenDict
-from dsmoe_jax.moe.routers import RouterInputs, get_router
+from dsmoe_jax.moe.routers import ROUTERS, RouterInputs, get_router
 from dsmoe_jax.moe.types import Routing
+
+TASKS = ("en", "de", "code")
+
+
+def tasks_of(router: str) -> tuple[str, ...]:
+    """The value of `model.moe.router.tasks` for a router of this name."""
+    return TASKS if ROUTERS[router].by_task else ()
 
 
 def moe_config(

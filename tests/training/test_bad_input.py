@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -15,7 +13,7 @@ from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.workdir import claim, read_config, read_evaluation
 from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import train
-from tests.tools.patience import PATIENCE
+from tests.tools.forked import run_script
 
 
 def refused(message, call, *args, **kwargs):
@@ -308,24 +306,22 @@ def test_a_disk_without_room_for_a_checkpoint(tiny_config, finished_run, tmp_pat
 
 def test_a_disk_that_fills_up(tiny_config, tmp_path):
     """No file may grow beyond 30 KB.  The libraries add lines of their own, ours is one."""
-    script = tmp_path / "tiny.py"
-    script.write_text(
+    config, script = tmp_path / "tiny.py", tmp_path / "limited.py"
+    config.write_text(
         "from dsmoe_jax.config import *\n"
         f"def get_config():\n    return to_config_dict({tiny_config()!r})\n"
     )
-    command = f"{sys.executable} -m dsmoe_jax train --config={script} --workdir={tmp_path / 'run'}"
-    child = subprocess.run(
-        ["bash", "-c", f"ulimit -f 30; exec {command}"],
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+    script.write_text(
+        "import resource, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30 * 1024, 30 * 1024))\n"
+        "runpy.run_module('dsmoe_jax', run_name='__main__')\n"
     )
-    assert child.returncode == 2, child.stderr
+    child = run_script(script, "train", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert child.code == 2, child.err
     # Threads of the libraries write to the same place: ours may begin within one of their lines.
     pattern = r"error: .*checkpoints/3: the checkpoint could not be written \(.*"
-    ours = re.findall(pattern, child.stderr)
-    assert len(ours) == 1, child.stderr
+    ours = re.findall(pattern, child.err)
+    assert len(ours) == 1, child.err
     assert "there is none before it" in ours[0]
 
 

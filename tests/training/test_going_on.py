@@ -3,11 +3,8 @@
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -23,6 +20,7 @@ from dsmoe_jax.training import loop
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.stages import StageRun
+from tests.tools.forked import run_script
 from tests.training.test_loop import numbers, parameters
 
 LONGER = {"train.steps": 13, "train.schedule_steps": 10}
@@ -148,12 +146,8 @@ def test_killed_on_the_way(spiked, tiny_config, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(config=tiny_config(**SPIKE)))
     workdir = tmp_path / "run"
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    child = subprocess.run(
-        [sys.executable, str(script), str(workdir)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = run_script(script, str(workdir))
+    assert child.code == -signal.SIGKILL, child.err
     assert read_rows(workdir)[-1]["step"] == 7
     train(tiny_config(**SPIKE), workdir, progress=False)
     assert_same_run(workdir, spiked)

@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -25,6 +23,7 @@ from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import SCHEDULES
+from tests.tools.forked import Process, run_all
 from tests.tools.patience import PATIENCE
 
 # Rows of the same step of two runs differ in how fast they were, and in nothing else; the first row
@@ -102,14 +101,10 @@ class TestWhatARunLeaves:
 
     def test_the_evaluate_command_finds_the_same(self, finished_run):
         workdir, result = finished_run
-        command = [sys.executable, "-m", "dsmoe_jax", "evaluate", f"--workdir={workdir}"]
-        done = subprocess.run(
-            [*command, "--batch_size=4", "--max_batches=2"],  # as the run does
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
-            capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        _, *lines = done.stdout.splitlines()
+        as_the_run = "--batch_size=4", "--max_batches=2"
+        (done,) = run_all([("evaluate", f"--workdir={workdir}", *as_the_run)])
+        assert done.code == 0, done.err
+        _, *lines = done.out.splitlines()
         rows = {**result.evaluation["domains"], "all": result.evaluation}
         for line, (name, row) in zip(lines[: len(rows)], rows.items(), strict=True):
             numbers = f"{row['tokens']} {row['loss']:.4f} {row['bits_per_byte']:.4f}"
@@ -179,28 +174,23 @@ class TestInterruptions:
         moment, workdir = random.Random(seed), tmp_path / "run"
         script = tmp_path / "tiny.py"
         script.write_text(CONFIG_FILE.format(config=tiny_config()))
-        command = [sys.executable, "-m", "dsmoe_jax", "train"]
-        command += [f"--config={script}", f"--workdir={workdir}"]
-        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        start = lambda: subprocess.Popen(  # noqa: E731
-            command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = "train", f"--config={script}", f"--workdir={workdir}"
         rows = lambda: len(read_rows(workdir)) if workdir.exists() else 0  # noqa: E731
         whens = [
-            lambda child, _: time.sleep(moment.uniform(2, 5)),  # imports, compilation, maybe steps
+            lambda child, _: time.sleep(moment.uniform(0, 4)),  # compilation, maybe steps
             lambda child, before: wait(child, lambda: rows() > before + moment.randint(0, 2)),
             lambda child, _: wait(child, lambda: any(workdir.glob("checkpoints/*tmp*"))),
         ]
         for kind, when in zip((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), whens, strict=True):
-            before, child = rows(), start()
+            before, child = rows(), Process(command)
             when(child, before)
-            child.send_signal(kind)
-            _, error = child.communicate(timeout=PATIENCE)
-            assert child.returncode in (-9, 143, 0), (seed, error)
-        child = start()
-        _, error = child.communicate(timeout=PATIENCE)
-        assert child.returncode == 0, (seed, error)
-        assert "Traceback" not in error
+            if child.result(wait=False) is None:
+                os.kill(child.pid, kind)
+            ended = child.result()
+            assert ended.code in (-9, 143, 0), (seed, ended.err)
+        (done,) = run_all([command])
+        assert done.code == 0, (seed, done.err)
+        assert "Traceback" not in done.err
         assert_same_run(workdir, finished_run[0])
 
     def test_non_finite_names_step_metric_and_checkpoint(self, tiny_config, tmp_path, monkeypatch):
@@ -226,6 +216,6 @@ def get_config():
 def wait(child, condition):
     """Until the condition holds or the child has ended."""
     end = time.monotonic() + PATIENCE
-    while not condition() and child.poll() is None:
+    while not condition() and child.result(wait=False) is None:
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -3,8 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -29,7 +27,7 @@ from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.stages import StageRun
 from dsmoe_jax.training.step import make_train_step
-from tests.tools.patience import PATIENCE
+from tests.tools.forked import run_script
 from tests.training.test_loop import assert_same_run
 
 S = 64
@@ -37,6 +35,8 @@ KILLED = """
 import os, signal, sys
 from dsmoe_jax.config import *
 from dsmoe_jax.training import loop
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 def row_or_kill(*arguments, original=loop.training_row, rows=[]):
     rows.append(1)
@@ -265,12 +265,8 @@ def test_killed_behind_a_border(staged, tmp_path):
     config = replace(config, **{"train.checkpoint_every": 2})
     script, workdir = tmp_path / "killed.py", tmp_path / "run"
     script.write_text(KILLED.format(config=config))
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    child = subprocess.run(
-        [sys.executable, str(script), str(workdir), "8"],
-        env=environment, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = run_script(script, str(workdir), "8")
+    assert child.code == -signal.SIGKILL, child.err
     assert read_rows(workdir)[-1]["step"] == 7
     result = train(config, workdir, progress=False)
     assert result.resumed_from == 6

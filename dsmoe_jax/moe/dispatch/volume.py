@@ -6,6 +6,8 @@ e = E/P experts of each.
 
 from __future__ import annotations
 
+import collections
+import functools
 import math
 from typing import NamedTuple
 
@@ -88,28 +90,59 @@ def _label_bytes(moe: MoEConfig, p: int) -> int:
 
 
 def chips_of_a_token(moe: MoEConfig, p: int) -> float:
-    """Distinct chips that hold experts of one token, expected if all choices are equally likely.
+    """Distinct chips that hold experts of one token, expected if all rankings are equally likely.
 
-    With a device limit (`topk_group` of `n_group` groups, V2 section 2.1.2) they are at most the
-    chips of those groups.  Chips and groups nest: one of the two numbers divides the other.
+    With a device limit (`topk_group` of `n_group` groups, V2 section 2.1.2) a token may use the M
+    groups with the best experts.  Exact where a group's best expert decides; where its two best do
+    (V3), a little too many.  Chips and groups nest: one of the two numbers divides the other.
     """
-    e = moe.n_routed_experts
-    k = moe.num_experts_per_tok
-    groups = moe.router.n_group
-    m = moe.router.topk_group
-    of_chip = e // p
-    of_group = e // groups
-    open_ = m * of_group + moe.n_identity_experts  # what a token may choose
+    router = moe.router
+    e, z = moe.n_routed_experts, moe.n_identity_experts
+    return _expected_chips(e, z, moe.num_experts_per_tok, router.n_group, router.topk_group, p)
 
-    def miss(n: int) -> float:
-        """Probability that none of n of the open experts is chosen."""
-        return math.comb(open_ - n, k) / math.comb(open_, k)
 
+class _Seen(NamedTuple):
+    """Counts of what a token's choices so far are on; identity experts are on no chip."""
+
+    groups: int = 0
+    chips: int = 0
+    identity: int = 0
+
+    def plus(self, groups: int = 0, chips: int = 0, identity: int = 0) -> _Seen:
+        """With so many more."""
+        return _Seen(self.groups + groups, self.chips + chips, self.identity + identity)
+
+
+@functools.cache
+def _expected_chips(e: int, z: int, k: int, n_groups: int, m: int, p: int) -> float:
+    """Goes down the ranking of the experts, choice by choice.
+
+    The groups with the best experts are those that come first.  So the next choice is any expert
+    that is left: of all groups, or of the M that came when there are so many.
+    """
+    chances = {_Seen(): 1.0}
+    for choices in range(k):
+        after: dict[_Seen, float] = collections.defaultdict(float)
+        for seen, chance in chances.items():
+            ways = _next_choice(seen, choices, e, z, e // n_groups, e // p, seen.groups < m)
+            for new, experts in ways.items():
+                after[new] += chance * experts / sum(ways.values())
+        chances = after
+    return sum(chance * seen.chips for seen, chance in chances.items())
+
+
+def _next_choice(
+    seen: _Seen, choices: int, e: int, z: int, of_group: int, of_chip: int, others: bool
+) -> dict[_Seen, int]:
+    """The experts that may be chosen next, by what is seen then; `others`: of new groups too."""
+    in_groups = seen.groups * of_group
+    on_chips = seen.chips * of_chip
+    ways = {seen.plus(identity=1): z - seen.identity}
+    ways[seen] = min(in_groups, on_chips) - (choices - seen.identity)
     if of_chip <= of_group:
-        return p * m / groups * (1 - miss(of_chip))
-    held = of_chip // of_group  # groups of one chip, j of which are among the m
-    hits = (
-        math.comb(held, j) * math.comb(groups - held, m - j) * (1 - miss(j * of_group))
-        for j in range(1, min(held, m) + 1)
-    )
-    return p * sum(hits) / math.comb(groups, m)
+        ways[seen.plus(chips=1)] = in_groups - on_chips
+        ways[seen.plus(groups=1, chips=1)] = others * (e - in_groups)
+    else:
+        ways[seen.plus(groups=1)] = others * (on_chips - in_groups)
+        ways[seen.plus(groups=1, chips=1)] = others * (e - on_chips)
+    return {new: experts for new, experts in ways.items() if experts}

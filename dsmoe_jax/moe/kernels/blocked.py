@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.nn.feed_forward import SWIGLU, Activation
+from dsmoe_jax.nn.quantisation import times
 
 
 def run(
@@ -43,12 +44,10 @@ def _forward(activation, rows_ND, group_sizes_E, weights, save=True):
         def one_window(i, carry):
             at, mine_C1 = windows.locate(i)
             x_CD = _read(rows_ND, at, mine_C1)
-            gate_CF = _plus(_matmul("ci,oi->co", x_CD, w.gate_EFD), w.gate_bias_EF).astype(
-                x_CD.dtype
-            )
-            up_CF = _plus(_matmul("ci,oi->co", x_CD, w.up_EFD), w.up_bias_EF).astype(x_CD.dtype)
+            gate_CF = _plus(times(x_CD, w.gate_EFD), w.gate_bias_EF).astype(x_CD.dtype)
+            up_CF = _plus(times(x_CD, w.up_EFD), w.up_bias_EF).astype(x_CD.dtype)
             hidden_CF = _activate(activation, gate_CF, up_CF)
-            y_CD = _plus(_matmul("ci,oi->co", hidden_CF, w.down_EDF), w.down_bias_ED)
+            y_CD = _plus(times(hidden_CF, w.down_EDF), w.down_bias_ED)
             new = (y_CD.astype(x_CD.dtype), gate_CF, up_CF)[: len(carry)]
             return tuple(_write(o, v, at, mine_C1) for o, v in zip(carry, new, strict=True))
 

@@ -24,6 +24,7 @@ import numpy as np
 from dsmoe_jax.config import MoEConfig, RouterConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.frozen import FrozenDict
+from dsmoe_jax.config.tasks import task_of
 from dsmoe_jax.moe.routers import assignment, balanced, fixed, policy, scored
 from dsmoe_jax.moe.routers.scores import SCORING
 from dsmoe_jax.moe.routers.settings import RouterSettings
@@ -61,11 +62,13 @@ class RouterState(NamedTuple):
     holds_ids: bool = False
 
 
+_BY_TASK = _SCORED - {"jitter"} | {"tasks"}
 _BIAS = RouterState(scored.first_bias, after_step=scored.move_bias)
 _TABLE = RouterState(fixed.first_table, from_token_counts=fixed.table_from_counts, holds_ids=True)
 _CHOICES = RouterState(
     fixed.first_choices, from_token_counts=fixed.choices_from_counts, holds_ids=True
 )
+_TASK_TABLE = RouterState(fixed.first_task_table, holds_ids=True)
 
 
 class Router(NamedTuple):
@@ -80,6 +83,8 @@ class Router(NamedTuple):
         are (T, rows x E); 0: nothing is learned, `logits` are None.
       interleaved: with several rows for each expert, those of an expert lie side by side; else the
         first rows of all experts come first.
+      by_task: it chooses by the task of a token's document, of `RouterConfig.tasks`.  What is
+        learned of it is a logit of each expert for each task.
       alters_logits: the routing's logits are not those that the layer computed.
       top: the K that the router is defined for; None: any.
       own_k: the K of its variables is that of the config, and no intervention can change it.
@@ -103,6 +108,7 @@ class Router(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
     logits_per_expert: int = 1
     interleaved: bool = False
+    by_task: bool = False
     alters_logits: bool = False
     top: int | None = None
     own_k: bool = False
@@ -124,7 +130,9 @@ class Router(NamedTuple):
     @property
     def settings_read(self) -> frozenset[str]:
         """All fields of `RouterConfig` that have a meaning for this router."""
-        return self.reads | {"logits_dtype", "logits_bias"} if self.learned else self.reads
+        of_product = self.learned and not self.by_task
+        of_layer = {"logits_dtype", "logits_bias", "gates_dtype"}
+        return self.reads | of_layer if of_product else self.reads
 
     def columns(self, n_choices: int, k: int) -> int:
         """Columns of its routings, unassigned ones included."""
@@ -209,6 +217,18 @@ ROUTERS: dict[str, Router] = {
         balanced=True,
         state=_CHOICES,
     ),
+    "task": Router(
+        scored.topk, _BY_TASK, by_task=True, masks_best=True, leaves_out=True, state=_BIAS
+    ),
+    "task_table": Router(
+        fixed.task_table,
+        frozenset({"routed_scaling_factor", "tasks"}),
+        logits_per_expert=0,
+        by_task=True,
+        own_k=True,
+        balanced=True,
+        state=_TASK_TABLE,
+    ),
     "replay": Router(fixed.replay, logits_per_expert=0, balanced=True, needs_recording="routing"),
     "replay_ids": Router(
         scored.replay_ids,
@@ -247,9 +267,41 @@ def get_router(moe: MoEConfig) -> tuple[Router, RouterSettings]:
             "model.moe.router.norm_topk_prob=True: with num_experts_per_tok=1 every gate would be"
             " 1 and the router would learn nothing; must be False"
         )
+    require(
+        not router.by_task or len(config.tasks) > 1,
+        "model.moe.router.tasks",
+        config.tasks,
+        f"the {config.name} router chooses by task, of which there must be two or more; training"
+        " takes the domains of its corpus",
+    )
     options = FrozenDict({**router.options, **config.options})
     filled = dataclasses.replace(config, options=options)
     return router, RouterSettings(filled, moe.n_choices, k, n_identity=moe.n_identity_experts)
+
+
+def task_number(moe: MoEConfig, name: str | None, key: str) -> int | None:
+    """The number of a task that a user names; None for a router that does not choose by task.
+
+    Args:
+      moe: config of the layers.
+      name: of the task, or of a domain of it; None: the user names none.
+      key: what the user calls it, for errors.
+
+    Raises:
+      ValueError: for a name that is missing, unknown, or has no meaning.
+    """
+    router = moe.router
+    by_task = moe.n_routed_experts > 0 and get_router(moe)[0].by_task
+    if not by_task:
+        unused = "has no meaning for this model, whose experts are not chosen by task"
+        require(name is None, key, name, unused)
+        return None
+    known = f"must be one of {', '.join(router.tasks)}"
+    if name is None:
+        raise ValueError(f"{key}: missing; the {router.name} router chooses by task; {known}")
+    number = task_of(name, router.tasks)
+    require(number is not None, key, name, known)
+    return number
 
 
 def _refuse_unread(config: RouterConfig, router: Router) -> None:
@@ -287,4 +339,5 @@ __all__ = [
     "RouterSettings",
     "RouterState",
     "get_router",
+    "task_number",
 ]

@@ -1,6 +1,6 @@
-"""Routers that learn nothing, and tables from token ids to experts.
+"""Routers that learn nothing, and tables from token ids or tasks to experts.
 
-Shapes: T tokens, E routed experts, K activated per token, V vocabulary.
+Shapes: T tokens, E routed experts, K activated per token, V vocabulary, A tasks.
 """
 
 from __future__ import annotations
@@ -121,6 +121,29 @@ def balanced_choices(counts_V: np.ndarray, n_experts: int, k: int, seed: int) ->
         for (so_far, _, expert), draw in zip(smallest, draws_VK[token], strict=True):
             heapq.heappush(load, (so_far + int(counts_V[token]), draw, expert))
     return table_VK
+
+
+def task_table(logits: None, inputs: RouterInputs, settings: RouterSettings) -> Routing:
+    """The K experts of a task by a fixed table, with gates of 1 (2110.03742, by label alone).
+
+    The experts of a document are then one dense FFN, beside the shared ones.
+    """
+    del logits
+    ids_TK = inputs.state["table_AK"][inputs.task_ids_T]
+    gate = settings.config.routed_scaling_factor
+    return Routing(ids_TK, jnp.full(ids_TK.shape, gate, jnp.float32), None)
+
+
+def first_task_table(settings: RouterSettings) -> dict[str, jax.Array]:
+    """The table of a new layer, (A, K) for A tasks: the experts in their order, round after round.
+
+    So every expert has as many tasks as any other, or one more.  Tasks share none as long as there
+    are A K experts.
+    """
+    tasks = len(settings.config.tasks)
+    n_routed = settings.n_experts - settings.n_identity
+    places_AK = jnp.arange(tasks * settings.k, dtype=jnp.int32).reshape(tasks, settings.k)
+    return {"table_AK": places_AK % n_routed}
 
 
 def hash_expert(token_ids: jax.Array, n_experts: int, seed: int) -> jax.Array:
