@@ -46,6 +46,7 @@ surgery, changes of a trained model:
     distillation       a dense student of DeepSeekMoE (2101.03961; 1503.02531)
     task_routing       experts chosen by the task of a document, not for each token (2110.03742)
     one_task           the dense model of each task; probes of task_routing (2110.03742)
+    upcycling          mixtures made of a dense model, beside ones from scratch (2212.05055)
     pruning            at random, by use, likeness or loss: loss against experts left (V1 4.5)
     merging            alike experts become one: loss against experts left (2310.01334)
     extraction         the experts that a domain needs: loss on it and off it (2604.05267)

@@ -38,6 +38,7 @@ from experiments.surgery import (
     one_task,
     pruning,
     task_routing,
+    upcycling,
 )
 from experiments.v1 import (
     fig3,
@@ -766,7 +767,17 @@ CLAIMS = (
         38, "D",
         "Upcycling a dense model is cheaper than training from scratch.",
         LIFE,
-        (NoExperiment("upcycling, and the FLOPs until it has the loss of one from scratch"),),
+        (
+            FromExperiment(
+                upcycling.EXPERIMENT,
+                tuple(
+                    f"{upcycling.UPCYCLED.label} below {other.label}"
+                    for other in (upcycling.FRESH, upcycling.FRESH_IN_ALL, upcycling.LONGER)
+                ),
+                why="A quarter of the dense model's steps after it, for as many tokens, and for as"
+                " many FLOPs with those of the dense model; and the dense model trained on.",
+            ),
+        ),
     ),
     SourceClaim(
         39, "D",

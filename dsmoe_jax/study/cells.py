@@ -164,7 +164,8 @@ def _cell(experiment: Experiment, arm: AnyArm, seed: int, options: Options) -> C
 
 def _needs(arm: Arm, seed: int, options: Options) -> dict[str, Cell]:
     """The finished runs that an arm needs, by key; none where `--set` names a workdir."""
-    passed_on = dataclasses.replace(options, overrides=arm.passed_on(options.overrides))
+    overrides = arm.passed_on(options.scale, options.overrides)
+    passed_on = dataclasses.replace(options, overrides=overrides)
     return {
         key: _cell(run.experiment, run.arm, seed, passed_on)
         for key, run in arm.needs(options.overrides).items()

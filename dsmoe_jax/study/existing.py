@@ -82,7 +82,7 @@ def check_trained(cells: list[Cell], options: Options) -> None:
                 of_model = dataclasses.replace(
                     options,
                     arms=(needed.arm.slug,),
-                    overrides=cell.arm.passed_on(options.overrides),
+                    overrides=cell.arm.passed_on(options.scale, options.overrides),
                 )
                 command = shell_command(cell.arm.from_runs[key].experiment, of_model)
                 raise ValueError(

@@ -54,6 +54,11 @@ def _product(value: int | float | None, by: float) -> int | float | None:
     return round(value * by) if isinstance(value, int) else float(f"{value * by:.2g}")
 
 
+def _nothing(scale: str) -> Mapping[str, Any]:
+    del scale
+    return NOTHING
+
+
 def _slug(label: str) -> str:
     words = "".join(c if c.isalnum() else " " for c in label.lower()).split()
     return "_".join(words)
@@ -118,6 +123,7 @@ class Arm:
         product is rounded to two digits, or to a whole number where the value is one; None stays.
       x: position on the axis `Experiment.x_axis`, if the arms vary one quantity.
       line: name of the line that joins arms with `x` in a picture.
+      at_scale: function from a scale to further overrides, for what follows from its numbers.
       from_runs: dotted keys whose values are workdirs of other runs, and these runs: what training
         begins with ("train.start_from"), or learns from.
     """
@@ -130,6 +136,7 @@ class Arm:
     multiples: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     x: float | None = None
     line: str = ""
+    at_scale: Callable[[str], Mapping[str, Any]] = dataclasses.field(default=_nothing, hash=False)
     from_runs: Mapping[str, FinishedRun] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
@@ -157,7 +164,8 @@ class Arm:
         """
         config = config_of_file(self.config_file(scale))
         runs = {key: str(run) for key, run in self.from_runs.items()}
-        changes = {**self.overrides, **runs, **overrides, "train.seed": seed}
+        own = {**self.overrides, **self.at_scale(scale), **runs}
+        changes = {**own, **overrides, "train.seed": seed}
         return self._multiplied(config_lib.replace(config, **changes))
 
     def _multiplied(self, config: Config) -> Config:
@@ -169,12 +177,12 @@ class Arm:
         """The runs of `from_runs`, without those in whose place overrides name a workdir."""
         return {key: run for key, run in self.from_runs.items() if key not in overrides}
 
-    def passed_on(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    def passed_on(self, scale: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The overrides that hold for the runs in `from_runs` too: of keys not set by this arm.
 
         A start model of another size is of no use; other steps of fine-tuning change no start.
         """
-        own = {*self.overrides, *self.multiples, *self.from_runs}
+        own = {*self.overrides, *self.at_scale(scale), *self.multiples, *self.from_runs}
         return {key: value for key, value in overrides.items() if key not in own}
 
     def changed_values(self, scale: str, overrides: Mapping[str, Any] = NOTHING) -> dict[str, Any]:

@@ -371,7 +371,6 @@ MEASURES: dict[str, Measure] = {
         digits=None,
         spread=False,
         from_config=True,
-        note="Before: training of the model that the run begins with, or learns from.",
     ),
     "training_flops": Measure(
         "training FLOPs",
@@ -386,7 +385,8 @@ MEASURES: dict[str, Measure] = {
         digits=None,
         spread=False,
         from_config=True,
-        note="In all: with those of the model that the run begins with, or learns from.",
+        note="Training FLOPs: as the paper counts; before: of the model that the run begins with,"
+        " or learns from; in all: both.",
     ),
     "validation_tokens": Measure("tokens judged on", _held_out("tokens"), digits=None),
     "maxvio": Measure(

@@ -142,6 +142,7 @@ def _command(arm: Arm, cell: Cell, options: Options, plan: planner.Plan) -> str:
     values = dict(trees.flatten(trees.to_tree(config)))
     changes = {
         **arm.overrides,
+        **arm.at_scale(options.scale),
         **options.overrides,
         **{key: values[key] for key in arm.multiples},
         "train.seed": config.train.seed,

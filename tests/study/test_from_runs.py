@@ -15,6 +15,7 @@ from dsmoe_jax.study.cells import Options, make_cells
 from dsmoe_jax.study.experiment import Arm, Equal, Experiment, FinishedRun
 from dsmoe_jax.study.plans import Hardware, plan_arms
 from experiments.recipe import fine_tuning
+from experiments.surgery import upcycling
 from experiments.v1 import fig5, table1
 
 START = "train.start_from"
@@ -201,6 +202,17 @@ def test_equal_flops_in_all_are_a_rule(fake_run):
     undeclared = dataclasses.replace(LATER, may_differ=("name", "model.", "train.steps"))
     with pytest.raises(ValueError, match=r"train\.start_from is None in fresh and 'table1/dense'"):
         fake_run(experiment=undeclared)
+
+
+def test_numbers_may_follow_from_the_scale():
+    """As the steps do that make equal FLOPs in all; --set has the last word."""
+    arm = upcycling.FRESH_IN_ALL
+    steps = {scale: arm.run_config(scale, 0).train.steps for scale in ("smoke", "demo")}
+    assert steps == {"smoke": round(8 * (35.39 / 46.01 + 0.25)), "demo": 515}
+    assert arm.run_config("demo", 0, {"train.steps": 7}).train.steps == 7
+    options = Options("demo", arms=(arm.slug,))
+    (planned,) = plan_arms(upcycling.EXPERIMENT, options, Hardware("h100"))
+    assert "--config.train.steps=515" in planned.command
 
 
 def test_plans_print_the_surgery_and_the_start():
