@@ -38,7 +38,7 @@ FLAGS = {
     "aot": ("--topology", "--[no]json"),
     "convert": ("--from_hf", "--to_hf", "--[no]check", "--against", "--mesh"),
     "economics": ("--config", "--chip", "--prices", "--[no]json"),
-    "surgery": ("--from", "--to", "--moments", "--loads", "  place    Order the experts"),
+    "surgery": ("--from", "--to", "--moments", "--loads", "  extract_task  Make a dense"),
     "analyse": ("--workdir", "--to", "--corpus", "--replay_routing", "--max_tokens", "--[no]json"),
     "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
     "plot_load": ("--workdir", "--out"),
