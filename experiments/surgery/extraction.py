@@ -19,25 +19,37 @@ from experiments.surgery._models import GSHARD, MODELS, OURS
 
 DOMAINS = {"code": "code_", "English": "en_"}  # how the names of their domains begin
 SHARES = (0.5, 0.75, 0.9)
-GATES, ASSIGNMENTS = "gates", "assignments"
+ASSIGNMENTS = "assignments"
 ON = "rise_on"
 
 
-def line(model: str, domain: str, use: str = GATES) -> str:
-    """The sub-models of a model for a domain."""
-    return f"{model}, {domain}" if use == GATES else f"{model}, {use}, {domain}"
+def line(model: str, domain: str) -> str:
+    """The sub-models of a model for a domain, by gates."""
+    return f"{model}, {domain}"
 
 
-def extracted(model: str, domain: str, share: float, use: str = GATES) -> ProbeArm:
-    """The sub-model with the experts that hold a share of a domain's use."""
-    name = line(model, domain, use)
+COUNTED = f"{ASSIGNMENTS}, code"  # the line of DeepSeekMoE's for code, by assignments
+
+
+def extracted(model: str, domain: str, share: float) -> ProbeArm:
+    """The sub-model with the experts that hold a share of a domain's gates."""
+    name = line(model, domain)
+    return _arm(f"{name}, {share:g}", model, domain, share, name)
+
+
+def counted(share: float) -> ProbeArm:
+    """The same of DeepSeekMoE for code, with a share of the assignments."""
+    return _arm(f"{OURS}, {COUNTED}, {share:g}", OURS, "code", share, COUNTED, gates=False)
+
+
+def _arm(
+    label: str, model: str, domain: str, share: float, name: str, *, gates: bool = True
+) -> ProbeArm:
     trained = MODELS[model]
     probe = functools.partial(
-        fewer_experts.extracted, domains=DOMAINS[domain], share=share, gates=use == GATES
+        fewer_experts.extracted, domains=DOMAINS[domain], share=share, gates=gates
     )
-    return ProbeArm(
-        f"{name}, {share:g}", trained.experiment, trained.arm, x=share, line=name, probe=probe
-    )
+    return ProbeArm(label, trained.experiment, trained.arm, x=share, line=name, probe=probe)
 
 
 def of_its_own(model: str, domain: str) -> tuple[Claim, ...]:
@@ -66,7 +78,7 @@ EXPERIMENT = Experiment(
             for domain in DOMAINS
             for share in SHARES
         ),
-        *(extracted(OURS, "code", share, ASSIGNMENTS) for share in SHARES),
+        *map(counted, SHARES),
     ),
     claims=(
         *(claim for model in (GSHARD, OURS) for d in DOMAINS for claim in of_its_own(model, d)),
@@ -93,7 +105,7 @@ EXPERIMENT = Experiment(
     pictures=("panels_over_x",),
     x_axis="share of the domain's gates that the experts hold",
     panels={
-        "code": (*LINES["code"], line(OURS, "code", ASSIGNMENTS)),
+        "code": (*LINES["code"], COUNTED),
         "English": LINES["English"],
     },
 )

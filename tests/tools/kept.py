@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -56,12 +56,13 @@ def _held_out(
     recording: Any,
     *,
     keep_routing: bool,
+    tasks: Sequence[str] = (),
 ) -> HeldOut:
     arguments = graph, corpus, batch_size, max_batches, recorder, recording
     if recorder is not None or recording is not None:  # of one run
-        return HeldOut(*arguments, keep_routing=keep_routing)
+        return HeldOut(*arguments, keep_routing=keep_routing, tasks=tasks)
     mesh = jax.sharding.get_mesh()
-    key = graph, corpus.directory, batch_size, max_batches, keep_routing, mesh
+    key = graph, corpus.directory, batch_size, max_batches, keep_routing, tuple(tasks), mesh
     if key not in _kept:
-        _kept[key] = HeldOut(*arguments, keep_routing=keep_routing)
+        _kept[key] = HeldOut(*arguments, keep_routing=keep_routing, tasks=tasks)
     return _kept[key]
