@@ -18,6 +18,7 @@ from dsmoe_jax.runs.workdir import read_config
 from dsmoe_jax.surgery import OPERATIONS, Subject, placement, workdirs
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.start import TRAINING, abstract_state, to_items
+from tests.tools.tiny import FOR_EIGHT_DEVICES
 from tests.tools.trees import by_path
 
 
@@ -113,6 +114,27 @@ def test_fresh_moments(placed, tmp_path):
     assert set(before.values()) == {9}
     assert sorted(counts.values()) == [0, 9]
     assert all((np.asarray(x) == 0).all() for x in found[tmp_path / "new"].values() if x.ndim)
+
+
+@pytest.mark.eight_devices
+def test_training_goes_on_on_a_mesh(tiny_config, tmp_path):
+    """And the devices of the experts get the load that the order promises."""
+    steps = {"train.steps": 4, "train.eval_every": 4, "mesh.expert": 4, "mesh.fsdp": 2}
+    config = tiny_config(**FOR_EIGHT_DEVICES, **steps)
+    run, to = tmp_path / "run", tmp_path / "placed"
+    train(config, run, progress=False)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        given = options(run, devices=4)
+        outcome = workdirs.operate("place", str(run), str(to), given, step=3).outcome
+    assert train(config, to, progress=False).resumed_from == 3
+    there, here = (read_rows(place)[-1] for place in (run, to))
+    for key in ("loss", "grad_norm", "validation_loss"):
+        np.testing.assert_allclose(here[key], there[key], rtol=1e-4, err_msg=key)
+    orders = np.array(outcome.report["orders"])
+    loads_LE = np.take_along_axis(np.array(there["load"]), orders, axis=1), np.array(here["load"])
+    promised_LP, found_LP = (x.reshape(2, 4, -1).sum(axis=2) for x in loads_LE)
+    np.testing.assert_allclose(found_LP, promised_LP, rtol=0.01)
+    assert (np.array(there["load"]).reshape(2, 4, -1).sum(axis=2) != found_LP).any()
 
 
 @pytest.mark.eight_devices
