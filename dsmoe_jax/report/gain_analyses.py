@@ -63,6 +63,6 @@ def _row(label: str, kept_S: list[float], gain_S: list[float]) -> list[str]:
     by = signed(sum(kept_S) / len(kept_S))
     interval = NONE
     if found.interval is not None:
-        low, high = (f"{100 * end:.0f}" for end in found.interval)
+        low, high = (fixed(100 * end, 0).replace("-", "−") for end in found.interval)
         interval = f"{low} to {high} %"
     return [label, by, f"{100 * found.share:.0f} %", interval]
