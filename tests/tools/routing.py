@@ -16,8 +16,8 @@ TASKS = ("en", "de", "code")
 
 
 def tasks_of(router: str) -> tuple[str, ...]:
-    """The value of `model.moe.router.tasks` for a router of this name."""
-    return TASKS if ROUTERS[router].by_task else ()
+    """The value of `model.moe.router.tasks` for a router of this name, be there one or not."""
+    return TASKS if router in ROUTERS and ROUTERS[router].by_task else ()
 
 
 def moe_config(
