@@ -10,7 +10,8 @@ from dsmoe_jax.runs import workdir
 from dsmoe_jax.study import results
 from dsmoe_jax.study.cells import Cell
 from dsmoe_jax.study.experiment import Equal, Experiment
-from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.readings import Outcome
 from dsmoe_jax.study.results import Row
 
 

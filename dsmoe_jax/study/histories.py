@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsmoe_jax.runs.summaries import MIN_DOMAIN_TOKENS
-from dsmoe_jax.study.measures import RUNNING, Outcome
+from dsmoe_jax.study.measures import RUNNING
+from dsmoe_jax.study.readings import Outcome
 
 
 class Loads(NamedTuple):

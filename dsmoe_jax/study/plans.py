@@ -13,7 +13,7 @@ from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
 from dsmoe_jax.planning import planner
-from dsmoe_jax.study import fairness, made_models, measures
+from dsmoe_jax.study import fairness, made_models, readings
 from dsmoe_jax.study.cells import Cell, Options, make_cells
 from dsmoe_jax.study.experiment import Arm, Experiment
 from dsmoe_jax.training.teacher import TEACHER
@@ -98,7 +98,7 @@ def _plan(cell: Cell, options: Options, hardware: Hardware) -> PlannedArm:
     arm = cell.arm
     assert isinstance(arm, Arm), "a probe measures a model that was trained"
     config = cell.config
-    sizes = measures.sizes(config)
+    sizes = readings.sizes(config)
     tokens = tokens_after(config, config.train.steps)
     flops = size.train_flops_per_token(config) * tokens
     plan = _mesh(config, hardware, _teacher(cell))

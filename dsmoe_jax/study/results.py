@@ -20,7 +20,8 @@ from dsmoe_jax.runs.workdir import read_evaluation
 from dsmoe_jax.study.cells import Cell
 from dsmoe_jax.study.experiment import AnyArm, Experiment
 from dsmoe_jax.study.histories import History
-from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.readings import Outcome
 
 
 @dataclasses.dataclass(frozen=True)

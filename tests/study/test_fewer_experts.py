@@ -9,7 +9,8 @@ from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.study import fewer_experts
 from dsmoe_jax.study.fewer_experts import RANKINGS, extracted, merged, pruned, training_text
-from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.readings import Outcome
 from dsmoe_jax.surgery.evidence import BATCH
 from experiments.surgery import extraction, merging, pruning
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.study import load_readings
-from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.readings import Outcome
 from tests.tools.tiny import tiny
 
 LOAD = [[10, 0, 30, 0, 20, 40], [1, 1, 1, 1, 1, 5]]

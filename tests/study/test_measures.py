@@ -9,7 +9,8 @@ import pytest
 from dsmoe_jax.report import tables
 from dsmoe_jax.study import measures, results
 from dsmoe_jax.study.claims import bounded
-from dsmoe_jax.study.measures import RESULTS, Measure, Outcome
+from dsmoe_jax.study.measures import RESULTS, Measure
+from dsmoe_jax.study.readings import Outcome
 from dsmoe_jax.study.verdicts import judge
 from experiments.v1.table1 import EXPERIMENT
 

@@ -13,7 +13,8 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.report import plots
 from dsmoe_jax.study import probes, runner
 from dsmoe_jax.study.experiment import ProbeArm
-from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.readings import Outcome
 from experiments.v1 import fig4, fig5, table1
 
 LEVEL = {"GShard": 5.0}

@@ -7,7 +7,8 @@ from dsmoe_jax.config import replace
 from dsmoe_jax.moe.interventions import NONE, Intervention
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.study import redundancy
-from dsmoe_jax.study.measures import MEASURES, Outcome
+from dsmoe_jax.study.measures import MEASURES
+from dsmoe_jax.study.readings import Outcome
 from experiments.inside.redundancy import EXPERIMENT
 
 E, L = 4, 2
