@@ -335,7 +335,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=File, help="draw into this SVG file")
     flags = parser.parse_args(argv)
     if flags.read is None:
-        jax.config.update("jax_num_cpu_devices", DEVICES)
         if not kernels.native_serves(jnp.dtype("float32")):
             parser.error("the compiled kernels, one of the paths, cannot be used on this machine")
         report = measured(flags.repeats, kept)
@@ -350,4 +349,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES)  # before the first call into XLA
     main()

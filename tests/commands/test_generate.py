@@ -149,13 +149,14 @@ def test_good(results, name):
     if name == "drafted":
         assert re.fullmatch(r"draft: accepted \d of \d tokens by module, in \d passes", lines.pop())
     if "--json" not in GOOD[name]:
-        *lines, speed, cache = lines
+        *lines, speed, cache, weights = lines
         assert re.fullmatch(
             r"speed: prefill \d+ tokens in \S+ s \([\d,]+ tokens/s\), decode \d+ tokens in \S+ s"
             r" \([\d,]+ tokens/s\); compiling took \S+ s besides",
             speed,
         )
         assert cache.startswith("cache: ")
+        assert re.fullmatch(r"weights: [\d,]+ bytes", weights)
     *other, line = lines
     assert line.startswith("note: nothing is dropped here")
     assert bool(other) == (name == "past the end")
