@@ -149,7 +149,7 @@ def test_good(results, name):
     if name == "drafted":
         assert re.fullmatch(r"draft: accepted \d of \d tokens by module, in \d passes", lines.pop())
     if "--json" not in GOOD[name]:
-        *lines, speed, cache, weights = lines
+        *lines, speed, weights, cache = lines
         assert re.fullmatch(
             r"speed: prefill \d+ tokens in \S+ s \([\d,]+ tokens/s\), decode \d+ tokens in \S+ s"
             r" \([\d,]+ tokens/s\); compiling took \S+ s besides",
