@@ -46,15 +46,6 @@ def full_optimisation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def kept_programs() -> Iterator[None]:
-    """Runs of one config share what was traced for the first of them, see tools/kept.py."""
-    from tests.tools import kept
-
-    with kept.kept_programs():
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a prepared corpus: four domains, 512 tokens, sequences of 64 inputs."""
@@ -79,8 +70,6 @@ def finished_run(
 ) -> tuple[Path, "Result"]:
     """Workdir and result of a run that nothing disturbed; to be copied before it is changed."""
     from dsmoe_jax.training.loop import train  # most tests need not wait for its imports
-    from tests.tools import kept
 
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    with kept.kept_programs():
-        return workdir, train(tiny_config(), workdir, progress=False)
+    return workdir, train(tiny_config(), workdir, progress=False)

@@ -36,8 +36,6 @@ import os, signal, sys
 from dsmoe_jax.config import *
 from dsmoe_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 def row_or_kill(*arguments, original=loop.training_row, rows=[]):
     rows.append(1)
     if len(rows) == int(sys.argv[2]):
@@ -183,12 +181,12 @@ def staged(tiny_config, tmp_path_factory):
     config, workdir = tiny_config(**STAGES), tmp_path_factory.mktemp("runs") / "staged"
     traced, original = [], make_train_step
 
-    def counting(config, bytes_V):
-        train_step = original(config, bytes_V)
+    def counting(config, *others):
+        train_step = original(config, *others)
 
-        def counted(state, batch):
+        def counted(*arguments):
             traced.append(config.model.moe.num_experts_per_tok)
-            return train_step(state, batch)
+            return train_step(*arguments)
 
         return counted
 
