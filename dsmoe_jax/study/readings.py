@@ -230,13 +230,13 @@ def tokens(outcome: Outcome) -> int | None:
 
 
 def training_flops(config: Config) -> float:
-    """Of a whole run, counted as `flops_per_sequence` is."""
+    """FLOPs of a whole run, counted as `flops_per_sequence` is."""
     sequences = tokens_after(config, config.train.steps) / config.data.sequence_length
     return sizes(config)["flops_per_sequence"] * sequences
 
 
 def flops_before(outcome: Outcome) -> float | None:
-    """Of the runs that it needs; None of a run that needs none."""
+    """FLOPs of the runs that it needs; None of a run that needs none."""
     return sum(map(training_flops, outcome.before)) if outcome.before else None
 
 

@@ -35,7 +35,7 @@ def text_option(ways: str) -> Option:
 
 
 class Evidence(NamedTuple):
-    """What is known about the experts.
+    """Evidence about the experts.
 
     Attributes:
       text: batches of text; None: none.

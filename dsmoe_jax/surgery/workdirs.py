@@ -145,7 +145,7 @@ def operate(
 
 
 def _moments_of(name: str, moments: str | None) -> str:
-    """What becomes of the optimizer's state in an operation."""
+    """The fate of the optimizer's state in an operation."""
     if OPERATIONS[name].trainable:
         return moments or "carried"
     if moments not in (None, "none"):
