@@ -86,17 +86,17 @@ def device_maxvio(load_LE: np.ndarray, outcome: Outcome) -> float | None:
 
 
 def by_language(outcome: Outcome) -> float | None:
-    """How much the load says about the language of a text."""
+    """Specialisation of the load by the language of a text."""
     return load_readings.by_language(outcome.evaluation or {})
 
 
 def by_kind(outcome: Outcome) -> float | None:
-    """How much the load says about the kind of a text."""
+    """Specialisation of the load by the kind of a text."""
     return load_readings.by_kind(outcome.evaluation or {})
 
 
 def language_over_kind(outcome: Outcome) -> float | None:
-    """How much more the load says about the language than about the kind."""
+    """By how much the load says more about the language than about the kind."""
     language = by_language(outcome)
     kind = by_kind(outcome)
     return None if language is None or kind is None else language - kind
@@ -216,7 +216,7 @@ def general_over_own(outcome: Outcome) -> float | None:
 
 
 def loss_rise(outcome: Outcome) -> float | None:
-    """How far a logged training loss was above the lowest one before it, at most."""
+    """Largest rise of a logged training loss above the lowest one before it."""
     losses = [row["loss"] for row in outcome.rows if "loss" in row]
     if not losses:
         return None

@@ -168,7 +168,7 @@ def test_the_layer_is_the_formula():
 
 
 def test_mup_multiplies_the_scales():
-    """Of a layer that was never trained: the same whole numbers with smaller scales."""
+    """Layers that were never trained have the same whole numbers with smaller scales."""
     (_, plain), (graph, state) = (nnx.split(make_layer(CONFIG)) for _ in range(2))
     layer = nnx.merge(graph, state)
     mup.scale_initial(layer, 4.0)

@@ -23,7 +23,7 @@ D, H = 8, 16
 
 
 def arrays(b, s, v, seed=0):
-    """What both heads get, both heads, and a weight for each token, 0 for some."""
+    """Inputs of both heads, both heads, and a weight for each token, 0 for some."""
     rng = np.random.default_rng(seed)
     shapes = (b, s, D), (v, D), (b, s, H), (v, H)
     values = [rng.normal(size=shape).astype(np.float32) for shape in shapes]

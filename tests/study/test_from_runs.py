@@ -53,7 +53,7 @@ class Seen(FakeTrain):
 
 @pytest.fixture(autouse=True)
 def operated(monkeypatch):
-    """What surgery was asked for; it makes empty workdirs."""
+    """Operations that surgery was asked for; it makes empty workdirs."""
     found = []
 
     def operate(name, workdir, to, options, *, moments):

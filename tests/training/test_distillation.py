@@ -111,7 +111,7 @@ def by_formula(params):
 
 
 def test_parts_and_gradient_by_formula():
-    """Of packed documents with padding."""
+    """Packed documents, with padding."""
     found = gradients()
     derive = jax.jit(jax.value_and_grad(by_formula, has_aux=True))
     (total, (parts, agreement)), wanted = derive(states()[0].params)
