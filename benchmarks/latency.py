@@ -50,6 +50,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import harness, latency_page
 from dsmoe_jax.config import Config, MeshConfig, MoEConfig, replace
+from dsmoe_jax.hardware import virtual_devices
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
 from dsmoe_jax.moe import blocks, experts, kernels
 from dsmoe_jax.moe.dispatch import choose_dispatcher, local, volume
@@ -350,4 +351,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)  # before the first call into XLA
+    virtual_devices.allow_waiting(DEVICES)
     main()

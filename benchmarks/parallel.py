@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from benchmarks import harness
 from dsmoe_jax.config import DispatchConfig, MeshConfig, MoEConfig
+from dsmoe_jax.hardware import virtual_devices
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
 from dsmoe_jax.moe import kernels
 from dsmoe_jax.moe.dispatch import DispatchReport
@@ -201,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = keep_freed_memory()  # before the first call into XLA
     flags = harness.flag_parser("benchmarks.parallel", __doc__, repeats=9).parse_args(argv)
     jax.config.update("jax_num_cpu_devices", 8)
+    virtual_devices.allow_waiting(8)
     if E % jax.device_count():
         sys.exit(f"{jax.device_count()} devices: must divide the {E} experts of the benchmark")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -62,6 +62,7 @@ from flax import nnx
 from IPython.display import display
 
 from dsmoe_jax.config import MeshConfig, MoEConfig, files, from_config_dict, replace
+from dsmoe_jax.hardware import virtual_devices
 from dsmoe_jax.moe import dispatch, kernels, reference, routers
 from dsmoe_jax.moe.dispatch import expert_parallel
 from dsmoe_jax.moe.layer import MoELayer
@@ -73,6 +74,7 @@ from dsmoe_jax.report import exchange_plots
 from dsmoe_jax.report.inline import Drawn
 from dsmoe_jax.report.style import ARM_COLOURS, STYLE, axes
 
+virtual_devices.allow_waiting()  # else devices may wait for each other's threads for ever
 assert jax.device_count() == 8, "JAX was in use before: restart the kernel and run from the top"
 matplotlib.rcParams.update(STYLE)
 

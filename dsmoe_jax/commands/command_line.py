@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.commands.console import console
 from dsmoe_jax.config import Config, files, from_config_dict, overrides, replace
 from dsmoe_jax.config.mesh import AXES, MeshConfig
+from dsmoe_jax.hardware import virtual_devices
 from dsmoe_jax.parallel.mesh import make_mesh
 
 FLAGS = flags.FLAGS
@@ -149,6 +150,7 @@ def run(
       manual: by default the docstring of the module of `main`, whose flags are explained too.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    virtual_devices.allow_waiting()
     asks = any(re.fullmatch(r"--?(h|help|helpshort|helpfull)", arg) for arg in arguments)
     try:
         with console():

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe_jax.hardware import virtual_devices
+
 MARK = "eight_devices"
 FLAG = "--xla_force_host_platform_device_count=8"
 CONNECTION = "EIGHT_DEVICES_CONNECTION"  # in the second process: a file descriptor
@@ -37,6 +39,7 @@ def has_mark(item: pytest.Item | None) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the mark; in the second process, has tests run as they are asked for."""
+    virtual_devices.allow_waiting()
     config.addinivalue_line("markers", f"{MARK}: runs in a process with eight virtual devices")
     if descriptor := os.environ.pop(CONNECTION, None):
         config.pluginmanager.register(_TestsOnRequest(config, Connection(int(descriptor))))
