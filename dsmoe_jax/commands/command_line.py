@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.commands.console import console
 from dsmoe_jax.config import Config, files, from_config_dict, overrides, replace
-from dsmoe_jax.config.mesh import AXES, MeshConfig
+from dsmoe_jax.config.mesh import parse as parse_mesh
 from dsmoe_jax.hardware import virtual_devices
 from dsmoe_jax.parallel.mesh import make_mesh
 
@@ -123,16 +123,7 @@ def mesh() -> Mesh:
     Raises:
       ValueError: if the flag is not a mesh, or the mesh does not divide the devices.
     """
-    text = FLAGS.mesh
-    sizes = {}
-    for item in text.split(","):
-        axis, _, size = item.partition("=")
-        if axis not in AXES or not re.fullmatch(r"-1|\d+", size):
-            raise ValueError(
-                f"--mesh={text}: {item!r} must be AXIS=NUMBER, the axis one of {', '.join(AXES)}"
-            )
-        sizes[axis] = int(size)
-    return make_mesh(MeshConfig(**sizes))
+    return make_mesh(parse_mesh(FLAGS.mesh, f"--mesh={FLAGS.mesh}")[0])
 
 
 def run(

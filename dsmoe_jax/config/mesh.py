@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 
 from dsmoe_jax.config.checks import require
 
@@ -18,6 +20,9 @@ class MeshConfig:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    # Meshes for other numbers of devices, the first that fits is taken: ("data=1,fsdp=4",
+    # "data=1,fsdp=2,accumulation_steps=2").  Fewer devices may need more micro-batches.
+    fallbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         free = [axis for axis in AXES if getattr(self, axis) == -1]
@@ -30,6 +35,8 @@ class MeshConfig:
                 size,
                 f"only one axis can be what is left, here {' and '.join(free)} are",
             )
+        for text in self.fallbacks:
+            parse(text, f"mesh.fallbacks: {text!r}", accumulation=True)
 
     def sizes(self, n_devices: int) -> dict[str, int]:
         """The size of each axis on that many devices.
@@ -52,3 +59,59 @@ class MeshConfig:
                 f" {want} the {n_devices} devices there are"
             )
         return sizes
+
+    def fitting(self, n_devices: int) -> tuple[MeshConfig, int | None]:
+        """The mesh for that many devices: this one or else a fallback.
+
+        Returns:
+          The mesh, with the same fallbacks, and the `accumulation_steps` that it asks for, if any.
+
+        Raises:
+          ValueError: if none of them fits.
+        """
+        try:
+            self.sizes(n_devices)
+        except ValueError as error:
+            for text in self.fallbacks:
+                mesh, steps = parse(text, "mesh.fallbacks", accumulation=True)
+                with contextlib.suppress(ValueError):
+                    mesh.sizes(n_devices)
+                    return dataclasses.replace(mesh, fallbacks=self.fallbacks), steps
+            if not self.fallbacks:
+                raise
+            none = f"nor does one of mesh.fallbacks: {'; '.join(self.fallbacks)}"
+            raise ValueError(f"{error}, {none}") from error
+        return self, None
+
+
+def parse(text: str, name: str, accumulation: bool = False) -> tuple[MeshConfig, int | None]:
+    """Reads `fsdp=2,expert=4`.
+
+    Args:
+      text: sizes by axis.
+      name: what the user calls it, for errors.
+      accumulation: whether `accumulation_steps=N` may stand among them.
+
+    Returns:
+      The mesh, and the `accumulation_steps`, if any.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    sizes = {}
+    others = ["accumulation_steps"] if accumulation else []
+    for item in text.split(","):
+        key, _, size = item.partition("=")
+        if key not in (*AXES, *others) or not re.fullmatch(r"-1|\d+", size):
+            raise ValueError(
+                f"{name}: {item!r} must be AXIS=NUMBER, the axis one of"
+                f" {', '.join((*AXES, *others))}"
+            )
+        sizes[key] = int(size)
+    steps = sizes.pop("accumulation_steps", None)
+    if steps is not None and steps < 1:
+        raise ValueError(f"{name}: accumulation_steps={steps}: must be > 0")
+    try:
+        return MeshConfig(**sizes), steps
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -81,6 +81,9 @@ class TrainConfig:
     seed: int = 0  # 0 to 2^32 - 1: every random choice derives from it
     log_every: int = 10
     checkpoint_every: int = 1000
+    # Also as often as saving takes at most this share of the time, as measured: where machines are
+    # taken away, 0.01 loses little.  The first one comes after the first steps.
+    checkpoint_share: float | None = None
     keep_checkpoints: int = 2  # of the newest ones
     keep_every: int | None = None  # a checkpoint every so many steps that is never pruned
     keep_best: int | None = None  # one at each evaluation, so many of the lowest loss never pruned
@@ -110,6 +113,7 @@ class TrainConfig:
             "accumulation_steps",
             "log_every",
             "checkpoint_every",
+            "checkpoint_share",
             "keep_checkpoints",
             "keep_every",
             "keep_best",
@@ -122,6 +126,11 @@ class TrainConfig:
             "keep_best",
             self.keep_best is None or self.eval_every is not None,
             "needs train.eval_every; otherwise only the last step is evaluated",
+        )
+        check(
+            "checkpoint_share",
+            self.checkpoint_share is None or self.checkpoint_share < 1,
+            "must be a share of the time, below 1",
         )
         check("steps", self.steps < 2**31, "must be below 2^31: the device counts them in int32")
         check(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
-from dsmoe_jax.training.devices import open_mesh
+from dsmoe_jax.training.devices import fallen_back, on_devices, open_mesh
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.profiling import Profiler
@@ -43,6 +44,7 @@ from dsmoe_jax.training.rows import (
     training_row,
     validation_row,
 )
+from dsmoe_jax.training.saving import SaveTimer
 from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
@@ -101,11 +103,14 @@ def train(
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
-    config = derive(config)
+    config = asked = derive(config)
     _check(config)
     hosts.require_same_config(config)
+    config = on_devices(config, jax.device_count())
     speaks = progress and hosts.is_first()
     line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
+    if config != asked:
+        line.message(f"{config.name}: {fallen_back(asked, config)}")
     go_on = functools.partial(going_on.prepare, go_back=go_back)
     mesh = open_mesh(config)
     with jax.set_mesh(mesh):
@@ -202,6 +207,8 @@ class _Trainer:
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
         self.vote = hosts.Vote(jax.sharding.get_mesh())
+        self.save_timer = SaveTimer(train.checkpoint_share)
+        self.save_asked = False  # by the first process, whose clock counts
 
     def close(self) -> None:
         """Lets everything go; a checkpoint that is being written is finished first."""
@@ -241,7 +248,7 @@ class _Trainer:
             self.clock.dispatched(metrics.loss)
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
-            pending = (step, metrics, self.vote(self.interrupts.noted))
+            pending = (step, metrics, self._vote())
             if self._is_due(step):
                 self._report(*pending)
                 pending = None
@@ -280,10 +287,21 @@ class _Trainer:
         self.line.message(f"{self.config.name}: going on from step {step}")
         return state, step, step
 
+    def _vote(self) -> jax.Array | int:
+        """The signal that this process was sent, and whether a checkpoint is due."""
+        due = hosts.is_first() and self.save_timer.is_due()
+        return self.vote(2 * self.interrupts.noted + due)
+
+    def _hear(self, vote: jax.Array | int) -> None:
+        """Acts on the vote of all processes; with a signal everything is saved anyway."""
+        signum, due = divmod(int(vote), 2)
+        self.interrupts.hear(signum)
+        self.save_asked = self.save_asked or due == 1
+
     def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
-        metrics, signum = jax.device_get((metrics, vote))
-        self.interrupts.hear(int(signum))
+        metrics, vote = jax.device_get((metrics, vote))
+        self._hear(vote)
         if (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
         self.running_load.add(metrics)
@@ -329,8 +347,8 @@ class _Trainer:
 
     def _saves(self, step: int) -> bool:
         train = self.config.train
-        stop = self.interrupts.signum is not None
-        if stop or (train.keep_best is not None and self._evaluates(step)):
+        asked = self.save_asked or self.interrupts.signum is not None
+        if asked or (train.keep_best is not None and self._evaluates(step)):
             return True
         periods = (train.checkpoint_every, train.keep_every or train.checkpoint_every)
         return step == train.steps or any(step % period == 0 for period in periods)
@@ -352,7 +370,9 @@ class _Trainer:
             self._evaluate(step, state)
 
     def _save(self, step: int, state: TrainState) -> None:
+        self.save_asked = False
         if step != self.saved_step:
+            began = time.perf_counter()
             extra = {
                 "data": self.now.position(),
                 "corpus": self.corpus.fingerprint,
@@ -363,6 +383,7 @@ class _Trainer:
                 extra["teacher"] = self.teacher.identity
             self.checkpoints.save(step, to_items(state), extra, self._best_steps())
             self.saved_step = step
+            self.save_timer.saved(time.perf_counter() - began)
 
     def _best_steps(self) -> list[int]:
         """The steps before this one with the lowest held-out loss, as many as are to be kept."""
@@ -430,7 +451,7 @@ class _Trainer:
     def _measure(self, step: int, state: TrainState) -> dict[str, Any]:
         def stop_if_asked(done: int) -> None:
             self.line.note(f"held-out text, {done}/{self.now.held_out.n_batches} batches")
-            self.interrupts.hear(int(self.vote(self.interrupts.noted)))
+            self._hear(self._vote())
             if self.interrupts.signum is not None:
                 self._stop(step, state)
 
