@@ -11,7 +11,9 @@ A command is a module whose docstring is its manual:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,7 @@ from dsmoe_jax.commands.console import console
 from dsmoe_jax.config import Config, files, from_config_dict, overrides, replace
 from dsmoe_jax.config.mesh import parse as parse_mesh
 from dsmoe_jax.hardware import virtual_devices
+from dsmoe_jax.parallel import hosts
 from dsmoe_jax.parallel.mesh import make_mesh
 
 FLAGS = flags.FLAGS
@@ -154,7 +157,10 @@ def run(
         if _TRACEBACK.value if FLAGS.is_parsed() else "--traceback" in arguments:
             raise
         line = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the disk that is full may be that of stderr
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        if isinstance(error, hosts.OnlyHere):
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)

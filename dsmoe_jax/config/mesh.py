@@ -112,6 +112,6 @@ def parse(text: str, name: str, accumulation: bool = False) -> tuple[MeshConfig,
     if steps is not None and steps < 1:
         raise ValueError(f"{name}: accumulation_steps={steps}: must be > 0")
     try:
-        return MeshConfig(**sizes), steps
+        return dataclasses.replace(MeshConfig(), **sizes), steps
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

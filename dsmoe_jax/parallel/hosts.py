@@ -60,6 +60,14 @@ def join(
     )
 
 
+class OnlyHere(OSError):
+    """An error of this process alone, in the middle of what it does together with the others.
+
+    They wait for it, and threads of libraries here for them: the process must end at once, which
+    tells the others.
+    """
+
+
 def detected() -> bool:
     """Whether a launcher has started several processes: Slurm tasks, or hosts of a GKE TPU slice.
 

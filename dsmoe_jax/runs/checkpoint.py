@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,26 @@ class _Named(preservation_policy.PreservationPolicy):
         return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which says at once that this process could not write.
+
+    Of several processes one alone may have a full disk.  Orbax keeps its error until all others
+    have written too, which they wait for in their turn: 20 minutes.
+
+    Attributes:
+      error: of this process, in the checkpoint that is being written.
+    """
+
+    error: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.error = error
+            raise
+
+
 class Checkpoints:
     """The `checkpoints/` of a run.
 
@@ -109,7 +130,7 @@ class Checkpoints:
             create=keep is not None,
             cleanup_tmp_directories=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        self._manager = _Manager(directory, options=options)
 
     def steps(self) -> list[int]:
         """The steps that are there, oldest first."""
@@ -149,7 +170,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises the OSError of a checkpoint that could not be written in the background."""
-        if not self._manager.is_saving_in_progress():
+        if self._manager.error is not None or not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -157,13 +178,24 @@ class Checkpoints:
         if self._saving is None:
             return
         try:
-            self._manager.wait_until_finished()
+            self._wait_for_all()
             directory = self.directory / str(self._saving)
             if hosts.is_first():
                 json_files.write(directory / _FILES, _sizes(directory))
         except Exception as error:
             raise self._not_written(error) from error
         self._saving = None
+
+    def _wait_for_all(self) -> None:
+        """Waits until all processes have written, or this one cannot."""
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if self._manager.error is not None:
+                raise self._manager.error
+            time.sleep(0.01)
+        self._manager.wait_until_finished()
+
+    def _failed_alone(self) -> bool:
+        return jax.process_count() > 1 and self._manager.error is not None
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> Restored:
         """Loads items of a step; what is not asked for is not read.
@@ -220,6 +252,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written, and lets go; raises like `check`."""
         self.wait()
+        if self._failed_alone():
+            return  # a thread of Orbax's waits for the others
         with contextlib.suppress(Exception):  # an error that `_not_written` has told already
             self._manager.close()
 
@@ -241,7 +275,8 @@ class Checkpoints:
         last = max((s for s in self.steps() if s != self._saving), default=None)
         good = "there is none before it" if last is None else f"the last good one is step {last}"
         step, self._saving = self._saving, None
-        return OSError(
+        kind = hosts.OnlyHere if self._failed_alone() else OSError
+        return kind(
             f"{self.directory / str(step)}: the checkpoint could not be written"
             f" ({_reason(error)}); {good}.  Make room, then run the same command again"
         )

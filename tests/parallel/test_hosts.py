@@ -12,10 +12,11 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from trainers import Launcher, Run, xla_flags
 
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.metrics_log import read_rows
+from tests.parallel.endurance import full_disk
+from tests.parallel.trainers import Launcher, Run, xla_flags
 from tests.tools.patience import PATIENCE
 
 # The others must end by themselves, by the heartbeat that we set: within eight of them, for a busy
@@ -115,6 +116,18 @@ def test_four_processes_of_which_one_is_killed_where_two_go_on(
     assert "going on from step" in said[0]
     losses, wanted = ([row["loss"] for row in rows] for rows in map(numbers, (run, undisturbed)))
     assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_disk_that_is_full_on_one_of_two_hosts_ends_both(launcher, tmp_path):
+    """The other one, which has written its part, does not wait for long."""
+    run = Run(launcher, tmp_path / "run", 2, "train.checkpoint_every=1")
+    run.wait_for_checkpoint()
+    full_disk(run.trainers[1])
+    end = time.monotonic() + IN_TIME
+    for trainer in run.trainers:
+        code, said = trainer.end(max(0, end - time.monotonic()))
+        assert code not in (0, None), said
+    assert not (run.workdir / "evaluation.json").exists()
 
 
 def assert_same_routing(workdir, wanted):
