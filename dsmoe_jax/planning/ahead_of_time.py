@@ -163,7 +163,8 @@ def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh
     if planned:
         plan, _ = planner.propose(config, chip, len(devices), teacher_model(config))
         train = dataclasses.replace(config.train, accumulation_steps=plan.accumulation_steps)
-        config = dataclasses.replace(config, mesh=dataclasses.replace(MeshConfig(), **plan.sizes), train=train)
+        mesh = dataclasses.replace(MeshConfig(), **plan.sizes)
+        config = dataclasses.replace(config, mesh=mesh, train=train)
     return config, open_mesh(config, devices), planned
 
 
