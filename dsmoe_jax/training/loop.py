@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from dsmoe_jax.hardware.peak import peak_flops
 from dsmoe_jax.model.size import train_flops_per_token
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.progress import ProgressLine, Silent
-from dsmoe_jax.runs import going_on, json_files, loading, routing_records
+from dsmoe_jax.runs import events, going_on, json_files, loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.runs.events import Journal
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
@@ -120,8 +122,9 @@ def train(
             line.message(f"{config.name}: finished already ({config.train.steps} steps)")
             return Result(**finished)
         corpus = _open_corpus(config, directory, moved=moved)
-        with Interrupts() as interrupts, hosts.one_line_if_another_ends():
-            trainer = _Trainer(config, directory, corpus, line, interrupts, profile)
+        journal = Journal(directory)
+        with journal.failures(), Interrupts() as interrupts, hosts.one_line_if_another_ends():
+            trainer = _Trainer(config, directory, corpus, line, interrupts, profile, journal)
             try:
                 return trainer.run()
             finally:
@@ -180,6 +183,7 @@ class _Trainer:
         line: ProgressLine,
         interrupts: Interrupts,
         profile: int | None,
+        journal: Journal,
     ):
         self.config = config
         self.corpus = corpus
@@ -187,6 +191,7 @@ class _Trainer:
         self.line = line
         self.interrupts = interrupts
         self.profile = profile
+        self.journal = journal
         self.profiler: Profiler | None = None
         self.recorder, self.recording = routing_records.of_run(
             config, directory, corpus.fingerprint
@@ -226,7 +231,9 @@ class _Trainer:
         self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
         if hosts.is_first():
             self.tables.go_back(first)
-        self.logged_step = self.saved_step = first
+        self.logged_step = self.saved_step = self.journal.step = first
+        names = hosts.gather(socket.gethostname())
+        self.journal.add(events.START if resumed_from is None else events.RESUME, hosts=names)
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
         self._name_kernels()
@@ -247,6 +254,7 @@ class _Trainer:
                 pending = None
                 self._settle(step, state)
         result = hosts.on_first(lambda: _finished(self.directory, self.config))
+        self.journal.add(events.END, loss=result["evaluation"]["loss"])
         return Result(**result | {"resumed_from": resumed_from})
 
     def _stage(self, step: int, position: dict[str, Any] | None = None) -> StageRun:
@@ -259,6 +267,7 @@ class _Trainer:
         self._name_kernels()
         self.line.note(f"compiling the training step of the stage from step {step}")
         self.clock.restart()
+        self.journal.add(events.STAGE, first=step)
 
     def _name_kernels(self) -> None:
         """Says which kernels the stage uses, now and in the next row."""
@@ -286,6 +295,7 @@ class _Trainer:
         self.interrupts.hear(int(signum))
         if (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
+        self.journal.step = step
         self.running_load.add(metrics)
         self.checkpoints.check()
         if self.recorder is not None:
@@ -363,6 +373,7 @@ class _Trainer:
                 extra["teacher"] = self.teacher.identity
             self.checkpoints.save(step, to_items(state), extra, self._best_steps())
             self.saved_step = step
+            self.journal.add(events.CHECKPOINT)
 
     def _best_steps(self) -> list[int]:
         """The steps before this one with the lowest held-out loss, as many as are to be kept."""
@@ -385,6 +396,7 @@ class _Trainer:
             f"{self.config.name}: stopped by {name} after step {step}, saved in {self.directory};"
             " the same command goes on from there"
         )
+        self.journal.add(events.STOPPED, signal=name)
         raise Stopped(signum)
 
     def _analyse(self, step: int, state: TrainState) -> None:
@@ -420,6 +432,7 @@ class _Trainer:
             result = self._measure(step, state)
             if not logged:
                 self.log.write(validation_row(step, result))
+                self.journal.add(events.EVALUATION, loss=result["loss"])
             self.clock.restart()
             if last:
                 self.checkpoints.wait()
