@@ -23,11 +23,16 @@ def text(status: Status, now: float) -> str:
 
 def event_line(event: dict[str, Any], now: float) -> str:
     """One event: how long ago, its name, its step, its details."""
-    details = {k: v for k, v in event.items() if k not in ("time", "event", "step")}
     step = "" if event.get("step") is None else f" at step {event['step']:,}"
-    shown = ", ".join(f"{key} {_detail(value)}" for key, value in details.items())
+    shown = details(event)
     ago = f"{duration(max(now - event['time'], 0))} ago"
     return f"{ago}: {event['event']}{step}" + (f" ({shown})" if shown else "")
+
+
+def details(event: dict[str, Any]) -> str:
+    """The details of an event, by name."""
+    found = {k: v for k, v in event.items() if k not in ("time", "event", "step")}
+    return ", ".join(f"{key.replace('_', ' ')} {_detail(value)}" for key, value in found.items())
 
 
 def headline(status: Status) -> str:

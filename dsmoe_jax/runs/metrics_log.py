@@ -115,10 +115,15 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: naming file and line, if one is not a row.
     """
-    joined: dict[int, dict[str, Any]] = {}
-    for row in _parse(local_path("--workdir", workdir) / METRICS):
-        joined[row["step"]] = joined.get(row["step"], {}) | row
-    return [joined[step] for step in sorted(joined)]
+    return joined(_parse(local_path("--workdir", workdir) / METRICS))
+
+
+def joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a step, in order: those of training and of validation put together."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_step[row["step"]] = by_step.get(row["step"], {}) | row
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _parse(path: Path) -> list[dict[str, Any]]:

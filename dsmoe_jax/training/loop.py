@@ -6,12 +6,14 @@ waits for the host to read, check or write numbers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -85,6 +87,7 @@ def train(
     progress: bool = True,
     go_back: bool = False,
     profile: int | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
@@ -97,6 +100,7 @@ def train(
       progress: whether to show a progress line on stderr.
       go_back: whether steps that have been made may be left for the last one before the change.
       profile: how many steps to trace, see profiling.py; None is none.
+      watch: is shown the rows as they come, by the first process; None: nobody looks.
 
     Raises:
       ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
@@ -113,7 +117,8 @@ def train(
     with jax.set_mesh(mesh):
         check_kernels(config)  # before anything is written
         check_teacher_on_mesh(config)
-    with jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
+    # The one who watches is closed last, when the workdir is free again.
+    with _closing(watch), jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
         if finished is not None:
@@ -123,12 +128,27 @@ def train(
             return Result(**finished)
         corpus = _open_corpus(config, directory, moved=moved)
         journal = Journal(directory)
-        with journal.failures(), Interrupts() as interrupts, hosts.one_line_if_another_ends():
-            trainer = _Trainer(config, directory, corpus, line, interrupts, profile, journal)
+        with (
+            _closing(watch),
+            journal.failures(),
+            Interrupts() as interrupts,
+            hosts.one_line_if_another_ends(),
+        ):
+            trainer = _Trainer(config, directory, corpus, line, interrupts, profile, journal, watch)
             try:
                 return trainer.run()
             finally:
                 trainer.close()
+
+
+@contextlib.contextmanager
+def _closing(watch: Watch | None) -> Iterator[None]:
+    """Closes it after everything else."""
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.close()
 
 
 def _check(config: Config) -> None:
@@ -172,6 +192,16 @@ def _finished(directory: Path, config: Config) -> dict[str, Any] | None:
     return {"step": steps, "metrics": rows[-1], "evaluation": evaluation, "resumed_from": steps}
 
 
+class Watch(Protocol):
+    """Somebody who looks at a run, such as the writer of its page, see report/live.py."""
+
+    def look(self, directory: Path, config: Config, rows: list[dict[str, Any]]) -> None:
+        """A row was written: the last one."""
+
+    def close(self) -> None:
+        """The run has ended, well or not; its events say how."""
+
+
 class _Trainer:
     """One call of `train`: the state, and what it is fed from and written to."""
 
@@ -184,6 +214,7 @@ class _Trainer:
         interrupts: Interrupts,
         profile: int | None,
         journal: Journal,
+        watch: Watch | None,
     ):
         self.config = config
         self.corpus = corpus
@@ -192,6 +223,7 @@ class _Trainer:
         self.interrupts = interrupts
         self.profile = profile
         self.journal = journal
+        self.watch = watch if hosts.is_first() else None
         self.profiler: Profiler | None = None
         self.recorder, self.recording = routing_records.of_run(
             config, directory, corpus.fingerprint
@@ -267,7 +299,7 @@ class _Trainer:
         self._name_kernels()
         self.line.note(f"compiling the training step of the stage from step {step}")
         self.clock.restart()
-        self.journal.add(events.STAGE, first=step)
+        self.journal.add(events.STAGE, from_step=step)
 
     def _name_kernels(self) -> None:
         """Says which kernels the stage uses, now and in the next row."""
@@ -312,6 +344,8 @@ class _Trainer:
             if self.kernels:
                 row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)
+            if self.watch is not None:
+                self.watch.look(self.directory, self.config, self.log.rows)
             self.logged_step = step
         self.line.update(step, loss=f"{float(metrics.loss):.4f}", **shown(self.log.rows))
 
