@@ -147,12 +147,64 @@ def _drops(rows: Rows) -> Figure | None:
     return figure
 
 
+def _steps(rows: Rows) -> Figure | None:
+    found = [
+        {"tokens": row["tokens"], **row["step_seconds"]} for row in _with(rows, "step_seconds")
+    ]
+    if not found:
+        return None
+    figure, ax = axes(left=0.17, right=0.96)
+    for key, colour in (("p99", RED), ("p95", YELLOW), ("p50", BLUE)):
+        x, y = _column(found, "tokens"), _column(found, key)
+        ax.plot(*_stretches(x, y, np.mean), color=colour, label=key)
+    ax.legend(frameon=False, loc="upper right", ncols=3)
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
+    ax.set_ylabel("seconds a step")
+    token_axis(ax)
+    return figure
+
+
+def _hosts(rows: Rows) -> Figure | None:
+    """The own time of the median host and of the slowest one of the last rows."""
+    found = _with(rows, "host_data_seconds")
+    if not found:
+        return None
+    n_hosts = len(found[-1]["host_data_seconds"])
+    found = [row for row in found if len(row["host_data_seconds"]) == n_hosts]
+    own_SH = np.array([row["host_data_seconds"] for row in found])
+    own_SH = own_SH + np.array([row["host_work_seconds"] for row in found])
+    slowest = int(np.median(own_SH[-RECENT:], axis=0).argmax())
+    x_S = _column(found, "tokens")
+    figure, ax = axes(left=0.17, right=0.96)
+    if n_hosts > 1:
+        ax.plot(*_stretches(x_S, own_SH[:, slowest], np.mean), color=RED, label=f"host {slowest}")
+    median_S = np.median(own_SH, axis=1)
+    ax.plot(*_stretches(x_S, median_S, np.mean), color=BLUE, label=f"median of {n_hosts}")
+    ax.legend(frameon=False, loc="upper right", ncols=2)
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
+    ax.set_ylabel("seconds a step")
+    token_axis(ax)
+    return figure
+
+
 PICTURES: dict[str, LivePicture] = {
     "loss": LivePicture(
         "Loss", "Smoothed, in a band of the highest and lowest; dots are held-out text.", _loss
     ),
     "speed": LivePicture(
         "Speed", "Between two rows, without evaluations; MFU is of the machine's peak.", _speed
+    ),
+    "steps": LivePicture(
+        "Time of a step",
+        "Median, and what 5 and 1 of 100 steps take longer than, of the last 1000; with"
+        " checkpoints, without evaluations.",
+        _steps,
+    ),
+    "hosts": LivePicture(
+        "Own time of the hosts",
+        "For data, and for what else a host does between two steps; of several hosts the slowest"
+        " of the last rows beside the median.",
+        _hosts,
     ),
     "load": LivePicture(
         "Load of the experts",

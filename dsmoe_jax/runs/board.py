@@ -81,11 +81,15 @@ class Board:
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Curves for TensorBoard: the numbers, and one for each layer of a list of numbers."""
+    """Curves: the numbers, and one for each layer, host or name of a list or a section of them."""
     found = []
     for key, value in row.items():
         if isinstance(value, (int, float)) and key != "step":
             found.append((key, value))
         elif isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
-            found += [(f"{key}/layer_{i}", v) for i, v in enumerate(value)]
+            part = "host" if key.startswith("host_") else "layer"
+            found += [(f"{key}/{part}_{i}", v) for i, v in enumerate(value)]
+        elif isinstance(value, dict):  # of numbers; domains, which have sections, are left out
+            numbers = {k: v for k, v in value.items() if isinstance(v, (int, float))}
+            found += [(f"{key}/{name}", v) for name, v in numbers.items()]
     return found

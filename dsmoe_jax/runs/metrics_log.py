@@ -12,6 +12,9 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     kernels                          {attention, experts, rows: name}, in the first row of a start
                                      and of a stage
     overhead                         share of that time in which the device had nothing to do
+    step_seconds                     {p50, p95, p99}: of the last 1000 steps, see training/clock.py
+    host_data_seconds, host_work_seconds    [host]: a step, what each process takes for itself, see
+                                     training/host_times.py
     load                             [layer][expert]: assignments of the step's batch
     maxvio, gini, dead_experts       [layer]: how uneven it is, see summaries.py
     maxvio_running                   [layer]: of the load of the last 100 steps or so, see

@@ -1,6 +1,6 @@
 """Troubles of a run: sentences about what went wrong, from its rows and events.
 
-Shapes: L MoE layers, E routed experts.
+Shapes: L MoE layers, E routed experts, H hosts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ Rows = list[dict[str, Any]]
 
 RECENT = 20  # rows: what is of now
 IDLE = 0.1  # share of the time without a step from which on it is said
+STRAGGLES = 0.1  # of a step's time: what a host may take more than the others
 SILENT = 10  # times the usual time between two rows, and at least a minute
 
 
@@ -125,6 +126,29 @@ def _idle(rows: Rows, log: Rows) -> list[str]:
     return [f"the device has no step for {share:.0%} of the time: its host is late"]
 
 
+def _stragglers(rows: Rows, log: Rows) -> list[str]:
+    """Hosts that take more time for themselves than the others, by a tenth of a step."""
+    rows = [row for row in rows[-RECENT:] if "host_data_seconds" in row and "step_seconds" in row]
+    if not rows or len(rows[-1]["host_data_seconds"]) < 2:
+        return []
+    n_hosts = len(rows[-1]["host_data_seconds"])
+    rows = [row for row in rows if len(row["host_data_seconds"]) == n_hosts]
+    data_H = np.median([row["host_data_seconds"] for row in rows], axis=0)
+    own_H = data_H + np.median([row["host_work_seconds"] for row in rows], axis=0)
+    late = STRAGGLES * rows[-1]["step_seconds"]["p50"]
+    names = next((event["hosts"] for event in reversed(log) if "hosts" in event), [])
+    found = []
+    for i, own in enumerate(own_H):
+        others = float(np.median(np.delete(own_H, i)))
+        if own - others > late:
+            name = f" ({names[i]})" if i < len(names) else ""
+            found.append(
+                f"host {i}{name} takes {own:.3g} s a step for itself, of them {data_H[i]:.3g} s for"
+                f" its data; the others take {others:.3g} s"
+            )
+    return found
+
+
 def _times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
 
@@ -137,4 +161,5 @@ _LOOKS: tuple[Callable[[Rows, Rows], list[str]], ...] = (
     _drops,
     _dead_experts,
     _idle,
+    _stragglers,
 )

@@ -35,6 +35,7 @@ from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import open_mesh
+from dsmoe_jax.training.host_times import DATA, WORK, HostTimes
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.profiling import Profiler
@@ -239,6 +240,7 @@ class _Trainer:
         self.running_load = RunningLoad()
         self.clock = DeviceClock()
         self.vote = hosts.Vote(jax.sharding.get_mesh())
+        self.host_times = HostTimes(jax.sharding.get_mesh())
 
     def close(self) -> None:
         """Lets everything go; a checkpoint that is being written is finished first."""
@@ -270,17 +272,21 @@ class _Trainer:
         peak_flops()  # measured before the clock runs
         self._name_kernels()
         self.line.note("compiling the training step")
-        pending: tuple[int, StepMetrics, jax.Array | int] | None = None
+        pending: tuple[int, StepMetrics, jax.Array | int, Any] | None = None
         for step in range(first + 1, self.config.train.steps + 1):
             if step > self.now.stage.end:
                 self._next_stage(step)
+            with self.host_times.spent(DATA):
+                batch = self.now.next_batch(step)
             with self.profiler.step(step, state):
-                state, metrics = self.now.train_step(state, self.now.next_batch(step))
+                state, metrics = self.now.train_step(state, batch)
             self.profiler.after(step, state)
             self.clock.dispatched(metrics.loss)
+            self.host_times.step()
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
-            pending = (step, metrics, self.vote(self.interrupts.noted))
+            times = self.host_times.gather() if self._logs(step) else None
+            pending = (step, metrics, self.vote(self.interrupts.noted), times)
             if self._is_due(step):
                 self._report(*pending)
                 pending = None
@@ -321,9 +327,14 @@ class _Trainer:
         self.line.message(f"{self.config.name}: going on from step {step}")
         return state, step, step
 
-    def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int) -> None:
+    def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int, times: Any) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
-        metrics, signum = jax.device_get((metrics, vote))
+        metrics, signum, times = jax.device_get((metrics, vote, times))
+        with self.host_times.spent(WORK):
+            self._look(step, metrics, signum, times)
+
+    def _look(self, step: int, metrics: StepMetrics, signum: int, times: Any) -> None:
+        """Checks a step that has been fetched, and writes its row if it is to be logged."""
         self.interrupts.hear(int(signum))
         if (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
@@ -335,12 +346,10 @@ class _Trainer:
             assert metrics.recorded is not None
             self.recorder.write(routing_records.TRAIN, step, metrics.recorded)
         assert self.log is not None
-        train = self.config.train
-        asked = step == 1 or step % train.log_every == 0 or self._analyses(step)
-        if asked or step == self.now.stage.end or self._evaluates(step):
+        if self._logs(step):
             row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
-            row |= self.running_load.row() | self._rates(step)
+            row |= self.running_load.row() | self._rates(step) | self.host_times.row(times)
             if self.kernels:
                 row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)
@@ -349,15 +358,22 @@ class _Trainer:
             self.logged_step = step
         self.line.update(step, loss=f"{float(metrics.loss):.4f}", **shown(self.log.rows))
 
-    def _rates(self, step: int) -> dict[str, float]:
+    def _rates(self, step: int) -> dict[str, Any]:
         """Speeds since the last row; no share of the peak on a machine whose peak is unknown."""
         seconds, idle = self.clock.lap()
         tokens = tokens_after(self.config, step) - tokens_after(self.config, self.logged_step)
         flops = tokens * train_flops_per_token(self.now.stage.config) / seconds
-        rates = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
+        rates: dict[str, Any] = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
         if (peak := peak_flops()) is not None:
             rates["flops_utilization"] = flops / peak
-        return rates | {"overhead": idle / seconds}
+        rates["overhead"] = idle / seconds
+        steps = self.clock.percentiles()
+        return rates | ({"step_seconds": steps} if steps else {})
+
+    def _logs(self, step: int) -> bool:
+        """Whether a step has a row in the log."""
+        asked = step == 1 or step % self.config.train.log_every == 0 or self._analyses(step)
+        return asked or step == self.now.stage.end or self._evaluates(step)
 
     def _evaluates(self, step: int) -> bool:
         train = self.config.train
@@ -387,7 +403,8 @@ class _Trainer:
     def _settle(self, step: int, state: TrainState) -> None:
         """Saves, stops, analyses and evaluates, each if it is due and not done."""
         if self._saves(step):
-            self._save(step, state)
+            with self.host_times.spent(WORK):
+                self._save(step, state)
         if self.interrupts.signum is not None:
             self._stop(step, state)
         if self._analyses(step):

@@ -25,7 +25,8 @@ def row(step, **more):
         "step": step, "tokens": 256 * step, "loss": 6.0 - step / 1000, "grad_norm": 1.0,
         "learning_rate": 0.01, "tokens_per_second": 500.0, "flops_utilization": 0.4,
         "overhead": 0.0, "load": [[64] * 4, [96, 32, 64, 64]], "maxvio_running": [0.0, 0.5],
-        "dropped": [0, 0], **more,
+        "dropped": [0, 0], "step_seconds": {"p50": 0.5, "p95": 0.6, "p99": 0.7},
+        "host_data_seconds": [0.01, 0.2], "host_work_seconds": [0.02, 0.02], **more,
     }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_a_running_run(tmp_path):
     for text in (
         "running by process", "step 7 of 10 (70%)", "2 s to go", "500 tokens/s", "MFU 40.0%",
         "5.5000 on held-out text", "spikes: 1 x skip", "dropped 0.45% of", "hosts alpha, beta",
-        "of a &lt;bucket&gt;",
+        "of a &lt;bucket&gt;", "host 1 (beta) takes 0.22 s a step", "p95 0.6 s",
     ):  # fmt: skip
         assert text in said, text
     for picture in live_plots.PICTURES.values():
