@@ -31,6 +31,7 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     device_rows, device_megabytes    [layer][device]: rows sent to each of `expert_groups` devices,
                                      a token once, one way (none with one device)
     exchange_rows                    [layer]: on a mesh, see `dispatch.DispatchReport`
+    skipped_steps, left_out_batches  so far, with `train.spikes`, see training/spikes.py
     validation_loss, validation_bits_per_byte, validation_tokens
     validation_maxvio, validation_dropped    [layer]
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}

@@ -74,14 +74,15 @@ def _restarts(rows: Rows, log: Rows) -> list[str]:
 
 def _spikes(rows: Rows, log: Rows) -> list[str]:
     del rows
-    found = [event for event in log if event["event"] == events.SPIKE]
-    if not found:
+    spikes = [event for event in log if event["event"] == events.SPIKE]
+    # A run that was killed meets a spike again; one that went back meets another in that step.
+    met = {str(e.get("action")): set[tuple[Any, Any]]() for e in spikes}
+    for event in spikes:
+        met[str(event.get("action"))].add((event.get("spike_step"), event.get("value")))
+    if not met:
         return []
-    actions: dict[str, int] = {}
-    for event in found:
-        actions[str(event.get("action"))] = actions.get(str(event.get("action")), 0) + 1
-    counted = ", ".join(f"{n} x {action}" for action, n in actions.items())
-    return [f"spikes: {counted}; the last in step {found[-1].get('spike_step')}"]
+    counted = ", ".join(f"{len(found)} x {action}" for action, found in met.items())
+    return [f"spikes: {counted}; the last in step {spikes[-1].get('spike_step')}"]
 
 
 def _not_finite(rows: Rows, log: Rows) -> list[str]:

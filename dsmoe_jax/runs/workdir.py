@@ -16,6 +16,7 @@ evaluation.json   held-out results after the last step: the run is finished
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import os
@@ -37,6 +38,7 @@ from dsmoe_jax.config import (
 )
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.config.train import SpikesConfig
 from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.moe.routers import get_router
@@ -85,7 +87,7 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
 # These say what happens from some step on: a run may go on with another value, see going_on.py.
 CHANGES_BY_STEP = frozenset(
     {"optimizer.rate_changes", "train.schedule_steps", "train.skip_batches", "train.steps"}
-)
+) | {f"train.spikes.{field.name}" for field in dataclasses.fields(SpikesConfig)}
 
 
 def may_change(key: str, config: Config) -> bool:

@@ -30,7 +30,7 @@ class HostTimes:
     """
 
     def __init__(self, mesh: Mesh):
-        self._seconds = dict.fromkeys(_KEYS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(_KEYS, 0.0)
         self._steps = 0
         self._one_a_device = NamedSharding(mesh, P(mesh.axis_names))
         self._to_all = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))

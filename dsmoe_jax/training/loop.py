@@ -32,6 +32,7 @@ from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.events import Journal
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
+from dsmoe_jax.training import spikes
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import open_mesh
@@ -48,6 +49,7 @@ from dsmoe_jax.training.rows import (
     training_row,
     validation_row,
 )
+from dsmoe_jax.training.spikes import Decisions, Judged
 from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
@@ -162,6 +164,7 @@ def _check(config: Config) -> None:
         for stage in stages_of(config):
             check_routes(stage.config.model)
     check_start_from(config)
+    spikes.check(config)
 
 
 def _open_corpus(config: Config, directory: Path, *, moved: bool) -> Corpus:
@@ -238,6 +241,8 @@ class _Trainer:
         self.tables = OverTraining(directory / workdirs.ANALYSIS)
         self.kernels: dict[str, str] = {}  # not in the log yet
         self.running_load = RunningLoad()
+        self.decisions = Decisions(config)
+        self.spike: tuple[int, Judged] | None = None  # one to go back for
         self.clock = DeviceClock()
         self.vote = hosts.Vote(jax.sharding.get_mesh())
         self.host_times = HostTimes(jax.sharding.get_mesh())
@@ -262,10 +267,7 @@ class _Trainer:
             self.config.train.steps,
             self.line.message,
         )
-        self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
-        if hosts.is_first():
-            self.tables.go_back(first)
-        self.logged_step = self.saved_step = self.journal.step = first
+        self._open_log(first)
         names = hosts.gather(socket.gethostname())
         self.journal.add(events.START if resumed_from is None else events.RESUME, hosts=names)
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
@@ -273,9 +275,11 @@ class _Trainer:
         self._name_kernels()
         self.line.note("compiling the training step")
         pending: tuple[int, StepMetrics, jax.Array | int, Any] | None = None
-        for step in range(first + 1, self.config.train.steps + 1):
+        step = first
+        while step < self.config.train.steps:
+            step += 1
             if step > self.now.stage.end:
-                self._next_stage(step)
+                state = self._next_stage(step, state)
             with self.host_times.spent(DATA):
                 batch = self.now.next_batch(step)
             with self.profiler.step(step, state):
@@ -287,25 +291,31 @@ class _Trainer:
                 self._report(*pending)  # while the device is at work on this step
             times = self.host_times.gather() if self._logs(step) else None
             pending = (step, metrics, self.vote(self.interrupts.noted), times)
-            if self._is_due(step):
+            if self.spike is None and self._is_due(step):
                 self._report(*pending)
                 pending = None
-                self._settle(step, state)
+                if self.spike is None:
+                    self._settle(step, state)
+            if self.spike is not None:
+                state = pending = metrics = None  # the checkpoint needs their memory
+                state, step = self._rewind()
         result = hosts.on_first(lambda: _finished(self.directory, self.config))
         self.journal.add(events.END, loss=result["evaluation"]["loss"])
         return Result(**result | {"resumed_from": resumed_from})
 
     def _stage(self, step: int, position: dict[str, Any] | None = None) -> StageRun:
         routing = self.recorder, self.recording
-        stage = stage_of(self.config, step)
+        stage = stage_of(self.decisions.config(), step)
         return StageRun(stage, self.corpus, position, *routing, self.teacher)
 
-    def _next_stage(self, step: int) -> None:
+    def _next_stage(self, step: int, state: TrainState) -> TrainState:
+        """Makes the stage of a step ready; its losses are compared with its own alone."""
         self.now = self._stage(step, self.now.position())
         self._name_kernels()
         self.line.note(f"compiling the training step of the stage from step {step}")
         self.clock.restart()
         self.journal.add(events.STAGE, from_step=step)
+        return state._replace(spikes=self.decisions.restore(None))
 
     def _name_kernels(self) -> None:
         """Says which kernels the stage uses, now and in the next row."""
@@ -318,6 +328,7 @@ class _Trainer:
         """The state to go on from, its step, and the checkpoint that it came from."""
         state, step, extra = start(self.config, self.checkpoints, self.corpus)
         self.teacher = load_teacher(self.config, self.corpus)
+        state = state._replace(spikes=self.decisions.restore((extra or {}).get("spikes")))
         if extra is None:
             self.now = self._stage(0)
             return state, 0, None
@@ -326,6 +337,55 @@ class _Trainer:
         self.running_load = RunningLoad(extra["running_load"])
         self.line.message(f"{self.config.name}: going on from step {step}")
         return state, step, step
+
+    def _open_log(self, step: int) -> None:
+        """Opens the log, cut off after the step that the run goes on from."""
+        self.log = MetricsLog(self.directory, step) if hosts.is_first() else NoLog()
+        if hosts.is_first():
+            self.tables.go_back(step)
+        self.logged_step = self.saved_step = self.journal.step = step
+
+    def _rewind(self) -> tuple[TrainState, int]:
+        """Goes back to the newest checkpoint, past the data that were read since: `spikes.py`."""
+        assert self.spike is not None
+        assert self.log is not None
+        spiked, judged = self.spike
+        self.spike = None
+        self.checkpoints.wait()
+        to = max(self.checkpoints.steps(), default=0)
+        assert to < spiked, "a step is judged before it is saved"
+        self._note_spike(spiked, judged, to_step=to)
+        self.decisions.rewind(spiked, to)
+        self.log.close()
+        before = self.now
+        self.running_load = RunningLoad()
+        state, step, _ = self._start()
+        if self.now.stage.first == before.stage.first:
+            self.now.take_compiled(before)
+        else:
+            self._name_kernels()
+        self._open_log(step)
+        self.clock.restart()
+        return state, step
+
+    def _note_spike(self, step: int, judged: Judged, **more: Any) -> None:
+        rule = self.config.train.spikes
+        assert rule is not None
+        found = spikes.details(step, judged) | more
+        self.journal.add(events.SPIKE, action=rule.action, watch=rule.watch, **found)
+        told = ", ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in found.items())
+        self.line.message(f"{self.config.name}: spike: {rule.action}: {told}")
+
+    def _on_spike(self, step: int, judged: Judged) -> bool:
+        """Does what the rule says about a spike; returns whether the step is out of the run."""
+        action = self.decisions.action
+        if action.rewinds:
+            self.spike = step, judged
+            return True
+        self._note_spike(step, judged)
+        if action.skips:
+            self.decisions.skip(step, judged)
+        return action.skips
 
     def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int, times: Any) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
@@ -336,10 +396,15 @@ class _Trainer:
     def _look(self, step: int, metrics: StepMetrics, signum: int, times: Any) -> None:
         """Checks a step that has been fetched, and writes its row if it is to be logged."""
         self.interrupts.hear(int(signum))
-        if (found := first_non_finite(metrics)) is not None:
+        judged = metrics.judged
+        out = judged is not None and bool(judged.is_spike) and self._on_spike(step, judged)
+        if self.spike is not None:
+            return
+        if not out and (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
         self.journal.step = step
-        self.running_load.add(metrics)
+        if not out:
+            self.running_load.add(metrics)
         self.checkpoints.check()
         if self.recorder is not None:
             assert metrics.router is not None
@@ -350,6 +415,7 @@ class _Trainer:
             row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step) | self.host_times.row(times)
+            row |= self.decisions.row()
             if self.kernels:
                 row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)
@@ -420,6 +486,8 @@ class _Trainer:
                 "tokenizer": tokenizer_fingerprint(self.corpus.tokenizer),
                 "running_load": self.running_load.saved(),
             }
+            if (decided := self.decisions.saved(state.spikes)) is not None:
+                extra["spikes"] = decided
             if self.teacher is not None:
                 extra["teacher"] = self.teacher.identity
             self.checkpoints.save(step, to_items(state), extra, self._best_steps())
