@@ -50,7 +50,7 @@ class Board:
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore - made at run time
 
         # One event for all of them: one for each takes twenty times as long.
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         for i, load_E in enumerate(row.get("load", [])):
             if any(load_E):
                 shares_E = np.array(load_E) / np.mean(load_E)
@@ -80,7 +80,7 @@ class Board:
             raise OSError(f"{self._directory}: cannot be written: {error.strerror}") from error
 
 
-def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+def scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
     """Curves: the numbers, and one for each layer, host or name of a list or a section of them."""
     found = []
     for key, value in row.items():

@@ -55,21 +55,30 @@ import numpy as np
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.board import Board
+from dsmoe_jax.runs.wandb_board import WandbBoard
 from dsmoe_jax.runs.workdir import METRICS, TENSORBOARD
 
 KERNELS = "kernels"  # the one key whose values are names
 
 
 class MetricsLog:
-    """Appends rows; opening it cuts off rows past the step that the run continues from."""
+    """Appends rows; opening it cuts off rows past the step that the run continues from.
 
-    def __init__(self, workdir: Path, step: int):
+    Args:
+      workdir: of the run.
+      step: that the run continues from.
+      wandb: a project of Weights & Biases that gets the rows too.
+    """
+
+    def __init__(self, workdir: Path, step: int, wandb: str | None = None):
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
         # Unbuffered: a written row is safe from a kill, and a full disk is noticed here.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
-        self._board = Board(workdir / TENSORBOARD, step)
+        self._boards: list[Board | WandbBoard] = [Board(workdir / TENSORBOARD, step)]
+        if wandb is not None:
+            self._boards.append(WandbBoard(workdir, wandb))
         self._failed = False
 
     def write(self, row: dict[str, Any]) -> None:
@@ -86,14 +95,16 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self._board.add(row)
+        for board in self._boards:
+            board.add(row)
         self._failed = False
 
     def close(self) -> None:
         """Flushes and closes both; raises like `write`, unless it has raised already."""
         self._file.close()
         try:
-            self._board.close()
+            for board in self._boards:
+                board.close()
         except OSError:
             if not self._failed:
                 raise

@@ -91,6 +91,7 @@ def train(
     go_back: bool = False,
     profile: int | None = None,
     watch: Watch | None = None,
+    wandb: str | None = None,
 ) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
@@ -104,6 +105,7 @@ def train(
       go_back: whether steps that have been made may be left for the last one before the change.
       profile: how many steps to trace, see profiling.py; None is none.
       watch: is shown the rows as they come, by the first process; None: nobody looks.
+      wandb: a project of Weights & Biases that gets the rows too, see runs/wandb_board.py.
 
     Raises:
       ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
@@ -137,7 +139,9 @@ def train(
             Interrupts() as interrupts,
             hosts.one_line_if_another_ends(),
         ):
-            trainer = _Trainer(config, directory, corpus, line, interrupts, profile, journal, watch)
+            trainer = _Trainer(
+                config, directory, corpus, line, interrupts, profile, journal, watch, wandb
+            )
             try:
                 return trainer.run()
             finally:
@@ -214,11 +218,12 @@ class _Trainer:
         config: Config,
         directory: Path,
         corpus: Corpus,
-        line: ProgressLine,
         interrupts: Interrupts,
         profile: int | None,
+        line: ProgressLine,
         journal: Journal,
         watch: Watch | None,
+        wandb: str | None,
     ):
         self.config = config
         self.corpus = corpus
@@ -227,6 +232,7 @@ class _Trainer:
         self.interrupts = interrupts
         self.profile = profile
         self.journal = journal
+        self.wandb = wandb
         self.watch = watch if hosts.is_first() else None
         self.profiler: Profiler | None = None
         self.recorder, self.recording = routing_records.of_run(
@@ -340,9 +346,11 @@ class _Trainer:
 
     def _open_log(self, step: int) -> None:
         """Opens the log, cut off after the step that the run goes on from."""
-        self.log = MetricsLog(self.directory, step) if hosts.is_first() else NoLog()
         if hosts.is_first():
+            self.log = MetricsLog(self.directory, step, self.wandb)
             self.tables.go_back(step)
+        else:
+            self.log = NoLog()
         self.logged_step = self.saved_step = self.journal.step = step
 
     def _rewind(self) -> tuple[TrainState, int]:
