@@ -34,7 +34,10 @@ from dsmoe_jax.runs.workdir import EVALUATION, METRICS
 from dsmoe_jax.study.experiment import Arm
 from experiments.v1.table1 import EXPERIMENT
 
-SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}
+SPEEDS = {
+    *("tokens_per_second", "flops_per_second", "flops_utilization", "overhead", "step_seconds"),
+    *("host_data_seconds", "host_work_seconds"),
+}
 NO_MODEL = {"__init__", "base"}  # files in configs/ that describe no model
 CODE = ("dsmoe_jax/**/*.py", "dsmoe_jax/**/*.cc", "dsmoe_jax/**/*.h", "configs/*.py")
 MISSING = "missing"

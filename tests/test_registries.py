@@ -18,7 +18,7 @@ from dsmoe_jax.moe.routers import scores
 from dsmoe_jax.nn import attention, feed_forward
 from dsmoe_jax.runs import loads
 from dsmoe_jax.surgery import likeness
-from dsmoe_jax.training import freezing
+from dsmoe_jax.training import freezing, spikes
 
 PACKAGE = Path(dsmoe_jax.__file__).parent
 REGISTRIES = {
@@ -40,6 +40,7 @@ REGISTRIES = {
     loads: loads.KINDS,
     question_sets: question_sets.QUESTION_SETS,
     downstream: downstream.READINGS,
+    spikes: spikes.ACTIONS,
 }
 
 
@@ -48,7 +49,7 @@ def names_known_in(source, names):
     tables = {
         *("ROUTERS", "TERMS", "POLICIES", "DISPATCHERS", "BACKENDS", "ROW_KERNELS", "ATTENTION"),
         *("KERNELS", "FORMS", "SCORING", "PARTS", "ROW_KINDS", "OPERATIONS", "LIKENESS", "KINDS"),
-        *("QUESTION_SETS", "READINGS"),
+        *("QUESTION_SETS", "READINGS", "ACTIONS"),
     }
     for node in ast.walk(ast.parse(source)):
         match node:

@@ -15,6 +15,7 @@ from dsmoe_jax.commands.console import console
 COMMANDS = {
     "train": "Train a model, or go on with an interrupted run.",
     "evaluate": "Measure a trained run on held-out text.",
+    "status": "Say of any workdir how far it is, how fast, and what went wrong.",
     "generate": "Continue a prompt with a trained model.",
     "count": "Count parameters and FLOPs, beside the paper's figures.",
     "economics": "Say what models cost to train and to serve, dense beside sparse.",

@@ -41,6 +41,9 @@ _overrides: list[str] = []
 # Words of which a command takes one before its flags, with their meaning; the one that was given.
 _words: dict[str, str] = {}
 _given: list[str] = []
+# What arguments without a flag are, and those that were given.
+_places: list[str] = []
+_given_places: list[str] = []
 
 
 def define_config() -> None:
@@ -108,6 +111,16 @@ def word() -> str:
         hint = f"did you mean {close[0]}?" if close else f"must be one of {known}"
         raise ValueError(f"{found!r}: no such word here; {hint}")
     return found
+
+
+def define_places(what: str) -> None:
+    """Declares that arguments without a flag are taken, and what they are."""
+    _places.append(what)
+
+
+def places() -> list[str]:
+    """The arguments without a flag."""
+    return list(_given_places)
 
 
 def define_mesh() -> None:
@@ -194,7 +207,8 @@ def parse(arguments: Sequence[str]) -> None:
         raise ValueError(f"--{error.flagname}: no such flag; {hint}") from error
     except flags.Error as error:
         raise ValueError(str(error)) from error
-    if rest:
+    _given_places[:] = rest
+    if rest and not _places:
         raise ValueError(f"{rest[0]!r}: unexpected argument; options look like --name=value")
     if _overrides and not _names():
         raise ValueError("--config: missing; the file whose keys --config.KEY=VALUE changes")

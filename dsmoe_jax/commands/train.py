@@ -28,6 +28,13 @@ pruned: --config.train.keep_every=1000, --config.train.keep_best=1.  More in doc
 Beside the text a run may learn from a trained model, as a dense student of a mixture:
 --config.train.distillation.teacher=OTHER_WORKDIR, see docs/distillation.md.
 
+How a run goes: open WORKDIR/report.html, a page that the run writes anew every minute
+(--report_every) and that a browser loads anew by itself, or ask python -m dsmoe_jax status.
+Beside TensorBoard, --wandb=PROJECT logs to Weights & Biases (WANDB_MODE=offline: to WORKDIR/wandb).
+
+Jumps of the loss: --config.train.spikes.action=warn, skip (the update) or rewind (to the newest
+checkpoint, past the data since); a run on its way takes it with --config.train.spikes.from_step=N.
+
 Where the time of a step goes, by the parts of the model: --profile=5 traces five steps, see
 docs/profiles.md.
 
@@ -43,12 +50,20 @@ from absl import flags
 from dsmoe_jax.commands import command_line
 from dsmoe_jax.hardware.host_memory import keep_freed_memory
 from dsmoe_jax.parallel import hosts
+from dsmoe_jax.report.live import LiveReport
+from dsmoe_jax.runs import wandb_board
 from dsmoe_jax.training.loop import train
 
 command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
 _GO_BACK = flags.DEFINE_bool("go_back", False, "Leave the steps that another config changes.")
 _PROFILE = flags.DEFINE_integer("profile", None, "Trace so many steps for xprof.", lower_bound=1)
+_REPORT_EVERY = flags.DEFINE_float(
+    "report_every", 60.0, "Seconds between two pages WORKDIR/report.html; 0: none.", lower_bound=0
+)
+_WANDB = flags.DEFINE_string(
+    "wandb", None, "Project of Weights & Biases, which gets the numbers too (extra: wandb)."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "Join the processes on other hosts; by default if Slurm or GKE say so."
 )
@@ -61,10 +76,20 @@ def main() -> None:
     """Runs the command."""
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
+    if _WANDB.value is not None:
+        wandb_board.check(_WANDB.value)
     config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-    result = train(config, _WORKDIR.value, go_back=_GO_BACK.value, profile=_PROFILE.value)
+    watch = LiveReport(_REPORT_EVERY.value) if _REPORT_EVERY.value else None
+    result = train(
+        config,
+        _WORKDIR.value,
+        go_back=_GO_BACK.value,
+        profile=_PROFILE.value,
+        watch=watch,
+        wandb=_WANDB.value,
+    )
     held_out = result.evaluation
     if hosts.is_first():
         before = held_out.get("before")

@@ -28,7 +28,7 @@ from dsmoe_jax.config.run import (
     to_config_dict,
 )
 from dsmoe_jax.config.stages import Stage, stage_of, stages_of, tokens_after
-from dsmoe_jax.config.train import DistillationConfig, TrainableConfig, TrainConfig
+from dsmoe_jax.config.train import DistillationConfig, SpikesConfig, TrainableConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",
@@ -49,6 +49,7 @@ __all__ = [
     "RopeScaling",
     "RouterConfig",
     "Schedule",
+    "SpikesConfig",
     "Stage",
     "TrainConfig",
     "TrainableConfig",

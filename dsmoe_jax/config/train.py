@@ -56,6 +56,27 @@ class DistillationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpikesConfig:
+    """A rule for steps whose loss jumps up; see dsmoe_jax/training/spikes.py."""
+
+    action: str = "warn"  # a name in dsmoe_jax/training/spikes.py: warn, skip or rewind
+    watch: str = "loss"  # or "grad_norm"
+    threshold: float = 8.0  # robust standard deviations above the median of the window
+    window: int = (
+        128  # steps, of which the last values are; nothing is a spike until they are there
+    )
+    limit: int = 8  # the run ends after so many skips in a row, or returns to one checkpoint
+    from_step: int = 1  # the window begins to fill at this step
+
+    def __post_init__(self) -> None:
+        at = "train.spikes."
+        check = checker(self, at)
+        positive(self, at, "threshold", "limit", "from_step")
+        check("window", self.window >= 4, "must be at least 4: fewer have no spread")
+        check("watch", self.watch in ("loss", "grad_norm"), "must be 'loss' or 'grad_norm'")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length of a run, its batches, and the files that it keeps.
 
@@ -93,6 +114,7 @@ class TrainConfig:
     analyse_every: int | None = None
     # Pairs (step, number): before this step so many batches of its size are left out of the data.
     skip_batches: tuple[tuple[int, ...], ...] = ()
+    spikes: SpikesConfig | None = None  # None: a jump of the loss is nobody's business
     start_from: str | None = None  # the workdir of a run whose parameters this one begins with
     distillation: DistillationConfig | None = None  # None: it learns from the text alone
     trainable: TrainableConfig = TrainableConfig()

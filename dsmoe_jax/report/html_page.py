@@ -25,16 +25,23 @@ from dsmoe_jax.report.svg import themed_svg
 CSS = (pathlib.Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
-def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """HTML of a report, with style and pictures inside."""
+def to_html(title: str, blocks: Sequence[Block], refresh: int | None = None) -> str:
+    """HTML of a report, with style and pictures inside.
+
+    Args:
+      title: of the page.
+      blocks: of the report, in order.
+      refresh: seconds after which a browser loads the page again; None is never.
+    """
     day = "".join(f"--c{key[1:]}:{key};" for key in PALETTE)
     night = "".join(f"--c{key[1:]}:{value};" for key, value in PALETTE.items())
     colours = f":root{{{day}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{night}}}}}\n"
     body = "\n".join(_html(block) for block in blocks)
+    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}" />\n'
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8" />\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1" />\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{CSS}{colours}</style>\n</head>\n"
+        f"{again}<title>{html.escape(title)}</title>\n<style>\n{CSS}{colours}</style>\n</head>\n"
         f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
 

@@ -50,7 +50,7 @@ class Board:
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore - made at run time
 
         # One event for all of them: one for each takes twenty times as long.
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         for i, load_E in enumerate(row.get("load", [])):
             if any(load_E):
                 shares_E = np.array(load_E) / np.mean(load_E)
@@ -80,12 +80,16 @@ class Board:
             raise OSError(f"{self._directory}: cannot be written: {error.strerror}") from error
 
 
-def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Curves for TensorBoard: the numbers, and one for each layer of a list of numbers."""
+def scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """Curves: the numbers, and one for each layer, host or name of a list or a section of them."""
     found = []
     for key, value in row.items():
         if isinstance(value, (int, float)) and key != "step":
             found.append((key, value))
         elif isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
-            found += [(f"{key}/layer_{i}", v) for i, v in enumerate(value)]
+            part = "host" if key.startswith("host_") else "layer"
+            found += [(f"{key}/{part}_{i}", v) for i, v in enumerate(value)]
+        elif isinstance(value, dict):  # of numbers; domains, which have sections, are left out
+            numbers = {k: v for k, v in value.items() if isinstance(v, (int, float))}
+            found += [(f"{key}/{name}", v) for name, v in numbers.items()]
     return found

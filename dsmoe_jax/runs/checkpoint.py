@@ -324,6 +324,20 @@ def _check_files(directory: Path, items: set[str]) -> None:
             raise ValueError(f"{name} has {found.get(name, 0)} bytes, {size} were written")
 
 
+def find_damage(directory: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, by their sizes alone; None if nothing is.
+
+    Args:
+      directory: of the step.
+    """
+    try:
+        listed = json_files.read(directory / _FILES) if (directory / _FILES).exists() else {}
+        _check_files(directory, {name.partition("/")[0] for name in listed})
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
 def _reason(error: BaseException) -> str:
     """The first line of an exception, short enough to be part of a line."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

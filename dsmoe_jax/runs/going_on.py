@@ -57,6 +57,9 @@ def first_changed(there: Config, here: Config) -> int:
         (there.train.skip_batches, here.train.skip_batches),
     ):
         steps += [int(step) for step, _ in set(old) ^ set(new)]
+    rules = (there.train.spikes, here.train.spikes)
+    if rules[0] != rules[1]:
+        steps += [rule.from_step for rule in rules if rule is not None]
     return min(steps)
 
 

@@ -12,6 +12,9 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     kernels                          {attention, experts, rows: name}, in the first row of a start
                                      and of a stage
     overhead                         share of that time in which the device had nothing to do
+    step_seconds                     {p50, p95, p99}: of the last 1000 steps, see training/clock.py
+    host_data_seconds, host_work_seconds    [host]: a step, what each process takes for itself, see
+                                     training/host_times.py
     load                             [layer][expert]: assignments of the step's batch
     maxvio, gini, dead_experts       [layer]: how uneven it is, see summaries.py
     maxvio_running                   [layer]: of the load of the last 100 steps or so, see
@@ -28,6 +31,7 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     device_rows, device_megabytes    [layer][device]: rows sent to each of `expert_groups` devices,
                                      a token once, one way (none with one device)
     exchange_rows                    [layer]: on a mesh, see `dispatch.DispatchReport`
+    skipped_steps, left_out_batches  so far, with `train.spikes`, see training/spikes.py
     validation_loss, validation_bits_per_byte, validation_tokens
     validation_maxvio, validation_dropped    [layer]
     validation_domains               {domain: {loss, bits_per_byte, tokens, bytes}}
@@ -51,21 +55,30 @@ import numpy as np
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.board import Board
+from dsmoe_jax.runs.wandb_board import WandbBoard
 from dsmoe_jax.runs.workdir import METRICS, TENSORBOARD
 
 KERNELS = "kernels"  # the one key whose values are names
 
 
 class MetricsLog:
-    """Appends rows; opening it cuts off rows past the step that the run continues from."""
+    """Appends rows; opening it cuts off rows past the step that the run continues from.
 
-    def __init__(self, workdir: Path, step: int):
+    Args:
+      workdir: of the run.
+      step: that the run continues from.
+      wandb: a project of Weights & Biases that gets the rows too.
+    """
+
+    def __init__(self, workdir: Path, step: int, wandb: str | None = None):
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
         # Unbuffered: a written row is safe from a kill, and a full disk is noticed here.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
-        self._board = Board(workdir / TENSORBOARD, step)
+        self._boards: list[Board | WandbBoard] = [Board(workdir / TENSORBOARD, step)]
+        if wandb is not None:
+            self._boards.append(WandbBoard(workdir, wandb))
         self._failed = False
 
     def write(self, row: dict[str, Any]) -> None:
@@ -82,14 +95,16 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self._board.add(row)
+        for board in self._boards:
+            board.add(row)
         self._failed = False
 
     def close(self) -> None:
         """Flushes and closes both; raises like `write`, unless it has raised already."""
         self._file.close()
         try:
-            self._board.close()
+            for board in self._boards:
+                board.close()
         except OSError:
             if not self._failed:
                 raise
@@ -115,10 +130,15 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: naming file and line, if one is not a row.
     """
-    joined: dict[int, dict[str, Any]] = {}
-    for row in _parse(local_path("--workdir", workdir) / METRICS):
-        joined[row["step"]] = joined.get(row["step"], {}) | row
-    return [joined[step] for step in sorted(joined)]
+    return joined(_parse(local_path("--workdir", workdir) / METRICS))
+
+
+def joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a step, in order: those of training and of validation put together."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_step[row["step"]] = by_step.get(row["step"], {}) | row
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _parse(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 config.json       the run's config
 tokenizer.json    of its corpus: text can be generated where the corpus is not
 metrics.jsonl     one JSON object a line, see metrics_log.py
+events.jsonl      starts, stops, failures and what else happened, see events.py
 checkpoints/      one directory a kept step, see checkpoint.py
 tensorboard/      event files, and traces of --profile
 history/          what was there before the config changed on the way, see going_on.py
@@ -15,10 +16,12 @@ evaluation.json   held-out results after the last step: the run is finished
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +38,7 @@ from dsmoe_jax.config import (
 )
 from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.config.train import SpikesConfig
 from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.moe.routers import get_router
@@ -85,7 +89,7 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
 # These say what happens from some step on: a run may go on with another value, see going_on.py.
 CHANGES_BY_STEP = frozenset(
     {"optimizer.rate_changes", "train.schedule_steps", "train.skip_batches", "train.steps"}
-)
+) | {f"train.spikes.{field.name}" for field in dataclasses.fields(SpikesConfig)}
 
 
 def may_change(key: str, config: Config) -> bool:
@@ -161,7 +165,7 @@ def _claimed(directory: Path, config: Config, go_on: GoOn | None) -> Iterator[No
 def _take(lock: BinaryIO, directory: Path) -> None:
     """Locks a workdir for this process, and notes which one it is."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
         lock.truncate(0)
         lock.write(str(os.getpid()).encode())
     except BlockingIOError:
@@ -173,6 +177,31 @@ def _take(lock: BinaryIO, directory: Path) -> None:
         ) from None
     except OSError as error:
         raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
+
+
+def _lock(lock: BinaryIO, seconds: float = 0.2) -> None:
+    """Locks a file; tries again for a moment, since `holder` looks with a lock of its own."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(seconds / 10)
+
+
+def holder(directory: Path) -> str | None:
+    """The process that trains in a workdir now, by its number; None if there is none."""
+    try:
+        with open(directory / _LOCK, "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().decode(errors="replace").strip() or "unknown"
+    except OSError:  # there is no lock, or it cannot be read
+        pass
+    return None
 
 
 def read_config(workdir: str | Path, key: str | None = None) -> Config:

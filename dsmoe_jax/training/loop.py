@@ -6,12 +6,15 @@ waits for the host to read, check or write numbers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
+import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -25,13 +28,16 @@ from dsmoe_jax.hardware.peak import peak_flops
 from dsmoe_jax.model.size import train_flops_per_token
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.progress import ProgressLine, Silent
-from dsmoe_jax.runs import going_on, json_files, loading, routing_records
+from dsmoe_jax.runs import events, going_on, json_files, loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.runs.events import Journal
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
+from dsmoe_jax.training import spikes
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import fallen_back, on_devices, open_mesh
+from dsmoe_jax.training.host_times import DATA, WORK, HostTimes
 from dsmoe_jax.training.interrupt import Interrupts, Stopped
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.profiling import Profiler
@@ -45,6 +51,7 @@ from dsmoe_jax.training.rows import (
     validation_row,
 )
 from dsmoe_jax.training.saving import SaveTimer
+from dsmoe_jax.training.spikes import Decisions, Judged
 from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
@@ -85,6 +92,8 @@ def train(
     progress: bool = True,
     go_back: bool = False,
     profile: int | None = None,
+    watch: Watch | None = None,
+    wandb: str | None = None,
 ) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
@@ -97,6 +106,8 @@ def train(
       progress: whether to show a progress line on stderr.
       go_back: whether steps that have been made may be left for the last one before the change.
       profile: how many steps to trace, see profiling.py; None is none.
+      watch: is shown the rows as they come, by the first process; None: nobody looks.
+      wandb: a project of Weights & Biases that gets the rows too, see runs/wandb_board.py.
 
     Raises:
       ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
@@ -116,7 +127,8 @@ def train(
     with jax.set_mesh(mesh):
         check_kernels(config)  # before anything is written
         check_teacher_on_mesh(config)
-    with jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
+    # The one who watches is closed last, when the workdir is free again.
+    with _closing(watch), jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
         if finished is not None:
@@ -125,12 +137,30 @@ def train(
             line.message(f"{config.name}: finished already ({config.train.steps} steps)")
             return Result(**finished)
         corpus = _open_corpus(config, directory, moved=moved)
-        with Interrupts() as interrupts, hosts.one_line_if_another_ends():
-            trainer = _Trainer(config, directory, corpus, line, interrupts, profile)
+        journal = Journal(directory)
+        with (
+            _closing(watch),
+            journal.failures(),
+            Interrupts() as interrupts,
+            hosts.one_line_if_another_ends(),
+        ):
+            trainer = _Trainer(
+                config, directory, corpus, line, interrupts, profile, journal, watch, wandb
+            )
             try:
                 return trainer.run()
             finally:
                 trainer.close()
+
+
+@contextlib.contextmanager
+def _closing(watch: Watch | None) -> Iterator[None]:
+    """Closes it after everything else."""
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.close()
 
 
 def _check(config: Config) -> None:
@@ -143,6 +173,7 @@ def _check(config: Config) -> None:
         for stage in stages_of(config):
             check_routes(stage.config.model)
     check_start_from(config)
+    spikes.check(config)
 
 
 def _open_corpus(config: Config, directory: Path, *, moved: bool) -> Corpus:
@@ -174,6 +205,16 @@ def _finished(directory: Path, config: Config) -> dict[str, Any] | None:
     return {"step": steps, "metrics": rows[-1], "evaluation": evaluation, "resumed_from": steps}
 
 
+class Watch(Protocol):
+    """Somebody who looks at a run, such as the writer of its page, see report/live.py."""
+
+    def look(self, directory: Path, config: Config, rows: list[dict[str, Any]]) -> None:
+        """A row was written: the last one."""
+
+    def close(self) -> None:
+        """The run has ended, well or not; its events say how."""
+
+
 class _Trainer:
     """One call of `train`: the state, and what it is fed from and written to."""
 
@@ -182,9 +223,12 @@ class _Trainer:
         config: Config,
         directory: Path,
         corpus: Corpus,
-        line: ProgressLine,
         interrupts: Interrupts,
         profile: int | None,
+        line: ProgressLine,
+        journal: Journal,
+        watch: Watch | None,
+        wandb: str | None,
     ):
         self.config = config
         self.corpus = corpus
@@ -192,6 +236,9 @@ class _Trainer:
         self.line = line
         self.interrupts = interrupts
         self.profile = profile
+        self.journal = journal
+        self.wandb = wandb
+        self.watch = watch if hosts.is_first() else None
         self.profiler: Profiler | None = None
         self.recorder, self.recording = routing_records.of_run(
             config, directory, corpus.fingerprint
@@ -205,10 +252,13 @@ class _Trainer:
         self.tables = OverTraining(directory / workdirs.ANALYSIS)
         self.kernels: dict[str, str] = {}  # not in the log yet
         self.running_load = RunningLoad()
+        self.decisions = Decisions(config)
+        self.spike: tuple[int, Judged] | None = None  # one to go back for
         self.clock = DeviceClock()
         self.vote = hosts.Vote(jax.sharding.get_mesh())
         self.save_timer = SaveTimer(train.checkpoint_share)
         self.save_asked = False  # by the first process, whose clock counts
+        self.host_times = HostTimes(jax.sharding.get_mesh())
 
     def close(self) -> None:
         """Lets everything go; a checkpoint that is being written is finished first."""
@@ -230,42 +280,55 @@ class _Trainer:
             self.config.train.steps,
             self.line.message,
         )
-        self.log = MetricsLog(self.directory, first) if hosts.is_first() else NoLog()
-        if hosts.is_first():
-            self.tables.go_back(first)
-        self.logged_step = self.saved_step = first
+        self._open_log(first)
+        names = hosts.gather(socket.gethostname())
+        self.journal.add(events.START if resumed_from is None else events.RESUME, hosts=names)
         self._settle(first, state)  # a run that was killed while evaluating has that still to do
         peak_flops()  # measured before the clock runs
         self._name_kernels()
         self.line.note("compiling the training step")
-        pending: tuple[int, StepMetrics, jax.Array | int] | None = None
-        for step in range(first + 1, self.config.train.steps + 1):
+        pending: tuple[int, StepMetrics, jax.Array | int, Any] | None = None
+        step = first
+        while step < self.config.train.steps:
+            step += 1
             if step > self.now.stage.end:
-                self._next_stage(step)
+                state = self._next_stage(step, state)
+            with self.host_times.spent(DATA):
+                batch = self.now.next_batch(step)
             with self.profiler.step(step, state):
-                state, metrics = self.now.train_step(state, self.now.next_batch(step))
+                state, metrics = self.now.train_step(state, batch)
             self.profiler.after(step, state)
             self.clock.dispatched(metrics.loss)
+            self.host_times.step()
             if pending is not None:
                 self._report(*pending)  # while the device is at work on this step
-            pending = (step, metrics, self._vote())
-            if self._is_due(step):
+            times = self.host_times.gather() if self._logs(step) else None
+            pending = (step, metrics, self._vote(), times)
+            if self.spike is None and self._is_due(step):
                 self._report(*pending)
                 pending = None
-                self._settle(step, state)
+                if self.spike is None:
+                    self._settle(step, state)
+            if self.spike is not None:
+                state = pending = metrics = None  # the checkpoint needs their memory
+                state, step = self._rewind()
         result = hosts.on_first(lambda: _finished(self.directory, self.config))
+        self.journal.add(events.END, loss=result["evaluation"]["loss"])
         return Result(**result | {"resumed_from": resumed_from})
 
     def _stage(self, step: int, position: dict[str, Any] | None = None) -> StageRun:
         routing = self.recorder, self.recording
-        stage = stage_of(self.config, step)
+        stage = stage_of(self.decisions.config(), step)
         return StageRun(stage, self.corpus, position, *routing, self.teacher)
 
-    def _next_stage(self, step: int) -> None:
+    def _next_stage(self, step: int, state: TrainState) -> TrainState:
+        """Makes the stage of a step ready; its losses are compared with its own alone."""
         self.now = self._stage(step, self.now.position())
         self._name_kernels()
         self.line.note(f"compiling the training step of the stage from step {step}")
         self.clock.restart()
+        self.journal.add(events.STAGE, from_step=step)
+        return state._replace(spikes=self.decisions.restore(None))
 
     def _name_kernels(self) -> None:
         """Says which kernels the stage uses, now and in the next row."""
@@ -278,6 +341,7 @@ class _Trainer:
         """The state to go on from, its step, and the checkpoint that it came from."""
         state, step, extra = start(self.config, self.checkpoints, self.corpus)
         self.teacher = load_teacher(self.config, self.corpus)
+        state = state._replace(spikes=self.decisions.restore((extra or {}).get("spikes")))
         if extra is None:
             self.now = self._stage(0)
             return state, 0, None
@@ -298,40 +362,110 @@ class _Trainer:
         self.interrupts.hear(signum)
         self.save_asked = self.save_asked or due == 1
 
-    def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int) -> None:
+    def _open_log(self, step: int) -> None:
+        """Opens the log, cut off after the step that the run goes on from."""
+        if hosts.is_first():
+            self.log = MetricsLog(self.directory, step, self.wandb)
+            self.tables.go_back(step)
+        else:
+            self.log = NoLog()
+        self.logged_step = self.saved_step = self.journal.step = step
+
+    def _rewind(self) -> tuple[TrainState, int]:
+        """Goes back to the newest checkpoint, past the data that were read since: `spikes.py`."""
+        assert self.spike is not None
+        assert self.log is not None
+        spiked, judged = self.spike
+        self.spike = None
+        self.checkpoints.wait()
+        to = max(self.checkpoints.steps(), default=0)
+        assert to < spiked, "a step is judged before it is saved"
+        self._note_spike(spiked, judged, to_step=to)
+        self.decisions.rewind(spiked, to)
+        self.log.close()
+        before = self.now
+        self.running_load = RunningLoad()
+        state, step, _ = self._start()
+        if self.now.stage.first == before.stage.first:
+            self.now.take_compiled(before)
+        else:
+            self._name_kernels()
+        self._open_log(step)
+        self.clock.restart()
+        return state, step
+
+    def _note_spike(self, step: int, judged: Judged, **more: Any) -> None:
+        rule = self.config.train.spikes
+        assert rule is not None
+        found = spikes.details(step, judged) | more
+        self.journal.add(events.SPIKE, action=rule.action, watch=rule.watch, **found)
+        told = ", ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in found.items())
+        self.line.message(f"{self.config.name}: spike: {rule.action}: {told}")
+
+    def _on_spike(self, step: int, judged: Judged) -> bool:
+        """Does what the rule says about a spike; returns whether the step is out of the run."""
+        action = self.decisions.action
+        if action.rewinds:
+            self.spike = step, judged
+            return True
+        self._note_spike(step, judged)
+        if action.skips:
+            self.decisions.skip(step, judged)
+        return action.skips
+
+    def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int, times: Any) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
-        metrics, vote = jax.device_get((metrics, vote))
+        metrics, vote, times = jax.device_get((metrics, vote, times))
+        with self.host_times.spent(WORK):
+            self._look(step, metrics, vote, times)
+
+    def _look(self, step: int, metrics: StepMetrics, vote: int, times: Any) -> None:
+        """Checks a step that has been fetched, and writes its row if it is to be logged."""
         self._hear(vote)
-        if (found := first_non_finite(metrics)) is not None:
+        judged = metrics.judged
+        out = judged is not None and bool(judged.is_spike) and self._on_spike(step, judged)
+        if self.spike is not None:
+            return
+        if not out and (found := first_non_finite(metrics)) is not None:
             raise NonFinite(self._non_finite(step, *found))
-        self.running_load.add(metrics)
+        self.journal.step = step
+        if not out:
+            self.running_load.add(metrics)
         self.checkpoints.check()
         if self.recorder is not None:
             assert metrics.router is not None
             assert metrics.recorded is not None
             self.recorder.write(routing_records.TRAIN, step, metrics.recorded)
         assert self.log is not None
-        train = self.config.train
-        asked = step == 1 or step % train.log_every == 0 or self._analyses(step)
-        if asked or step == self.now.stage.end or self._evaluates(step):
+        if self._logs(step):
             row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
-            row |= self.running_load.row() | self._rates(step)
+            row |= self.running_load.row() | self._rates(step) | self.host_times.row(times)
+            row |= self.decisions.row()
             if self.kernels:
                 row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)
+            if self.watch is not None:
+                self.watch.look(self.directory, self.config, self.log.rows)
             self.logged_step = step
         self.line.update(step, loss=f"{float(metrics.loss):.4f}", **shown(self.log.rows))
 
-    def _rates(self, step: int) -> dict[str, float]:
+    def _rates(self, step: int) -> dict[str, Any]:
         """Speeds since the last row; no share of the peak on a machine whose peak is unknown."""
         seconds, idle = self.clock.lap()
         tokens = tokens_after(self.config, step) - tokens_after(self.config, self.logged_step)
         flops = tokens * train_flops_per_token(self.now.stage.config) / seconds
-        rates = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
+        rates: dict[str, Any] = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
         if (peak := peak_flops()) is not None:
             rates["flops_utilization"] = flops / peak
-        return rates | {"overhead": idle / seconds}
+        rates["overhead"] = idle / seconds
+        steps = self.clock.percentiles()
+        return rates | ({"step_seconds": steps} if steps else {})
+
+    def _logs(self, step: int) -> bool:
+        """Whether a step has a row in the log."""
+        asked = step == 1 or step % self.config.train.log_every == 0 or self._analyses(step)
+        return asked or step == self.now.stage.end or self._evaluates(step)
 
     def _evaluates(self, step: int) -> bool:
         train = self.config.train
@@ -361,7 +495,8 @@ class _Trainer:
     def _settle(self, step: int, state: TrainState) -> None:
         """Saves, stops, analyses and evaluates, each if it is due and not done."""
         if self._saves(step):
-            self._save(step, state)
+            with self.host_times.spent(WORK):
+                self._save(step, state)
         if self.interrupts.signum is not None:
             self._stop(step, state)
         if self._analyses(step):
@@ -379,11 +514,14 @@ class _Trainer:
                 "tokenizer": tokenizer_fingerprint(self.corpus.tokenizer),
                 "running_load": self.running_load.saved(),
             }
+            if (decided := self.decisions.saved(state.spikes)) is not None:
+                extra["spikes"] = decided
             if self.teacher is not None:
                 extra["teacher"] = self.teacher.identity
             self.checkpoints.save(step, to_items(state), extra, self._best_steps())
             self.saved_step = step
             self.save_timer.saved(time.perf_counter() - began)
+            self.journal.add(events.CHECKPOINT)
 
     def _best_steps(self) -> list[int]:
         """The steps before this one with the lowest held-out loss, as many as are to be kept."""
@@ -406,6 +544,7 @@ class _Trainer:
             f"{self.config.name}: stopped by {name} after step {step}, saved in {self.directory};"
             " the same command goes on from there"
         )
+        self.journal.add(events.STOPPED, signal=name)
         raise Stopped(signum)
 
     def _analyse(self, step: int, state: TrainState) -> None:
@@ -441,6 +580,7 @@ class _Trainer:
             result = self._measure(step, state)
             if not logged:
                 self.log.write(validation_row(step, result))
+                self.journal.add(events.EVALUATION, loss=result["loss"])
             self.clock.restart()
             if last:
                 self.checkpoints.wait()

@@ -166,6 +166,12 @@ class StageRun:
             batch |= self._recording.read(routing_records.TRAIN, step, batch_size, self._rows)
         return sharding.global_batch(batch, self._rows, batch_size)
 
+    def take_compiled(self, other: StageRun) -> None:
+        """Takes over what another one, of the same stage and mesh, has compiled."""
+        assert (self.stage.first, self.stage.end) == (other.stage.first, other.stage.end)
+        self.train_step = other.train_step
+        self.held_out = other.held_out
+
     def position(self) -> dict[str, Any]:
         """Position in the data: batches taken since the beginning of the run."""
         return self._batches.get_state()

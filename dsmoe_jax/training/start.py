@@ -27,9 +27,10 @@ from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import loading
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints, target
-from dsmoe_jax.training import router_state
+from dsmoe_jax.training import router_state, spikes
 from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.optimizer import optimizer_of
+from dsmoe_jax.training.spikes import SpikeWindow
 
 TRAINING = "training"  # the item of a checkpoint that holds what only training needs
 
@@ -42,12 +43,15 @@ class TrainState(NamedTuple):
       params: the model's `nnx.Param`s, float32.
       opt_state: of the optax optimizer, for the parameters that are trained.
       other: the model's variables that carry no gradient: the routers' loss-free bias.
+      spikes: the values that a step's loss is compared with; None without `train.spikes`.  A
+        checkpoint has them beside the arrays.
     """
 
     step: jax.Array
     params: nnx.State
     opt_state: Any
     other: nnx.State
+    spikes: SpikeWindow | None = None
 
 
 class Start(NamedTuple):
@@ -182,7 +186,8 @@ def _first_state(
     _, params, other = nnx.split(build_model(config.model, key), nnx.Param, ...)
     if values:
         other = router_state.fill(other, values)
-    return TrainState(jnp.int32(0), params, _first_moments(config, params), other)
+    moments = _first_moments(config, params)
+    return TrainState(jnp.int32(0), params, moments, other, spikes.first_window(config))
 
 
 def _first_moments(config: Config, params: nnx.State) -> Any:

@@ -25,11 +25,12 @@ from dsmoe_jax.moe.report import LoggedSums
 from dsmoe_jax.moe.schedules import Progress, multiple
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import sharding
-from dsmoe_jax.training import router_state
+from dsmoe_jax.training import router_state, spikes
 from dsmoe_jax.training.distillation import Distilled
 from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.micro_batches import BatchGradient
 from dsmoe_jax.training.optimizer import make_schedule, optimizer_of
+from dsmoe_jax.training.spikes import Judged
 from dsmoe_jax.training.start import TrainState, state_shapes
 
 # Without this a TPU computes nothing while tokens travel to their experts.
@@ -53,6 +54,7 @@ class StepMetrics(NamedTuple):
       recorded: routing of the global batch, (L, B, S, K), if the run records it.
       ahead: sums of multi-token prediction, by module; None without it.
       distilled: sums of the differences from a teacher; None without one.
+      judged: whether the step is a spike; None without `train.spikes`.
     """
 
     loss: jax.Array
@@ -67,6 +69,7 @@ class StepMetrics(NamedTuple):
     recorded: RecordedRouting | None
     ahead: AheadSums | None = None
     distilled: Distilled | None = None
+    judged: Judged | None = None
 
 
 class TrainStep(Protocol):
@@ -93,6 +96,7 @@ def make_train_step(
     optimizer = optimizer_of(config)
     freezing = Freezing(config)
     schedule = make_schedule(config.optimizer, steps)
+    rule = config.train.spikes
 
     def train_step(
         state: TrainState, batch: Batch, teacher: ModelState | None = None
@@ -132,7 +136,16 @@ def make_train_step(
         if totals.router is not None and freezing.moves_router:
             load_LE = totals.router.load_of_choices
             other = router_state.after_step(other, load_LE, progress, config.model)
-        return TrainState(state.step + 1, params, opt_state, other), metrics
+        after = TrainState(state.step + 1, params, opt_state, other)
+        if rule is None:
+            return after, metrics
+        assert state.spikes is not None
+        judged, window = spikes.judge(rule, state.spikes, state.step, metrics.loss, grad_norm)
+        if spikes.ACTIONS[rule.action].skips:
+            kept = (state.params, state.opt_state, state.other)
+            moved = (params, opt_state, other)
+            after = TrainState(after.step, *spikes.unless(judged.is_spike, kept, moved))
+        return after._replace(spikes=window), metrics._replace(judged=judged)
 
     return train_step
 

@@ -31,6 +31,7 @@ assert not {"jax", "absl", "numpy"} & sys.modules.keys()
 # A flag that the manual of each command explains.
 FLAGS = {
     "train": ("--workdir", "--[no]distributed", "--config", "--config.train.seed=1"),
+    "status": ("status runs/dsmoe", "--workdir", "--[no]json"),
     "evaluate": ("--workdir", "--record_routing", "--as_task", "hellaswag", "--[no]json"),
     "generate": ("--prompt", "--task", "--top_p", "--num_samples", "--mesh", "an empty prompt"),
     "count": ("--config=configs/dsmoe_16b.py:paper", "--[no]json", "--[no]all"),

@@ -15,6 +15,7 @@ import pytest
 
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.status import read_status
 from tests.parallel.endurance import full_disk
 from tests.parallel.trainers import Launcher, Run, xla_flags
 from tests.tools.patience import PATIENCE
@@ -128,6 +129,37 @@ def test_a_disk_that_is_full_on_one_of_two_hosts_ends_both(launcher, tmp_path):
         code, said = trainer.end(max(0, end - time.monotonic()))
         assert code not in (0, None), said
     assert not (run.workdir / "evaluation.json").exists()
+
+
+def slow_data():
+    """Batches take 0.4 s longer on this host."""
+    from dsmoe_jax.training.stages import StageRun
+
+    original = StageRun.next_batch
+
+    def next_batch(self, step):
+        time.sleep(0.4)
+        return original(self, step)
+
+    StageRun.next_batch = next_batch
+
+
+def test_a_slow_host_is_named(launcher, tmp_path, undisturbed):
+    """Both wait for it in every step; its own time is its alone, and the numbers stay the same."""
+    run = Run(launcher, tmp_path / "run", 2, before={1: slow_data})
+    codes, said = run.end()
+    assert codes == [0, 0], said
+    assert numbers(run) == numbers(undisturbed)
+    rows = read_rows(run.workdir)
+    data = np.median([row["host_data_seconds"] for row in rows], axis=0)
+    assert data[1] > 0.39 > 0.2 > data[0]
+    assert rows[-1]["step_seconds"]["p50"] > 0.39, "the step is as slow as its slowest host"
+    status = read_status(run.workdir)
+    said = [trouble for trouble in status.troubles if "s a step for itself" in trouble]
+    assert len(said) == 1, status.troubles
+    assert said[0].startswith(f"host 1 ({os.uname().nodename}) takes 0.4")
+    alone = read_rows(undisturbed.workdir)
+    assert all(len(row["host_work_seconds"]) == 1 for row in alone)
 
 
 def assert_same_routing(workdir, wanted):

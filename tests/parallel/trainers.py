@@ -11,8 +11,9 @@ import multiprocessing.forkserver
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from unittest import mock
 
 from dsmoe_jax.runs.metrics_log import read_rows
@@ -56,12 +57,21 @@ class Run:
       workdir: a new one, or that of a run that is to go on.
       n: processes.
       changes: of the config, as on the command line but for `--config.`.
+      before: what a process, by its number, does before it trains.
     """
 
-    def __init__(self, launcher: Launcher, workdir: Path, n: int, *changes: str):
+    def __init__(
+        self,
+        launcher: Launcher,
+        workdir: Path,
+        n: int,
+        *changes: str,
+        before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+    ):
         self.workdir, more = workdir, [f"--config.{change}" for change in changes]
         self.trainers = [
-            launcher.start(arguments + more, n) for arguments in launcher.commands(workdir, n)
+            launcher.start(arguments + more, n, before.get(i))
+            for i, arguments in enumerate(launcher.commands(workdir, n))
         ]
 
     def wait_for_row(self, n: int) -> None:
@@ -124,14 +134,16 @@ class Launcher:
             s.bind(("127.0.0.1", 0))
             address = f"--coordinator_address=127.0.0.1:{s.getsockname()[1]}"
         mesh = f"--config.mesh.expert={devices(n) // 2}"
-        command = [f"--config={self.config}", mesh, f"--workdir={workdir}"]
+        command = [f"--config={self.config}", mesh, f"--workdir={workdir}", "--report_every=0"]
         meet = [[address, f"--num_processes={n}", f"--process_id={i}"] for i in range(n)]
         return [command + (m if n > 1 else []) for m in meet]
 
-    def start(self, arguments: list[str], n: int) -> Trainer:
+    def start(
+        self, arguments: list[str], n: int, before: Callable[[], None] | None = None
+    ) -> Trainer:
         """Starts one of the n processes of a run."""
         says = self.directory / f"{len(self.started)}.txt"
-        process = self.context.Process(target=_train, args=(arguments, xla_flags(n), says))
+        process = self.context.Process(target=_train, args=(arguments, xla_flags(n), says, before))
         self.started.append(Trainer(process, says))
         return self.started[-1]
 
@@ -152,7 +164,7 @@ def xla_flags(n: int) -> str:
     return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices(n) // n}"
 
 
-def _train(arguments: list[str], flags: str, says: Path) -> None:
+def _train(arguments: list[str], flags: str, says: Path, before: Callable[[], None] | None) -> None:
     """Trains, in a forked process."""
     from jax._src import cache_key
 
@@ -168,4 +180,6 @@ def _train(arguments: list[str], flags: str, says: Path) -> None:
     # On CPU each process hashes the devices in another order, and finds nothing of what the first
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None
+    if before is not None:
+        before()
     command_line.run(command.main, arguments)

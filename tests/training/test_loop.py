@@ -28,7 +28,10 @@ from tests.tools.patience import PATIENCE
 
 # Rows of the same step of two runs differ in how fast they were, and in nothing else; the first row
 # after a start names the kernels.
-SPEEDS = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead"}
+SPEEDS = {
+    *("tokens_per_second", "flops_per_second", "flops_utilization", "overhead", "step_seconds"),
+    *("host_data_seconds", "host_work_seconds"),
+}
 NOT_COMPARED = {*SPEEDS, KERNELS}
 
 
