@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from dsmoe_jax.config import mixture
 from dsmoe_jax.config.checks import positive
+from dsmoe_jax.config.frozen import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,11 @@ class DataConfig:
     text_column: str = "text"  # the field of .jsonl and .parquet rows
     keep_repeats: bool = False  # exact copies of a document weight it; False reads it once
     rows: str = "text"  # what a row is, a name in dsmoe_jax/data/row_kinds.py: "text" or "chat"
+    # How much of each domain is trained on: a weight, or pairs (share of the steps, weight) joined
+    # by straight lines.  None: all sequences once an epoch.  See docs/data.md.
+    mixture: FrozenDict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         positive(self, "data.", "sequence_length", "tokenizer_vocab_size")
+        if self.mixture is not None:
+            mixture.check(self.mixture)

@@ -84,6 +84,11 @@ class Corpus:
         """Number of sequences in 'train' or 'validation'."""
         return self.manifest["splits"][split]["records"]
 
+    def records_by_shard(self, split: str) -> list[int] | None:
+        """Number of records of each file of a corpus that was prepared in parts; else None."""
+        by_domain = self.manifest["splits"][split].get("records_by_domain")
+        return None if by_domain is None else [sum(counts) for counts in by_domain]
+
     def shards(self, split: str) -> list[Path]:
         """Paths of the ArrayRecord files of a split, in order."""
         return [self.directory / name for name in self.manifest["splits"][split]["shards"]]

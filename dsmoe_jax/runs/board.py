@@ -81,11 +81,13 @@ class Board:
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Curves for TensorBoard: the numbers, and one for each layer of a list of numbers."""
+    """Curves for TensorBoard: the numbers; of lists one a layer, of sections one a name."""
     found = []
     for key, value in row.items():
         if isinstance(value, (int, float)) and key != "step":
             found.append((key, value))
         elif isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
             found += [(f"{key}/layer_{i}", v) for i, v in enumerate(value)]
+        elif isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()):
+            found += [(f"{key}/{name}", v) for name, v in value.items()]
     return found

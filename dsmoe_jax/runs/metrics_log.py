@@ -12,6 +12,9 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     kernels                          {attention, experts, rows: name}, in the first row of a start
                                      and of a stage
     overhead                         share of that time in which the device had nothing to do
+    domain_tokens, domain_epochs     {domain: number}, with `data.mixture`: tokens read so far,
+                                     padding included, and passes over the domain's text
+    domain_share                     {domain: number}: of the tokens since the last row
     load                             [layer][expert]: assignments of the step's batch
     maxvio, gini, dead_experts       [layer]: how uneven it is, see summaries.py
     maxvio_running                   [layer]: of the load of the last 100 steps or so, see

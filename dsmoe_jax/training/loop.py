@@ -38,6 +38,7 @@ from dsmoe_jax.training.rows import (
     RunningLoad,
     before_training,
     first_non_finite,
+    mixture_row,
     shown,
     steps_of_lowest_loss,
     training_row,
@@ -299,6 +300,7 @@ class _Trainer:
             row = {"step": step, "tokens": tokens_after(self.config, step)}
             row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step)
+            row |= mixture_row(self.now.mixture, step, self.log.rows)
             if self.kernels:
                 row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)
