@@ -17,7 +17,8 @@ from dsmoe_jax.data import corpus as corpus_format
 from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest, write_corpus
 from dsmoe_jax.data.directories import make_whole
 from dsmoe_jax.data.documents import Split, num_bytes
-from dsmoe_jax.data.request import Request, absolute, kind_of, make_request
+from dsmoe_jax.data.own_text import absolute
+from dsmoe_jax.data.request import Request, kind_of, make_request
 from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.selection import read_text, say
 from dsmoe_jax.data.tokenizer import Tokenizer, train_tokenizer

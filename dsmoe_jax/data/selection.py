@@ -2,12 +2,12 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.data import sources, user_files
+from dsmoe_jax.data import own_text, sources, user_files
 from dsmoe_jax.data.documents import Document, Split, choose, choose_with_validation, digest
 from dsmoe_jax.data.request import Request, check_domains, kind_of
+from dsmoe_jax.data.split_names import TRAIN, VALIDATION
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 
 
@@ -61,16 +61,16 @@ def _read_built_in(request: Request) -> Text:
 
 
 def _read_own_text(request: Request) -> Text:
-    path = Path(request["corpus"])
+    path = request["corpus"]
     say(f"reading {user_files.shown(path)}")
     to_train = not request.get("to_measure", False)
-    validation_path = map(Path, filter(None, [request.get("validation")]))
-    found = user_files.find_text(path, *validation_path, to_train=to_train)
+    found = own_text.find(path, request.get("validation"), to_train=to_train)
     column = request.get("text_column", TEXT_COLUMN)
     read = kind_of(request).read
-    train = user_files.read_documents(found.of("train"), column, read)
-    validation = user_files.read_documents(found.of("validation"), column, read)
-    if user_files.fingerprint(found) != request["sha256"]:
+    train = user_files.read_documents(found.of(TRAIN), column, read)
+    validation = user_files.read_documents(found.of(VALIDATION), column, read)
+    read = {TRAIN: train, VALIDATION: validation}
+    if own_text.fingerprint_of_read(found, read) != request["sha256"]:
         raise ValueError(f"corpus {path}: has changed while it was read; do it again")
     names = check_domains(request["domains"], train | validation) or sorted(train | validation)
     there = train if to_train else validation

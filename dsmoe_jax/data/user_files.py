@@ -11,6 +11,7 @@ from pathlib import Path
 from dsmoe_jax.data.chat import BadRows
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.fetch import sha256_of
+from dsmoe_jax.data.hub_datasets import HubPart
 from dsmoe_jax.data.split_names import TEST, TRAIN, VALIDATION, splits_by_name
 from dsmoe_jax.data.text_formats import (
     BYTE_ORDER_MARK,
@@ -29,12 +30,12 @@ _KINDS = f"{', '.join(FORMATS)} (plain, {' or '.join(filter(None, COMPRESSIONS))
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of text, or the folder of a saved dataset.
+    """A file of text, the folder of a saved dataset, or a part of a dataset of the hub.
 
     `domain` is that of rows that do not name one themselves.
     """
 
-    path: Path
+    path: Path | HubPart
     split: str
     domain: str
 
@@ -141,7 +142,7 @@ def fingerprint(found: UserText) -> str:
 def read_documents(
     files: Iterable[TextFile],
     text_column: str = TEXT_COLUMN,
-    read: Callable[[Path, str], Rows] = read_file,
+    read: Callable[[Path | HubPart, str], Rows] = read_file,
 ) -> dict[str, list[Document]]:
     """Documents by domain.
 
