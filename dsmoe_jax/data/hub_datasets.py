@@ -146,7 +146,7 @@ def _stream(dataset: HubDataset) -> Any:
 
 
 def _saved(dataset: HubDataset) -> Any:
-    """What `save_to_disk` wrote: a `Dataset`, or a `DatasetDict` of them; None if it is not that."""
+    """A `Dataset` that `save_to_disk` wrote, or a `DatasetDict` of them; None if it is neither."""
     markers = ("state.json", "dataset_dict.json")
     if not any(os.path.isfile(os.path.join(dataset.name, name)) for name in markers):
         return None

@@ -21,7 +21,14 @@ from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 BUILT_IN = tuple(sources.CORPORA)
 # Keys of `data`.
-_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats", "rows")
+_OPTIONS = (
+    "validation",
+    "tokenizer",
+    "text_column",
+    "keep_repeats",
+    "dedup_across_domains",
+    "rows",
+)
 
 
 def locate(corpus: str, key: str = "data.corpus") -> str:

@@ -1,4 +1,4 @@
-"""The user's own text, wherever it is: files and folders (user_files.py), or a dataset (`hf:...`)."""
+"""The user's own text: files and folders (user_files.py), or a dataset (hub_datasets.py)."""
 
 from __future__ import annotations
 
@@ -107,6 +107,20 @@ def fingerprint_of_read(
             for document in documents:
                 _add(hashes, split, domain, document)
     return _total(hashes)
+
+
+def listing(found: UserText) -> str:
+    """Hexadecimal sha256 over the names and sizes of all files: nothing is read."""
+    total = hashlib.sha256()
+    for file in found.files:
+        total.update(f"{file.split} {file.domain} {_name_and_size(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _name_and_size(file: TextFile) -> str:
+    if isinstance(file.path, hub_datasets.HubPart):
+        return str(file.path)
+    return f"{file.path} {sum(path.stat().st_size for path in user_files.contents(file.path))}"
 
 
 def _add(hashes: dict, split: str, domain: str, document: Document) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.packing import damaged, read_records
 from dsmoe_jax.data.places import places_by_domain, spread
 
+_OTHER_FILES = 512  # that a process may need besides those of a corpus
 _AT_ONCE = 256  # records that are read in one go where the order is known
 
 
@@ -41,6 +43,7 @@ class Records:
     def __init__(self, corpus: Corpus, split: str):
         self._corpus = corpus
         files: list[Any] = [os.fspath(path) for path in corpus.shards(split)]
+        _allow_open_files(len(files), corpus)
         counts = corpus.records_by_shard(split)
         if counts is not None:
             pairs = zip(files, counts, strict=True)
@@ -56,10 +59,30 @@ class Records:
         Raises:
           ValueError: if one is damaged.
         """
+        if not len(places):
+            return []
         try:
             return list(self._source.__getitems__(places))
         except RuntimeError as error:
             raise damaged(self._corpus.directory, error) from error
+
+
+def _allow_open_files(number: int, corpus: Corpus) -> None:
+    """Lets this process have so many files open besides what it needs otherwise.
+
+    Raises:
+      ValueError: if the system does not allow it; else training would end in the middle.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + _OTHER_FILES
+    if wanted <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if wanted > hard != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"corpus {corpus.directory}: has {number} files, and this process may open {hard}; must"
+            f" be {wanted} (ulimit -n {wanted})"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def records_in_order(corpus: Corpus, split: str) -> Iterator[bytes]:

@@ -29,6 +29,8 @@ OPTIONS = (
     "keep_repeats",
     "to_measure",
     "rows",
+    "dedup_across_domains",
+    "in_parts",
 )
 
 
@@ -45,6 +47,8 @@ def make_request(
     keep_repeats: bool = False,
     to_measure: bool = False,
     rows: str = row_kinds.TEXT,
+    dedup_across_domains: bool = False,
+    in_parts: bool = False,
 ) -> Request:
     """A request for the corpus that `prepare` makes; the arguments are explained there.
 
@@ -62,6 +66,8 @@ def make_request(
         "sequence_length": sequence_length,
         "max_bytes_per_domain": max_bytes_per_domain or _default_max_bytes(corpus),
     }
+    if keep_repeats and dedup_across_domains:
+        raise ValueError("keep_repeats=True: cannot be together with dedup_across_domains=True")
     request |= _tokenizer(tokenizer, vocab_size)
     row_kinds.get_kind(rows)
     if corpus in sources.CORPORA:
@@ -76,10 +82,12 @@ def make_request(
         rows = sources.CORPORA[corpus].rows
     else:
         held_out = corpus if to_measure else validation
-        reading = text_column, row_kinds.get_kind(rows)
-        request |= _own_text(corpus, domains, held_out, to_measure, *reading)
+        reading = None if in_parts else (text_column, row_kinds.get_kind(rows))
+        request |= _own_text(corpus, domains, held_out, to_measure, reading)
         request |= {} if text_column == TEXT_COLUMN else {"text_column": text_column}
     request |= {"to_measure": True} if to_measure else {}
+    request |= {"dedup_across_domains": True} if dedup_across_domains else {}
+    request |= {"in_parts": True} if in_parts else {}
     request |= {} if rows == row_kinds.TEXT else {"rows": rows}
     return request | ({"keep_repeats": True} if keep_repeats else {})
 
@@ -130,18 +138,20 @@ def _own_text(
     domains: Sequence[str] | None,
     validation: str | os.PathLike | None,
     to_measure: bool,
-    text_column: str,
-    kind: RowKind,
+    reading: tuple[str, RowKind] | None,
 ) -> Request:
-    """The place of the user's text, and its sha256."""
+    """The place of the user's text, and its sha256; without `reading` only a list of its files."""
     path = own_text.located(corpus, "corpus")
     held_out = None if validation is None else own_text.located(validation, "validation")
     found = own_text.find(path, held_out, to_train=not to_measure)
     request: Request = {
         "corpus": path,
         "domains": list(domains) if domains else None,
-        "sha256": own_text.fingerprint(found, text_column, kind),
     }
+    if reading is None:
+        request["files"] = own_text.listing(found)
+    else:
+        request["sha256"] = own_text.fingerprint(found, *reading)
     return request | ({} if held_out is None else {"validation": held_out})
 
 

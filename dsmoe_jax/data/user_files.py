@@ -131,7 +131,7 @@ def fingerprint(found: UserText) -> str:
         # Of the usual split and domain only the name and content count, as they always have.
         is_usual = (file.split, file.domain) == usual
         said = "" if is_usual else f"{file.split} {file.domain}\0"
-        hashed |= {(path, said) for path in _contents(file.path)}
+        hashed |= {(path, said) for path in contents(file.path)}
     total = hashlib.sha256()
     for path, said in sorted(hashed):
         name = os.fsencode(os.path.relpath(path, found.root.parent))
@@ -323,7 +323,7 @@ def _domain_of(root: Path) -> str:
     return (root.name if is_dataset else root.stem) or "text"
 
 
-def _contents(path: Path) -> list[Path]:
+def contents(path: Path) -> list[Path]:
     """The files that a text file consists of: itself, or those of a saved dataset."""
     if not path.is_dir():
         return [path]
