@@ -63,8 +63,7 @@ def _one(corpus: str) -> UserText:
     if dataset.split is not None:
         splits = {dataset.split: TRAIN}
     files = [
-        TextFile(part, splits[name], dataset.stem)  # pyright: ignore[reportArgumentType]
-        for part, name in zip(parts, names, strict=True)
+        TextFile(part, splits[name], dataset.stem) for part, name in zip(parts, names, strict=True)
     ]
     found = DatasetText(Path(dataset.name), [f for f in files if f.split != TEST])
     found.leave_out("test text by name", [f.path for f in files if f.split == TEST])

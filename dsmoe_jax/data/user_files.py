@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dsmoe_jax.data.chat import BadRows
 from dsmoe_jax.data.documents import Document
@@ -35,7 +36,7 @@ class TextFile:
     `domain` is that of rows that do not name one themselves.
     """
 
-    path: Path | HubPart
+    path: Any  # a Path; in text of a dataset a HubPart, which has no place in a file system
     split: str
     domain: str
 
