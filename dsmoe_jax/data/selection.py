@@ -128,11 +128,12 @@ def _choose_with_validation(
     others = OtherDomains(held_out), OtherDomains()
     splits = {}
     for name in names:
-        sides = [train.get(name, []), validation.get(name, [])]
+        to_train: Iterable[Document] = train.get(name, [])
+        to_hold_out: Iterable[Document] = validation.get(name, [])
         if request.get("dedup_across_domains", False):
-            pairs = zip(others, sides, strict=True)
-            sides = [list(other.without_copies(side, name)) for other, side in pairs]
-        split = choose_with_validation(*sides, held_out, **_limits(request))
+            to_train = others[0].without_copies(to_train, name)
+            to_hold_out = others[1].without_copies(to_hold_out, name)
+        split = choose_with_validation(to_train, to_hold_out, held_out, **_limits(request))
         n_others = sum(other.left_out for other in others)
         splits[name] = replace(split, in_other_domains=n_others)
     for part, purpose in (
