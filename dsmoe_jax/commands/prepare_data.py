@@ -10,7 +10,14 @@ python -m dsmoe_jax prepare_data --corpus=conversations.jsonl --rows=chat --out=
 python -m dsmoe_jax prepare_data --corpus=gpu --out=DIR --vocab_size=8192 --sequence_length=1024 \\
     --pack=gpu.tar.xz --max_packed_mb=40
 
+python -m dsmoe_jax prepare_data --corpus=many_files/ --out=DIR --tokenizer=OTHER \\
+    --sequence_length=2048 --shards=16 --shard=3
+
 What a path may hold, and what of it is held out, is written down in docs/data.md.
+
+A corpus of many files is prepared by many processes, on hosts that see one file system: each is
+started with --shards and its own --shard, and started again goes on where it was killed.  The last
+one to finish writes the index.  --shards alone does the work of all, --merge only writes the index.
 
 Training prepares a missing corpus by itself; one that is prepared here can be shared and inspected.
 `--config.data.corpus=DIR` trains on it.
@@ -22,12 +29,13 @@ with which that file is no larger.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from dsmoe_jax.config.paths import local_path
-from dsmoe_jax.data import packed, sources
+from dsmoe_jax.data import in_parts, packed, sources
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.fitting import fit
 from dsmoe_jax.data.opening import locate
@@ -43,7 +51,8 @@ _CORPUS = flags.DEFINE_string(
     + ", or a path: .txt, .jsonl (text, optional"
     " domain), .parquet, each also as .gz or .zst, a directory of them, a saved Hugging Face"
     " dataset.  Of files and folders named train, validation (valid, val, dev) and test the first"
-    " are trained on, the second held out, the last left out.",
+    " are trained on, the second held out, the last left out.  Or what Hugging Face's datasets"
+    " reads: hf:NAME_OR_PATH[@CONFIG][:SPLIT].",
 )
 _OUT = flags.DEFINE_string("out", None, "Directory to make; never overwritten.")
 _VALIDATION = flags.DEFINE_string(
@@ -57,6 +66,11 @@ _ROWS = flags.DEFINE_string(
 )
 _KEEP_REPEATS = flags.DEFINE_bool(
     "keep_repeats", False, "Keep exact copies of a document: it weighs as much as it has copies."
+)
+_DEDUP_ACROSS_DOMAINS = flags.DEFINE_bool(
+    "dedup_across_domains",
+    False,
+    "Leave out exact copies of documents of other domains, too: the first domain keeps its own.",
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
@@ -101,8 +115,22 @@ _MAX_PACKED_MB = flags.DEFINE_float(
 )
 
 
+_SHARDS = flags.DEFINE_integer(
+    "shards", None, "Prepare the corpus in parts, by so many processes.", lower_bound=1
+)
+_SHARD = flags.DEFINE_integer(
+    "shard", None, "Which of the processes this one is, from 0; by default all.", lower_bound=0
+)
+_MERGE = flags.DEFINE_bool(
+    "merge", False, "Only write the index of parts that are done; says which shards are missing."
+)
+
+
 def main() -> None:
     """Runs the command."""
+    if _MERGE.value:
+        _print_table(in_parts.merge(_given(_OUT, "DIR"), _SHARDS.value or 1))
+        return
     corpus = locate(_given(_CORPUS, "demo"), "--corpus")
     out = local_path("--out", _given(_OUT, "DIR"))
     pack = None if _PACK.value is None else local_path("--pack", _PACK.value)
@@ -117,12 +145,29 @@ def main() -> None:
         "text_column": _TEXT_COLUMN.value,
         "keep_repeats": _KEEP_REPEATS.value,
         "rows": _ROWS.value,
+        "dedup_across_domains": _DEDUP_ACROSS_DOMAINS.value,
     }
+    if _SHARDS.value is not None:
+        _prepare_in_parts(corpus, out, sizes)
+        return
+    if _SHARD.value is not None:
+        raise ValueError(f"--shard={_SHARD.value}: needs --shards, the number of processes")
     prepared = prepare(corpus, out, max_bytes_per_domain=_max_bytes(corpus, sizes), **sizes)
     _print_table(prepared)
     if pack is not None:
         say(f"packing {pack}")
         print(f"{packed.pack(prepared, pack) / 1e6:.2f} MB in {pack}")
+
+
+def _prepare_in_parts(corpus: str, out: Path, sizes: dict[str, Any]) -> None:
+    if corpus in sources.CORPORA:
+        raise ValueError(f"--shards: is for text of one's own, not for the corpus {corpus!r}")
+    for flag in (_MAX_BYTES, _PACK, _MAX_PACKED_MB):
+        if flag.value is not None:
+            raise ValueError(f"--{flag.name}={flag.value}: cannot be together with --shards")
+    prepared = in_parts.prepare(corpus, out, shards=_SHARDS.value or 1, shard=_SHARD.value, **sizes)
+    if prepared is not None:
+        _print_table(prepared)
 
 
 def _max_bytes(corpus: str, sizes: dict[str, Any]) -> int | None:

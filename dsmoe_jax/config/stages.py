@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dsmoe_jax.config import trees
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.frozen import FrozenDict
 from dsmoe_jax.config.run import Config, replace
 
 SHARE = "share"
@@ -23,7 +24,30 @@ _FIXED = (
     "model.mup_base_width",
     "optimizer.rate_changes",
 )
-_FREE = ("train.global_batch_size", "train.accumulation_steps", "train.eval_batches")
+_FREE = (
+    "train.global_batch_size",
+    "train.accumulation_steps",
+    "train.eval_batches",
+    "data.mixture.",
+)
+
+
+class MixtureSpan(NamedTuple):
+    """Neighbouring stages with one mixture of domains and one batch size.
+
+    Attributes:
+      first: updates made when it begins.
+      sequences: number taken from the data before it.
+      batch_size: of each step.
+      weights: `data.mixture`.
+      scheduled_steps: that shares of the steps are of.
+    """
+
+    first: int
+    sequences: int
+    batch_size: int
+    weights: FrozenDict[str, Any]
+    scheduled_steps: int
 
 
 class Stage(NamedTuple):
@@ -34,6 +58,7 @@ class Stage(NamedTuple):
       sequences: number taken from the data before it.
       config: of this stage, without stages of its own.
       skips: of the whole run: (updates made, sequences of the data left out then).
+      mixtures: of the whole run, in order; none without `data.mixture`.
     """
 
     first: int
@@ -41,6 +66,7 @@ class Stage(NamedTuple):
     sequences: int
     config: Config
     skips: tuple[tuple[int, int], ...] = ()
+    mixtures: tuple[MixtureSpan, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -62,7 +88,23 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     for step, number in config.train.skip_batches:
         in_force = next(stage.config for stage in stages if step <= stage.end)
         skips.append((step - 1, number * in_force.train.global_batch_size))
-    return tuple(stage._replace(skips=tuple(skips)) for stage in stages)
+    of_run = {"skips": tuple(skips), "mixtures": _mixtures(stages)}
+    return tuple(stage._replace(**of_run) for stage in stages)
+
+
+def _mixtures(stages: list[Stage]) -> tuple[MixtureSpan, ...]:
+    """The mixtures of a run; stages that only have another rate go on in the same one."""
+    spans: list[MixtureSpan] = []
+    for stage in stages:
+        weights = stage.config.data.mixture
+        if weights is None:
+            return ()  # then none has one: a column of the table has an entry for each stage
+        train = stage.config.train
+        batch_size = train.global_batch_size
+        if not spans or (weights, batch_size) != (spans[-1].weights, spans[-1].batch_size):
+            steps = train.scheduled_steps
+            spans.append(MixtureSpan(stage.first, stage.sequences, batch_size, weights, steps))
+    return tuple(spans)
 
 
 def _stages(config: Config) -> list[Stage]:
@@ -131,7 +173,7 @@ def _check(columns: dict[str, tuple[Any, ...]], share: tuple[Any, ...]) -> None:
         require(isinstance(column, tuple), at, column, "must be a tuple, with one entry a stage")
         require(len(column) == len(share), at, column, f"must have {len(share)} entries, as share")
         require(
-            key == SHARE or key in _FREE or not key.startswith(_FIXED),
+            key == SHARE or key.startswith(_FREE) or not key.startswith(_FIXED),
             at,
             column,
             f"{key} cannot change during a run",

@@ -9,6 +9,7 @@ The type hints of the dataclasses say what may be where:
     FrozenDict[str, X]                   sections or values by a name that the config does not know,
                                          such as the balance terms; None takes one out
     FrozenDict[str, tuple[Any, ...]]     values by dotted key (the columns of `train.stages`)
+    FrozenDict[str, Any]                 the same, of any kind (`data.mixture`)
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ def _convert_union(hints: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _convert_named(hint: Any, tree: Tree, key: str) -> FrozenDict:
-    """Converts sections or values by name; values that are tuples go by dotted key."""
-    if typing.get_origin(hint) is tuple:
+    """Converts sections or values by name; values that are no sections go by dotted key."""
+    if _goes_by_dotted_key(hint):
         tree = dict(flatten(tree))
     return FrozenDict(
         {
@@ -221,8 +222,13 @@ def _inside(hint: Any, part: str) -> Any:
         return _hints(hint).get(part)
     if typing.get_origin(hint) is FrozenDict:
         value = typing.get_args(hint)[1]
-        return _DOTTED if typing.get_origin(value) is tuple else value
+        return _DOTTED if _goes_by_dotted_key(value) else value
     return None
+
+
+def _goes_by_dotted_key(hint: Any) -> bool:
+    """Whether a `FrozenDict` of such values has dots in its names: they hold no sections."""
+    return hint is Any or typing.get_origin(hint) is tuple
 
 
 def _without_none(hint: Any) -> Any:

@@ -36,6 +36,7 @@ import numpy as np
 
 from dsmoe_jax.data import packing
 from dsmoe_jax.data.documents import Document
+from dsmoe_jax.data.hub_datasets import HubPart
 from dsmoe_jax.data.text_formats import NotJSON, Rows, check_unicode, domain_of, rows_of
 from dsmoe_jax.data.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ class BadRows(ValueError):
         super().__init__("; ".join(self.problems[: self.SHOWN]) + ending)
 
 
-def read_chat(path: Path, text_column: str) -> Rows:
+def read_chat(path: Path | HubPart, text_column: str) -> Rows:
     """Conversations of a file of rows, each as a document whose text is `to_text` of it.
 
     Raises:

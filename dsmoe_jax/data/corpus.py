@@ -5,6 +5,9 @@
     train-00000-of-0000N.array_record       packed records, see packing.py
     validation-00000-of-0000N.array_record  one domain a record, every held-out token once
 
+A corpus that was prepared in parts (in_parts.py) says of each file in its manifest how many records
+of each domain it has, `records_by_domain`, and how long it is, `file_bytes`.
+
 Shapes: V vocabulary.
 """
 
@@ -83,6 +86,11 @@ class Corpus:
     def num_records(self, split: str) -> int:
         """Number of sequences in 'train' or 'validation'."""
         return self.manifest["splits"][split]["records"]
+
+    def records_by_shard(self, split: str) -> list[int] | None:
+        """Number of records of each file of a corpus that was prepared in parts; else None."""
+        by_domain = self.manifest["splits"][split].get("records_by_domain")
+        return None if by_domain is None else [sum(counts) for counts in by_domain]
 
     def shards(self, split: str) -> list[Path]:
         """Paths of the ArrayRecord files of a split, in order."""
@@ -179,6 +187,9 @@ def load_corpus(directory: str | Path) -> Corpus:
         missing = [path for path in corpus.shards(split) if not path.is_file()]
         if missing:
             raise ValueError(f"shard {missing[0]}: missing; prepare the corpus again")
+        if corpus.records_by_shard(split) is not None:
+            _check_sizes(corpus, split)
+            continue
         found = sum(map(count_records, corpus.shards(split)))
         if found != corpus.num_records(split):
             raise ValueError(
@@ -186,3 +197,13 @@ def load_corpus(directory: str | Path) -> Corpus:
                 f"the manifest says {corpus.num_records(split)}; prepare it again"
             )
     return corpus
+
+
+def _check_sizes(corpus: Corpus, split: str) -> None:
+    """Refuses files of a corpus in parts that are cut; none is opened, since they may be many."""
+    sizes = corpus.manifest["splits"][split]["file_bytes"]
+    for path, size in zip(corpus.shards(split), sizes, strict=True):
+        if (found := path.stat().st_size) != size:
+            raise ValueError(
+                f"shard {path}: has {found} bytes, the manifest says {size}; prepare it again"
+            )

@@ -1,9 +1,10 @@
-"""Directories that appear only when they are whole, whoever is killed meanwhile."""
+"""Directories and files that appear only when they are whole, whoever is killed meanwhile."""
 
 import contextlib
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def make_whole(out: Path, is_there: Callable[[], bool], build: Callable[[Path], 
                 building.replace(out)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which then takes the place of `path`.
+
+    Several processes, also of several hosts, may write the same file at once.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _make_directory(path: Path, **options: bool) -> None:

@@ -31,7 +31,8 @@ class Split:
     """The texts of one domain, in the order in which they are packed, and what was left out.
 
     `repeats` are exact copies of other documents of the domain, `blank` documents have no text,
-    `held_out_too` would be trained on but are in the validation text that the user gave.
+    `held_out_too` would be trained on but are in the validation text that the user gave,
+    `in_other_domains` are exact copies of documents of domains before this one.
     """
 
     train: list[str]
@@ -39,6 +40,7 @@ class Split:
     repeats: int = 0
     blank: int = 0
     held_out_too: int = 0
+    in_other_domains: int = 0
 
 
 def num_bytes(text: str) -> int:
@@ -132,6 +134,30 @@ def choose_with_validation(
 def digest(text: str) -> bytes:
     """sha256 of a text: the same for exact repeats only."""
     return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+class OtherDomains:
+    """Leaves out documents that are exact copies of those of the domains before.
+
+    Args:
+      held_out: the `digest` of documents that are left out anyway.
+    """
+
+    def __init__(self, held_out: Collection[bytes] = ()):
+        self.left_out = 0
+        self._domain_of: dict[bytes, str] = {}
+        self._held_out = held_out
+
+    def without_copies(self, documents: Iterable[Document], domain: str) -> Iterator[Document]:
+        """The documents of the next domain; those that are left out are counted in `left_out`."""
+        self.left_out = 0
+        for document in documents:
+            key = digest(document.text)
+            is_read = bool(document.text.strip()) and key not in self._held_out
+            if is_read and self._domain_of.setdefault(key, domain) != domain:
+                self.left_out += 1
+            else:
+                yield document
 
 
 class _Kept:

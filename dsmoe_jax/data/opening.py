@@ -11,19 +11,28 @@ from dsmoe_jax.config import DataConfig
 from dsmoe_jax.data import packed, sources
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import sha256_of
+from dsmoe_jax.data.hub_datasets import is_hub_dataset
+from dsmoe_jax.data.own_text import located
 from dsmoe_jax.data.prepare import fulfil
-from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
+from dsmoe_jax.data.request import OPTIONS, Request, make_request
 from dsmoe_jax.data.row_kinds import TEXT, get_kind
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
 
 BUILT_IN = tuple(sources.CORPORA)
 # Keys of `data`.
-_OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats", "rows")
+_OPTIONS = (
+    "validation",
+    "tokenizer",
+    "text_column",
+    "keep_repeats",
+    "dedup_across_domains",
+    "rows",
+)
 
 
 def locate(corpus: str, key: str = "data.corpus") -> str:
-    """A built-in corpus by its name, any other by its absolute path.
+    """A built-in corpus by its name, a dataset by its full name, any other by its absolute path.
 
     Args:
       corpus: its name or path.
@@ -32,12 +41,12 @@ def locate(corpus: str, key: str = "data.corpus") -> str:
     Raises:
       ValueError: if it is neither a name nor a path of a file system.
     """
-    return corpus if corpus in BUILT_IN else str(absolute(corpus, key))
+    return corpus if corpus in BUILT_IN else located(corpus, key)
 
 
 def is_there(corpus: str) -> bool:
     """Whether there is a corpus of this name or path."""
-    return corpus in BUILT_IN or Path(locate(corpus)).exists()
+    return corpus in BUILT_IN or is_hub_dataset(corpus) or Path(locate(corpus)).exists()
 
 
 def is_unprepared_chat(config: DataConfig) -> bool:

@@ -49,6 +49,11 @@ def pack(corpus: Corpus, file: Path) -> int:
       ValueError: if the file exists or its name ends otherwise.
     """
     check_new(file)
+    if corpus.records_by_shard("train") is not None:
+        raise ValueError(
+            f"corpus {corpus.directory}: was prepared in parts; must be prepared without --shards"
+            " to be packed into one file"
+        )
     partial = file.with_name(f".{file.name}.partial")
     try:
         with lzma.open(partial, "wb", filters=_FILTERS) as stream:

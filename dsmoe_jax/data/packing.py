@@ -154,15 +154,24 @@ def write_shards(
     for shard in range(shards):
         name = f"{split}-{shard:05d}-of-{shards:05d}.array_record"
         first, last = (len(records) * i // shards for i in (shard, shard + 1))
-        try:
-            writer = ArrayRecordWriter(os.fspath(directory / name), WRITER_OPTIONS)
-            for record in records[first:last]:
-                writer.write(record)
-            writer.close()
-        except RuntimeError as error:  # the library reports errors of the system so
-            raise OSError(f"cannot write {directory / name}: {error}") from error
+        write_shard(directory / name, records[first:last])
         names.append(name)
     return names
+
+
+def write_shard(path: Path, records: Sequence[bytes]) -> None:
+    """Writes one ArrayRecord file.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    try:
+        writer = ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)
+        for record in records:
+            writer.write(record)
+        writer.close()
+    except RuntimeError as error:  # the library reports errors of the system so
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def count_records(path: Path) -> int:

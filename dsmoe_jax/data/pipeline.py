@@ -3,30 +3,27 @@
 Shapes: B sequences of the global batch (or of this host's part of it), S sequence.
 
 Row r of step t is record t*B + r of one endless stream: all records in a random order, then all
-of them in another order, and so on. The stream depends on the seed alone; a host reads only those
-rows of each batch that its devices need. Hence any number of hosts, on any mesh, sees the same
-global batches, and the position is a single number, the step.
+of them in another order, and so on; or with a mixture the stream of mixture.py. The stream depends
+on the seed and the config alone; a host reads only those rows of each batch that its devices need.
+Hence any number of hosts, on any mesh, sees the same global batches, and the position is a single
+number, the step.
 """
 
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
 
 from dsmoe_jax.config.tasks import numbers_of
 from dsmoe_jax.data.corpus import Corpus, load_corpus
-from dsmoe_jax.data.packing import (
-    CONTEXT,
-    damaged,
-    decode_record,
-    encode_record,
-    ids_of,
-    read_records,
-)
+from dsmoe_jax.data.mixture import MixedOrder, Mixture
+from dsmoe_jax.data.packing import CONTEXT, decode_record, encode_record, ids_of
+from dsmoe_jax.data.records import Records, records_in_order
+from dsmoe_jax.data.reshuffling import shuffled
 
 PREFETCH_BATCHES = 8
 READ_THREADS = 2
@@ -101,13 +98,14 @@ def train_batches(
     start: tuple[int, int] = (0, 0),
     skips: Sequence[tuple[int, int]] = (),
     tasks: Sequence[str] = (),
+    mixture: Mixture | None = None,
 ) -> "grain.DatasetIterator[Batch]":
     """Endless shuffled batches, of which this host gets the given rows (None: all).
 
     `start` is a step and the number of records that the steps before it took, since their batches
     may have had other sizes: no record is left out or read twice.  But `skips`, pairs of a step and
     a number of records, leave out those records before that step.  With names of `tasks` batches
-    have `task_ids_BS`, see config/tasks.py.
+    have `task_ids_BS`, see config/tasks.py.  A `mixture` says which domain each row is of.
     `get_state()` gives a small JSON-able dict; `set_state()` continues from it bit for bit, also
     with other rows. Threads read ahead.
 
@@ -127,19 +125,27 @@ def train_batches(
             f"global_batch_size={global_batch_size}: corpus {corpus.directory} has only "
             f"{corpus.num_records('train')} training sequences"
         )
-    source: Any = grain.sources.ArrayRecordDataSource([str(p) for p in corpus.shards("train")])
-    # Grain folds the epoch into the seed: every epoch has an order of its own.
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    source = Records(corpus, "train")
+    order = shuffled(len(source), seed)
+    mixed_order = None if mixture is None else MixedOrder(mixture, corpus, seed, global_batch_size)
     eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
 
     def batch_of_step(step: int) -> Batch:
         first = start[1] + (step - start[0]) * global_batch_size
         first += sum(records for at, records in skips if at <= step)
-        try:
-            records = source.__getitems__([order[first + row] for row in rows])
-        except RuntimeError as error:
-            raise damaged(corpus.directory, error) from error
-        batch = label(make_batch(records, sequence_length, eos_id, pad_id))
+        if mixed_order is None:
+            places = [order[first + row] for row in rows]
+            domains = None
+        else:
+            places, domains = mixed_order.batch(step, first, rows)
+        batch = make_batch(source.read(places), sequence_length, eos_id, pad_id)
+        domain_BS = batch["domain_BS"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        if domains is not None and domain_BS[:, 0].tolist() != domains:
+            raise ValueError(
+                f"corpus {corpus.directory}: its records are of other domains than its manifest"
+                " says; prepare it again"
+            )
+        batch = label(batch)
         del batch["domain_BS"]  # the training step has no use for it
         return batch
 
@@ -197,7 +203,7 @@ def _labels(
 def _validation_batches(
     corpus: Corpus, batch_size: int, max_batches: int | None, rows: Sequence[int]
 ) -> Iterator[Batch]:
-    records = read_records(corpus.shards("validation"))
+    records = records_in_order(corpus, "validation")
     eos_id, pad_id = corpus.tokenizer.eos_id, corpus.tokenizer.pad_id
     no_targets = encode_record(0, np.array([pad_id], np.int32))
     for _ in range(max_batches or sys.maxsize):

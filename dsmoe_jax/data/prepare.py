@@ -17,7 +17,8 @@ from dsmoe_jax.data import corpus as corpus_format
 from dsmoe_jax.data.corpus import Corpus, load_corpus, read_manifest, write_corpus
 from dsmoe_jax.data.directories import make_whole
 from dsmoe_jax.data.documents import Split, num_bytes
-from dsmoe_jax.data.request import Request, absolute, kind_of, make_request
+from dsmoe_jax.data.own_text import absolute
+from dsmoe_jax.data.request import Request, kind_of, make_request
 from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.selection import read_text, say
 from dsmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -69,14 +70,22 @@ def _already_prepared(out: Path, request: Request) -> bool:
         return False
     if not (out / corpus_format.MANIFEST).is_file():
         raise ValueError(f"out={out}: exists and is not a corpus; choose another directory")
-    have = read_manifest(out)["request"]
+    refuse_other_request(out, read_manifest(out)["request"], request)
+    return True
+
+
+def refuse_other_request(out: Path, have: Request, request: Request) -> None:
+    """Refuses a directory that was made for another request.
+
+    Raises:
+      ValueError: naming what differs.
+    """
     different = [key for key in {**have, **request} if have.get(key) != request.get(key)]
     if different:
         changes = ", ".join(
             f"{key} {have.get(key)!r} (asked: {request.get(key)!r})" for key in different
         )
         raise ValueError(f"out={out}: holds another corpus: {changes}; choose another directory")
-    return True
 
 
 def _build(request: Request, directory: Path) -> None:
@@ -84,15 +93,15 @@ def _build(request: Request, directory: Path) -> None:
     text = read_text(request)
     splits = text.splits
     kind = kind_of(request)
-    tokenizer = _tokenizer(request, [text for split in splits.values() for text in split.train])
+    tokenizer = tokenizer_of(request, [text for split in splits.values() for text in split.train])
     statistics = {
-        name: _domain_entry(name, splits[name], text.origins[name], kind) for name in splits
+        name: domain_entry(name, splits[name], text.origins[name], kind) for name in splits
     }
     total = sum(sum(entry["bytes"].values()) for entry in statistics.values()) / 1e6
     with contextlib.closing(ProgressLine("encoding, MB", round(total))) as line:
         records = {
             part: [
-                _encode(getattr(split, part), i, tokenizer, request, statistics[name], part, line)
+                encode(getattr(split, part), i, tokenizer, request, statistics[name], part, line)
                 for i, (name, split) in enumerate(splits.items())
             ]
             for part in corpus_format.SPLITS
@@ -109,7 +118,7 @@ def _build(request: Request, directory: Path) -> None:
     write_corpus(directory, tokenizer.to_json(), records, about)
 
 
-def _tokenizer(request: Request, texts: list[str]) -> Tokenizer:
+def tokenizer_of(request: Request, texts: list[str]) -> Tokenizer:
     """The tokenizer that was given, or one trained on the texts."""
     if "tokenizer" in request:
         return Tokenizer.adopt(request["tokenizer"])
@@ -119,10 +128,10 @@ def _tokenizer(request: Request, texts: list[str]) -> Tokenizer:
     return train_tokenizer(written, request["vocab_size"])
 
 
-def _domain_entry(
+def domain_entry(
     name: str, split: Split, origin: list[dict[str, str]], kind: RowKind
 ) -> dict[str, Any]:
-    """Entry of one domain in the manifest; `_encode` adds tokens and records."""
+    """Entry of one domain in the manifest; `encode` adds tokens and records."""
     texts = {"train": split.train, "validation": split.validation}
     digest = hashlib.sha256()
     for text in [*split.train, *split.validation]:
@@ -134,12 +143,13 @@ def _domain_entry(
         "documents": {part: len(texts[part]) for part in texts},
         "bytes": {part: sum(_num_bytes(text, kind) for text in texts[part]) for part in texts},
         "repeats": split.repeats,
+        **({"in_other_domains": split.in_other_domains} if split.in_other_domains else {}),
         "tokens": {},
         "records": {},
     }
 
 
-def _encode(
+def encode(
     texts: list[str],
     domain: int,
     tokenizer: Tokenizer,
@@ -198,18 +208,30 @@ def _too_long(
                 f"sequence_length={length}: no conversation of {part} has an answer within so many"
                 " tokens; must be more"
             )
+    notes = too_long_note(list(entries), request)
+    for note in notes:
+        say(note)
+    return notes
+
+
+def too_long_note(entries: Sequence[dict[str, Any]], request: Request) -> list[str]:
+    """A line on conversations that are longer than a sequence, if there are any.
+
+    Args:
+      entries: of all domains in the manifest.
+      request: for the corpus.
+    """
+    length = request["sequence_length"]
     numbers = {
         what: sum(sum(entry.get(what, {}).values()) for entry in entries)
         for what in ("cut", "left_out")
     }
     if not any(numbers.values()):
         return []
-    note = (
+    return [
         f"conversations longer than {length} tokens: {numbers['cut']} cut there,"
         f" {numbers['left_out']} left out, since no answer begins before"
-    )
-    say(note)
-    return [note]
+    ]
 
 
 def _check_round_trip(

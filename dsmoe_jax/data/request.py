@@ -7,11 +7,9 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.config.paths import local_path
-from dsmoe_jax.data import row_kinds, sources, user_files
+from dsmoe_jax.data import own_text, row_kinds, sources
 from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
@@ -31,6 +29,8 @@ OPTIONS = (
     "keep_repeats",
     "to_measure",
     "rows",
+    "dedup_across_domains",
+    "in_parts",
 )
 
 
@@ -47,6 +47,8 @@ def make_request(
     keep_repeats: bool = False,
     to_measure: bool = False,
     rows: str = row_kinds.TEXT,
+    dedup_across_domains: bool = False,
+    in_parts: bool = False,
 ) -> Request:
     """A request for the corpus that `prepare` makes; the arguments are explained there.
 
@@ -64,6 +66,8 @@ def make_request(
         "sequence_length": sequence_length,
         "max_bytes_per_domain": max_bytes_per_domain or _default_max_bytes(corpus),
     }
+    if keep_repeats and dedup_across_domains:
+        raise ValueError("keep_repeats=True: cannot be together with dedup_across_domains=True")
     request |= _tokenizer(tokenizer, vocab_size)
     row_kinds.get_kind(rows)
     if corpus in sources.CORPORA:
@@ -77,9 +81,13 @@ def make_request(
         request |= _built_in(corpus, domains)
         rows = sources.CORPORA[corpus].rows
     else:
-        request |= _own_text(corpus, domains, corpus if to_measure else validation, to_measure)
+        held_out = corpus if to_measure else validation
+        reading = None if in_parts else (text_column, row_kinds.get_kind(rows))
+        request |= _own_text(corpus, domains, held_out, to_measure, reading)
         request |= {} if text_column == TEXT_COLUMN else {"text_column": text_column}
     request |= {"to_measure": True} if to_measure else {}
+    request |= {"dedup_across_domains": True} if dedup_across_domains else {}
+    request |= {"in_parts": True} if in_parts else {}
     request |= {} if rows == row_kinds.TEXT else {"rows": rows}
     return request | ({"keep_repeats": True} if keep_repeats else {})
 
@@ -95,7 +103,7 @@ def _tokenizer(path: str | os.PathLike | None, vocab_size: int | None) -> Reques
         if vocab_size is None or vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(f"vocab_size={vocab_size}: byte-level BPE needs >= {MIN_VOCAB_SIZE}")
         return {}
-    file = absolute(path, "tokenizer")
+    file = own_text.absolute(path, "tokenizer")
     tokenizer = Tokenizer.adopt(file)
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise ValueError(
@@ -130,17 +138,21 @@ def _own_text(
     domains: Sequence[str] | None,
     validation: str | os.PathLike | None,
     to_measure: bool,
+    reading: tuple[str, RowKind] | None,
 ) -> Request:
-    """The place of the user's text, and its sha256."""
-    path = absolute(corpus, "corpus")
-    held_out = None if validation is None else absolute(validation, "validation")
-    found = user_files.find_text(path, held_out, to_train=not to_measure)
+    """The place of the user's text, and its sha256; without `reading` only a list of its files."""
+    path = own_text.located(corpus, "corpus")
+    held_out = None if validation is None else own_text.located(validation, "validation")
+    found = own_text.find(path, held_out, to_train=not to_measure)
     request: Request = {
-        "corpus": str(path),
+        "corpus": path,
         "domains": list(domains) if domains else None,
-        "sha256": user_files.fingerprint(found),
     }
-    return request | ({} if held_out is None else {"validation": str(held_out)})
+    if reading is None:
+        request["files"] = own_text.listing(found)
+    else:
+        request["sha256"] = own_text.fingerprint(found, *reading)
+    return request | ({} if held_out is None else {"validation": held_out})
 
 
 def check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) -> list[str]:
@@ -149,18 +161,3 @@ def check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) ->
         if domain not in known:
             raise ValueError(f"unknown domain {domain!r}; there are {', '.join(known)}")
     return list(dict.fromkeys(domains or ()))
-
-
-def absolute(path: str | os.PathLike, key: str) -> Path:
-    """The absolute path of a corpus or of what belongs to it, without "..".
-
-    Args:
-      path: as the user wrote it.
-      key: what the user calls it, for errors.
-
-    Raises:
-      ValueError: if it is no path of a file system, or not UTF-8 as a manifest is.
-    """
-    found = Path(os.path.abspath(local_path(key, path)))
-    user_files.require_unicode(found)
-    return found

@@ -11,6 +11,7 @@ import numpy as np
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.data import chat, packing
 from dsmoe_jax.data.chat import Piece
+from dsmoe_jax.data.hub_datasets import HubPart
 from dsmoe_jax.data.packing import Packed
 from dsmoe_jax.data.text_formats import Rows, read_file
 
@@ -25,7 +26,7 @@ class RowKind(NamedTuple):
       answers_only: whether only some tokens count as targets.
     """
 
-    read: Callable[[Path, str], Rows]
+    read: Callable[[Path | HubPart, str], Rows]
     pieces: Callable[[str], list[Piece]]
     pack: Callable[[Iterable[np.ndarray], int, int], Packed]
     answers_only: bool = False

@@ -1,13 +1,21 @@
 """The text of a request: read, without copies, split into what is trained on and held out."""
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dsmoe_jax.data import sources, user_files
-from dsmoe_jax.data.documents import Document, Split, choose, choose_with_validation, digest
+from dsmoe_jax.data import own_text, sources, user_files
+from dsmoe_jax.data.documents import (
+    Document,
+    OtherDomains,
+    Split,
+    choose,
+    choose_with_validation,
+    digest,
+)
 from dsmoe_jax.data.request import Request, check_domains, kind_of
+from dsmoe_jax.data.split_names import TRAIN, VALIDATION
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 
 
@@ -38,13 +46,26 @@ def read_text(request: Request) -> Text:
 
 def _left_out(splits: list[Split]) -> list[str]:
     """A line on the documents that were left out; none, if none was."""
+    return left_out_note(
+        sum(len(split.train) + len(split.validation) for split in splits),
+        repeats=sum(split.repeats for split in splits),
+        in_other_domains=sum(split.in_other_domains for split in splits),
+        blank=sum(split.blank for split in splits),
+        held_out_too=sum(split.held_out_too for split in splits),
+    )
+
+
+def left_out_note(
+    kept: int, *, repeats: int, in_other_domains: int, blank: int, held_out_too: int
+) -> list[str]:
+    """A line on the documents that were left out; none, if none was."""
     counts = {
-        "exact copies of others (keep_repeats keeps them)": sum(s.repeats for s in splits),
-        "without text": sum(s.blank for s in splits),
-        "held out too (of those to train on)": sum(s.held_out_too for s in splits),
+        "exact copies of others (keep_repeats keeps them)": repeats,
+        "exact copies of others in other domains": in_other_domains,
+        "without text": blank,
+        "held out too (of those to train on)": held_out_too,
     }
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
-    kept = sum(len(split.train) + len(split.validation) for split in splits)
     read = kept + sum(counts.values())
     return [f"left out of {read:,} documents: {', '.join(parts)}"] if parts else []
 
@@ -52,25 +73,26 @@ def _left_out(splits: list[Split]) -> list[str]:
 def _read_built_in(request: Request) -> Text:
     text = Text({}, {}, [])
     table = sources.CORPORA[request["corpus"]].known
+    others = OtherDomains()
     for name in request["domains"]:
         say(f"reading {name}")
         documents = (d for part in table[name] for d in part.documents())
-        text.splits[name] = choose(documents, name, **_limits(request))
+        text.splits[name] = _choose(documents, name, request, others)
         text.origins[name] = [part.describe() for part in table[name]]
     return text
 
 
 def _read_own_text(request: Request) -> Text:
-    path = Path(request["corpus"])
+    path = request["corpus"]
     say(f"reading {user_files.shown(path)}")
     to_train = not request.get("to_measure", False)
-    validation_path = map(Path, filter(None, [request.get("validation")]))
-    found = user_files.find_text(path, *validation_path, to_train=to_train)
+    found = own_text.find(path, request.get("validation"), to_train=to_train)
     column = request.get("text_column", TEXT_COLUMN)
     read = kind_of(request).read
-    train = user_files.read_documents(found.of("train"), column, read)
-    validation = user_files.read_documents(found.of("validation"), column, read)
-    if user_files.fingerprint(found) != request["sha256"]:
+    train = user_files.read_documents(found.of(TRAIN), column, read)
+    validation = user_files.read_documents(found.of(VALIDATION), column, read)
+    read = {TRAIN: train, VALIDATION: validation}
+    if own_text.fingerprint_of_read(found, read) != request["sha256"]:
         raise ValueError(f"corpus {path}: has changed while it was read; do it again")
     names = check_domains(request["domains"], train | validation) or sorted(train | validation)
     there = train if to_train else validation
@@ -79,9 +101,20 @@ def _read_own_text(request: Request) -> Text:
     if found.of("validation"):
         splits = _choose_with_validation(names, train, validation, request)
     else:
-        splits = {name: choose(train[name], name, **_limits(request)) for name in names}
+        others = OtherDomains()
+        splits = {name: _choose(train[name], name, request, others) for name in names}
     origin = {"source": str(path), "sha256": request["sha256"], "licence": "yours"}
     return Text(splits, {name: [origin] for name in names}, found.notes())
+
+
+def _choose(
+    documents: Iterable[Document], name: str, request: Request, others: OtherDomains
+) -> Split:
+    """The split of a domain, without copies of documents of the domains before if asked for."""
+    if request.get("dedup_across_domains", False):
+        documents = others.without_copies(documents, name)
+    split = choose(documents, name, **_limits(request))
+    return replace(split, in_other_domains=others.left_out)
 
 
 def _choose_with_validation(
@@ -92,12 +125,17 @@ def _choose_with_validation(
 ) -> dict[str, Split]:
     """The split that the user gave, by domain; a domain may be on one side only."""
     held_out = {digest(d.text) for documents in validation.values() for d in documents}
-    splits = {
-        name: choose_with_validation(
-            train.get(name, []), validation.get(name, []), held_out, **_limits(request)
-        )
-        for name in names
-    }
+    others = OtherDomains(held_out), OtherDomains()
+    splits = {}
+    for name in names:
+        to_train: Iterable[Document] = train.get(name, [])
+        to_hold_out: Iterable[Document] = validation.get(name, [])
+        if request.get("dedup_across_domains", False):
+            to_train = others[0].without_copies(to_train, name)
+            to_hold_out = others[1].without_copies(to_hold_out, name)
+        split = choose_with_validation(to_train, to_hold_out, held_out, **_limits(request))
+        n_others = sum(other.left_out for other in others)
+        splits[name] = replace(split, in_other_domains=n_others)
     for part, purpose in (
         ("train", "to train on that is not held out"),
         ("validation", "to hold out"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dsmoe_jax.data.documents import Document, cut
+from dsmoe_jax.data.hub_datasets import HubPart
 
 T = TypeVar("T")
 Rows = Iterator[tuple[str | None, Document]]
@@ -40,18 +41,20 @@ def is_saved_dataset(path: Path) -> bool:
     return all(os.path.isfile(path / name) for name in ("state.json", "dataset_info.json"))
 
 
-def read_file(path: Path, text_column: str = TEXT_COLUMN) -> Rows:
+def read_file(path: Path | HubPart, text_column: str = TEXT_COLUMN) -> Rows:
     """Rows of a file of text, or of the folder of a saved dataset.
 
     A .txt file is cut at line ends into documents of about 16 KB; elsewhere a row is a document.
 
     Args:
-      path: of the file or folder.
+      path: of the file or folder; or a part of a dataset that `datasets` reads.
       text_column: field of a row that holds the text; a field `domain` may name its domain.
 
     Raises:
       ValueError: naming file and row, for what is damaged or not text.
     """
+    if isinstance(path, HubPart):
+        return _read_hub_part(path, text_column)
     if path.is_dir():
         return _read_saved_dataset(path, text_column)
     return FORMATS[split_name(path.name)[1]](path, text_column)
@@ -63,7 +66,7 @@ class NotJSON(NamedTuple):
     problem: str
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+def rows_of(path: Path | HubPart) -> Iterator[tuple[str, Any]]:
     """(place, row) of a file of rows, or of the folder of a saved dataset; all of their fields.
 
     A line that is not JSON is a `NotJSON`, and the rows after it follow.
@@ -71,6 +74,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
       ValueError: naming the file, for one that is damaged or has no rows.
     """
+    if isinstance(path, HubPart):
+        return _numbered(path.rows(), f"{path} row ")
     if path.is_dir():
         return _numbered(_saved_rows(path), f"{path} row ")
     suffix = split_name(path.name)[1]
@@ -175,6 +180,11 @@ def _read_saved_dataset(path: Path, text_column: str) -> Rows:
         yield _row(row, text_column, path, place)
 
 
+def _read_hub_part(path: HubPart, text_column: str) -> Rows:
+    for place, row in _numbered(path.rows(), f"{path} row "):
+        yield _row(row, text_column, path, place)
+
+
 def _saved_rows(path: Path) -> Iterator[Any]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -183,7 +193,9 @@ def _saved_rows(path: Path) -> Iterator[Any]:
     yield from datasets.load_from_disk(str(path))
 
 
-def _row(row: object, text_column: str, path: Path, place: str) -> tuple[str | None, Document]:
+def _row(
+    row: object, text_column: str, path: Path | HubPart, place: str
+) -> tuple[str | None, Document]:
     """Domain (or None) and document of one row; `place` is for the message of a ValueError."""
     fields = row if isinstance(row, dict) else {}
     text = fields.get(text_column)

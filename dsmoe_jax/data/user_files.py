@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dsmoe_jax.data.chat import BadRows
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.fetch import sha256_of
+from dsmoe_jax.data.hub_datasets import HubPart
 from dsmoe_jax.data.split_names import TEST, TRAIN, VALIDATION, splits_by_name
 from dsmoe_jax.data.text_formats import (
     BYTE_ORDER_MARK,
@@ -29,12 +31,12 @@ _KINDS = f"{', '.join(FORMATS)} (plain, {' or '.join(filter(None, COMPRESSIONS))
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of text, or the folder of a saved dataset.
+    """A file of text, the folder of a saved dataset, or a part of a dataset of the hub.
 
     `domain` is that of rows that do not name one themselves.
     """
 
-    path: Path
+    path: Any  # a Path; in text of a dataset a HubPart, which has no place in a file system
     split: str
     domain: str
 
@@ -130,7 +132,7 @@ def fingerprint(found: UserText) -> str:
         # Of the usual split and domain only the name and content count, as they always have.
         is_usual = (file.split, file.domain) == usual
         said = "" if is_usual else f"{file.split} {file.domain}\0"
-        hashed |= {(path, said) for path in _contents(file.path)}
+        hashed |= {(path, said) for path in contents(file.path)}
     total = hashlib.sha256()
     for path, said in sorted(hashed):
         name = os.fsencode(os.path.relpath(path, found.root.parent))
@@ -141,7 +143,7 @@ def fingerprint(found: UserText) -> str:
 def read_documents(
     files: Iterable[TextFile],
     text_column: str = TEXT_COLUMN,
-    read: Callable[[Path, str], Rows] = read_file,
+    read: Callable[[Path | HubPart, str], Rows] = read_file,
 ) -> dict[str, list[Document]]:
     """Documents by domain.
 
@@ -322,7 +324,7 @@ def _domain_of(root: Path) -> str:
     return (root.name if is_dataset else root.stem) or "text"
 
 
-def _contents(path: Path) -> list[Path]:
+def contents(path: Path) -> list[Path]:
     """The files that a text file consists of: itself, or those of a saved dataset."""
     if not path.is_dir():
         return [path]

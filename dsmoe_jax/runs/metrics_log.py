@@ -15,6 +15,9 @@ one that is not finite is null, and `read_rows` gives NaN for it.
     step_seconds                     {p50, p95, p99}: of the last 1000 steps, see training/clock.py
     host_data_seconds, host_work_seconds    [host]: a step, what each process takes for itself, see
                                      training/host_times.py
+    domain_tokens, domain_epochs     {domain: number}, with `data.mixture`: tokens read so far,
+                                     padding included, and passes over the domain's text
+    domain_share                     {domain: number}: of the tokens since the last row
     load                             [layer][expert]: assignments of the step's batch
     maxvio, gini, dead_experts       [layer]: how uneven it is, see summaries.py
     maxvio_running                   [layer]: of the load of the last 100 steps or so, see

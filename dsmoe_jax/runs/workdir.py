@@ -40,6 +40,7 @@ from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.config.train import SpikesConfig
 from dsmoe_jax.data.opening import locate
+from dsmoe_jax.data.own_text import located
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
@@ -265,7 +266,8 @@ def with_absolute_paths(config: Config) -> Config:
     values = dict(trees.flatten(trees.to_tree(config)))
     for key in _PATHS:
         if values.get(key) is not None:  # no key of a section that is None has a value
-            paths[key] = str(local_path(key, values[key]))
+            is_text = key == "data.validation"  # it may be a dataset
+            paths[key] = located(values[key], key) if is_text else str(local_path(key, values[key]))
     return replace(config, **paths)
 
 

@@ -5,6 +5,8 @@ train.trainable.most_used_in   -> train.trainable.experts, from the results of a
 train.start_from               -> data.tokenizer, for conversations that are not prepared yet
 model.moe.router.name          -> model.moe.router.tasks, the domains of the corpus, if by task
 
+A mixture of domains (data.mixture) must be of domains that the corpus has.
+
 The same command gives the same values again, as long as the files are the same; where they are not,
 a run that has begun is refused, since its config would be another.
 """
@@ -16,10 +18,11 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from dsmoe_jax.config import Config, replace
+from dsmoe_jax.config import Config, replace, stages_of
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import opening
+from dsmoe_jax.data.mixture import mixture_of
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs import json_files
@@ -107,4 +110,12 @@ def _tasks(config: Config) -> Config:
     return replace(config, **{"model.moe.router.tasks": tuple(domains)})
 
 
-_STEPS: tuple[Callable[[Config], Config], ...] = (_tokenizer, _steps, _experts, _tasks)
+def _mixture(config: Config) -> Config:
+    """The config as it is, whose mixture of domains the corpus can give."""
+    stage, *_ = stages_of(config)
+    if stage.mixtures:
+        mixture_of(stage, hosts.first_then_all(lambda: opening.open_corpus(config.data)))
+    return config
+
+
+_STEPS: tuple[Callable[[Config], Config], ...] = (_tokenizer, _steps, _experts, _tasks, _mixture)

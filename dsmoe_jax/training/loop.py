@@ -45,6 +45,7 @@ from dsmoe_jax.training.rows import (
     RunningLoad,
     before_training,
     first_non_finite,
+    mixture_row,
     shown,
     steps_of_lowest_loss,
     training_row,
@@ -442,6 +443,7 @@ class _Trainer:
             row |= training_row(metrics, self.now.stage.config.model)
             row |= self.running_load.row() | self._rates(step) | self.host_times.row(times)
             row |= self.decisions.row()
+            row |= mixture_row(self.now.mixture, step, self.log.rows)
             if self.kernels:
                 row[KERNELS], self.kernels = self.kernels, {}
             self.log.write(row)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.data.mixture import Mixture
 from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.moe.losses import TERMS
 from dsmoe_jax.runs.summaries import as_list, bits_per_byte, drop_summary, load_summary, maxvio
@@ -108,6 +109,15 @@ def _agreement(metrics: StepMetrics) -> dict[str, float]:
     if metrics.distilled is None:
         return {}
     return {"teacher_agreement": float(metrics.distilled.agreed / metrics.tokens)}
+
+
+def mixture_row(mixture: Mixture | None, step: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tokens that were read of each domain, so far and since the last of the rows."""
+    if mixture is None:
+        return {}
+    # Not since this call of `train` began: the rows are those of a run that nothing interrupted.
+    last = next((row["step"] for row in reversed(rows) if "domain_tokens" in row), 0)
+    return mixture.row(step, last)
 
 
 def validation_row(step: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from dsmoe_jax.config import Config, Stage, replace, stages_of, trees
 from dsmoe_jax.config.stages import without_stages
 from dsmoe_jax.data.corpus import Corpus
+from dsmoe_jax.data.mixture import mixture_of
 from dsmoe_jax.data.pipeline import Batch, train_batches
 from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.model.block import compute_dtype
@@ -102,6 +103,7 @@ class StageRun:
       stage: of the run.
       train_step: `(state, batch) -> (state, metrics)`, compiled at its first call.
       held_out: evaluates with the stage's model.
+      mixture: of the domains of the whole run; None without weights.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class StageRun:
         config = stage.config
         train = config.train
         self.stage = stage
+        self.mixture = mixture_of(stage, corpus)
         self._rows = sharding.local_rows(train.global_batch_size)
         self._batches = train_batches(
             corpus.directory,
@@ -136,6 +139,7 @@ class StageRun:
             (stage.first, stage.sequences),
             stage.skips,
             config.model.moe.router.tasks,
+            self.mixture,
         )
         if position is not None:
             self._batches.set_state(position)

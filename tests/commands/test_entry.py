@@ -41,7 +41,7 @@ FLAGS = {
     "economics": ("--config", "--chip", "--prices", "--[no]json"),
     "surgery": ("--from", "--to", "--moments", "--loads", "  extract_task  Make a dense"),
     "analyse": ("--workdir", "--to", "--corpus", "--replay_routing", "--max_tokens", "--[no]json"),
-    "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows"),
+    "prepare_data": ("--corpus", "--vocab_size", "--domains", "--rows", "--shards", "--merge"),
     "plot_load": ("--workdir", "--out"),
 }
 
