@@ -12,14 +12,15 @@ _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")  # one slash: `Path` makes gs:/buck
 def local_path(key: str, written: str | os.PathLike[str]) -> Path:
     """The absolute path that a user means, where `~` is the home directory.
 
-    Every path of a flag, a config key or a variable goes through here.
+    Every path of a flag, a config key or a variable goes through here; those that may be in a
+    bucket by `storage.places.place_of`.
 
     Args:
       key: what the user calls it: "--out", "data.corpus", "DSMOE_CACHE".
       written: its value.
 
     Raises:
-      ValueError: for an empty path, an address of storage that is no file system (gs://bucket), or
+      ValueError: for an empty path, an address of storage that is no file system (s3://bucket), or
         the home directory of nobody.
     """
     text = os.fspath(written)
@@ -27,8 +28,8 @@ def local_path(key: str, written: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{key}={text!r}: must be a path")
     if _ADDRESS.match(text):
         raise ValueError(
-            f"{key}={text}: must be a path of a mounted file system; addresses such as"
-            " gs://bucket do not work yet"
+            f"{key}={text}: must be a path of a mounted file system; gs://bucket/folder is for"
+            " workdirs and corpora, and other addresses are for none"
         )
     try:
         return Path(text).expanduser().absolute()

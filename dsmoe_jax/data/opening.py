@@ -11,11 +11,13 @@ from dsmoe_jax.config import DataConfig
 from dsmoe_jax.data import packed, sources
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import sha256_of
+from dsmoe_jax.data.local_copies import local_copy
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, absolute, make_request
 from dsmoe_jax.data.row_kinds import TEXT, get_kind
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
+from dsmoe_jax.storage.places import is_address, place_of
 
 BUILT_IN = tuple(sources.CORPORA)
 # Keys of `data`.
@@ -23,21 +25,27 @@ _OPTIONS = ("validation", "tokenizer", "text_column", "keep_repeats", "rows")
 
 
 def locate(corpus: str, key: str = "data.corpus") -> str:
-    """A built-in corpus by its name, any other by its absolute path.
+    """A built-in corpus by its name, any other by its absolute path or its address.
 
     Args:
       corpus: its name or path.
       key: what the user calls it, for errors.
 
     Raises:
-      ValueError: if it is neither a name nor a path of a file system.
+      ValueError: if it is neither a name, nor a path of a file system, nor in a bucket.
     """
-    return corpus if corpus in BUILT_IN else str(absolute(corpus, key))
+    if corpus in BUILT_IN:
+        return corpus
+    return str(place_of(key, corpus) if is_address(corpus) else absolute(corpus, key))
 
 
 def is_there(corpus: str) -> bool:
     """Whether there is a corpus of this name or path."""
-    return corpus in BUILT_IN or Path(locate(corpus)).exists()
+    if corpus in BUILT_IN:
+        return True
+    if is_address(corpus):
+        return place_of("data.corpus", corpus).exists()
+    return Path(locate(corpus)).exists()
 
 
 def is_unprepared_chat(config: DataConfig) -> bool:
@@ -68,6 +76,8 @@ def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
     if not is_there(name):
         raise ValueError(f"data.corpus={name!r}: no such file or directory, nor one of {BUILT_IN}")
     source = locate(name)
+    if is_address(source):
+        source = name = str(local_copy("data.corpus", source))
     if _is_prepared(source):
         corpus = _open_prepared(Path(source))
         _check_prepared(config, corpus)
@@ -117,7 +127,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int, rows: str 
 
 def _is_prepared(source: str) -> bool:
     """Whether a located corpus is prepared already: a directory, or packed in one file."""
-    path = Path(source)
+    path = local_copy("data.corpus", source) if is_address(source) else Path(source)
     return source not in BUILT_IN and ((path / MANIFEST).is_file() or packed.is_packed(path))
 
 

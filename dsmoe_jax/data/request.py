@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import row_kinds, sources, user_files
+from dsmoe_jax.data.local_copies import local_copy
 from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.text_formats import TEXT_COLUMN
 from dsmoe_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
@@ -152,15 +152,15 @@ def check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) ->
 
 
 def absolute(path: str | os.PathLike, key: str) -> Path:
-    """The absolute path of a corpus or of what belongs to it, without "..".
+    """The absolute path of a corpus or of what belongs to it, without ".."; in a bucket, of its copy.
 
     Args:
       path: as the user wrote it.
       key: what the user calls it, for errors.
 
     Raises:
-      ValueError: if it is no path of a file system, or not UTF-8 as a manifest is.
+      ValueError: if it is no path of a file system or in a bucket, or not UTF-8 as a manifest is.
     """
-    found = Path(os.path.abspath(local_path(key, path)))
+    found = Path(os.path.abspath(local_copy(key, os.fspath(path))))
     user_files.require_unicode(found)
     return found

@@ -48,10 +48,11 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.board import Board
 from dsmoe_jax.runs.workdir import METRICS, TENSORBOARD
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
 
 KERNELS = "kernels"  # the one key whose values are names
 
@@ -63,8 +64,7 @@ class MetricsLog:
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
-        # Unbuffered: a written row is safe from a kill, and a full disk is noticed here.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
+        self._file = files.appending(self.path)
         self._board = Board(workdir / TENSORBOARD, step)
         self._failed = False
 
@@ -81,9 +81,15 @@ class MetricsLog:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
+            if error.strerror is None:  # of a bucket, and named
+                raise
             raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
         self._board.add(row)
         self._failed = False
+
+    def flush(self) -> None:
+        """Makes sure that a kill takes no row; raises like `write`."""
+        self._file.flush()
 
     def close(self) -> None:
         """Flushes and closes both; raises like `write`, unless it has raised already."""
@@ -105,6 +111,9 @@ class NoLog(MetricsLog):
         """Only remembers the row."""
         self.rows.append(row)
 
+    def flush(self) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
 
@@ -116,7 +125,7 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
       ValueError: naming file and line, if one is not a row.
     """
     joined: dict[int, dict[str, Any]] = {}
-    for row in _parse(local_path("--workdir", workdir) / METRICS):
+    for row in _parse(place_of("--workdir", workdir) / METRICS):
         joined[row["step"]] = joined.get(row["step"], {}) | row
     return [joined[step] for step in sorted(joined)]
 

@@ -15,13 +15,11 @@ evaluation.json   held-out results after the last step: the run is finished
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dsmoe_jax.config import (
     Config,
@@ -34,12 +32,14 @@ from dsmoe_jax.config import (
     trees,
 )
 from dsmoe_jax.config.mesh import AXES
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs import claims, json_files
+from dsmoe_jax.runs.claims import LOCK
+from dsmoe_jax.runs.claims import InUse as InUse
+from dsmoe_jax.storage.places import place_of
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -51,7 +51,6 @@ ROUTING = "routing"
 HISTORY = "history"
 SURGERY = "surgery.json"
 ANALYSIS = "analysis"
-_LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"
 
@@ -104,10 +103,6 @@ def _competes(stage: Stage) -> bool:
     return bool(moe.drop or moe.evaluation_drop or get_router(moe)[0].competes)
 
 
-class InUse(ValueError):
-    """Another process holds the workdir."""
-
-
 GoOn = Callable[[Path, Config, Config], None]  # (directory, config there, config here)
 
 
@@ -127,7 +122,7 @@ def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Ite
       ValueError: if it cannot be written, is another program's directory or holds a run with
         another config, and `InUse`.  Nothing in it was changed then.
     """
-    directory = local_path("--workdir", workdir)
+    directory = place_of("--workdir", workdir)
     with contextlib.ExitStack() as claimed:
         hosts.on_first(lambda: claimed.enter_context(_claimed(directory, config, go_on)))
         yield directory
@@ -137,14 +132,7 @@ def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Ite
 def _claimed(directory: Path, config: Config, go_on: GoOn | None) -> Iterator[None]:
     _refuse_foreign(directory)
     config = with_absolute_paths(config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: closing it has nothing left to write, which could fail.
-        lock = open(directory / _LOCK, "a+b", buffering=0)  # noqa: SIM115 - held below
-    except OSError as error:
-        raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
-    with lock:
-        _take(lock, directory)
+    with claims.held(directory):
         if _has_begun(directory):  # a run that never took a step holds nothing to lose
             _refuse_other(directory, config, CHANGES_BY_STEP if go_on else frozenset())
             there = read_config(directory)
@@ -154,23 +142,6 @@ def _claimed(directory: Path, config: Config, go_on: GoOn | None) -> Iterator[No
             config = replace(config, **{MOVED: there.data.corpus})
         _write_config(directory, config)
         yield
-
-
-def _take(lock: BinaryIO, directory: Path) -> None:
-    """Locks a workdir for this process, and notes which one it is."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
-    except BlockingIOError:
-        lock.seek(0)
-        process = lock.read().decode(errors="replace").strip() or "unknown"
-        raise InUse(
-            f"--workdir={directory}: in use by process {process};"
-            " wait for it or choose another directory"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
 
 
 def read_config(workdir: str | Path, key: str | None = None) -> Config:
@@ -185,7 +156,7 @@ def read_config(workdir: str | Path, key: str | None = None) -> Config:
     Raises:
       ValueError: if there is none, or it cannot be read.
     """
-    path = local_path("--workdir", workdir) / CONFIG
+    path = place_of("--workdir", workdir) / CONFIG
     if not path.exists():
         key = key or f"--workdir={path.parent}"
         raise ValueError(f"{key}: holds no run (there is no {CONFIG})")
@@ -234,7 +205,7 @@ def with_absolute_paths(config: Config) -> Config:
     values = dict(trees.flatten(trees.to_tree(config)))
     for key in _PATHS:
         if values.get(key) is not None:  # no key of a section that is None has a value
-            paths[key] = str(local_path(key, values[key]))
+            paths[key] = str(place_of(key, values[key]))
     return replace(config, **paths)
 
 
@@ -248,7 +219,7 @@ def read_evaluation(workdir: str | Path, *needed: str) -> dict[str, Any] | None:
     Raises:
       ValueError: naming the file, if it is damaged.
     """
-    path = Path(workdir) / EVALUATION
+    path = place_of("--workdir", workdir) / EVALUATION
     if not path.exists():
         return None
     found = json_files.read(path, null_is_nan=True)
@@ -272,7 +243,7 @@ def _refuse_foreign(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise ValueError(f"--workdir={directory}: is a file; must be a directory")
-    ours = {_LOCK, f".{CONFIG}.tmp"}  # left by a run that was killed before its config was written
+    ours = {LOCK, f".{CONFIG}.tmp"}  # left by a run that was killed before its config was written
     foreign = sorted(p.name for p in directory.iterdir() if p.name not in ours)
     if foreign:
         raise ValueError(
