@@ -31,6 +31,8 @@ Beside the text a run may learn from a trained model, as a dense student of a mi
 Where the time of a step goes, by the parts of the model: --profile=5 traces five steps, see
 docs/profiles.md.
 
+The workdir and the corpus may be in a bucket, --workdir=gs://bucket/run, see docs/pods.md.
+
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
 for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
@@ -46,7 +48,9 @@ from dsmoe_jax.parallel import hosts
 from dsmoe_jax.training.loop import train
 
 command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run, or gs://BUCKET/FOLDER; created if missing."
+)
 _GO_BACK = flags.DEFINE_bool("go_back", False, "Leave the steps that another config changes.")
 _PROFILE = flags.DEFINE_integer("profile", None, "Trace so many steps for xprof.", lower_bound=1)
 _DISTRIBUTED = flags.DEFINE_bool(

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")  # one slash: `Path` makes gs:/bucket of gs://bucket
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")  # one slash: `Path` makes gs:/bucket of gs://bucket
 
 
 def local_path(key: str, written: str | os.PathLike[str]) -> Path:
@@ -26,10 +26,10 @@ def local_path(key: str, written: str | os.PathLike[str]) -> Path:
     text = os.fspath(written)
     if not text or "\0" in text:
         raise ValueError(f"{key}={text!r}: must be a path")
-    if _ADDRESS.match(text):
+    if ADDRESS.match(text):
         raise ValueError(
-            f"{key}={text}: must be a path of a mounted file system; gs://bucket/folder is for"
-            " workdirs and corpora, and other addresses are for none"
+            f"{key}={text}: must be a path of a mounted file system; only workdirs and corpora may"
+            " be at gs://BUCKET/FOLDER"
         )
     try:
         return Path(text).expanduser().absolute()

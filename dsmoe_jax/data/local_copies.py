@@ -7,6 +7,7 @@ not is not.  Each file is checked against the checksum that the bucket has of it
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import shutil
@@ -60,7 +61,6 @@ def _objects(bucket: Any, name: str) -> list[Any]:
 
 def _fetch(blobs: list[Any], name: str, made: Path, key: str, path: Path) -> None:
     from google.api_core.exceptions import GoogleAPIError
-    from google.cloud.storage.exceptions import DataCorruption
 
     needed = sum(blob.size for blob in blobs)
     free = shutil.disk_usage(made).free
@@ -77,12 +77,25 @@ def _fetch(blobs: list[Any], name: str, made: Path, key: str, path: Path) -> Non
         file = made / path.name / below if below else made / path.name
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            blob.download_to_filename(
-                str(file), if_generation_match=blob.generation, checksum="crc32c"
-            )
-        except (GoogleAPIError, DataCorruption, OSError) as error:
+            blob.download_to_filename(str(file), if_generation_match=blob.generation, checksum=None)
+        except (GoogleAPIError, OSError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{key}={path}: {blob.name} cannot be fetched ({line}); the same command tries"
                 " again"
             ) from error
+        if _crc32c(file) != blob.crc32c:  # by itself the library checks it only if it is sent along
+            raise ValueError(
+                f"{key}={path}: {blob.name} is damaged on its way; the same command tries again"
+            )
+
+
+def _crc32c(file: Path) -> str:
+    """The checksum of a file, as a bucket says it."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with file.open("rb") as content:
+        for _ in checksum.consume(content, 2**20):
+            pass
+    return base64.b64encode(checksum.digest()).decode("ascii")

@@ -152,7 +152,7 @@ def check_domains(domains: Sequence[str] | None, known: Mapping[str, object]) ->
 
 
 def absolute(path: str | os.PathLike, key: str) -> Path:
-    """The absolute path of a corpus or of what belongs to it, without ".."; in a bucket, of its copy.
+    """The absolute path of a corpus or of what belongs to it, or of its copy, without "..".
 
     Args:
       path: as the user wrote it.

@@ -112,6 +112,7 @@ class _Claim:
     def take(self) -> None:
         """Takes the claim, if nobody holds it or the holder is gone."""
         from google.api_core.exceptions import GoogleAPIError, PreconditionFailed
+        from google.auth.exceptions import GoogleAuthError
 
         watched: int | None = None
         until = 0.0
@@ -131,7 +132,7 @@ class _Claim:
                 return
             except PreconditionFailed:  # another one was faster
                 continue
-            except (GoogleAPIError, OSError) as error:
+            except (GoogleAPIError, GoogleAuthError, OSError) as error:
                 raise _not_writable(self._directory, _first_line(error)) from error
 
     def beat(self) -> None:
@@ -216,12 +217,12 @@ def _may_live(holder: dict[str, Any] | None) -> bool:
     if machine is None or machine != _machine() or type(process) is not int:
         return True
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        state = (
+            Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        )
     except OSError:
-        pass
-    return True
+        return False
+    return state[0] not in ("Z", "X")  # ended, though its parent has not asked how
 
 
 def _machine() -> str | None:

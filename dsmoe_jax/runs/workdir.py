@@ -110,7 +110,7 @@ GoOn = Callable[[Path, Config, Config], None]  # (directory, config there, confi
 def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Iterator[Path]:
     """Makes or re-enters a workdir and keeps every other trainer out of it meanwhile.
 
-    Of several processes of one run the first does so, on a file system that all share.
+    Of several processes of one run the first does so, where all of them see it.
 
     Args:
       workdir: of the run.

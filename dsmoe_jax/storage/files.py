@@ -133,8 +133,8 @@ class AppendedObject:
     def close(self) -> None:
         """Flushes, and removes the last piece; raises as `flush`."""
         self.flush()
-        with contextlib.suppress(Exception):  # it is of no use, and does no harm
-            self._bucket.delete_blobs([self._bucket.blob(self._piece)], on_error=lambda _: None)
+        with contextlib.suppress(Exception):  # there may be none; if it stays it does no harm
+            self._bucket.blob(self._piece).delete()
 
     def _append(self, content: bytes) -> None:
         from google.api_core.exceptions import PreconditionFailed
@@ -208,13 +208,16 @@ def remove_tree(directory: Path) -> None:
     if not is_address(directory):
         shutil.rmtree(directory)
         return
+    from google.api_core.exceptions import NotFound
+
     bucket, name = bucket_and_name(directory)
     with _naming(directory):
         blobs = list(bucket.list_blobs(prefix=f"{name}/"))
         # First: a checkpoint that is removed in part must not look whole.
         blobs.sort(key=lambda blob: blob.name != f"{name}/{COMMITTED}")
         for blob in blobs:
-            bucket.delete_blobs([blob], on_error=lambda _: None)  # one that is gone is no error
+            with contextlib.suppress(NotFound):
+                blob.delete()
 
 
 @contextlib.contextmanager

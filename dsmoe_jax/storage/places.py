@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from dsmoe_jax.config.paths import local_path
+from dsmoe_jax.config.paths import ADDRESS, local_path
 
 _SCHEME = "gs"
 # `Path` makes gs:/bucket of gs://bucket.
-_ADDRESS = re.compile(rf"{_SCHEME}:/{{1,2}}(?P<bucket>[^/]+)/+(?P<name>.*[^/])/*")
+_IN_BUCKET = re.compile(rf"{_SCHEME}:/{{1,2}}(?P<bucket>[^/]+)/+(?P<name>.*[^/])/*")
 # What the libraries need that read and write a bucket, and the extra that has them.
 _NEEDED = ("gcsfs", "google.cloud.storage")
 _EXTRA = "gcs"
@@ -39,8 +39,12 @@ def place_of(key: str, written: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(written)
     if not is_address(text):
+        if ADDRESS.match(text):
+            raise ValueError(
+                f"{key}={text}: must be a path of a mounted file system, or gs://BUCKET/FOLDER"
+            )
         return local_path(key, text)
-    found = _ADDRESS.fullmatch(text)
+    found = _IN_BUCKET.fullmatch(text)
     if found is None or any(part in (".", "..") for part in found["name"].split("/")):
         raise ValueError(f"{key}={text}: must name a folder of a bucket, as in gs://bucket/run")
     _check_packages(key, text)
@@ -55,7 +59,7 @@ def is_address(written: str | os.PathLike[str]) -> bool:
 
 def bucket_and_name(path: Path) -> tuple[Any, str]:
     """The bucket of a place, for google-cloud-storage, and the name of the object in it."""
-    found = _ADDRESS.fullmatch(os.fspath(path))
+    found = _IN_BUCKET.fullmatch(os.fspath(path))
     assert found is not None, path
     return bucket(found["bucket"]), found["name"]
 
