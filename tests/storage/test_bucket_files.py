@@ -56,8 +56,10 @@ def test_a_new_file(place):
     log = files.appending(place / "events.out.tfevents.1")
     log.write(b"a")
     log.flush()
-    assert not any("tfevents" in p.name for p in place.iterdir() if p.name.startswith("."))
     log.write(b"b")
+    log.flush()
+    alike = [p.name for p in place.iterdir() if "tfevents" in p.name]
+    assert alike == ["events.out.tfevents.1"], "TensorBoard would read the piece too"
     log.close()
     assert (place / "events.out.tfevents.1").read_bytes() == b"ab"
 
@@ -72,6 +74,19 @@ def test_two_writers(place):
     with pytest.raises(OSError, match=r"metrics\.jsonl: cannot be written: another process"):
         second.flush()
     assert path.read_bytes() == b"first\n"
+
+
+def test_two_writers_of_a_file_that_is_there(place):
+    """The emulator joins whatever is there; the size tells."""
+    path = place / "metrics.jsonl"
+    files.upload(path, b"0\n")
+    first, second = files.appending(path), files.appending(path)
+    first.write(b"first\n")
+    first.flush()
+    second.write(b"second\n")
+    with pytest.raises(OSError, match=r"metrics\.jsonl: cannot be written: "):
+        second.flush()
+    assert path.read_bytes().startswith(b"0\nfirst\n")
 
 
 def test_a_lost_answer(place, monkeypatch):

@@ -29,6 +29,7 @@ def test_paths_of_a_bucket(bucket):
     place = place_of("--workdir", at)
     assert not place.exists()
     (place / "b/c.txt").write_text("text")
+    assert [p.name for p in place.iterdir()] == ["b"]
     assert (place.exists(), place.is_dir(), (place / "b/c.txt").is_file()) == (True, True, True)
     places.bucket("tests-bucket").blob("a/run/d.txt").upload_from_string("by another process")
     assert sorted(p.name for p in place.iterdir()) == ["b", "d.txt"], "no listing is kept"

@@ -54,14 +54,19 @@ def test_a_dead_claim_expires(place, capsys):
     assert "held by process 7 on another" in capsys.readouterr().err
 
 
-def test_after_a_crash_on_this_machine(place):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
+@pytest.mark.parametrize("asked", [True, False])
+def test_after_a_crash_on_this_machine(place, asked):
+    """Also while its parent has not asked how it ended, which keeps its number."""
+    ended = subprocess.Popen(["true"], stdout=subprocess.PIPE)
+    assert ended.stdout.read() == b"", "it has ended"
+    if asked:
+        ended.wait()
     mine = {"process": ended.pid, "machine": claims._machine()}
     (place / LOCK).write_text(json.dumps(GONE | mine))
     began = time.monotonic()
     with held(place):
         assert time.monotonic() - began < 0.9
+    ended.communicate()
 
 
 def test_of_many_one_gets_a_dead_claim(place):
@@ -73,12 +78,15 @@ def test_of_many_one_gets_a_dead_claim(place):
         all_there.wait()
         try:
             with held(place):
-                got.append(1)
+                count(got)
                 done.wait(PATIENCE)
         except InUse:
-            refused.append(1)
-            if len(refused) == 3:
-                done.set()
+            count(refused)
+
+    def count(outcomes):
+        outcomes.append(1)
+        if len(got) + len(refused) == 4:
+            done.set()
 
     threads = [threading.Thread(target=one) for _ in range(4)]
     for thread in threads:
