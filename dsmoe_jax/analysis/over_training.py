@@ -11,7 +11,6 @@ Shapes: T tokens, L MoE layers, K columns of a routing.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from dsmoe_jax.analysis import tables
 from dsmoe_jax.analysis.routed_text import RoutedText
 from dsmoe_jax.runs import json_files
+from dsmoe_jax.storage import files
 
 TOKENS = 16_384  # at most; a domain with a thirtieth of the text has enough for a committee
 PREFIX = "inside_"  # of the numbers in metrics.jsonl
@@ -77,7 +77,7 @@ class OverTraining:
         """
         path = self._path(step, "npz")
         try:
-            with open(path, "rb") as file, np.load(file) as arrays:  # else numpy leaves it open
+            with path.open("rb") as file, np.load(file) as arrays:  # else numpy leaves it open
                 return arrays["ids_LTK"].astype(np.int32)
         except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
             wrong = "cannot be read; remove it and its .json to go on"
@@ -95,10 +95,5 @@ def row(found: tables.Tables) -> dict[str, Any]:
 
 def _save_ids(path: Path, ids_LTK: np.ndarray) -> None:
     small = np.uint8 if ids_LTK.max() < 2**8 else np.uint16
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, ids_LTK=ids_LTK.astype(small))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with files.replacing(path) as file:
+        np.savez(file, ids_LTK=ids_LTK.astype(small))

@@ -55,6 +55,7 @@ from dsmoe_jax.report.names import telling_apart
 from dsmoe_jax.runs import json_files, routing_records
 from dsmoe_jax.runs.loading import Run, Writer, saved_checkpoints
 from dsmoe_jax.runs.workdir import ANALYSIS
+from dsmoe_jax.storage.places import place_of
 
 command_line.define_mesh()
 flags.adopt_module_key_flags(text_flags)
@@ -149,7 +150,7 @@ def _earlier(workdir: str, last: int) -> dict[str, np.ndarray]:
         steps = [step for step in checkpoints.steps() if step < last]
     found = {step: _routed(f"step {step}", *opened(workdir, step)).ids_LTK for step in steps}
     if CORPUS.value is None:
-        while_training = OverTraining(local_path("--workdir", workdir) / ANALYSIS)
+        while_training = OverTraining(place_of("--workdir", workdir) / ANALYSIS)
         more = [step for step in while_training.steps() if step < last and step not in found]
         found |= {step: while_training.ids(step) for step in more}
     return {f"step {step}": found[step] for step in sorted(found)}

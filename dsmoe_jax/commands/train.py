@@ -38,6 +38,8 @@ checkpoint, past the data since); a run on its way takes it with --config.train.
 Where the time of a step goes, by the parts of the model: --profile=5 traces five steps, see
 docs/profiles.md.
 
+The workdir and the corpus may be in a bucket, --workdir=gs://bucket/run, see docs/pods.md.
+
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
 for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
@@ -55,7 +57,9 @@ from dsmoe_jax.runs import wandb_board
 from dsmoe_jax.training.loop import train
 
 command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run, or gs://BUCKET/FOLDER; created if missing."
+)
 _GO_BACK = flags.DEFINE_bool("go_back", False, "Leave the steps that another config changes.")
 _PROFILE = flags.DEFINE_integer("profile", None, "Trace so many steps for xprof.", lower_bound=1)
 _REPORT_EVERY = flags.DEFINE_float(
@@ -77,7 +81,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise ValueError("--workdir: missing; for example --workdir=runs/dsmoe")
     if _WANDB.value is not None:
-        wandb_board.check(_WANDB.value)
+        wandb_board.check(_WANDB.value, _WORKDIR.value)
     config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)

@@ -12,12 +12,14 @@ from dsmoe_jax.data import packed, sources
 from dsmoe_jax.data.corpus import MANIFEST, Corpus, load_corpus
 from dsmoe_jax.data.fetch import sha256_of
 from dsmoe_jax.data.hub_datasets import is_hub_dataset
+from dsmoe_jax.data.local_copies import local_copy
 from dsmoe_jax.data.own_text import located
 from dsmoe_jax.data.prepare import fulfil
 from dsmoe_jax.data.request import OPTIONS, Request, make_request
 from dsmoe_jax.data.row_kinds import TEXT, get_kind
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
+from dsmoe_jax.storage.places import is_address, place_of
 
 BUILT_IN = tuple(sources.CORPORA)
 # Keys of `data`.
@@ -39,13 +41,15 @@ def locate(corpus: str, key: str = "data.corpus") -> str:
       key: what the user calls it, for errors.
 
     Raises:
-      ValueError: if it is neither a name nor a path of a file system.
+      ValueError: if it is neither a name, nor a path of a file system, nor in a bucket.
     """
     return corpus if corpus in BUILT_IN else located(corpus, key)
 
 
 def is_there(corpus: str) -> bool:
     """Whether there is a corpus of this name or path."""
+    if is_address(corpus):
+        return place_of("data.corpus", corpus).exists()
     return corpus in BUILT_IN or is_hub_dataset(corpus) or Path(locate(corpus)).exists()
 
 
@@ -77,6 +81,8 @@ def open_corpus(config: DataConfig, *, to_measure: bool = False) -> Corpus:
     if not is_there(name):
         raise ValueError(f"data.corpus={name!r}: no such file or directory, nor one of {BUILT_IN}")
     source = locate(name)
+    if is_address(source):
+        source = name = str(local_copy("data.corpus", source))
     if _is_prepared(source):
         corpus = _open_prepared(Path(source))
         _check_prepared(config, corpus)
@@ -126,7 +132,7 @@ def open_to_measure(path: str, tokenizer: Path, sequence_length: int, rows: str 
 
 def _is_prepared(source: str) -> bool:
     """Whether a located corpus is prepared already: a directory, or packed in one file."""
-    path = Path(source)
+    path = local_copy("data.corpus", source) if is_address(source) else Path(source)
     return source not in BUILT_IN and ((path / MANIFEST).is_file() or packed.is_packed(path))
 
 

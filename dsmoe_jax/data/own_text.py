@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import hub_datasets, user_files
 from dsmoe_jax.data.documents import Document
 from dsmoe_jax.data.hub_datasets import is_hub_dataset
+from dsmoe_jax.data.local_copies import local_copy
 from dsmoe_jax.data.row_kinds import RowKind
 from dsmoe_jax.data.split_names import TEST, TRAIN, VALIDATION, splits_by_name
 from dsmoe_jax.data.user_files import TextFile, UserText
+from dsmoe_jax.storage.places import is_address, place_of
 
 
 class DatasetText(UserText):
@@ -136,7 +137,7 @@ def _total(hashes: dict) -> str:
 
 
 def located(corpus: str | os.PathLike[str], key: str) -> str:
-    """The absolute path of text, or the full name of a dataset.
+    """The absolute path of text, its address in a bucket, or the full name of a dataset.
 
     Args:
       corpus: as the user wrote it.
@@ -146,19 +147,27 @@ def located(corpus: str | os.PathLike[str], key: str) -> str:
       ValueError: if it is neither.
     """
     text = os.fspath(corpus)
+    if is_hub_dataset(text):
+        return str(hub_datasets.parse(text, key))
+    return str(place_of(key, text) if is_address(text) else absolute(text, key))
+
+
+def readable(corpus: str | os.PathLike[str], key: str) -> str:
+    """As `located`; of text in a bucket the path of its copy on this machine."""
+    text = os.fspath(corpus)
     return str(hub_datasets.parse(text, key) if is_hub_dataset(text) else absolute(text, key))
 
 
 def absolute(path: str | os.PathLike, key: str) -> Path:
-    """The absolute path of a corpus or of what belongs to it, without "..".
+    """The absolute path of a corpus or of what belongs to it, or of its copy, without "..".
 
     Args:
       path: as the user wrote it.
       key: what the user calls it, for errors.
 
     Raises:
-      ValueError: if it is no path of a file system, or not UTF-8 as a manifest is.
+      ValueError: if it is no path of a file system or in a bucket, or not UTF-8 as a manifest is.
     """
-    found = Path(os.path.abspath(local_path(key, path)))
+    found = Path(os.path.abspath(local_copy(key, os.fspath(path))))
     user_files.require_unicode(found)
     return found

@@ -141,8 +141,8 @@ def _own_text(
     reading: tuple[str, RowKind] | None,
 ) -> Request:
     """The place of the user's text, and its sha256; without `reading` only a list of its files."""
-    path = own_text.located(corpus, "corpus")
-    held_out = None if validation is None else own_text.located(validation, "validation")
+    path = own_text.readable(corpus, "corpus")
+    held_out = None if validation is None else own_text.readable(validation, "validation")
     found = own_text.find(path, held_out, to_train=not to_measure)
     request: Request = {
         "corpus": path,

@@ -9,8 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
@@ -65,7 +65,8 @@ class Tokenizer:
         Raises:
           ValueError: if it is missing, or not a tokenizer of this kind.
         """
-        return cls(_read(Path(path)))
+        # `Path` would make another place of one in a bucket, which is no `Path`.
+        return cls(_read(cast(Path, path) if isinstance(path, PurePath) else Path(path)))
 
     @classmethod
     def adopt(cls, path: str | os.PathLike) -> "Tokenizer":

@@ -7,7 +7,6 @@ that name for the same id, so that the model's own embedding stands for it.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def carry(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     target.mkdir(exist_ok=True)
     for name in CARRIED:
         if name not in without and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
 
 
 def write(tokenizer: Path, target: Path) -> None:
@@ -47,7 +46,7 @@ def write(tokenizer: Path, target: Path) -> None:
       tokenizer: its file.
       target: the directory of the model.
     """
-    shutil.copyfile(tokenizer, target / TOKENIZER)
+    (target / TOKENIZER).write_bytes(tokenizer.read_bytes())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

@@ -23,7 +23,6 @@ from flax import nnx
 
 from dsmoe_jax.config import Config, DataConfig, ModelConfig, stage_of, to_config_dict
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.opening import tokenizer_fingerprint
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.hf import loading, names, saving, tokenizers
@@ -38,6 +37,7 @@ from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import CHUNK_BYTES, MODEL, Checkpoints
 from dsmoe_jax.runs.loading import SavedModel, load_model_state, saved_model
 from dsmoe_jax.runs.saved_arrays import name_of
+from dsmoe_jax.storage.places import place_of
 
 KEPT = "hf"  # in a workdir: the files that a model came with
 STEP = 0  # of the checkpoint of a converted model, before any step
@@ -181,7 +181,7 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
     model = _model_of(config, step)
     want = "the tensors of Hugging Face are not quantised; must be the run that this was made from"
     require(model.moe.quantised is None, "--from", workdir, want)
-    kept = _kept(local_path("--from", workdir), config)
+    kept = _kept(place_of("--from", workdir), config)
     destination = saving.describe(model, dtype, _about(kept, config))
     shapes = model_shapes(model)
     with saved_model(workdir, shapes, step, key=f"--from={workdir}") as saved:
@@ -192,7 +192,7 @@ def to_hf(workdir: str, directory: str, step: int | None, dtype: str, shard_byte
             line = ProgressLine(f"writing {place.name}", len(destination.lines))
             saving.save(destination, _read(saved, shapes), made, line, shard_bytes)
             saved.check()
-            _carry(kept, local_path("--from", workdir), made)
+            _carry(kept, place_of("--from", workdir), made)
     return Written(place, destination.tree["architectures"][0], saved.step)
 
 
@@ -236,9 +236,9 @@ def _kept(workdir: Path, config: Config) -> Path | None:
     if (workdir / KEPT).is_dir():
         return workdir / KEPT
     start = config.train.start_from
-    if start is None or not Path(start).is_dir():
+    if start is None or not place_of("train.start_from", start).is_dir():
         return None
-    return _kept(Path(start), workdirs.read_config(start))
+    return _kept(place_of("train.start_from", start), workdirs.read_config(start))
 
 
 def _about(kept: Path | None, config: Config) -> dict[str, Any]:

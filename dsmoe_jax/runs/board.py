@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
+
 # Limits of the histogram of load / mean load; TensorBoard's own 1549 cost more than all the rest.
 FAIR_SHARES: Any = np.append(np.linspace(0, 8, 33), 1e6)
 _FLUSH_SECONDS = 30
@@ -32,8 +35,12 @@ class Board:
 
     def __init__(self, directory: Path, step: int):
         # Here, because only the first process writes, and it imports torch where there is one: 2 s.
+        from tensorboardX import record_writer
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore - made at run time
+
+        # Its own writer to a bucket sends the whole file again each time.
+        record_writer.register_writer_factory("gs", _Appending())
 
         self._directory = directory
         self._flushed = time.monotonic()
@@ -77,7 +84,15 @@ class Board:
         try:
             yield
         except OSError as error:
-            raise OSError(f"{self._directory}: cannot be written: {error.strerror}") from error
+            reason = error.strerror or error
+            raise OSError(f"{self._directory}: cannot be written: {reason}") from error
+
+
+class _Appending:
+    """Opens event files in a bucket for tensorboardX."""
+
+    def open(self, path: str) -> files.Appended:
+        return files.appending(place_of("tensorboard", path))
 
 
 def scalars(row: dict[str, Any]) -> list[tuple[str, float]]:

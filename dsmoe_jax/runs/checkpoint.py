@@ -4,6 +4,7 @@ A step holds each item in a directory of its own, so that the model, a third of 
 training state, is loaded by itself.  Orbax writes in the background and makes a step visible in a
 single rename.  Two checks are added, because a wrong byte in a weight would otherwise be loaded
 without a word: the sizes of the files, and a digest of every array, the same under every sharding.
+In a bucket, which knows no rename, an object that is written last says that a step is whole.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dsmoe_jax.parallel import hosts, sharding
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.digests import digests
 from dsmoe_jax.runs.saved_arrays import SavedArrays
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import is_address
 
 MODEL = "model"  # the item of every checkpoint that holds a `ModelState`
 
@@ -266,6 +269,8 @@ class Checkpoints:
     def _check_space(self, needed: int) -> None:
         """Refuses to begin on a disk that is too full."""
         # A disk that fills up while it is written to is noticed too, but after a minute of writing.
+        if is_address(self.directory):
+            return
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             error = OSError(f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
@@ -276,9 +281,11 @@ class Checkpoints:
         good = "there is none before it" if last is None else f"the last good one is step {last}"
         step, self._saving = self._saving, None
         kind = hosts.OnlyHere if self._failed_alone() else OSError
+        in_bucket = is_address(self.directory)
+        mend = "See that the bucket can be written" if in_bucket else "Make room"
         return kind(
             f"{self.directory / str(step)}: the checkpoint could not be written"
-            f" ({_reason(error)}); {good}.  Make room, then run the same command again"
+            f" ({_reason(error)}); {good}.  {mend}, then run the same command again"
         )
 
     def _damaged(self, step: int, error: Exception) -> str:
@@ -304,8 +311,7 @@ def _chunks(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
 
 
 def _sizes(directory: Path) -> dict[str, int]:
-    files = (p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != _FILES)
-    return {str(p.relative_to(directory)): p.stat().st_size for p in files}
+    return {name: n for name, n in files.sizes(directory).items() if Path(name).name != _FILES}
 
 
 def _check_files(directory: Path, items: set[str]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs import json_files
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import is_address
 
 EVENTS_FILE = "events.jsonl"
 
@@ -52,6 +54,10 @@ class Journal:
         row = {"time": time.time(), "event": event, "step": self.step, **details}
         line = (json_files.dumps(row) + "\n").encode()
         try:
+            if is_address(self._path):  # which takes lines as a whole
+                with contextlib.closing(files.appending(self._path)) as added:
+                    added.write(line)
+                return
             with open(self._path, "a+b", buffering=0) as file:
                 if file.seek(0, os.SEEK_END):
                     file.seek(-1, os.SEEK_END)
@@ -59,6 +65,8 @@ class Journal:
                         line = b"\n" + line
                 file.write(line)
         except OSError as error:
+            if error.strerror is None:  # of a bucket, and named
+                raise
             raise OSError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     @contextlib.contextmanager

@@ -15,7 +15,6 @@ metrics.jsonl, evaluation.json    of a run that went back: its whole log and its
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from dsmoe_jax.runs.workdir import (
     METRICS,
     read_evaluation,
 )
+from dsmoe_jax.storage import files
 
 CHANGE = "change.json"
 
@@ -101,15 +101,15 @@ def prepare(directory: Path, there: Config, here: Config, *, go_back: bool) -> N
     _record(directory, there, change, with_results=made >= first)
     # In this order: a run that is killed in between finds the old config, and does the rest again.
     for step in reversed(left):
-        shutil.rmtree(directory / CHECKPOINTS / str(step))
+        files.remove_tree(directory / CHECKPOINTS / str(step))
     if made >= first:
         (directory / EVALUATION).unlink(missing_ok=True)
 
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps whose checkpoints are whole, oldest first."""
-    found = (directory / CHECKPOINTS).glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
+    found = [p for p in (directory / CHECKPOINTS).glob("*") if p.name.isdecimal()]
+    return sorted(int(path.name) for path in found if files.is_whole(path))
 
 
 def _record(directory: Path, there: Config, change: dict[str, Any], *, with_results: bool) -> None:
@@ -120,4 +120,4 @@ def _record(directory: Path, there: Config, change: dict[str, Any], *, with_resu
     json_files.write(entry / CHANGE, change)
     for name in (METRICS, EVALUATION) if with_results else ():
         if (directory / name).exists():
-            shutil.copy2(directory / name, entry / name)
+            files.copy(directory / name, entry / name)

@@ -6,13 +6,13 @@ takes, and read as NaN where it can mean nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from dsmoe_jax.storage import files
 
 
 def dumps(tree: Any, indent: int | None = None) -> str:
@@ -57,17 +57,8 @@ def write(path: Path, tree: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Like `write`, for any text, in UTF-8."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"{path}: cannot be written: {error.strerror}") from error
+    with files.replacing(path, sync=True) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _nan_if_null(leaf: Any) -> Any:

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 
 from dsmoe_jax.config import Config, replace, stage_of
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import TOKENIZER, Corpus
 from dsmoe_jax.data.opening import (
     check_same_corpus,
@@ -28,6 +27,7 @@ from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints, target
 from dsmoe_jax.runs.saved_arrays import Index, SavedArrays
+from dsmoe_jax.storage.places import place_of
 
 
 class Run(NamedTuple):
@@ -100,7 +100,7 @@ def load_writer(workdir: str | Path, step: int | None = None) -> Writer:
       ValueError: if there is no run, no such checkpoint, or one of its files is damaged.
     """
     config = workdirs.read_config(workdir)
-    path = local_path("--workdir", workdir) / workdirs.TOKENIZER
+    path = place_of("--workdir", workdir) / workdirs.TOKENIZER
     if not path.exists() and config.data.corpus is None:
         raise ValueError(f"{path}: there is none; the model was converted without a tokenizer")
     if not path.exists():  # a run from before it was kept
@@ -216,7 +216,7 @@ def saved_checkpoints(workdir: str | Path, key: str | None = None) -> Iterator[C
       ValueError: if there are none.
     """
     error = ValueError(f"{key or f'--workdir={workdir}'}: the run has no checkpoint yet")
-    directory = local_path("--workdir", workdir) / workdirs.CHECKPOINTS
+    directory = place_of("--workdir", workdir) / workdirs.CHECKPOINTS
     if not directory.is_dir():
         raise error
     checkpoints = Checkpoints(directory, keep=None)

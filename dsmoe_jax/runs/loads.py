@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsmoe_jax.config import Config
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.model import layout
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.runs import json_files, metrics_log, routing_records
 from dsmoe_jax.runs.routing_records import MANIFEST
 from dsmoe_jax.runs.workdir import METRICS
+from dsmoe_jax.storage.places import place_of
 
 ASSIGNMENTS, GATES = "assignments", "gates"
 
@@ -62,7 +62,7 @@ def read(path: str, config: Config, flag: str, kind: str = ASSIGNMENTS) -> np.nd
     Raises:
       ValueError: if there is no such use, or it is of another model.
     """
-    place = local_path(flag, path)
+    place = place_of(flag, path)
     name = f"{flag}={path}"
     key = KINDS[kind].key
     if place.is_dir():

@@ -55,11 +55,12 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.board import Board
 from dsmoe_jax.runs.wandb_board import WandbBoard
 from dsmoe_jax.runs.workdir import METRICS, TENSORBOARD
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
 
 KERNELS = "kernels"  # the one key whose values are names
 
@@ -77,8 +78,7 @@ class MetricsLog:
         self.path = workdir / METRICS
         self.rows = [row for row in _parse(self.path) if row["step"] <= step]
         _rewrite(self.path, self.rows)
-        # Unbuffered: a written row is safe from a kill, and a full disk is noticed here.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
+        self._file = files.appending(self.path)
         self._boards: list[Board | WandbBoard] = [Board(workdir / TENSORBOARD, step)]
         if wandb is not None:
             self._boards.append(WandbBoard(workdir, wandb))
@@ -97,10 +97,16 @@ class MetricsLog:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
+            if error.strerror is None:  # of a bucket, and named
+                raise
             raise OSError(f"{self.path}: cannot be written: {error.strerror}") from error
         for board in self._boards:
             board.add(row)
         self._failed = False
+
+    def flush(self) -> None:
+        """Makes sure that a kill takes no row; raises like `write`."""
+        self._file.flush()
 
     def close(self) -> None:
         """Flushes and closes both; raises like `write`, unless it has raised already."""
@@ -123,6 +129,9 @@ class NoLog(MetricsLog):
         """Only remembers the row."""
         self.rows.append(row)
 
+    def flush(self) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
 
@@ -133,7 +142,7 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: naming file and line, if one is not a row.
     """
-    return joined(_parse(local_path("--workdir", workdir) / METRICS))
+    return joined(_parse(place_of("--workdir", workdir) / METRICS))
 
 
 def joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

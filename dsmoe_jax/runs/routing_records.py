@@ -16,7 +16,6 @@ Shapes: B sequences of a batch, L MoE layers, S positions, E experts that the ro
 from __future__ import annotations
 
 import itertools
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,12 +25,13 @@ import numpy as np
 
 from dsmoe_jax.config import Config, replace, stage_of, stages_of
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.moe.routers import Router, get_router
 from dsmoe_jax.moe.types import RecordedRouting
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.workdir import ROUTING
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
 
 MANIFEST = "manifest.json"
 TRAIN = "train"
@@ -145,14 +145,9 @@ class Recorder:
         if (chosen != sent).any():
             arrays["chosen_BLSK"] = chosen.astype(small)
         path = _path(self.directory, name, number)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+        path.parent.mkdir(exist_ok=True)
+        with files.replacing(path) as file:
+            np.savez(file, **arrays)
 
 
 class Recording:
@@ -290,7 +285,7 @@ def load(path: Path) -> RecordedRouting:
       ValueError: naming the file, if it is none.
     """
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:  # numpy leaves a damaged one open
+        with path.open("rb") as file, np.load(file) as arrays:  # numpy leaves a damaged one open
             ids = arrays["ids_BLSK"].astype(np.int32)
             sent = arrays["sent_BLSK"].astype(np.int32) if "sent_BLSK" in arrays else ids
             chosen = arrays["chosen_BLSK"].astype(np.int32) if "chosen_BLSK" in arrays else sent
@@ -327,7 +322,7 @@ def for_run(config: Config, fingerprint: str) -> Recording:
     key = f"train.replay_routing={folder!r}"
     recording = Recording(
         key,
-        local_path("train.replay_routing", folder),
+        place_of("train.replay_routing", folder),
         wanted,
         wanted["experts_per_token"],
         all_choices=any(needs(stage.config) == "ids" for stage in stages_of(config)),
@@ -356,7 +351,7 @@ def of_held_out(folder: str, config: Config, fingerprint: str) -> tuple[Recordin
       ValueError: if it is of another size or text, or no such pass.
     """
     key = f"--replay_routing={folder}"
-    path = local_path("--replay_routing", folder)
+    path = place_of("--replay_routing", folder)
     belongs = belongs_to(config, fingerprint)
     wanted = {k: belongs[k] for k in ("layers", "experts", "sequence_length", "corpus")}
     recording = Recording(key, path.parent, wanted, belongs["experts_per_token"])

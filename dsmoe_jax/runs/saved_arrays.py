@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from dsmoe_jax.runs.digests import digest_of_part
+from dsmoe_jax.storage.places import is_address
 
 Index = tuple[slice, ...]
 
@@ -79,7 +80,8 @@ class SavedArrays:
 
 
 def _open(directory: Path, name: str, context: ts.Context | None = None) -> Any:
-    store = {"driver": "ocdbt", "base": f"file://{directory.resolve()}/", "path": f"{name}/"}
+    base = str(directory) if is_address(directory) else f"file://{directory.resolve()}"
+    store = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
     spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open"}
     return ts.open(spec, context=context or ts.Context(), open=True, read=True).result()
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from dsmoe_jax.config import Config, from_saved, tokens_after
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.model import size
-from dsmoe_jax.runs import events, json_files, metrics_log, troubles, workdir
+from dsmoe_jax.runs import claims, events, json_files, metrics_log, troubles, workdir
 from dsmoe_jax.runs.checkpoint import find_damage
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
 
 STATES = {
     "empty": "nothing was trained here",
@@ -98,7 +99,7 @@ def read_status(path: str | Path) -> Status:
     Raises:
       ValueError: if there is no such directory.
     """
-    directory = local_path("--workdir", path)
+    directory = place_of("--workdir", path)
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "no such directory"
         raise ValueError(f"--workdir={path}: {what}; must be the workdir of a run")
@@ -140,7 +141,7 @@ def of_run(
     trained = [row for row in rows if "loss" in row]
     steps = [0, *(row["step"] for row in trained), *(c.step for c in checkpoints)]
     step = max(steps)
-    process = workdir.holder(directory)
+    process = claims.holder(directory)
     finished = evaluation is not None and evaluation["step"] == config.train.steps
     state, says = _state(process, finished, bool(damage), step, bool(rows), log)
     account = size.account(config)
@@ -150,7 +151,7 @@ def of_run(
     validated = [row["validation_loss"] for row in rows if "validation_loss" in row]
     changes = [event["time"] for event in log[-1:]]
     metrics = directory / workdir.METRICS
-    changes += [metrics.stat().st_mtime] if metrics.exists() else []
+    changes += [files.modified(metrics)] if metrics.exists() else []
     scale = "" if config.scale == "paper" else f":{config.scale}"
     status = Status(
         workdir=str(directory),
@@ -238,8 +239,10 @@ def _checkpoints(directory: Path) -> tuple[tuple[Checkpoint, ...], list[str]]:
             broken.append(f"{workdir.CHECKPOINTS}/{path.name}: {damage}")
             continue
         try:
-            n_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Checkpoint(int(path.name), path.stat().st_mtime, n_bytes))
+            if not files.is_whole(path):  # it is being written
+                continue
+            n_bytes = sum(files.sizes(path).values())
+            found.append(Checkpoint(int(path.name), files.modified(path), n_bytes))
         except FileNotFoundError:  # the run has just pruned it
             continue
     return tuple(sorted(found, key=lambda checkpoint: checkpoint.step)), broken

@@ -17,17 +17,20 @@ from typing import Any
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.board import scalars
 from dsmoe_jax.runs.workdir import CONFIG
+from dsmoe_jax.storage.places import is_address
 
 FOLDER = "wandb"
 _ID = "run_id.txt"
 
 
-def check(project: str) -> None:
-    """Refuses a project where the package is not installed.
+def check(project: str, workdir: str) -> None:
+    """Refuses a project where the package is not installed, or its files cannot lie.
 
     Raises:
-      ValueError: naming the extra.
+      ValueError: naming the extra, or what the workdir must be.
     """
+    if is_address(workdir):
+        raise ValueError(f"--wandb={project}: needs a --workdir in a file system, not {workdir}")
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"--wandb={project}: the package is missing; pip install 'dsmoe_jax[wandb]' brings it"

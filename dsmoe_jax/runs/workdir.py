@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dsmoe_jax.config import (
     Config,
@@ -37,14 +34,16 @@ from dsmoe_jax.config import (
     trees,
 )
 from dsmoe_jax.config.mesh import AXES
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.config.train import SpikesConfig
 from dsmoe_jax.data.opening import locate
 from dsmoe_jax.data.own_text import located
 from dsmoe_jax.data.tokenizer import Tokenizer
 from dsmoe_jax.moe.routers import get_router
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.runs import json_files
+from dsmoe_jax.runs import claims, json_files
+from dsmoe_jax.runs.claims import LOCK
+from dsmoe_jax.runs.claims import InUse as InUse
+from dsmoe_jax.storage.places import place_of
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -56,7 +55,6 @@ ROUTING = "routing"
 HISTORY = "history"
 SURGERY = "surgery.json"
 ANALYSIS = "analysis"
-_LOCK = ".lock"
 # May change where the text is the same, which `train` looks at: the corpus has moved.
 MOVED = "data.corpus"
 
@@ -111,10 +109,6 @@ def _competes(stage: Stage) -> bool:
     return bool(moe.drop or moe.evaluation_drop or get_router(moe)[0].competes)
 
 
-class InUse(ValueError):
-    """Another process holds the workdir."""
-
-
 GoOn = Callable[[Path, Config, Config], None]  # (directory, config there, config here)
 
 
@@ -122,7 +116,7 @@ GoOn = Callable[[Path, Config, Config], None]  # (directory, config there, confi
 def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Iterator[Path]:
     """Makes or re-enters a workdir and keeps every other trainer out of it meanwhile.
 
-    Of several processes of one run the first does so, on a file system that all share.
+    Of several processes of one run the first does so, where all of them see it.
 
     Args:
       workdir: of the run.
@@ -134,7 +128,7 @@ def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Ite
       ValueError: if it cannot be written, is another program's directory or holds a run with
         another config, and `InUse`.  Nothing in it was changed then.
     """
-    directory = local_path("--workdir", workdir)
+    directory = place_of("--workdir", workdir)
     with contextlib.ExitStack() as claimed:
         hosts.on_first(lambda: claimed.enter_context(_claimed(directory, config, go_on)))
         yield directory
@@ -144,14 +138,7 @@ def claim(workdir: str | Path, config: Config, go_on: GoOn | None = None) -> Ite
 def _claimed(directory: Path, config: Config, go_on: GoOn | None) -> Iterator[None]:
     _refuse_foreign(directory)
     config = with_absolute_paths(config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: closing it has nothing left to write, which could fail.
-        lock = open(directory / _LOCK, "a+b", buffering=0)  # noqa: SIM115 - held below
-    except OSError as error:
-        raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
-    with lock:
-        _take(lock, directory)
+    with claims.held(directory):
         if _has_begun(directory):  # a run that never took a step holds nothing to lose
             _refuse_other(directory, config, CHANGES_BY_STEP if go_on else frozenset())
             there = read_config(directory)
@@ -161,48 +148,6 @@ def _claimed(directory: Path, config: Config, go_on: GoOn | None) -> Iterator[No
             config = replace(config, **{MOVED: there.data.corpus})
         _write_config(directory, config)
         yield
-
-
-def _take(lock: BinaryIO, directory: Path) -> None:
-    """Locks a workdir for this process, and notes which one it is."""
-    try:
-        _lock(lock)
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
-    except BlockingIOError:
-        lock.seek(0)
-        process = lock.read().decode(errors="replace").strip() or "unknown"
-        raise InUse(
-            f"--workdir={directory}: in use by process {process};"
-            " wait for it or choose another directory"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
-
-
-def _lock(lock: BinaryIO, seconds: float = 0.2) -> None:
-    """Locks a file; tries again for a moment, since `holder` looks with a lock of its own."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(seconds / 10)
-
-
-def holder(directory: Path) -> str | None:
-    """The process that trains in a workdir now, by its number; None if there is none."""
-    try:
-        with open(directory / _LOCK, "rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return lock.read().decode(errors="replace").strip() or "unknown"
-    except OSError:  # there is no lock, or it cannot be read
-        pass
-    return None
 
 
 def read_config(workdir: str | Path, key: str | None = None) -> Config:
@@ -217,7 +162,7 @@ def read_config(workdir: str | Path, key: str | None = None) -> Config:
     Raises:
       ValueError: if there is none, or it cannot be read.
     """
-    path = local_path("--workdir", workdir) / CONFIG
+    path = place_of("--workdir", workdir) / CONFIG
     if not path.exists():
         key = key or f"--workdir={path.parent}"
         raise ValueError(f"{key}: holds no run (there is no {CONFIG})")
@@ -267,8 +212,13 @@ def with_absolute_paths(config: Config) -> Config:
     for key in _PATHS:
         if values.get(key) is not None:  # no key of a section that is None has a value
             is_text = key == "data.validation"  # it may be a dataset
-            paths[key] = located(values[key], key) if is_text else str(local_path(key, values[key]))
+            locate_one = located if is_text else _place
+            paths[key] = locate_one(values[key], key)
     return replace(config, **paths)
+
+
+def _place(written: str, key: str) -> str:
+    return str(place_of(key, written))
 
 
 def read_evaluation(workdir: str | Path, *needed: str) -> dict[str, Any] | None:
@@ -281,7 +231,7 @@ def read_evaluation(workdir: str | Path, *needed: str) -> dict[str, Any] | None:
     Raises:
       ValueError: naming the file, if it is damaged.
     """
-    path = Path(workdir) / EVALUATION
+    path = place_of("--workdir", workdir) / EVALUATION
     if not path.exists():
         return None
     found = json_files.read(path, null_is_nan=True)
@@ -305,7 +255,7 @@ def _refuse_foreign(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise ValueError(f"--workdir={directory}: is a file; must be a directory")
-    ours = {_LOCK, f".{CONFIG}.tmp"}  # left by a run that was killed before its config was written
+    ours = {LOCK, f".{CONFIG}.tmp"}  # left by a run that was killed before its config was written
     foreign = sorted(p.name for p in directory.iterdir() if p.name not in ours)
     if foreign:
         raise ValueError(

@@ -11,7 +11,6 @@ Nothing is left half-written, and the old workdir does not change.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +20,14 @@ import numpy as np
 import optax
 
 from dsmoe_jax.config import Config, to_config_dict
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.hf.workdirs import KEPT
 from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import json_files, loading, new_directory
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
 from dsmoe_jax.surgery import OPERATIONS, Outcome, Subject
 from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.optimizer import optimizer_of
@@ -131,12 +131,12 @@ def operate(
         "operation": name,
         "options": dict(options),
         "moments": moments,
-        "from": str(local_path(_FROM, workdir)),
+        "from": str(place_of(_FROM, workdir)),
         "step": source.step,
         "report": outcome.report,
     }
     with new_directory.beside(place) as made:
-        _write(made, local_path(_FROM, workdir), outcome.config, entry)
+        _write(made, place_of(_FROM, workdir), outcome.config, entry)
         checkpoints = Checkpoints(made / workdirs.CHECKPOINTS, keep=1)
         # An interrupt waits for the arrays on their way, or they would come back after the removal.
         with contextlib.closing(checkpoints):
@@ -191,9 +191,9 @@ def _write(made: Path, source: Path, config: Config, entry: dict[str, Any]) -> N
     config = workdirs.with_absolute_paths(config)
     json_files.write(made / workdirs.CONFIG, to_config_dict(config).to_dict())
     if (source / workdirs.TOKENIZER).is_file():
-        shutil.copyfile(source / workdirs.TOKENIZER, made / workdirs.TOKENIZER)
+        files.copy(source / workdirs.TOKENIZER, made / workdirs.TOKENIZER)
     if (source / KEPT).is_dir():
-        shutil.copytree(source / KEPT, made / KEPT)
+        files.copy_tree(source / KEPT, made / KEPT)
     json_files.write(made / workdirs.SURGERY, {"operations": [*history(source), entry]})
 
 

@@ -20,13 +20,13 @@ from typing import Any
 
 from dsmoe_jax.config import Config, replace, stages_of
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data import opening
 from dsmoe_jax.data.mixture import mixture_of
 from dsmoe_jax.moe.routers import ROUTERS
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs import workdir as workdirs
+from dsmoe_jax.storage.places import place_of
 from dsmoe_jax.training import freezing
 
 
@@ -47,7 +47,7 @@ def _tokenizer(config: Config) -> Config:
     wanted = start is not None and config.data.tokenizer is None
     if not wanted or not opening.is_unprepared_chat(config.data):
         return config
-    file = local_path("train.start_from", str(start)) / workdirs.TOKENIZER
+    file = place_of("train.start_from", str(start)) / workdirs.TOKENIZER
     return replace(config, **{"data.tokenizer": str(file)}) if file.exists() else config
 
 
@@ -71,7 +71,7 @@ def _experts(config: Config) -> Config:
     if name is None:
         return config
     key = "train.trainable.most_used_in"
-    path = local_path(key, name)
+    path = place_of(key, name)
     require(path.is_file(), key, name, "no such file; evaluate --out=FILE writes one")
     load = json_files.read(path).get("load")
     require(_is_load(load), key, name, "has no load by layer; must be results of evaluate --out")

@@ -520,10 +520,15 @@ class _Trainer:
                 extra["spikes"] = decided
             if self.teacher is not None:
                 extra["teacher"] = self.teacher.identity
+            self._keep_rows()  # the run may go on from here, and would not write them again
             self.checkpoints.save(step, to_items(state), extra, self._best_steps())
             self.saved_step = step
             self.save_timer.saved(time.perf_counter() - began)
             self.journal.add(events.CHECKPOINT)
+
+    def _keep_rows(self) -> None:
+        assert self.log is not None
+        self.log.flush()
 
     def _best_steps(self) -> list[int]:
         """The steps before this one with the lowest held-out loss, as many as are to be kept."""
@@ -565,6 +570,7 @@ class _Trainer:
             assert self.log is not None
             found = self.tables.compute(step, text)
             self.log.write({"step": step, **over_training.row(found)})
+            self._keep_rows()
             self.tables.finish(step, found)
 
         hosts.on_first(write)
@@ -585,6 +591,7 @@ class _Trainer:
                 self.journal.add(events.EVALUATION, loss=result["loss"])
             self.clock.restart()
             if last:
+                self._keep_rows()
                 self.checkpoints.wait()
             if last and hosts.is_first():
                 path = self.directory / workdirs.EVALUATION

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from dsmoe_jax.storage import files
+
 # Steps of a call before the first one that is traced: compilation, and caches that fill.
 WARM_UP = 3
 
@@ -40,6 +42,7 @@ class Profiler:
         self._message = message
         self._steps = range(0)
         self._running = False
+        self._written = contextlib.ExitStack()  # what is traced, where it belongs
         if n_steps is None:
             return
         left = last - first - WARM_UP
@@ -61,7 +64,8 @@ class Profiler:
             return contextlib.nullcontext()
         if not self._running:
             jax.block_until_ready(before)
-            jax.profiler.start_trace(self._directory)
+            folder = self._written.enter_context(files.local_stand_in(self._directory))
+            jax.profiler.start_trace(folder)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
@@ -76,5 +80,6 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            self._written.close()
             first, last = self._steps[0], self._steps[-1]
             self._message(f"profile of steps {first} to {last}: xprof --logdir={self._directory}")

@@ -18,7 +18,6 @@ from flax import nnx
 
 from dsmoe_jax.config import Config
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_corpus, check_same_tokenizer
 from dsmoe_jax.model.build import ModelState, build_model, model_shapes
@@ -27,6 +26,7 @@ from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import loading
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import MODEL, Checkpoints, target
+from dsmoe_jax.storage.places import place_of
 from dsmoe_jax.training import router_state, spikes
 from dsmoe_jax.training.freezing import Freezing
 from dsmoe_jax.training.optimizer import optimizer_of
@@ -144,7 +144,7 @@ def check_start_from(config: Config) -> None:
     """
     if config.train.start_from is None:
         return
-    workdir = local_path("train.start_from", config.train.start_from)
+    workdir = place_of("train.start_from", config.train.start_from)
     key = _key(config)
     began = workdirs.read_config(workdir, key).model
     if began.moe.quantised is not None:

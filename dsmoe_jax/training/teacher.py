@@ -14,7 +14,6 @@ import jax
 
 from dsmoe_jax.config import Config, ModelConfig, stage_of
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.data.corpus import Corpus
 from dsmoe_jax.data.opening import check_same_tokenizer
 from dsmoe_jax.model.block import compute_dtype
@@ -24,6 +23,7 @@ from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs import loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.digests import digests
+from dsmoe_jax.storage.places import place_of
 
 TEACHER = "train.distillation.teacher"  # key of the config
 
@@ -52,7 +52,7 @@ def teacher_model(config: Config) -> ModelConfig | None:
     if section is None:
         return None
     key = f"{TEACHER}={section.teacher!r}"
-    workdir = local_path(TEACHER, str(section.teacher))
+    workdir = place_of(TEACHER, str(section.teacher))
     there = workdirs.read_config(workdir, key)
     with loading.saved_checkpoints(workdir, key) as checkpoints:
         step = checkpoints.steps()[-1]
@@ -121,7 +121,7 @@ def load_teacher(config: Config, corpus: Corpus) -> Teacher | None:
     section = config.train.distillation
     assert section is not None
     key = f"{TEACHER}={section.teacher!r}"
-    workdir = local_path(TEACHER, str(section.teacher))
+    workdir = place_of(TEACHER, str(section.teacher))
     loaded = loading.load_model_state(workdir, model_shapes(model), key=key)
     check_same_tokenizer(corpus, loaded.extra["tokenizer"], key)
     bits = json.dumps(digests(loaded.state)).encode()

@@ -16,20 +16,20 @@ RECORD = "evaluate --max_batches=1 --batch_size=2 --workdir=RUN --moved_corpus=H
 
 # Command line -> what its one line says; None: it succeeds.
 CASES = {
-    f"{TRAIN} --workdir=gs://bucket/x": "--workdir=gs://bucket/x: must be a path of a mounted",
+    f"{TRAIN} --workdir=s3://bucket/x": "--workdir=s3://bucket/x: must be a path of a mounted",
     f"{TRAIN} --workdir=~/x --config.data.corpus=s3://b/x": "data.corpus=s3://b/x: must be a path",
-    f"{TRAIN} --workdir=~/x --config.train.start_from=gs://b/x": "train.start_from=gs://b/x: must",
+    f"{TRAIN} --workdir=~/x --config.train.start_from=s3://b/x": "train.start_from=s3://b/x: must",
     "train --workdir=~/x --config=gs://b/x.py:demo": "config=gs://b/x.py:demo: must be a path",
     f"prepare_data --out=gs://b/x --corpus=stdlib {SIZES}": "--out=gs://b/x: must be a path",
     f"prepare_data --out=~/x --corpus=https://x/y.txt {SIZES}": "--corpus=https://x/y.txt: must",
-    "evaluate --workdir=gs://b/x": "--workdir=gs://b/x: must be a path",
-    "evaluate --workdir=RUN --corpus=gs://b/x": "--corpus=gs://b/x: must be a path",
+    "evaluate --workdir=s3://b/x": "--workdir=s3://b/x: must be a path",
+    "evaluate --workdir=RUN --corpus=s3://b/x": "--corpus=s3://b/x: must be a path",
     f"{RECORD} --record_routing=gs://b/x": "--record_routing=gs://b/x: must be a path",
-    f"{RECORD} --replay_routing=gs://b/x": "--replay_routing=gs://b/x: must be a path",
+    f"{RECORD} --replay_routing=s3://b/x": "--replay_routing=s3://b/x: must be a path",
     "evaluate --workdir=RUN": "gone': the text of the run is not there any more; say where",
-    "generate --workdir=gs://b/x --prompt=a": "--workdir=gs://b/x: must be a path",
+    "generate --workdir=s3://b/x --prompt=a": "--workdir=s3://b/x: must be a path",
     "plot_load --workdir=RUN --out=gs://b/x.png": "--out=gs://b/x.png: must be a path",
-    "plot_load --workdir=gs://b/x --out=x.png": "--workdir=gs://b/x: must be a path",
+    "plot_load --workdir=s3://b/x --out=x.png": "--workdir=s3://b/x: must be a path",
     "plot_load --workdir=~/run --out=~/load.svg": None,
     f"{RECORD} --record_routing=~/routing --json": None,
     "generate --workdir=~/run --prompt=a --max_new_tokens=1": None,
@@ -78,4 +78,4 @@ def test_places(results, case):
 def test_what_is_written_lies_at_home(results, home):
     made = {path.name for path in home.iterdir()}
     assert {"load.svg", "routing"} <= made
-    assert not {"~", "x", "gs:"} & made
+    assert not {"~", "x", "gs:", "s3:"} & made

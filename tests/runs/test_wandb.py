@@ -80,7 +80,7 @@ def test_offline(tmp_path, monkeypatch):
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^--wandb=moe: .* pip install 'dsmoe_jax\[wandb\]'"):
-        wandb_board.check("moe")
+        wandb_board.check("moe", "runs/moe")
 
 
 def test_the_command_takes_it(tmp_path):

@@ -125,7 +125,7 @@ class TestWorkdir:
         assert not differences(read_config(run), tiny_config())
         assert capsys.readouterr().err == ""
 
-    @pytest.mark.parametrize("address", ["gs://bucket/x", "s3://bucket/x"])
+    @pytest.mark.parametrize("address", ["hdfs://host/x", "s3://bucket/x"])
     def test_in_storage_that_is_no_file_system(self, tmp_path, tiny_config, monkeypatch, address):
         """Refused for every path, before anything is written."""
         monkeypatch.chdir(tmp_path)

@@ -1,0 +1,1 @@
+"""Files of a run where several machines see them: on a mounted file system, or in a bucket."""
