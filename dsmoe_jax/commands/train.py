@@ -31,6 +31,11 @@ Beside the text a run may learn from a trained model, as a dense student of a mi
 Where the time of a step goes, by the parts of the model: --profile=5 traces five steps, see
 docs/profiles.md.
 
+On more than one device a self-check comes first: one tiny step of the run's router, dispatcher and
+expert backend on its mesh, beside the dense loop on one device.  A wrong value or gradient ends the
+run before it writes anything, with the devices and the leg that are wrong; --noself_check leaves it
+out.  In every step rows sent must be rows computed and dropped, and every balance bias must move.
+
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
 for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
@@ -49,6 +54,12 @@ command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
 _GO_BACK = flags.DEFINE_bool("go_back", False, "Leave the steps that another config changes.")
 _PROFILE = flags.DEFINE_integer("profile", None, "Trace so many steps for xprof.", lower_bound=1)
+_SELF_CHECK = flags.DEFINE_bool(
+    "self_check",
+    None,
+    "First compare one tiny step of router, dispatcher and experts on these devices with the dense"
+    " loop; by default on more than one.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "Join the processes on other hosts; by default if Slurm or GKE say so."
 )
@@ -64,7 +75,13 @@ def main() -> None:
     config = command_line.config()  # an error is raised before other processes wait for this one
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-    result = train(config, _WORKDIR.value, go_back=_GO_BACK.value, profile=_PROFILE.value)
+    result = train(
+        config,
+        _WORKDIR.value,
+        go_back=_GO_BACK.value,
+        profile=_PROFILE.value,
+        self_check=_SELF_CHECK.value,
+    )
     held_out = result.evaluation
     if hosts.is_first():
         before = held_out.get("before")

@@ -28,6 +28,7 @@ from dsmoe_jax.runs import going_on, json_files, loading, routing_records
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
+from dsmoe_jax.training import invariants
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import open_mesh
@@ -43,6 +44,7 @@ from dsmoe_jax.training.rows import (
     training_row,
     validation_row,
 )
+from dsmoe_jax.training.self_check import self_check as check_devices
 from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
 from dsmoe_jax.training.step import StepMetrics
@@ -83,6 +85,7 @@ def train(
     progress: bool = True,
     go_back: bool = False,
     profile: int | None = None,
+    self_check: bool | None = None,
 ) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
@@ -95,9 +98,12 @@ def train(
       progress: whether to show a progress line on stderr.
       go_back: whether steps that have been made may be left for the last one before the change.
       profile: how many steps to trace, see profiling.py; None is none.
+      self_check: whether one tiny step is compared with the dense loop first, see self_check.py;
+        None: on more than one device.
 
     Raises:
-      ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
+      ValueError: for a config, corpus or workdir that cannot be used, devices that compute
+        something else than the dense loop, `NonFinite` and `Violated`.
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
@@ -111,6 +117,9 @@ def train(
     with jax.set_mesh(mesh):
         check_kernels(config)  # before anything is written
         check_teacher_on_mesh(config)
+    if mesh.size > 1 if self_check is None else self_check:
+        line.note("self-check")
+        line.message(f"{config.name}: {check_devices(config, mesh)}")
     with jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
@@ -285,7 +294,9 @@ class _Trainer:
         metrics, signum = jax.device_get((metrics, vote))
         self.interrupts.hear(int(signum))
         if (found := first_non_finite(metrics)) is not None:
-            raise NonFinite(self._non_finite(step, *found))
+            raise NonFinite(self._stopped(step, "{}={}".format(*found)))
+        if (broken := invariants.violation(metrics)) is not None:
+            raise invariants.Violated(self._stopped(step, broken))
         self.running_load.add(metrics)
         self.checkpoints.check()
         if self.recorder is not None:
@@ -437,11 +448,11 @@ class _Trainer:
         name = routing_records.validation_name(step)
         return self.now.held_out.measure(state.params, state.other, stop_if_asked, name)
 
-    def _non_finite(self, step: int, name: str, value: float) -> str:
+    def _stopped(self, step: int, why: str) -> str:
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
         good = f"step {saved[-1]}, in {self.checkpoints.directory}" if saved else "none"
         return (
-            f"step {step}: {name}={value}; stopped. Last good checkpoint: {good}; see --help for"
+            f"step {step}: {why}; stopped. Last good checkpoint: {good}; see --help for"
             " how to go on past a spike"
         )

@@ -53,6 +53,7 @@ class StepMetrics(NamedTuple):
       recorded: routing of the global batch, (L, B, S, K), if the run records it.
       ahead: sums of multi-token prediction, by module; None without it.
       distilled: sums of the differences from a teacher; None without one.
+      biases: routers whose balance bias moved, and had to; None without, or where it is frozen.
     """
 
     loss: jax.Array
@@ -67,6 +68,7 @@ class StepMetrics(NamedTuple):
     recorded: RecordedRouting | None
     ahead: AheadSums | None = None
     distilled: Distilled | None = None
+    biases: router_state.Biases | None = None
 
 
 class TrainStep(Protocol):
@@ -132,6 +134,8 @@ def make_train_step(
         if totals.router is not None and freezing.moves_router:
             load_LE = totals.router.load_of_choices
             other = router_state.after_step(other, load_LE, progress, config.model)
+            biases = router_state.count_moved(state.other, other, load_LE, progress, config.model)
+            metrics = metrics._replace(biases=biases)
         return TrainState(state.step + 1, params, opt_state, other), metrics
 
     return train_step

@@ -86,9 +86,10 @@ def test_two_processes_stopped_and_frozen_at_random_do_what_one_does(
     code, said = run.trainers[victim].end(PATIENCE)
     assert code not in (0, None), (victim, said)
 
-    run = Run(launcher, run.workdir, 2)
+    run = Run(launcher, run.workdir, 2, self_check=True)
     codes, said = run.end()
     assert codes == [0, 0], said
+    assert "self-check: router topk, dispatcher local, experts loop in float32 on fsdp 2" in said[0]
     assert numbers(run) == numbers(undisturbed)
     assert_same_routing(run.workdir, undisturbed.workdir)
     assert_same_tables(run.workdir, undisturbed.workdir)

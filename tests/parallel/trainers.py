@@ -56,10 +56,19 @@ class Run:
       workdir: a new one, or that of a run that is to go on.
       n: processes.
       changes: of the config, as on the command line but for `--config.`.
+      self_check: whether they compare themselves with the dense loop first, which takes seconds.
     """
 
-    def __init__(self, launcher: Launcher, workdir: Path, n: int, *changes: str):
+    def __init__(
+        self,
+        launcher: Launcher,
+        workdir: Path,
+        n: int,
+        *changes: str,
+        self_check: bool = False,
+    ):
         self.workdir, more = workdir, [f"--config.{change}" for change in changes]
+        more.append("--self_check" if self_check else "--noself_check")
         self.trainers = [
             launcher.start(arguments + more, n) for arguments in launcher.commands(workdir, n)
         ]
