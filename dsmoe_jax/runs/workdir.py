@@ -68,6 +68,7 @@ _PATHS = (
 # but for the order in which they are added up.  Other hardware needs another mesh, and a mesh needs
 # other micro-batches and buffers: to divide the batch, and to fit.
 _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
+    "mesh.slices",
     "model.remat",
     "model.moe.dispatch.chunks",
     "train.accumulation_steps",

@@ -99,12 +99,13 @@ def test_two_processes_stopped_and_frozen_at_random_do_what_one_does(
 def test_four_processes_of_which_one_is_killed_where_two_go_on(
     launcher, tmp_path, moment, undisturbed
 ):
-    """SIGKILL of one ends all others in time.
+    """SIGKILL of one ends all others in time; the four are two slices of two.
 
     Two processes go on where four were: on half of the devices, without expert parallelism, in
     twice as many micro-batches, with the same losses to float32 rounding.
     """
-    run, victim = Run(launcher, tmp_path / "run", 4), moment.randint(0, 3)
+    sliced = ("mesh.slices=2", "mesh.data=2", "mesh.fsdp=1")
+    run, victim = Run(launcher, tmp_path / "run", 4, *sliced), moment.randint(0, 3)
     run.wait_for_row(moment.randint(3, 9))
     run.wait_for_checkpoint()
     run.trainers[victim].send(signal.SIGKILL)
