@@ -209,7 +209,7 @@ def _arrays(model: ModelConfig, dtype: jnp.dtype, b: int) -> tuple[nnx.GraphDef,
     tables = router_state.first_values(model, lambda: np.ones(model.vocab_size, np.int64))
 
     def variable(path: tuple, x: Any) -> np.ndarray:
-        name = sharding.parameter_name(path)
+        name = str(sharding.parameter_name(path))
         if name in tables:
             return np.asarray(tables[name])
         if jnp.issubdtype(x.dtype, jnp.floating):
@@ -217,25 +217,23 @@ def _arrays(model: ModelConfig, dtype: jnp.dtype, b: int) -> tuple[nnx.GraphDef,
         return np.asarray(first[name])
 
     router, settings = routers.get_router(moe)
-    first = (
-        {}
-        if router.state is None
-        else router.state.first(dataclasses.replace(settings, vocab_size=model.vocab_size))
-    )
+    first = {}
+    if router.state is not None:
+        first = router.state.first(dataclasses.replace(settings, vocab_size=model.vocab_size))
     params = jax.tree.map(weight, params)
     other = jax.tree.map_with_path(variable, other)
     s = _tokens_of_a_part(moe)
     x_BSD = normal(b, s, model.hidden_size).astype(dtype)
     dy_BSD = normal(b, s, model.hidden_size).astype(dtype)
     valid_BS = np.arange(s) < np.where(np.arange(b) % 3 == 2, s - s // 4, s)[:, None]  # and padding
-    inputs = MoEInputs(
-        token_ids_BS=rng.integers(0, model.vocab_size, (b, s), np.int32),
-        valid_BS=valid_BS,
-        sequence_ids_B=np.arange(b, dtype=np.int32),
-        replayed=_recording(moe, router, rng, (b, s)) if router.needs_recording else None,
-        task_ids_BS=rng.integers(0, max(1, len(moe.router.tasks)), (b, s), np.int32),
-    )
-    return graph, _Arrays(params, other, x_BSD, dy_BSD, inputs)
+    on_host: dict[str, Any] = {
+        "token_ids_BS": rng.integers(0, model.vocab_size, (b, s), np.int32),
+        "valid_BS": valid_BS,
+        "sequence_ids_B": np.arange(b, dtype=np.int32),
+        "replayed": _recording(moe, router, rng, (b, s)) if router.needs_recording else None,
+        "task_ids_BS": rng.integers(0, max(1, len(moe.router.tasks)), (b, s), np.int32),
+    }
+    return graph, _Arrays(params, other, x_BSD, dy_BSD, MoEInputs(**on_host))
 
 
 def _recording(moe: MoEConfig, router: Any, rng: Any, shape: tuple[int, int]) -> RecordedRouting:
@@ -311,6 +309,7 @@ def _step_on_one_device(graph: nnx.GraphDef, arrays: _Arrays, moe: MoEConfig) ->
         arrays: _Arrays, dy_BSD: jax.Array, recorded: RecordedRouting
     ) -> tuple[dict[str, Any], jax.Array]:
         by_token = _by_token(arrays.inputs)
+        valid_T1 = by_token.valid_T[:, None]  # pyright: ignore[reportOptionalSubscript]
 
         def apply(params: Any, x_BSD: jax.Array) -> Any:
             layer = nnx.merge(graph, params, arrays.other)
@@ -319,7 +318,7 @@ def _step_on_one_device(graph: nnx.GraphDef, arrays: _Arrays, moe: MoEConfig) ->
             kept_TK = recorded.ids.reshape(routing.ids_TK.shape) < moe.n_choices
             kept = unassign(routing, kept_TK, moe.n_choices)
             y_TD = dense_loop(x_TD, kept, layer.expert_weights(), moe)
-            sent_TK = jnp.where(by_token.valid_T[:, None], routing.ids_TK, moe.n_choices)
+            sent_TK = jnp.where(valid_T1, routing.ids_TK, moe.n_choices)
             return y_TD.reshape(x_BSD.shape), (sent_TK, kept.gates_TK)
 
         y_BSD, pull, routing = jax.vjp(apply, arrays.params, arrays.x_BSD, has_aux=True)
@@ -367,7 +366,7 @@ def dense_loop(
     """
     activation = form_of(moe.expert).activation
 
-    def gate_of(i: jax.Array) -> jax.Array:
+    def gate_of(i: jax.Array | int) -> jax.Array:
         return jnp.where(routing.ids_TK == i, routing.gates_TK, 0.0).sum(axis=1)[:, None]
 
     @jax.checkpoint  # else the scan keeps every expert's rows of every token

@@ -10,6 +10,7 @@ from configs import dsmoe_16b
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.config.mesh import MeshConfig, across_slices
 from dsmoe_jax.hardware.chips import CHIPS
+from dsmoe_jax.parallel import mesh
 from dsmoe_jax.parallel.mesh import make_mesh, slices_of
 from dsmoe_jax.planning import planner
 from dsmoe_jax.training.start import state_shapes
@@ -67,13 +68,21 @@ def test_the_outer_axes_cross():
     assert across_slices(sizes, 3) == {"data": 3, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
+def test_two_axes_that_cross():
+    """Of each axis the part across slices comes first, as for stages of a pipeline beside data."""
+    slices = slices_of(chips(8), 4)
+    arranged = mesh._arranged(slices, inner=(2, 1), outer=(2, 2))
+    of_slice = np.vectorize(lambda device: device.id // 2)(arranged)
+    np.testing.assert_array_equal(of_slice, [[0, 1], [0, 1], [2, 3], [2, 3]])
+
+
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_data_goes_from_slice_to_slice_and_the_rest_stays(sizes):
     """Whatever the order of the devices.  That a step is the same: test_meshes and test_hosts."""
-    mesh = make_mesh(MeshConfig(**sizes, slices=2), jax.devices()[::-1])
-    assert mesh.shape == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes
-    halves = [{d.id for d in half.flat} for half in np.split(mesh.devices, 2)]
+    two = make_mesh(MeshConfig(**sizes, slices=2), jax.devices()[::-1])
+    assert two.shape == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes
+    halves = [{d.id for d in half.flat} for half in np.split(two.devices, 2)]
     assert halves == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     one = make_mesh(MeshConfig(**sizes), jax.devices()[::-1])
     assert {d.id for d in np.split(one.devices, 2)[0].flat} == {4, 5, 6, 7}, "as they are listed"

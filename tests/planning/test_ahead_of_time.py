@@ -210,5 +210,6 @@ def test_a_small_step_compiles_for_two_slices():
         assert report[key] > measured / 1.5, (key, "good news: lower the bound")
     assert report["mfu"][0] <= report["mfu"][1] <= 1
     overlap = report["overlap"]
-    assert overlap["exchanges"] == overlap["asynchronous"] == overlap["with_compute"] == 6
+    # Six for one slice and nine in the program for two, of the same bytes in all.
+    assert overlap["exchanges"] == overlap["asynchronous"] == overlap["with_compute"] == 9
     assert overlap["with_shared_experts"] > 0
