@@ -7,6 +7,8 @@ python -m dsmoe_jax aot --config=configs/dsmoe_16b.py --topology=v5p:4x4x4
 python -m dsmoe_jax aot --config=configs/dsmoe_2b.py --topology=v5e:4x4 --json \\
     --config.mesh.data=2 --config.mesh.fsdp=8 --config.train.accumulation_steps=32
 
+Several such slices, with the data-centre network between them: --config.mesh.slices=2.
+
 The mesh is that of the config; if the config has none, the command `plan` proposes it.  Of a run in
 stages it is the step with the most FLOPs.  Needs pip install 'dsmoe_jax[tpu]'.  A step that does
 not fit is an error that gives the numbers.

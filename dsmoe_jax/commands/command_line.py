@@ -148,8 +148,9 @@ def run(
     """Parses the flags, runs `main` and exits.
 
     Exit code 0 if `main` returned; 2, with one line on stderr, for a wrong command line and for a
-    `ValueError` or `OSError` (both mean bad input; `--traceback` shows where); 130 for Ctrl-C; 141
-    if the reader of its output has left.  Any other exception is a bug and keeps its traceback.
+    `ValueError` or `OSError` (both mean bad input; `--traceback` shows where), unless the error has
+    an `exit_code` (75: another process of the run ended); 130 for Ctrl-C; 141 if the reader of its
+    output has left.  Any other exception is a bug and keeps its traceback.
 
     Args:
       main: the command.
@@ -172,9 +173,10 @@ def run(
         line = " ".join(str(error).split()) or type(error).__name__
         with contextlib.suppress(OSError):  # the disk that is full may be that of stderr
             print(f"error: {line}", file=sys.stderr, flush=True)
+        code = getattr(error, "exit_code", 2)
         if isinstance(error, hosts.OnlyHere):
-            os._exit(2)
-        sys.exit(2)
+            os._exit(code)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)

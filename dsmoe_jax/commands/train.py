@@ -40,6 +40,11 @@ docs/profiles.md.
 
 The workdir and the corpus may be in a bucket, --workdir=gs://bucket/run, see docs/pods.md.
 
+On more than one device a self-check comes first: one tiny step of the run's router, dispatcher and
+expert backend on its mesh, beside the dense loop on one device.  A wrong value or gradient ends the
+run before it writes anything, with the devices and the leg that are wrong; --noself_check leaves it
+out.  In every step rows sent must be rows computed and dropped, and every balance bias must move.
+
 On several hosts the same command is started once a host, with a workdir that all of them see.
 Slurm and GKE are recognised; on TPU VMs say --distributed, elsewhere (two processes on one machine,
 for example) --coordinator_address, --num_processes and --process_id.  See docs/pods.md.
@@ -68,6 +73,12 @@ _REPORT_EVERY = flags.DEFINE_float(
 _WANDB = flags.DEFINE_string(
     "wandb", None, "Project of Weights & Biases, which gets the numbers too (extra: wandb)."
 )
+_SELF_CHECK = flags.DEFINE_bool(
+    "self_check",
+    None,
+    "First compare one tiny step of router, dispatcher and experts on these devices with the dense"
+    " loop; by default on more than one.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "Join the processes on other hosts; by default if Slurm or GKE say so."
 )
@@ -93,6 +104,7 @@ def main() -> None:
         profile=_PROFILE.value,
         watch=watch,
         wandb=_WANDB.value,
+        self_check=_SELF_CHECK.value,
     )
     held_out = result.evaluation
     if hosts.is_first():

@@ -6,10 +6,14 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 from dsmoe_jax.config.checks import require
 
 AXES = ("data", "fsdp", "expert", "tensor")  # neighbours in `tensor` are the closest devices
+# Axes that may cross the network between slices, those that send the least first: a pipeline hands
+# on activations, replicas sum their gradients once a step.  The other axes stay within a slice.
+ACROSS_SLICES = tuple(axis for axis in ("stage", "data") if axis in AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +24,16 @@ class MeshConfig:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    # Groups of devices with a fast network inside, and the data-centre network between them: slices
+    # of TPUs, servers of GPUs.  -1: of TPUs as many as they say themselves, of others one.
+    slices: int = -1
     # Meshes for other numbers of devices, the first that fits is taken: ("data=1,fsdp=4",
     # "data=1,fsdp=2,accumulation_steps=2").  Fewer devices may need more micro-batches.
     fallbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        want = "must be > 0, or -1 for what the devices say"
+        require(self.slices > 0 or self.slices == -1, "mesh.slices", self.slices, want)
         free = [axis for axis in AXES if getattr(self, axis) == -1]
         for axis in AXES:
             size = getattr(self, axis)
@@ -37,6 +46,11 @@ class MeshConfig:
             )
         for text in self.fallbacks:
             parse(text, f"mesh.fallbacks: {text!r}", accumulation=True)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether any axis is given; else the planner may choose them."""
+        return any(getattr(self, field.name) != field.default for field in _axes())
 
     def sizes(self, n_devices: int) -> dict[str, int]:
         """The size of each axis on that many devices.
@@ -115,3 +129,25 @@ def parse(text: str, name: str, accumulation: bool = False) -> tuple[MeshConfig,
         return dataclasses.replace(MeshConfig(), **sizes), steps
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _axes() -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(MeshConfig) if field.name in AXES]
+
+
+def across_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """The part of each axis that lies across slices; their product is the number of slices.
+
+    Raises:
+      ValueError: if the axes that may cross cannot be cut so.
+    """
+    parts = dict.fromkeys(sizes, 1)
+    left = slices
+    for axis in ACROSS_SLICES:
+        parts[axis] = math.gcd(sizes[axis], left)
+        left //= parts[axis]
+    cross = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in ACROSS_SLICES)
+    stay = ", ".join(axis for axis in sizes if axis not in ACROSS_SLICES)
+    want = f"must divide {cross}, which alone goes from slice to slice; {stay} stay inside of one"
+    require(left == 1, "mesh.slices", slices, want)
+    return parts

@@ -19,6 +19,8 @@ class Chip:
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s that it can receive, all links together: a TPU's interconnect, a
         GPU's NVLink within one server.
+      between_slices: bytes/s that it can receive over the data-centre network, its part of its
+        host's; None: not known.
       torus_dimensions: of a TPU's interconnect; None for GPUs, which have a switch.
       description: what JAX needs to describe a slice of it, beside the name.
     """
@@ -28,24 +30,28 @@ class Chip:
     hbm_gb: float
     hbm_bandwidth: float
     link_bandwidth: float
+    between_slices: float | None = None
     torus_dimensions: int | None = None
     description: Mapping[str, str] = FrozenDict()
 
 
+# Between slices: v5e 6.4 and v6e 25.6 Tbit/s a pod of 256 (cloud.google.com/tpu/docs/v5e, v6e); v4
+# and v5p 25 GB/s a host of four (jax-ml.github.io/scaling-book/tpus).  Between DGX servers one
+# adapter a GPU: 200 Gbit/s of A100, 400 Gbit/s of the others.
 CHIPS = {
     "v4": Chip(
-        ("TPU v4",), 275e12, 32, 1.23e12, 300e9, torus_dimensions=3,
+        ("TPU v4",), 275e12, 32, 1.23e12, 300e9, 6.25e9, torus_dimensions=3,
         # Its two cores work as one device; without this the description has both.
         description=FrozenDict(chip_config_name="megacore"),
     ),
-    "v5e": Chip(("TPU v5 lite",), 197e12, 16, 0.82e12, 200e9, torus_dimensions=2),
+    "v5e": Chip(("TPU v5 lite",), 197e12, 16, 0.82e12, 200e9, 3.125e9, torus_dimensions=2),
     # Some runtimes call it v5.
-    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95, 2.77e12, 600e9, torus_dimensions=3),
-    "v6e": Chip(("TPU v6 lite",), 918e12, 32, 1.64e12, 400e9, torus_dimensions=2),
-    "a100": Chip(("NVIDIA A100",), 312e12, 80, 2.04e12, 300e9),
-    "h100": Chip(("NVIDIA H100",), 989e12, 80, 3.35e12, 450e9),
-    "h200": Chip(("NVIDIA H200",), 989e12, 141, 4.8e12, 450e9),
-    "b200": Chip(("NVIDIA B200",), 2250e12, 180, 8.0e12, 900e9),
+    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95, 2.77e12, 600e9, 6.25e9, torus_dimensions=3),
+    "v6e": Chip(("TPU v6 lite",), 918e12, 32, 1.64e12, 400e9, 12.5e9, torus_dimensions=2),
+    "a100": Chip(("NVIDIA A100",), 312e12, 80, 2.04e12, 300e9, 25e9),
+    "h100": Chip(("NVIDIA H100",), 989e12, 80, 3.35e12, 450e9, 50e9),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141, 4.8e12, 450e9, 50e9),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 180, 8.0e12, 900e9, 50e9),
 }  # fmt: skip
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_dimensions is not None)
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from dsmoe_jax.moe.dispatch import Arrived
 from dsmoe_jax.moe.experts import JoinedWeights, RunWeighted
 from dsmoe_jax.moe.kernels import rows
+from dsmoe_jax.moe.room import room
 
 # Rows of a block, as a share of those of a balanced load: two blocks serve an eighth more.
 SHARE = 9 / 16
@@ -230,7 +231,7 @@ def _places(static: _Static, work: _Work, i: jax.Array) -> jax.Array:
 
 def _room(n: int, like_RD: jax.Array) -> jax.Array:
     """Room for n rows.  What is never written is never read."""
-    return jax.lax.empty((n, *like_RD.shape[1:]), like_RD.dtype)
+    return room((n, *like_RD.shape[1:]), like_RD.dtype)
 
 
 def _with_zeros(filled_ND: jax.Array) -> jax.Array:

@@ -152,19 +152,29 @@ def require_same(key: str, value: str) -> None:
             raise ValueError(f"{key}: {values[0]} on process 0, {other} on process {process}")
 
 
+class AnotherEnded(OSError):
+    """Another process of the run is gone; the same command goes on.
+
+    Attributes:
+      exit_code: of the process, so that a launcher can tell it from bad input: EX_TEMPFAIL.
+    """
+
+    exit_code = 75
+
+
 @contextlib.contextmanager
 def one_line_if_another_ends() -> Iterator[None]:
     """Turns JAX's error, when another process of the run has died, into one line.
 
     Raises:
-      OSError: instead of `JaxRuntimeError`.
+      AnotherEnded: instead of `JaxRuntimeError`.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise OSError(
+        raise AnotherEnded(
             f"process {jax.process_index()}: another process has ended, or cannot be reached"
             f" ({str(error).splitlines()[0]}); start all of them again, the same command goes on"
             " from the last checkpoint"

@@ -30,7 +30,7 @@ from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.planning import collectives, memory_traffic, planner
-from dsmoe_jax.planning.collectives import Overlap
+from dsmoe_jax.planning.collectives import BETWEEN_SLICES, Overlap
 from dsmoe_jax.planning.memory_traffic import Move
 from dsmoe_jax.planning.roofline import Roofline, roofline
 from dsmoe_jax.runs.checkpoint import target
@@ -122,8 +122,8 @@ def parts_of_step(config: Config, moves: list[Move]) -> dict[str, dict[str, floa
     return {name: memory_traffic.by_scope(part) for name, part in parts.items()}
 
 
-def slice_devices(topology: str) -> tuple[str, list[Any]]:
-    """The chip's name and the devices of a TPU slice, `CHIP:AxB` or `CHIP:AxBxC`.
+def slice_devices(topology: str, slices: int = 1) -> tuple[str, list[Any]]:
+    """The chip's name and the devices of a TPU slice, `CHIP:AxB` or `CHIP:AxBxC`, or of several.
 
     Raises:
       ValueError: for a slice that does not exist, or if libtpu is missing.
@@ -142,7 +142,10 @@ def slice_devices(topology: str) -> tuple[str, list[Any]]:
     os.environ.update(_NO_TPU_MACHINE)
     try:
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **CHIPS[match[1]].description
+            platform="tpu",
+            topology_name=topology,
+            num_slices=slices,
+            **CHIPS[match[1]].description,
         )
     except Exception as error:
         raise ValueError(f"--topology={topology}: no such slice: {_line(error)}") from None
@@ -159,22 +162,22 @@ def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh
     Raises:
       ValueError: if the mesh does not divide devices, model or batch, or if no mesh fits.
     """
-    planned = config.mesh == MeshConfig()
+    planned = not config.mesh.is_chosen
     if planned:
         plan, _ = planner.propose(config, chip, len(devices), teacher_model(config))
         train = dataclasses.replace(config.train, accumulation_steps=plan.accumulation_steps)
-        mesh = dataclasses.replace(MeshConfig(), **plan.sizes)
+        mesh = dataclasses.replace(MeshConfig(), **plan.sizes, slices=config.mesh.slices)
         config = dataclasses.replace(config, mesh=mesh, train=train)
     return config, open_mesh(config, devices), planned
 
 
 def prove(config: Config, topology: str) -> Proof:
-    """Compiles the train step of a config for a TPU slice.
+    """Compiles the train step of a config for a TPU slice, or `mesh.slices` of them.
 
     Raises:
       ValueError: for an impossible slice or mesh, or, with the numbers, if the step does not fit.
     """
-    chip, devices = slice_devices(topology)
+    chip, devices = slice_devices(topology, max(1, config.mesh.slices))
     config, mesh, planned = lay_out(config, chip, devices)
     with jax.set_mesh(mesh):
         state = abstract_state(config)
@@ -213,7 +216,8 @@ def prove(config: Config, topology: str) -> Proof:
             len(devices),
             CHIPS[chip],
             moved_gb=sum(memory_traffic.by_scope(moves).values()),
-            received_gb=sum(received.values()),
+            received_gb=sum(gb for kind, gb in received.items() if kind != BETWEEN_SLICES),
+            sliced_gb=received.get(BETWEEN_SLICES, 0.0),
         ),
         seconds=seconds,
     )

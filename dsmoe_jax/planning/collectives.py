@@ -5,6 +5,9 @@ Bytes that a chip receives in a collective over g devices, whose operand has b b
     all-gather          b (g - 1)          reduce-scatter, all-to-all   b (g - 1) / g
     all-reduce          2 b (g - 1) / g    collective-permute           b
     ragged-all-to-all   at most m (g - 1) / g, m the smaller of what can be sent and received
+
+What comes from other slices is no collective in the program: the hosts exchange it, and the chip
+has a `recv` from its host, whose bytes count as "between slices".
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dsmoe_jax.planning.hlo import COLLECTIVES, Instruction, n_bytes, parse
+from dsmoe_jax.planning.hlo import COLLECTIVES, Instruction, arrays, n_bytes, parse
 
 # {{0,1},{2,3}} or [2,2]<=[4] or mesh['a'=2,'b'=2] {'a'}: groups over the axis a
 _GROUPS = re.compile(
@@ -23,6 +26,8 @@ _GROUPS = re.compile(
 )
 _AXIS = re.compile(r"('\w+')=(\d+)")
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
+BETWEEN_SLICES = "between slices"
+_FROM_HOST = "xla_megascale"  # the runtime of several slices, in the attributes of a `recv`
 _PRODUCTS = ("dot", "convolution")  # on a TPU a dot is a convolution
 _COMPUTE = ("fusion", *_PRODUCTS, "custom-call", "while", "call")
 
@@ -31,7 +36,7 @@ class Traffic(NamedTuple):
     """A collective of the program.
 
     Attributes:
-      kind: one of `COLLECTIVES`.
+      kind: one of `COLLECTIVES`, or `BETWEEN_SLICES`.
       bytes: received by a chip each time (see the module's docstring).
       times: number of its runs in one run of the program.
     """
@@ -76,6 +81,9 @@ def traffic(text: str) -> list[Traffic]:
                 if name.startswith("all-reduce-scatter"):  # a TPU's name of a reduce-scatter
                     kind = "reduce-scatter"
                 yield Traffic(kind, _received(kind, i, types), times=1)
+            elif kind == "recv" and _FROM_HOST in i.attributes:
+                array, *_ = arrays(i.type)  # then a context and a token
+                yield Traffic(BETWEEN_SLICES, array.bytes, times=1)
             elif i.opcode == "while":
                 inside = list(collectives_in(i.body))
                 trips = program.trips(i)
@@ -129,7 +137,7 @@ def by_kind(all_traffic: list[Traffic]) -> dict[str, float]:
     total: dict[str, float] = collections.defaultdict(float)
     for t in all_traffic:
         total[t.kind] += t.bytes * t.times / 1e9
-    return {kind: total[kind] for kind in COLLECTIVES if kind in total}
+    return {kind: total[kind] for kind in (*COLLECTIVES, BETWEEN_SLICES) if kind in total}
 
 
 def overlap(text: str, scope: str = "shared_experts") -> Overlap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dsmoe_jax.config import Config
-from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.config.mesh import ACROSS_SLICES, AXES
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
 from dsmoe_jax.planning import planner
@@ -36,6 +36,7 @@ def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip
         f"flags    {' '.join(planner.flags(plan))}",
         f"memory   {plan.used:.1f} of {hbm_gb} GB a chip: {planner.listing(plan.memory)}",
         f"traffic  {plan.moved:.1f} GB a chip and step: {planner.listing(plan.traffic) or 'none'}",
+        *_between_slices(plan),
         f"HBM      {sum(plan.hbm.values()):.0f} GB a chip and step: {planner.listing(plan.hbm)}",
         f"at least {_seconds(plan.bounds(config, chip))}",
     ]
@@ -44,6 +45,13 @@ def describe(config: Config, plan: planner.Plan, plans: list[planner.Plan], chip
     lines.append(f"why      it takes the least time of the meshes that take at most {limit:.1f} GB")
     lines += [f"         {_instead(config, axis, plan, plans, chip)}" for axis in AXES]
     return "\n".join(lines)
+
+
+def _between_slices(plan: planner.Plan) -> list[str]:
+    if plan.slices == 1:
+        return []
+    gb = sum(plan.sliced.values())
+    return [f"         and {gb:.2f} GB from the other slices of {plan.slices}, once a step"]
 
 
 def _seconds(bounds: Roofline) -> str:
@@ -59,6 +67,8 @@ def _instead(
     """The cost of the best mesh without an axis that the plan uses, or with one it does not."""
     change = f"without {axis}" if plan.sizes[axis] > 1 else f"with {axis}"
     others = [p for p in plans if (p.sizes[axis] > 1) != (plan.sizes[axis] > 1)]
+    if not others and plan.slices > 1 and axis in ACROSS_SLICES:
+        return f"{change}: no such mesh; it goes from slice to slice"
     if not others:
         sizes, divided = planner.possible(config, state_shapes(config), axis)
         can_be = ", ".join(map(str, sizes))

@@ -12,7 +12,9 @@ the longer of computation and HBM, and the network after it (`roofline`).  Count
 - bytes that the chip's own memory moves, by `hbm_estimate`: those of the rows that come if all
   choices are equally likely, not of the room for the worst case;
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
-  tokens between experts, the sums of `tensor`.
+  tokens between experts, the sums of `tensor`;
+- traffic between slices: the gradients of replicas in other slices, which are summed inside of a
+  slice before, each chip with its part of them, as XLA does.
 
 `python -m dsmoe_jax aot` gives the compiler's allocation instead of the estimate.
 
@@ -31,7 +33,7 @@ import jax
 
 from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.config.checks import require
-from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.config.mesh import AXES, across_slices
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import remat
 from dsmoe_jax.model.build import ModelState, model_shapes
@@ -67,6 +69,8 @@ class Plan:
       memory: GB by category.
       traffic: GB that each chip receives in one step, by category.
       hbm: GB that one step moves in the memory of each chip, by category.
+      slices: of the devices.
+      sliced: GB that each chip receives from other slices in one step, by category.
     """
 
     sizes: dict[str, int]
@@ -74,6 +78,8 @@ class Plan:
     memory: dict[str, float]
     traffic: dict[str, float]
     hbm: dict[str, float]
+    slices: int = 1
+    sliced: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def used(self) -> float:
@@ -82,14 +88,21 @@ class Plan:
 
     @property
     def moved(self) -> float:
-        """GB received in a step."""
+        """GB received in a step inside of the slice."""
         return sum(self.traffic.values())
 
     def bounds(self, config: Config, chip: str) -> Roofline:
         """Bounds of the time of a step."""
         chips = math.prod(self.sizes.values())
         hbm = sum(self.hbm.values())
-        return roofline(config, chips, CHIPS[chip], moved_gb=hbm, received_gb=self.moved)
+        return roofline(
+            config,
+            chips,
+            CHIPS[chip],
+            moved_gb=hbm,
+            received_gb=self.moved,
+            sliced_gb=sum(self.sliced.values()),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +172,7 @@ def _considered(
     """The plans of all meshes, each with ever more micro-batches until it fits."""
     limit = USABLE * CHIPS[chip].hbm_gb
     plans = []
-    for sizes in meshes(state, chips):
+    for sizes in meshes(state, chips, _slices(config)):
         for accumulation_steps in _accumulations(config, sizes):
             plans.append(estimate(config, state, sizes, accumulation_steps, teacher))
             if plans[-1].used <= limit:
@@ -178,8 +191,10 @@ def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
     for axis in AXES:
         numbers, _ = possible(config, state, axis)
         can_be.append(f"{axis} {', '.join(str(n) for n in numbers if n <= chips)}")
+    slices = _slices(config)
+    of_slices = f" in {slices} slices (mesh.slices), which must divide data," if slices > 1 else ""
     return (
-        f"--chips={chips}: no mesh of {chips} divides {config.name} and its batch of"
+        f"--chips={chips}: no mesh of {chips}{of_slices} divides {config.name} and its batch of"
         f" {config.train.global_batch_size} (train.global_batch_size); its axes can be"
         f" {'; '.join(can_be)}"
     )
@@ -194,6 +209,7 @@ def examine(config: Config, chip: str, chips: int, teacher: ModelConfig | None =
     check_chip(chip)
     state = state_shapes(config)
     sizes = config.mesh.sizes(chips)
+    across_slices(sizes, _slices(config))
     check(state.params, sizes)
     n_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     accumulation_steps = config.train.accumulation_steps
@@ -242,8 +258,13 @@ def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], l
     return [n for n in range(1, largest + 1) if largest % n == 0], names
 
 
-def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
-    """All meshes of this many chips that divide the arrays of a state."""
+def _slices(config: Config) -> int:
+    """Slices to plan for: one, unless the config names another number."""
+    return max(1, config.mesh.slices)
+
+
+def meshes(state: TrainState, chips: int, slices: int = 1) -> Iterator[dict[str, int]]:
+    """All meshes of this many chips that divide the arrays of a state, and that slices divide."""
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
         if chips % (fsdp * expert * tensor):
@@ -252,6 +273,7 @@ def meshes(state: TrainState, chips: int) -> Iterator[dict[str, int]]:
         sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
         try:
             check(state.params, sizes)
+            across_slices(sizes, slices)
         except ValueError:
             continue
         yield sizes
@@ -277,6 +299,9 @@ def estimate(
     n_shards = _n_shards(sizes, BATCH_AXES)
     micro_batch = config.train.global_batch_size // accumulation_steps // n_shards
     replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
+    slices = _slices(config)
+    across = across_slices(sizes, slices)["data"]
+    inside = sizes["data"] // across
     memory = {
         "parameters": 4 * weights.local,
         **_teacher(teacher, sizes),
@@ -289,13 +314,15 @@ def estimate(
     traffic = {
         # Gathered for the forward and the backward pass, then the gradients scattered.
         "weights": 3 * _COMPUTE * weights.gathered * accumulation_steps,
-        "replicas": 2 * 4 * weights.local * (1 - 1 / sizes["data"]),
+        "replicas": 2 * 4 * weights.local * (1 - 1 / inside),
         **_exchange(config, micro_batch, sizes, accumulation_steps),
     }
     hbm = hbm_estimate.moved(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
-    return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm)
+    # Each replica inside of a slice sums its part of the gradients with those of other slices.
+    sliced = {"replicas": 2 * 4 * weights.local / inside * (1 - 1 / across)}
+    return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm, slices, _gb(sliced))
 
 
 def _teacher(model: ModelConfig | None, sizes: dict[str, int]) -> dict[str, float]:
@@ -431,6 +458,8 @@ def _exchange(
 def flags(plan: Plan) -> list[str]:
     """The flags of `train` that give it the mesh and the micro-batches of a plan."""
     meshes = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
+    if plan.slices > 1:
+        meshes.append(f"--config.mesh.slices={plan.slices}")
     return [*meshes, f"--config.train.accumulation_steps={plan.accumulation_steps}"]
 
 

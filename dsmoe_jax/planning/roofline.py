@@ -18,7 +18,8 @@ class Roofline:
     Attributes:
       compute: the FLOPs of `size.train_flops_per_token` at the peak, rematerialisation included.
       memory: what the program reads from HBM and writes to it (`memory_traffic`) at the bandwidth.
-      network: bytes of the program's collectives at the bandwidth of all links together.
+      network: bytes of the program's collectives at the bandwidth of all links together, and those
+        between slices at that of the data-centre network.
       model_compute: the part of `compute` that MFU counts.
     """
 
@@ -70,7 +71,13 @@ def recomputed(config: Config, chips: int) -> float:
 
 
 def roofline(
-    config: Config, chips: int, chip: Chip, *, moved_gb: float, received_gb: float
+    config: Config,
+    chips: int,
+    chip: Chip,
+    *,
+    moved_gb: float,
+    received_gb: float,
+    sliced_gb: float = 0.0,
 ) -> Roofline:
     """Lower bounds of the time of a step.
 
@@ -79,13 +86,22 @@ def roofline(
       chips: their number.
       chip: one of them.
       moved_gb: GB that a step moves in the HBM of one chip.
-      received_gb: GB that one chip receives in a step.
+      received_gb: GB that one chip receives in a step from others of its slice.
+      sliced_gb: those that it receives from other slices.
+
+    Raises:
+      ValueError: for bytes between slices of a chip whose bandwidth there is not known.
     """
     tokens = config.tokens_per_step / chips
+    network = received_gb * 1e9 / chip.link_bandwidth
+    if sliced_gb:
+        if chip.between_slices is None:
+            raise ValueError("mesh.slices: the network between slices of this chip is not known")
+        network += sliced_gb * 1e9 / chip.between_slices
     model_compute = size.train_flops_per_token(config) * tokens / chip.peak_flops
     return Roofline(
         compute=model_compute * (1 + recomputed(config, chips)),
         memory=moved_gb * 1e9 / chip.hbm_bandwidth,
-        network=received_gb * 1e9 / chip.link_bandwidth,
+        network=network,
         model_compute=model_compute,
     )

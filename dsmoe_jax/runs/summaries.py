@@ -90,15 +90,9 @@ def drop_summary(ledger: Ledger, *, detailed: bool) -> dict[str, Any]:
     Raises:
       RuntimeError: naming layer and expert, if sent is not computed + dropped.
     """
+    if (missing := missing_assignments(ledger)) is not None:
+        raise RuntimeError(missing)
     dropped_LE = np.asarray(ledger.dropped_E)
-    missing_LE = np.asarray(ledger.sent_E) - np.asarray(ledger.computed_E) - dropped_LE
-    for layer, expert in np.argwhere(missing_LE)[:1]:
-        counts = ledger.sent_E, ledger.computed_E, ledger.dropped_E
-        sent, computed, dropped = (int(count[layer, expert]) for count in counts)
-        raise RuntimeError(
-            f"layer {layer}, expert {expert}: {sent} assignments sent, {computed} computed and"
-            f" {dropped} dropped: the dispatch lost some or computed too many"
-        )
     dropped_L = dropped_LE.sum(axis=-1)
     columns = {
         "expert": ledger.dropped_E,
@@ -113,6 +107,23 @@ def drop_summary(ledger: Ledger, *, detailed: bool) -> dict[str, Any]:
     if detailed:
         row |= {f"dropped_by_{name}": as_list(column, int) for name, column in columns.items()}
     return row
+
+
+def missing_assignments(ledger: Ledger) -> str | None:
+    """The first layer and expert for which sent is not computed + dropped, in words; None: none is.
+
+    Args:
+      ledger: of the layers, with a leading layer axis.
+    """
+    counts = [np.asarray(count) for count in (ledger.sent_E, ledger.computed_E, ledger.dropped_E)]
+    sent_LE, computed_LE, dropped_LE = counts
+    for layer, expert in np.argwhere(sent_LE != computed_LE + dropped_LE)[:1]:
+        sent, computed, dropped = (int(count[layer, expert]) for count in counts)
+        return (
+            f"layer {layer}, expert {expert}: {sent} assignments sent, {computed} computed and"
+            f" {dropped} dropped: the dispatch lost some or computed too many"
+        )
+    return None
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:

@@ -72,6 +72,7 @@ _PATHS = (
 # other micro-batches and buffers: to divide the batch, and to fit.
 _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "mesh.fallbacks",
+    "mesh.slices",
     "model.remat",
     "model.moe.dispatch.chunks",
     "train.accumulation_steps",

@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 from dsmoe_jax.config import Config, ModelConfig, overrides, tokens_after, trees
-from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.config.paths import local_path
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.model import size
@@ -127,7 +126,7 @@ def _teacher(cell: Cell) -> ModelConfig | None:
 def _mesh(config: Config, hardware: Hardware, teacher: ModelConfig | None) -> planner.Plan:
     """The mesh of the config if it has one, else the planner's; for the stage with most work."""
     stage = size.most_work(config).config
-    if config.mesh != MeshConfig():
+    if config.mesh.is_chosen:
         if hardware.chips is None:
             raise ValueError("--chips: missing; a mesh in the config needs their number")
         return planner.examine(stage, hardware.chip, hardware.chips, teacher)

@@ -33,7 +33,7 @@ from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.runs.events import Journal
 from dsmoe_jax.runs.metrics_log import KERNELS, MetricsLog, NoLog, read_rows
-from dsmoe_jax.training import spikes
+from dsmoe_jax.training import invariants, spikes
 from dsmoe_jax.training.clock import DeviceClock
 from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import fallen_back, on_devices, open_mesh
@@ -52,6 +52,7 @@ from dsmoe_jax.training.rows import (
     validation_row,
 )
 from dsmoe_jax.training.saving import SaveTimer
+from dsmoe_jax.training.self_check import self_check as check_devices
 from dsmoe_jax.training.spikes import Decisions, Judged
 from dsmoe_jax.training.stages import StageRun, check_kernels, check_stages, kernels_of
 from dsmoe_jax.training.start import TrainState, check_start_from, start, to_items
@@ -95,6 +96,7 @@ def train(
     profile: int | None = None,
     watch: Watch | None = None,
     wandb: str | None = None,
+    self_check: bool | None = None,
 ) -> Result:
     """Trains a model, or goes on where the run in `workdir` stopped.
 
@@ -109,9 +111,12 @@ def train(
       profile: how many steps to trace, see profiling.py; None is none.
       watch: is shown the rows as they come, by the first process; None: nobody looks.
       wandb: a project of Weights & Biases that gets the rows too, see runs/wandb_board.py.
+      self_check: whether one tiny step is compared with the dense loop first, see self_check.py;
+        None: on more than one device.
 
     Raises:
-      ValueError: for a config, corpus or workdir that cannot be used, and `NonFinite`.
+      ValueError: for a config, corpus or workdir that cannot be used, devices that compute
+        something else than the dense loop, `NonFinite` and `Violated`.
       OSError: if the disk is full.
       Stopped: after SIGTERM or Ctrl-C; everything is saved.
     """
@@ -128,6 +133,9 @@ def train(
     with jax.set_mesh(mesh):
         check_kernels(config)  # before anything is written
         check_teacher_on_mesh(config)
+    if mesh.size > 1 if self_check is None else self_check:
+        line.note("self-check")
+        line.message(f"{config.name}: {check_devices(config, mesh)}")
     # The one who watches is closed last, when the workdir is free again.
     with _closing(watch), jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
         finished = hosts.on_first(lambda: _finished(directory, config))
@@ -428,7 +436,9 @@ class _Trainer:
         if self.spike is not None:
             return
         if not out and (found := first_non_finite(metrics)) is not None:
-            raise NonFinite(self._non_finite(step, *found))
+            raise NonFinite(self._stopped(step, "{}={}".format(*found)))
+        if (broken := invariants.violation(metrics)) is not None:
+            raise invariants.Violated(self._stopped(step, broken))
         self.journal.step = step
         if not out:
             self.running_load.add(metrics)
@@ -607,11 +617,11 @@ class _Trainer:
         name = routing_records.validation_name(step)
         return self.now.held_out.measure(state.params, state.other, stop_if_asked, name)
 
-    def _non_finite(self, step: int, name: str, value: float) -> str:
+    def _stopped(self, step: int, why: str) -> str:
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
         good = f"step {saved[-1]}, in {self.checkpoints.directory}" if saved else "none"
         return (
-            f"step {step}: {name}={value}; stopped. Last good checkpoint: {good}; see --help for"
+            f"step {step}: {why}; stopped. Last good checkpoint: {good}; see --help for"
             " how to go on past a spike"
         )

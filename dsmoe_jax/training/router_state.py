@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.model import layout
 from dsmoe_jax.moe.layer import RouterVariable
-from dsmoe_jax.moe.routers import RouterSettings, RouterState, get_router
-from dsmoe_jax.moe.schedules import Progress
+from dsmoe_jax.moe.routers import RouterSettings, RouterState, get_router, scored
+from dsmoe_jax.moe.schedules import Progress, multiple
 
 
 def first_values(
@@ -91,7 +91,48 @@ def after_step(
         moved |= {(*stack, "moe", name): x for name, x in values.items()}
         first += n
     assert first == len(load_LE), "a load for every MoE layer"
+    assert not moved or moved.keys() == {layout.keys_of(p) for p, _ in before}, "all are moved"
     return _map_variables(lambda path, old: moved.get(layout.keys_of(path), old), other)
+
+
+class Biases(NamedTuple):
+    """Counts of a step, int32: routers whose balance bias moved, and those whose bias had to."""
+
+    moved: jax.Array
+    due: jax.Array
+
+
+def count_moved(
+    before: nnx.State, after: nnx.State, load_LE: jax.Array, progress: Progress, model: ModelConfig
+) -> Biases | None:
+    """Counts the routers whose loss-free bias a step has moved; None for a model without.
+
+    The bias of a router has to move if the load of one of its routed experts was not the mean, at a
+    speed that float32 can add.
+
+    Args:
+      before, after: router variables around `after_step`; the others are its arguments.
+    """
+    found = _stateful(model)
+    if found is None or (speed := found[1].config.bias_update_speed) is None:
+        return None
+    speed *= multiple(found[1].config.bias_update_schedule, progress)
+    old, new = (
+        {layout.keys_of(path): x for path, x in jax.tree.leaves_with_path(state)}
+        for state in (before, after)
+    )
+    moved, due = jnp.int32(0), jnp.int32(0)
+    first = 0
+    for stack, n in layout.moe_stacks(model):
+        bias_LE = old[*stack, "moe", "bias_E"]
+        below_LE = scored.below_mean(load_LE[first : first + n])[:, : model.moe.n_routed_experts]
+        uneven_L = (below_LE != 0).any(axis=-1)
+        adds_L = speed > 1e-6 * jnp.abs(bias_LE).max(axis=-1)
+        moves_L = (new[*stack, "moe", "bias_E"] != bias_LE).any(axis=-1)
+        due += (uneven_L & adds_L).sum(dtype=jnp.int32)
+        moved += (moves_L & adds_L).sum(dtype=jnp.int32)
+        first += n
+    return Biases(moved, due)
 
 
 def _stateful(model: ModelConfig) -> tuple[RouterState, RouterSettings] | None:

@@ -55,6 +55,7 @@ class StepMetrics(NamedTuple):
       ahead: sums of multi-token prediction, by module; None without it.
       distilled: sums of the differences from a teacher; None without one.
       judged: whether the step is a spike; None without `train.spikes`.
+      biases: routers whose balance bias moved, and had to; None without, or where it is frozen.
     """
 
     loss: jax.Array
@@ -70,6 +71,7 @@ class StepMetrics(NamedTuple):
     ahead: AheadSums | None = None
     distilled: Distilled | None = None
     judged: Judged | None = None
+    biases: router_state.Biases | None = None
 
 
 class TrainStep(Protocol):
@@ -136,6 +138,8 @@ def make_train_step(
         if totals.router is not None and freezing.moves_router:
             load_LE = totals.router.load_of_choices
             other = router_state.after_step(other, load_LE, progress, config.model)
+            biases = router_state.count_moved(state.other, other, load_LE, progress, config.model)
+            metrics = metrics._replace(biases=biases)
         after = TrainState(state.step + 1, params, opt_state, other)
         if rule is None:
             return after, metrics

@@ -26,7 +26,7 @@ AFTER_TWENTY_STEPS = 1e-3
 MESHES: dict[str, dict[str, int]] = {
     "one device": {},
     "fsdp 8": {"fsdp": 8},
-    "data 2 x expert 4": {"data": 2, "expert": 4},
+    "data 2 x expert 4": {"data": 2, "expert": 4, "slices": 2},  # four devices each
     "fsdp 2 x expert 2 x tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
 OF_EIGHT = [mesh for mesh, sizes in MESHES.items() if sizes]

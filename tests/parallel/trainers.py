@@ -58,6 +58,7 @@ class Run:
       n: processes.
       changes: of the config, as on the command line but for `--config.`.
       before: what a process, by its number, does before it trains.
+      self_check: whether they compare themselves with the dense loop first, which takes seconds.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Run:
         n: int,
         *changes: str,
         before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+        self_check: bool = False,
     ):
         self.workdir, more = workdir, [f"--config.{change}" for change in changes]
+        more.append("--self_check" if self_check else "--noself_check")
         self.trainers = [
             launcher.start(arguments + more, n, before.get(i))
             for i, arguments in enumerate(launcher.commands(workdir, n))

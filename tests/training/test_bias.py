@@ -78,6 +78,7 @@ def test_moves_once_a_step_by_the_load_of_the_global_batch(micro_batches):
         assert (load_LE.sum(axis=1) == B * S * 2).all()
         bias_LE = expected(bias_LE, load_LE)
         np.testing.assert_allclose(bias_of(state), bias_LE, atol=1e-7)
+        assert [*metrics.biases] == [2, 2], "moved, and due"
     assert np.abs(bias_LE).max() > GAMMA, "it moves"
 
 

@@ -139,8 +139,14 @@ def test_stages_of_another_shape_are_refused(tiny_config, tmp_path, overrides, s
 
 
 def test_each_stage_compiles_once(staged):
-    """One trace a stage: another one would be a compilation in the middle of it."""
-    _, _, traced = staged
+    """One trace a stage, over rows of the log, an evaluation and checkpoints in its middle."""
+    config, workdir, traced = staged
+    rows = read_rows(workdir)
+    stage = next(s for s in stages_of(config) if s.first < 5 < s.end)
+    inside = range(stage.first + 1, stage.end)
+    assert {row["step"] for row in rows if "loss" in row} >= {*inside}
+    assert any("validation_loss" in row for row in rows if row["step"] in inside)
+    assert any(step % config.train.checkpoint_every == 0 for step in inside)
     assert traced == [1, 2, 3]
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Volume",
     "check_dispatcher",
     "choose_dispatcher",
+    "choose_name",
     "volume",
 ]
 
@@ -58,9 +59,14 @@ DISPATCHERS: dict[str, Dispatcher] = {
 
 def choose_dispatcher(name: str, n_devices: int) -> Dispatcher:
     """The dispatcher of `model.moe.dispatch.name` for experts on that many devices."""
-    if name == "auto":
-        name = ON_ONE_DEVICE if n_devices == 1 else ON_A_MESH
-    return DISPATCHERS[name]
+    return DISPATCHERS[choose_name(name, n_devices)]
+
+
+def choose_name(name: str, n_devices: int) -> str:
+    """The name of that dispatcher, which is another one than `name` for "auto"."""
+    if name != "auto":
+        return name
+    return ON_ONE_DEVICE if n_devices == 1 else ON_A_MESH
 
 
 def check_dispatcher(moe: MoEConfig) -> None:

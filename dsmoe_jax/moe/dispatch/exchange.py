@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.hardware.platform import platform
+from dsmoe_jax.moe.room import room
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -30,7 +31,7 @@ def exchange(rows: jax.Array, sent_PP: jax.Array, n_received: int, axis_name: st
       (R, ...): the rows received, grouped by source, from row 0 on; the rest is undefined.
     """
     me = jax.lax.axis_index(axis_name)
-    received = jax.lax.empty((n_received, *rows.shape[1:]), rows.dtype)
+    received = room((n_received, *rows.shape[1:]), rows.dtype)
     starts_PP = jnp.cumsum(sent_PP, axis=1) - sent_PP  # of a group among its source's rows
     lands_PP = jnp.cumsum(sent_PP, axis=0) - sent_PP  # of a group among its destination's rows
     # Not `jax.lax.platform_dependent`: its conditional keeps XLA from overlapping the exchange.
