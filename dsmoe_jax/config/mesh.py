@@ -7,13 +7,15 @@ import math
 
 from dsmoe_jax.config.checks import require
 
-AXES = ("data", "fsdp", "expert", "tensor")  # neighbours in `tensor` are the closest devices
+# Neighbours in `tensor` are the closest devices, those in `stage` the farthest.
+AXES = ("stage", "data", "fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; their product is the number of devices."""
 
+    stage: int = 1
     data: int = -1  # -1: the devices that the other axes leave
     fsdp: int = 1
     expert: int = 1
