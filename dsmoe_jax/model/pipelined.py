@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.config.checks import require
+from dsmoe_jax.config.train import TrainConfig
 from dsmoe_jax.model import layout
 from dsmoe_jax.model.block import EveryLayer, OneLayer
 from dsmoe_jax.moe.layer import evaluated_together
@@ -27,10 +28,20 @@ from dsmoe_jax.parallel.sharding import batch_shards, constrain
 
 
 def schedule_of(config: Config) -> Schedule | None:
-    """The course of a training batch on the ambient mesh; None without stages."""
+    """The course of a training batch on the ambient mesh; None without stages.
+
+    It is that of the micro-batches that pass together.
+    """
+    train = config.train
     if pipeline.stages() == 1:
         return None
-    return Schedule(config.train.accumulation_steps, config.train.pipeline_repeats)
+    return Schedule(together(train), train.pipeline_repeats)
+
+
+def together(train: TrainConfig) -> int:
+    """Micro-batches that pass through the stages together."""
+    n = train.pipeline_micro_batches
+    return train.accumulation_steps if n is None else n
 
 
 def schedule_of_evaluation(config: ModelConfig, sequences: int) -> Schedule:
@@ -38,8 +49,8 @@ def schedule_of_evaluation(config: ModelConfig, sequences: int) -> Schedule:
 
     Where the tokens of a batch compete they stay together, and one stage works at a time.
     """
-    together = evaluated_together(config.moe) or sequences % batch_shards()
-    return Schedule(1 if together else pipeline.stages())
+    whole = evaluated_together(config.moe) or sequences % batch_shards()
+    return Schedule(1 if whole else pipeline.stages())
 
 
 def check(config: Config, stages: int) -> None:
@@ -49,9 +60,12 @@ def check(config: Config, stages: int) -> None:
       ValueError: naming the key, with what would be right.
     """
     repeats = config.train.pipeline_repeats
+    micro_batches = config.train.accumulation_steps
+    n_together = config.train.pipeline_micro_batches
     if stages == 1:
-        want = "splits the layers of a stage: needs mesh.stage > 1, must be 1"
-        require(repeats == 1, "train.pipeline_repeats", repeats, want)
+        want = "needs mesh.stage > 1; without it must be"
+        require(repeats == 1, "train.pipeline_repeats", repeats, f"{want} 1")
+        require(n_together is None, "train.pipeline_micro_batches", n_together, f"{want} None")
         return
     model = config.model
     runs = layout.runs(model)
@@ -71,12 +85,19 @@ def check(config: Config, stages: int) -> None:
         f"times train.pipeline_repeats={repeats} must divide the {n} MoE layers: be one of"
         f" {can_be}",
     )
-    micro_batches = config.train.accumulation_steps
     require(
         micro_batches % stages == 0,
         "train.accumulation_steps",
         micro_batches,
         f"these micro-batches go through the stages: must be a multiple of mesh.stage={stages}",
+    )
+    passing = together(config.train)
+    require(
+        passing % stages == 0 and micro_batches % passing == 0,
+        "train.pipeline_micro_batches",
+        n_together,
+        f"must be a multiple of mesh.stage={stages} that divides"
+        f" train.accumulation_steps={micro_batches}",
     )
     require(
         model.remat != "none",
@@ -91,6 +112,15 @@ def check(config: Config, stages: int) -> None:
         stages,
         "the modules of model.mtp run behind the last layer, in no stage; must be 1",
     )
+
+
+def repeats(model: ModelConfig, stages: int) -> list[int]:
+    """Numbers of repeats that a model can have in so many stages; [] if it has no pipeline."""
+    runs = layout.runs(model)
+    groups, rest = divmod(runs[0].groups, stages)
+    if len(runs) > 1 or rest or model.mtp is not None or model.remat == "none":
+        return []
+    return [r for r in range(1, groups + 1) if groups % r == 0]
 
 
 def cut(x_B: jax.Array, n: int, axis: int = 0) -> jax.Array:

@@ -25,6 +25,7 @@ from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.parallel import pipeline
 from dsmoe_jax.parallel.pipeline import Schedule, Tick
+from dsmoe_jax.parallel.sharding import constrain, constrain_repeats
 
 UNROLLED_LAYERS = 8  # at most, on a CPU
 
@@ -104,6 +105,9 @@ class Layers:
         following = [jax.tree.map(lambda x, i=i: x[:, i], dense_params) for i in range(run.dense)]
 
         def body(x_bSD, cut_every, params, tick, cut_moe):
+            # XLA would lose how they are split on the way into the loop.
+            x_bSD = constrain(x_bSD, "BSD")
+            params = constrain_repeats(params)
             of_tick = pipelined.of_tick(cut_every, tick)
             moe_layer = self._layer(self._moe_graph, of_tick, tick)
             dense_layer = self._layer(self._dense_graph, of_tick, tick)
@@ -125,6 +129,7 @@ class Layers:
             pipelined.cut_inputs(every, n),
             (self._moe_params, following),
             pipelined.cut_layers(moe, n),
+            "BSD",
         )
         return pipelined.whole_activations(x_nbSD), pipelined.joined(report)
 

@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from dsmoe_jax.parallel.sharding import constrain
+
 AXIS = "stage"
 
 
@@ -98,7 +100,13 @@ def pick(params_R: Any, tick: Tick) -> Any:
 
 
 def run(
-    body: Body, schedule: Schedule, x_n: jax.Array, micros_n: Any, params_L: Any, layers_L: Any
+    body: Body,
+    schedule: Schedule,
+    x_n: jax.Array,
+    micros_n: Any,
+    params_L: Any,
+    layers_L: Any,
+    axes: str,
 ) -> tuple[jax.Array, Any]:
     """Runs all groups of layers on all micro-batches, on the ambient mesh.
 
@@ -109,6 +117,7 @@ def run(
       micros_n: other inputs of the micro-batches, (n, ...), which every stage gets whole.
       params_L: arrays of the layers, (L, ...), split over `stage`.
       layers_L: small inputs of the layers, (L, ...), which every stage gets whole.
+      axes: the logical axes of a micro-batch's activations (parallel/sharding.py).
 
     Returns:
       The activations, (n, ...), and the outputs of all groups, (L, n, ...).  The bubble has no part
@@ -122,7 +131,7 @@ def run(
     # Slots: as many on every stage.
     x_n = jnp.pad(x_n, ((0, -n % s), *[(0, 0)] * (x_n.ndim - 1)))
     on_stage = jax.shard_map(
-        functools.partial(_on_stage, body, schedule, s),
+        functools.partial(_on_stage, body, schedule, s, axes),
         in_specs=(P(AXIS), P(), P(AXIS), P()),
         out_specs=(P(AXIS), P(None, AXIS)),
         axis_names={AXIS},
@@ -133,7 +142,14 @@ def run(
 
 
 def _on_stage(
-    body: Body, schedule: Schedule, s: int, x_k: jax.Array, micros_n: Any, params: Any, layers: Any
+    body: Body,
+    schedule: Schedule,
+    s: int,
+    axes: str,
+    x_k: jax.Array,
+    micros_n: Any,
+    params: Any,
+    layers: Any,
 ) -> tuple[jax.Array, Any]:
     """What one stage does; it has k = n / S of the activations."""
     n, repeats = schedule
@@ -166,10 +182,11 @@ def _on_stage(
         )
         y, outputs = body(x, micro, params_lR, tick, of_group)
         ring = [(i, (i + 1) % s) for i in range(s)]
-        return (waiting_n, jax.lax.ppermute(y, AXIS, ring)), outputs
+        arrived = constrain(jax.lax.ppermute(y, AXIS, ring), axes)
+        return (constrain(waiting_n, f"U{axes}"), arrived), outputs
 
     ticks = schedule.ticks(s)
-    start = (_to_first(x_k, s), jnp.zeros_like(x_k[0]))
+    start = (constrain(_to_first(x_k, s), f"U{axes}"), constrain(jnp.zeros_like(x_k[0]), axes))
     (waiting_n, arrived), outputs_t = jax.lax.scan(one_tick, start, jnp.arange(ticks))
     nothing = _Slot(jnp.int32(0), jnp.bool_(False))
     waiting_n, _ = exchange(waiting_n, arrived, put(ticks), nothing)

@@ -238,6 +238,16 @@ def _dividing(axes: tuple[str, ...], length: int, sizes: Mapping[str, int]) -> t
     return ()
 
 
+def constrain_repeats(params: Any) -> Any:
+    """Asks for stacked parameters, (layers, repeats, ...), in a stage to be split as at rest."""
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        of_layer = [*array_spec(path, (x.shape[0], *x.shape[2:]))][1:]
+        return jax.lax.with_sharding_constraint(x, P(None, None, *of_layer))
+
+    return jax.tree.map_with_path(one, params)
+
+
 def gathered(weight: jax.Array, letters: str) -> jax.Array:
     """A weight as FSDP uses it: collected from the batch axes, still split over `tensor`.
 

@@ -27,6 +27,16 @@ class Roofline:
     network: float
     model_compute: float
 
+    def with_idle(self, share: float) -> Roofline:
+        """The bounds of a step of which a chip waits for that share."""
+        longer = 1 / (1 - share)
+        return dataclasses.replace(
+            self,
+            compute=self.compute * longer,
+            memory=self.memory * longer,
+            network=self.network * longer,
+        )
+
     @property
     def overlapped(self) -> float:
         """Seconds of a step in which the three overlap perfectly."""

@@ -1,8 +1,8 @@
 """The gradient of a global batch, computed in micro-batches one after the other.
 
 Accumulation changes no number: every part of the loss knows the counts of the whole batch.  On a
-mesh with stages the micro-batches go through the pipeline (model/pipelined.py), which adds them up:
-here they are then one.
+mesh with stages several micro-batches go through the pipeline together (model/pipelined.py), which
+adds them up: here they are then one.
 
 Shapes: B sequences of the global batch, b of a micro-batch, n micro-batches, S positions, L MoE
 layers, G groups of a balance term.
@@ -125,8 +125,8 @@ class BatchGradient:
         """
         micros = split(batch, self._n_micro)
         schedule = pipelined.schedule_of(self._config)
-        if schedule is not None:  # they pass through the stages together, and add up there
-            micros = jax.tree.map(lambda x_n: pipelined.whole(x_n)[None], micros)
+        if schedule is not None:  # those that pass through the stages together add up there
+            micros = jax.tree.map(lambda x_n: _together(x_n, schedule.micro_batches), micros)
         sent_LG = self._load_of_batch(params, other, micros, rng)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
         whole = self._whole(jnp.asarray(batch["segment_ids_BS"]), sent_LG)
@@ -140,10 +140,7 @@ class BatchGradient:
 
         (totals, grads), recorded = add_up(part_of, micros)
         if recorded is not None and schedule is not None:
-            recorded = jax.tree.map(
-                lambda x: jnp.moveaxis(pipelined.cut(x[0], schedule.micro_batches, 1), 1, 0),
-                recorded,
-            )
+            recorded = jax.tree.map(lambda x: _apart(x, schedule.micro_batches), recorded)
         return Gradients(totals, grads, None if recorded is None else join(recorded))
 
     def _score(self, model: Transformer, micro: MicroBatch, rng) -> Scored:
@@ -246,6 +243,17 @@ def split(batch: Batch, n_micro: int) -> MicroBatch:
         return sharding.constrain(micros, "UB" + "S" * (x_B.ndim - 1))
 
     return jax.tree.map(cut, whole)
+
+
+def _together(x_n: jax.Array, passing: int) -> jax.Array:
+    """Micro-batches as the pipeline takes them: (n, b, ...) -> (n / passing, passing b, ...)."""
+    return pipelined.whole(x_n.reshape(-1, passing, *x_n.shape[1:]), axis=1)
+
+
+def _apart(x: jax.Array, passing: int) -> jax.Array:
+    """The reverse of `_together`, of (n / passing, L, passing b, ...): (n, L, b, ...)."""
+    x = jnp.moveaxis(pipelined.cut(x, passing, axis=2), 2, 1)
+    return x.reshape(-1, *x.shape[2:])
 
 
 def join(micros: Any) -> Any:

@@ -71,7 +71,7 @@ def test_a_pipeline_is_the_loop(s, repeats, n):
     with jax.set_mesh(mesh):
         found = value_and_gradients(
             lambda x, shifts, w, of_layers: pipeline.run(
-                body, Schedule(n, repeats), x, shifts, w, of_layers
+                body, Schedule(n, repeats), x, shifts, w, of_layers, "BD"
             ),
             n,
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import Config
+from dsmoe_jax.model import pipelined
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.runs.checkpoint import Checkpoints
 from dsmoe_jax.training.devices import open_mesh
@@ -119,3 +120,63 @@ def test_a_step_is_that_of_one_device(axes, n, repeats, competing):
     updated = {path: errors.pop(path) for path in [*errors] if ".params" in path}
     assert_all_below(errors, REORDERED)
     assert_all_below(updated, ONE_UPDATE)
+
+
+@pytest.mark.eight_devices
+def test_a_run_goes_on_with_other_stages(tmp_path):
+    """Saved in two stages of two groups of layers; the next step is that of one device."""
+    axes = {"stage": 2, "data": 2, "expert": 2}
+    saved = Run(axes, **{"train.accumulation_steps": 4, "train.pipeline_repeats": 2})
+    saved.train()
+    saved.save(tmp_path / "run")
+    one = Run({})
+    one.load(tmp_path / "run")
+    four = Run({"stage": 4, "expert": 2}, **{"train.accumulation_steps": 8})
+    four.load(tmp_path / "run")
+    found, wanted = four.train(), one.train()
+    losses = [path for path in found if "metrics" in path and "learning_rate" not in path]
+    errors = relative_errors({p: found[p] for p in losses}, {p: wanted[p] for p in losses})
+    assert len(errors) > 20
+    assert_all_below(errors, 1e-5)
+
+
+REFUSED = [
+    (
+        {"mesh.stage": 3},
+        r"mesh.stage=3: times train.pipeline_repeats=1 .* the 4 MoE layers: .*1, 2, 4",
+    ),
+    (
+        {"mesh.stage": 2, "train.pipeline_repeats": 3},
+        r"mesh.stage=2: times train.pipeline_repeats=3 must divide the 4 MoE layers",
+    ),
+    (
+        {"mesh.stage": 4, "train.accumulation_steps": 2},
+        r"train.accumulation_steps=2: .*must be a multiple of mesh.stage=4",
+    ),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 4, "train.pipeline_micro_batches": 3},
+        r"train.pipeline_micro_batches=3: must be a multiple of mesh.stage=2 that divides .*=4",
+    ),
+    ({"train.pipeline_repeats": 2}, r"train.pipeline_repeats=2: needs mesh.stage > 1;.* 1$"),
+    ({"train.pipeline_micro_batches": 2}, r"train.pipeline_micro_batches=2: needs mesh.stage > 1"),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 2, "model.remat": "none"},
+        r"model.remat='none': .*must be 'dots', 'named' or 'full'",
+    ),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 2, "model.mtp.num_nextn_predict_layers": 1},
+        r"mesh.stage=2: the modules of model.mtp .*must be 1",
+    ),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 2, "model.mlp_only_layers": (2,)},
+        r"mesh.stage=2: .*must all be alike \(model.mlp_only_layers=\(2,\)\); must be 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda v: str(v)[:40])
+def test_what_cannot_be_a_pipeline(values, message):
+    config = tiny(**{**CONFIG, **values})
+    with pytest.raises(ValueError, match=message) as caught:
+        pipelined.check(config, config.mesh.stage)
+    assert "\n" not in str(caught.value)
