@@ -237,14 +237,19 @@ exchange.defvjp(_exchange_fwd, _exchange_bwd)
 
 def _to_first(x_k: jax.Array, s: int) -> jax.Array:
     """The activations of all stages, (n, ...), on the first one; zeros on the others."""
-    sent = jnp.zeros((s, *x_k.shape), x_k.dtype).at[0].set(x_k)
-    return jax.lax.all_to_all(sent, AXIS, 0, 0).reshape(-1, *x_k.shape[1:])
+    # Not an all-to-all: XLA would gather what the automatic axes split.
+    own = jnp.where(jax.lax.axis_index(AXIS) == 0, x_k, 0)
+    come = [jax.lax.ppermute(x_k, AXIS, [(stage, 0)]) for stage in range(1, s)]
+    return jnp.concatenate([own, *come])
 
 
 def _from_first(x_n: jax.Array, s: int) -> jax.Array:
     """Its part of the first stage's activations for every stage, (k, ...)."""
-    sent = x_n.reshape(s, -1, *x_n.shape[1:])
-    return jax.lax.all_to_all(sent, AXIS, 0, 0)[0]
+    own, *others = jnp.split(x_n, s)
+    found = jnp.where(jax.lax.axis_index(AXIS) == 0, own, 0)
+    for stage, part in enumerate(others, start=1):
+        found += jax.lax.ppermute(part, AXIS, [(0, stage)])  # zeros elsewhere
+    return found
 
 
 def by_repeat(a: jax.Array, s: int, repeats: int) -> jax.Array:

@@ -354,6 +354,8 @@ def estimate(
     hbm = hbm_estimate.moved(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
+    # In the bubble a stage reads and writes as in any other tick.
+    hbm = {name: gb / (1 - course.idle * (name != "state")) for name, gb in hbm.items()}
     passing = None if course.stages == 1 else course.schedule
     return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm, passing)
 

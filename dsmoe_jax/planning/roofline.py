@@ -28,14 +28,12 @@ class Roofline:
     model_compute: float
 
     def with_idle(self, share: float) -> Roofline:
-        """The bounds of a step of which a chip waits for that share."""
-        longer = 1 / (1 - share)
-        return dataclasses.replace(
-            self,
-            compute=self.compute * longer,
-            memory=self.memory * longer,
-            network=self.network * longer,
-        )
+        """The bounds of a step of which a chip computes nothing for that share, in a pipeline.
+
+        What it reads and receives in the bubble is in the bytes already: there it computes too, in
+        vain.
+        """
+        return dataclasses.replace(self, compute=self.compute / (1 - share))
 
     @property
     def overlapped(self) -> float:

@@ -163,7 +163,7 @@ LIBTPU = Path(sys.prefix) / "libtpu"
     reason="libtpu is not installed; `make test` does it",
 )
 def test_a_small_step_compiles_for_a_slice():
-    sizes = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    sizes = {"stage": 1, "data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
     flags = [f"--config.mesh.{axis}={n}" for axis, n in sizes.items()]
     flags += ["--config.model.moe.n_routed_experts=8", "--config.model.moe.num_experts_per_tok=2"]
     command = [
