@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from dsmoe_jax.config.checks import require
 
+# Neighbours in `tensor` are the closest devices, those in `stage` the farthest.
+AXES = ("stage", "data", "fsdp", "expert", "tensor")
 AXES = ("data", "fsdp", "expert", "tensor")  # neighbours in `tensor` are the closest devices
 # Axes that may cross the network between slices, those that send the least first: a pipeline hands
 # on activations, replicas sum their gradients once a step.  The other axes stay within a slice.
@@ -20,6 +22,7 @@ ACROSS_SLICES = tuple(axis for axis in ("stage", "data") if axis in AXES)
 class MeshConfig:
     """Devices along each axis; their product is the number of devices."""
 
+    stage: int = 1
     data: int = -1  # -1: the devices that the other axes leave
     fsdp: int = 1
     expert: int = 1

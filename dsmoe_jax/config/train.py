@@ -99,6 +99,11 @@ class TrainConfig:
     schedule_steps: int | None = None
     global_batch_size: int = 2048  # sequences of one optimizer step
     accumulation_steps: int = 1  # the global batch is computed in this many micro-batches
+    # With mesh.stage > 1: groups of layers that each stage holds, not next to each other.
+    pipeline_repeats: int = 1
+    # With mesh.stage > 1: micro-batches that pass through the stages before the pipeline is emptied
+    # and their gradient added to the others'; it keeps what their backward passes need. None: all.
+    pipeline_micro_batches: int | None = None
     seed: int = 0  # 0 to 2^32 - 1: every random choice derives from it
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -133,6 +138,8 @@ class TrainConfig:
             "schedule_steps",
             "global_batch_size",
             "accumulation_steps",
+            "pipeline_repeats",
+            "pipeline_micro_batches",
             "log_every",
             "checkpoint_every",
             "checkpoint_share",

@@ -2,8 +2,7 @@
 
 Leading dense layers are separate modules; the MoE layers are one module whose parameters carry a
 leading layer axis, and so are the dense layers between them.  They are run by `jax.lax.scan`, so
-compile time does not grow with depth: see `layout`.  On a CPU a few layers are unrolled: see
-`_groups_at_once`.
+compile time does not grow with depth: see `layout` and `scanned`.
 
 Shapes: B sequences, S positions, L key positions, D hidden, V vocabulary.
 """
@@ -21,20 +20,20 @@ import optax
 from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.hardware.platform import platform
-from dsmoe_jax.model import layout, mtp, remat
-from dsmoe_jax.model.block import Block, EveryLayer, OneLayer, compute_dtype, inputs_of_every_layer
+from dsmoe_jax.model import layout, mtp, pipelined, remat
+from dsmoe_jax.model.block import Block, OneLayer, compute_dtype, inputs_of_every_layer
 from dsmoe_jax.model.layout import Run
 from dsmoe_jax.model.mtp import Ahead
+from dsmoe_jax.model.scanned import Layers
 from dsmoe_jax.model.types import Cache, ModelInputs, Output, RunCache, Scored
 from dsmoe_jax.moe import interventions
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.report import LayerReport
 from dsmoe_jax.nn import attention, head
 from dsmoe_jax.nn.layers import RMSNorm, init_matrix
+from dsmoe_jax.parallel import pipeline
+from dsmoe_jax.parallel.pipeline import Schedule
 from dsmoe_jax.parallel.sharding import constrain, gathered
-
-UNROLLED_LAYERS = 8  # at most, on a CPU
 
 
 class Groups(nnx.Module):
@@ -143,9 +142,10 @@ class Transformer(nnx.Module):
         inputs: ModelInputs,
         cache: Cache | None = None,
         intervention: Intervention = interventions.NONE,
+        schedule: Schedule | None = None,
     ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
         """As `forward`, but (B, S, D) that the head gets, normed, instead of logits."""
-        x_BSD, report, cache = self._layers(inputs, cache, intervention)
+        x_BSD, report, cache = self._layers(inputs, cache, intervention, schedule)
         with jax.named_scope("head"):
             return self.final_norm(x_BSD), report, cache
 
@@ -199,6 +199,7 @@ class Transformer(nnx.Module):
         look_ahead: bool = False,
         with_best: bool = False,
         with_hidden: bool = False,
+        schedule: Schedule | None = None,
     ) -> Scored:
         """Runs the model over text whose next tokens are known; see `model.head_block_tokens`.
 
@@ -210,12 +211,13 @@ class Transformer(nnx.Module):
           look_ahead: whether the modules of `model.mtp` are run too.
           with_best: whether the tokens that the model finds best are wanted.
           with_hidden: whether what the head gets is wanted.
+          schedule: of the batch on a mesh with stages; None: that of evaluation.
         """
         recorded = inputs.replayed
         if look_ahead:  # of the model's own layers
             own = jax.tree.map(lambda x: x[:, : self.n_scanned], recorded)
             inputs = inputs._replace(replayed=own)
-        hidden_BSD, report, _ = self.hidden(inputs, None, intervention)
+        hidden_BSD, report, _ = self.hidden(inputs, None, intervention, schedule)
         nll_BS, best_BS, logits_BSV = self._predict(
             hidden_BSD,
             targets_BS,
@@ -314,7 +316,11 @@ class Transformer(nnx.Module):
             return constrain(x_BSD, "BSD")
 
     def _layers(
-        self, inputs: ModelInputs, cache: Cache | None, intervention: Intervention
+        self,
+        inputs: ModelInputs,
+        cache: Cache | None,
+        intervention: Intervention,
+        schedule: Schedule | None,
     ) -> tuple[jax.Array, LayerReport | None, Cache | None]:
         """The last layer's output, the report of the MoE layers, and the updated cache."""
         inputs.assert_shapes(self.n_scanned)
@@ -340,7 +346,18 @@ class Transformer(nnx.Module):
             )
             moe = OneLayer(run_cache.layers if run_cache else None, *of_layers)
             dense = OneLayer(run_cache.between if run_cache else None)
-            x_BSD, *output = self._scan(stack, run, x_BSD, every, moe, dense, intervention)
+            layers = Layers(self.config, stack.layers, stack.between, run, intervention)
+            if pipeline.stages() > 1:
+                if cache is not None:
+                    raise ValueError(
+                        f"mesh.stage={pipeline.stages()}: generation has no pipeline; must be 1"
+                    )
+                if schedule is None:
+                    schedule = pipelined.schedule_of_evaluation(self.config, len(x_BSD))
+                x_BSD, report = layers.in_pipeline(x_BSD, every, moe, schedule)
+                outputs.append((report, None))
+                continue
+            x_BSD, *output = layers.in_order(x_BSD, every, moe, dense)
             outputs.append(output)
         reports, caches = zip(*outputs, strict=True)
         if cache is not None:
@@ -349,63 +366,6 @@ class Transformer(nnx.Module):
             segment_ids_BL = every.mask.key_segment_ids_BL
             cache = Cache.of(tuple(leading), caches, length, segment_ids_BL)
         return x_BSD, _joined(reports), cache
-
-    def _scan(
-        self,
-        stack: Transformer | Groups,
-        run: Run,
-        x_BSD: jax.Array,
-        every: EveryLayer,
-        moe: OneLayer,
-        dense: OneLayer,
-        intervention: Intervention,
-    ) -> tuple[jax.Array, LayerReport | None, RunCache]:
-        """Runs the layers of a run as one scan over its groups.
-
-        Args:
-          stack: has them.
-          run: says how many there are.
-          x_BSD: activations.
-          every: inputs of all layers.
-          moe, dense: inputs of the MoE layers and of the dense ones, with a leading layer axis.
-          intervention: see `forward`.
-        """
-        moe_layer, moe_params = self._each(stack.layers, every, intervention)
-        following = None
-        if stack.between is not None:
-            dense_layer, dense_params = self._each(stack.between, every, intervention)
-            following = _in_groups((dense_params, dense), run)
-
-        def group(x_BSD, scanned):
-            first, following = scanned
-            x_BSD, report, cache = moe_layer(x_BSD, *first)
-            behind = []
-            for i in range(run.dense):
-                x_BSD, _, dense_cache = dense_layer(
-                    x_BSD, *jax.tree.map(operator.itemgetter(i), following)
-                )
-                behind.append(dense_cache)
-            together = (
-                jax.tree.map(lambda *of_each: jnp.stack(of_each), *behind) if behind else None
-            )
-            return x_BSD, (report, RunCache(cache, together))
-
-        xs = (moe_params, moe), following
-        x_BSD, (report, cache) = jax.lax.scan(group, x_BSD, xs, unroll=_groups_at_once(run))
-        return x_BSD, report, RunCache(cache.layers, _in_order(cache.between))
-
-    def _each(
-        self, stacked: Block, every: EveryLayer, intervention: Intervention
-    ) -> tuple[Callable[..., Any], Any]:
-        """A layer of a stack, `(x_BSD, params, one) -> (x_BSD, report, cache)`, and all params."""
-        graph, params = nnx.split(stacked)
-
-        def layer(x_BSD, params, one):
-            return nnx.merge(graph, params)(x_BSD, every, one, intervention)
-
-        if (policy := remat.get(self.config.remat).policy) is not None:
-            layer = jax.checkpoint(layer, policy=policy)
-        return layer, params
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` sequences of up to `max_length` positions, none of them filled."""
@@ -439,16 +399,6 @@ def _repeated(cache: Any, n: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), cache) if n else None
 
 
-def _in_groups(tree: Any, run: Run) -> Any:
-    """Arrays of dense layers with the axes groups and layers of a group instead of layers."""
-    return jax.tree.map(lambda x: x.reshape(run.groups, run.dense, *x.shape[1:]), tree)
-
-
-def _in_order(tree: Any) -> Any:
-    """The reverse of `_in_groups`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
 def _together(trees: list[Any]) -> Any:
     """Arrays of several layers along a new leading axis; None of no layer."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees) if trees else None
@@ -459,14 +409,3 @@ def _joined(of_runs: Sequence[Any]) -> Any:
     if len(of_runs) == 1:
         return of_runs[0]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_runs)
-
-
-def _groups_at_once(run: Run) -> int:
-    """Groups in one iteration of the scan: all of a shallow model on a CPU, else one.
-
-    A scan keeps what the backward pass needs in stacked arrays, which XLA's CPU backend zeroes,
-    fills and copies out again: a sixth of the demo's step.  Unrolled, the numbers are the same to
-    the bit, and a shallow model compiles no slower.
-    """
-    shallow = run.groups * (1 + run.dense) <= UNROLLED_LAYERS
-    return run.groups if platform() == "cpu" and shallow else 1

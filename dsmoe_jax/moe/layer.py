@@ -26,11 +26,12 @@ from dsmoe_jax.moe.identity import split
 from dsmoe_jax.moe.interventions import Intervention
 from dsmoe_jax.moe.kernels import RowKernels
 from dsmoe_jax.moe.report import LayerReport, logged_sums, loss_inputs, recorded
-from dsmoe_jax.moe.routed import expert_devices, routed_experts, token_shards
+from dsmoe_jax.moe.routed import expert_devices, routed_experts
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
 from dsmoe_jax.nn import quantisation
 from dsmoe_jax.nn.feed_forward import FeedForward, form_of, init_bias
 from dsmoe_jax.nn.layers import init_matrix
+from dsmoe_jax.parallel.sharding import batch_shards
 
 _MATRICES = ("gate_EFD", "up_EFD", "down_EDF")  # of the routed experts
 
@@ -317,7 +318,7 @@ class MoELayer(nnx.Module):
         if not dispatch.choose_dispatcher(name, expert_devices()).drops_by_shard:
             return dropping.drop(routing, sequence_ids_B, drop, sizes, valid_T=valid_T), None
         # Buffers of fixed size need a bound for each shard, so each shard drops for itself.
-        shards = token_shards()
+        shards = batch_shards()
         b, s = valid_BS.shape
         kept = dropping.drop(routing, sequence_ids_B, drop, sizes, shards, valid_T)
         return kept, dropping.max_kept((b // shards, s), drop, sizes, expert_devices())

@@ -4,8 +4,8 @@
 mesh it runs inside each shard, and inside each chunk of a shard's tokens; the rest of this file
 prepares that: specs, weights, chunks.
 
-The mesh is the ambient one (`jax.set_mesh`) with the axes data, fsdp, expert, tensor.  Tokens are
-split over data x fsdp x expert.  The experts' weights are split too: E over `expert`, F over
+The mesh is the ambient one (`jax.set_mesh`) with the axes of parallel/mesh.py.  Tokens are split
+over its batch axes.  The experts' weights are split too: E over `expert`, F over
 `tensor` (each device computes a part of every sum over F) and D over `fsdp` (gathered before use,
 so that the gradients are reduce-scattered).
 
@@ -36,7 +36,7 @@ from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.nn.feed_forward import SWIGLU, Activation, form_of
 from dsmoe_jax.nn.quantisation import Matrix, Quantised, in_dtype
 from dsmoe_jax.parallel.mesh import BATCH_AXES
-from dsmoe_jax.parallel.sharding import spec
+from dsmoe_jax.parallel.sharding import batch_shards, here, on_shards, spec
 
 WEIGHT_AXES = ("EFD", "EFD", "EDF", "EF", "EF", "ED")  # of `ExpertWeights`
 
@@ -165,13 +165,15 @@ def _on_mesh(
     """The composition on every shard of the ambient mesh."""
     _check_divides(weights)
     n_experts = weights.gate_EFD.shape[0]
+    batch_axes = here(BATCH_AXES)
+    replicas = tuple(axis for axis in batch_axes if axis != "expert")
 
     def on_shard(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, DispatchReport]:
         whole = _gather_weights(weights, tokens.x_TD.dtype)
         filled = _fill_up(tokens, moe.dispatch.chunks, n_experts)
         y_tD, computed_e = _in_chunks(parts, whole, filled, moe, max_kept)
-        computed_e = jax.lax.psum(computed_e.astype(jnp.float32), ("data", "fsdp"))
-        rows = jax.lax.psum(exchanged_rows(tokens.ids_TK, n_experts), BATCH_AXES)
+        computed_e = jax.lax.psum(computed_e.astype(jnp.float32), replicas)
+        rows = jax.lax.psum(exchanged_rows(tokens.ids_TK, n_experts), batch_axes)
         y_tD = jax.lax.psum(y_tD[: tokens.x_TD.shape[0]], "tensor")
         return y_tD, DispatchReport(computed_e, rows)
 
@@ -179,14 +181,11 @@ def _on_mesh(
     by_token = spec("TD")
     report: Any = DispatchReport(PartitionSpec("expert"), replicated)  # pyright: ignore
     specs: Any = list(map(_spec_of, weights, WEIGHT_AXES))
-    # Without check_vma, which would take the zeros that the backends' loops start from for
-    # replicated.
-    y_TD, report = jax.shard_map(
+    y_TD, report = on_shards(
         on_shard,
         in_specs=(Tokens(by_token, by_token, by_token), ExpertWeights(*specs)),  # pyright: ignore
         out_specs=(by_token, report),
-        check_vma=False,
-    )(_fill_up(tokens, token_shards(), n_experts), weights)
+    )(_fill_up(tokens, batch_shards(), n_experts), weights)
     return y_TD[: tokens.x_TD.shape[0]], jax.lax.stop_gradient(report)
 
 
@@ -266,12 +265,6 @@ def _fill_up(tokens: Tokens, multiple: int, n_experts: int) -> Tokens:
         jnp.pad(tokens.ids_TK, fill, constant_values=n_experts),
         jnp.pad(tokens.gates_TK, fill),
     )
-
-
-def token_shards() -> int:
-    """Parts that the ambient mesh splits the tokens into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def expert_devices() -> int:

@@ -11,13 +11,13 @@ of the vocabulary, and b tokens of a block.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from dsmoe_jax.nn.layers import linear_to_float32
 from dsmoe_jax.nn.token_blocks import (
@@ -32,8 +32,7 @@ from dsmoe_jax.nn.token_blocks import (
     scattered,
     words,
 )
-from dsmoe_jax.parallel.mesh import BATCH_AXES
-from dsmoe_jax.parallel.sharding import constrain, gathered, spec
+from dsmoe_jax.parallel.sharding import batch_shards, constrain, gathered, spec, spec_of
 
 # Bytes of float32 logits on one device: what has no more is computed whole, and so is each block.
 WHOLE_LOGITS = 2**30
@@ -52,7 +51,7 @@ def n_blocks(tokens: int, vocab_size: int, block_tokens: int | None) -> int:
       vocab_size: V.
       block_tokens: the most in a block; None: as many as have `WHOLE_LOGITS` bytes.
     """
-    on_device = -(-tokens // math.prod(axis_size(axis) for axis in BATCH_AXES))
+    on_device = -(-tokens // batch_shards())
     return n_blocks_of_one_device(on_device, vocab_size, axis_size("tensor"), block_tokens)
 
 
@@ -98,10 +97,10 @@ def _nll_fwd(x_BSD, head_VD, targets_BS, n_blocks, with_best):
     chex.assert_equal_shape_prefix([x_BSD, targets_BS], 2)
     # Collected here, once, and kept until the backward pass, which comes next.
     head_VD = gathered(head_VD.astype(x_BSD.dtype), "VD")
-    by_token = spec("BS")
+    by_token = spec_of(targets_BS.shape, "BS")
     forward = on_shards(
         functools.partial(_forward, n_blocks, with_best),
-        in_specs=(spec("BSD"), IN_USE, by_token),
+        in_specs=(P(*by_token, None), IN_USE, by_token),
         out_specs=(by_token,) * (3 if with_best else 2),
     )
     nll_BS, log_sum_BS, *best = forward(x_BSD, head_VD, targets_BS)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dsmoe_jax.parallel import sharding
+
 IN_USE = PartitionSpec("tensor", None)  # the head as FSDP has gathered it
 
 
@@ -69,7 +71,8 @@ def scattered(dhead_vD: jax.Array) -> jax.Array:
     for axis in ("fsdp", "expert"):
         if axis_size(axis) > 1:
             dhead_vD = jax.lax.psum_scatter(dhead_vD, axis, scatter_dimension=1, tiled=True)
-    return jax.lax.psum(dhead_vD, "data") if axis_size("data") > 1 else dhead_vD
+    replicas = [axis for axis in ("stage", "data") if axis_size(axis) > 1]
+    return jax.lax.psum(dhead_vD, replicas) if replicas else dhead_vD
 
 
 def axis_size(axis: str) -> int:
@@ -81,4 +84,4 @@ def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
     """The function on every shard of the ambient mesh; itself without one."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return sharding.on_shards(function, in_specs, out_specs)

@@ -1,5 +1,7 @@
 """The device mesh: how the devices of a run are laid out.
 
+stage    the layers are split, and activations pass from neighbour to neighbour (pipeline.py);
+         outside of the layers these devices act like `data`
 data     replicas: every device has the parameters, and its part of the batch
 fsdp     like data, but parameters and moments are split too, and gathered layer by layer
 expert   the routed experts are split; outside MoE layers these devices act like `fsdp`
@@ -28,7 +30,8 @@ from jax.sharding import AxisType, Mesh
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES, MeshConfig, across_slices
 
-BATCH_AXES = ("data", "fsdp", "expert")  # the sequences of a batch are split over these
+# The sequences of a batch are split over these; inside of a stage over all but the first.
+BATCH_AXES = ("stage", "data", "fsdp", "expert")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

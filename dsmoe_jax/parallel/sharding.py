@@ -8,17 +8,21 @@ has it:
     kv_down_ZD  the latent over fsdp and expert, which are then taken: D is whole
     gate_FD     width over tensor, D over fsdp and expert (dense FFNs and shared experts)
     gate_EFD    experts over expert, width over tensor, D over fsdp alone
-    x_BSD       sequences over data, fsdp and expert; D is whole
+    gate_LEFD   stacked layers: these over stage, the rest as above
+    x_BSD       sequences over stage, data, fsdp and expert; D is whole
     scale_D     whole: a single vector is not worth a message
 
 Adam's moments have the names of their parameters, and so their shardings.
+
+Inside of a stage of the pipeline (pipeline.py) an array is that of one stage: nothing is split over
+`stage` there.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +30,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 
 
@@ -40,7 +45,8 @@ LOGICAL: dict[str, LogicalAxis] = {
     "B": LogicalAxis("sequences", BATCH_AXES),
     "T": LogicalAxis("tokens", BATCH_AXES),
     "S": LogicalAxis("positions"),
-    "L": LogicalAxis("layers"),
+    "L": LogicalAxis("layers", ("stage",)),
+    "U": LogicalAxis("micro-batches in the pipeline", ("stage",)),
     "V": LogicalAxis("vocabulary", ("tensor",)),
     "D": LogicalAxis("hidden size", ("fsdp", "expert")),
     "E": LogicalAxis("routed experts", ("expert",)),
@@ -76,7 +82,38 @@ def split(letters: str) -> list[tuple[str, ...]]:
 
 def spec(letters: str) -> P:
     """The partition of an activation with these logical axes: `spec("BSD")`."""
-    return P(*(axes or None for axes in split(letters)))
+    return P(*(here(axes) or None for axes in split(letters)))
+
+
+def here(axes: Sequence[str]) -> tuple[str, ...]:
+    """Those of some mesh axes that can split an array of the code being traced.
+
+    They are axes of the ambient mesh that no `jax.shard_map` around it has taken; without a mesh
+    all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tuple(axes)
+    return tuple(a for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
+
+
+def batch_shards() -> int:
+    """Parts that the ambient mesh splits a batch into; inside of a stage, that of the stage."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in here(BATCH_AXES))
+
+
+def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over the axes that are `here`."""
+    # Without check_vma: Pallas calls say nothing of how their results vary, and the zeros that the
+    # backends' loops start from would be taken for replicated.
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(here(AXES)),
+        check_vma=False,
+    )
 
 
 def axes_of(path: tuple, shape: tuple[int, ...]) -> str:
@@ -188,10 +225,27 @@ def spec_of(shape: tuple[int, ...], letters: str) -> P:
     """The partition of an activation on the ambient mesh, as `constrain` asks for it."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = []
-    for axes, length in zip(split(letters), shape, strict=True):
-        n_shards = math.prod(mesh.shape[axis] for axis in axes)
-        parts.append(axes if axes and length % n_shards == 0 else None)
+    for axes, length in zip(map(here, split(letters)), shape, strict=True):
+        parts.append(_dividing(axes, length, mesh.shape) or None)
     return P(*parts)
+
+
+def _dividing(axes: tuple[str, ...], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Mesh axes that split a dimension evenly: all of them, or all but `stage`, or none."""
+    for some in (axes, tuple(axis for axis in axes if axis != "stage")):
+        if length % math.prod(sizes[axis] for axis in some) == 0:
+            return some
+    return ()
+
+
+def constrain_repeats(params: Any) -> Any:
+    """Asks for stacked parameters, (layers, repeats, ...), in a stage to be split as at rest."""
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        of_layer = [*array_spec(path, (x.shape[0], *x.shape[2:]))][1:]
+        return jax.lax.with_sharding_constraint(x, P(None, None, *of_layer))
+
+    return jax.tree.map_with_path(one, params)
 
 
 def gathered(weight: jax.Array, letters: str) -> jax.Array:
@@ -202,7 +256,9 @@ def gathered(weight: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return weight
-    parts = [tuple(axis for axis in axes if axis not in BATCH_AXES) for axes in split(letters)]
+    parts = [
+        tuple(axis for axis in here(axes) if axis not in BATCH_AXES) for axes in split(letters)
+    ]
     return jax.lax.with_sharding_constraint(weight, P(*(axes or None for axes in parts)))
 
 
@@ -223,14 +279,17 @@ def local_rows(batch_size: int) -> list[int]:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return list(range(batch_size))
-    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % n_shards:
-        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
+    axes = _dividing(BATCH_AXES, batch_size, mesh.shape)
+    if not axes:
+        axes = [axis for axis in BATCH_AXES if axis != "stage"]
+        n_shards = math.prod(mesh.shape[axis] for axis in axes)
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
         raise ValueError(
             f"batch of {batch_size} sequences: must be a multiple of {n_shards}, over which the"
             f" mesh splits it ({sizes})"
         )
-    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    sharding = NamedSharding(mesh, P(axes))
+    indices: Any = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (rows,) in indices for row in range(batch_size)[rows]})
 
 
@@ -240,7 +299,7 @@ def global_batch(batch: Mapping[str, object], rows: Sequence[int], batch_size: i
     if mesh.empty:
         return dict(batch)
     place = {row: i for i, row in enumerate(rows)}
-    sharding = batch_sharding(mesh)
+    sharding = NamedSharding(mesh, P(_dividing(BATCH_AXES, batch_size, mesh.shape)))
 
     def put(x: Any) -> jax.Array:
         def shard(index: Any) -> np.ndarray:

@@ -25,10 +25,11 @@ from dsmoe_jax.config import Config
 from dsmoe_jax.config.mesh import MeshConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.hardware.chips import CHIPS, TPUS
-from dsmoe_jax.model import layout, size
+from dsmoe_jax.model import layout, pipelined, size
 from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.moe.experts import BACKENDS
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.parallel.pipeline import Schedule
 from dsmoe_jax.planning import collectives, memory_traffic, planner
 from dsmoe_jax.planning.collectives import BETWEEN_SLICES, Overlap
 from dsmoe_jax.planning.memory_traffic import Move
@@ -104,13 +105,22 @@ def parts_of_step(config: Config, moves: list[Move]) -> dict[str, dict[str, floa
     """GB of HBM traffic of each part of a step, by scope.
 
     The parts: "layer", one micro-batch in one scanned layer, forward and backward (where dense
-    layers stand between: in one group of layers); "micro-batch", one of them outside of those;
-    "step", the rest.  With one micro-batch the rest counts as its own.
+    layers stand between: in one group of layers); "micro-batch", one of them outside of those (in
+    a pipeline: a tick); "step", the rest.  With one micro-batch the rest counts as its own.
     """
     model = config.model
     n_micro = config.train.accumulation_steps
-    outer = (n_micro,) if n_micro > 1 else ()
-    layers = (*outer, max(run.groups for run in layout.runs(model)))
+    n_layers = max(run.groups for run in layout.runs(model))
+    stages = config.mesh.stage
+    if stages > 1:
+        passing = pipelined.together(config.train)
+        schedule = Schedule(passing, config.train.pipeline_repeats)
+        rounds = n_micro // passing
+        outer = (*([rounds] if rounds > 1 else []), schedule.ticks(stages))
+        n_layers //= stages * schedule.repeats
+    else:
+        outer = (n_micro,) if n_micro > 1 else ()
+    layers = (*outer, n_layers)
     parts: dict[str, list[Move]] = {"layer": [], "micro-batch": [], "step": []}
     for move in moves:
         if move.loops[: len(layers)] == layers:
@@ -165,7 +175,11 @@ def lay_out(config: Config, chip: str, devices: list[Any]) -> tuple[Config, Mesh
     planned = not config.mesh.is_chosen
     if planned:
         plan, _ = planner.propose(config, chip, len(devices), teacher_model(config))
-        train = dataclasses.replace(config.train, accumulation_steps=plan.accumulation_steps)
+        values: dict[str, Any] = {"accumulation_steps": plan.accumulation_steps}
+        if plan.schedule is not None:
+            values["pipeline_micro_batches"] = plan.schedule.micro_batches
+            values["pipeline_repeats"] = plan.schedule.repeats
+        train = dataclasses.replace(config.train, **values)
         mesh = dataclasses.replace(MeshConfig(), **plan.sizes, slices=config.mesh.slices)
         config = dataclasses.replace(config, mesh=mesh, train=train)
     return config, open_mesh(config, devices), planned
@@ -218,9 +232,15 @@ def prove(config: Config, topology: str) -> Proof:
             moved_gb=sum(memory_traffic.by_scope(moves).values()),
             received_gb=sum(gb for kind, gb in received.items() if kind != BETWEEN_SLICES),
             sliced_gb=received.get(BETWEEN_SLICES, 0.0),
-        ),
+        ).with_idle(_bubble(config)),
         seconds=seconds,
     )
+
+
+def _bubble(config: Config) -> float:
+    """Share of the ticks of a pipeline in which a stage has nothing to do; 0 without stages."""
+    schedule = Schedule(pipelined.together(config.train), config.train.pipeline_repeats)
+    return schedule.bubble(config.mesh.stage)
 
 
 def _default_device_counts(backend: str) -> bool:

@@ -64,7 +64,8 @@ def moved(
       in_use: number of parameters with which it computes, after FSDP has gathered them.
     """
     model = config.model
-    n_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    stages = sizes["stage"]
+    n_shards = math.prod(sizes[axis] for axis in BATCH_AXES) / stages
     t = config.tokens_per_step / accumulation_steps / n_shards
     layer = _layer(config, t, sizes["tensor"])
     width = model.intermediate_size / sizes["tensor"]
@@ -86,6 +87,10 @@ def moved(
         "experts and dispatch": moe_layers
         * (_of(rows, 1) + _of(exchanged, exchanges) + _of(shared, forward_passes)),
         "logits": (1 + model.mtp_depth) * t * model.vocab_size / sizes["tensor"] * _LOGIT,
+    }
+    # A stage has its share of the layers; embedding and head of all its micro-batches likewise.
+    costs = {name: n_bytes / stages for name, n_bytes in costs.items()}
+    costs |= {
         "weights": in_use * _WEIGHT + local * _STATE_OF_MICRO_BATCH,
     }
     step = {name: accumulation_steps * n_bytes / 1e9 for name, n_bytes in costs.items()}

@@ -12,9 +12,11 @@ the longer of computation and HBM, and the network after it (`roofline`).  Count
 - bytes that the chip's own memory moves, by `hbm_estimate`: those of the rows that come if all
   choices are equally likely, not of the room for the worst case;
 - traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
-  tokens between experts, the sums of `tensor`;
+  tokens between experts, the sums of `tensor`, activations between stages;
+- the bubble of a pipeline, as time in which a stage waits (`pipeline_costs`);
 - traffic between slices: the gradients of replicas in other slices, which are summed inside of a
-  slice before, each chip with its part of them, as XLA does.
+  slice before, each chip with its part of them, as XLA does; where stages lie in several slices,
+  all that stages send, as it is for the chips at the border.
 
 `python -m dsmoe_jax aot` gives the compiler's allocation instead of the estimate.
 
@@ -35,15 +37,17 @@ from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES, across_slices
 from dsmoe_jax.hardware.chips import CHIPS
-from dsmoe_jax.model import remat
+from dsmoe_jax.model import layout, pipelined, remat
 from dsmoe_jax.model.build import ModelState, model_shapes
 from dsmoe_jax.moe import blocks
 from dsmoe_jax.moe.dispatch import volume
 from dsmoe_jax.nn import attention, head
 from dsmoe_jax.nn.kept import ATTENDED, RECEIVED
 from dsmoe_jax.parallel.mesh import BATCH_AXES
+from dsmoe_jax.parallel.pipeline import Schedule
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
 from dsmoe_jax.planning import hbm_estimate
+from dsmoe_jax.planning.pipeline_costs import Course
 from dsmoe_jax.planning.roofline import Roofline, roofline
 from dsmoe_jax.training.start import TrainState, state_shapes
 
@@ -53,6 +57,7 @@ _COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
 # to what the compiler allocates (docs/scale.md).
 _ROW_D = 19
 _ROW_F = 19
+_INSIDE = tuple(axis for axis in BATCH_AXES if axis != "stage")  # split the micro-batch of a stage
 # Arrays at once of the room for results, and of the size of the buffer of received vectors; the
 # same, fitted to 16B and 145B on v5p.
 _ROOM = 2
@@ -71,6 +76,7 @@ class Plan:
       hbm: GB that one step moves in the memory of each chip, by category.
       slices: of the devices.
       sliced: GB that each chip receives from other slices in one step, by category.
+      schedule: of the micro-batches that pass together through the stages; None without stages.
     """
 
     sizes: dict[str, int]
@@ -78,6 +84,7 @@ class Plan:
     memory: dict[str, float]
     traffic: dict[str, float]
     hbm: dict[str, float]
+    schedule: Schedule | None = None
     slices: int = 1
     sliced: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -95,7 +102,7 @@ class Plan:
         """Bounds of the time of a step."""
         chips = math.prod(self.sizes.values())
         hbm = sum(self.hbm.values())
-        return roofline(
+        bounds = roofline(
             config,
             chips,
             CHIPS[chip],
@@ -103,6 +110,12 @@ class Plan:
             received_gb=self.moved,
             sliced_gb=sum(self.sliced.values()),
         )
+        return bounds.with_idle(self.idle)
+
+    @property
+    def idle(self) -> float:
+        """Share of a step in which a chip waits for other stages: the bubble."""
+        return 0.0 if self.schedule is None else self.schedule.bubble(self.sizes["stage"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +186,35 @@ def _considered(
     limit = USABLE * CHIPS[chip].hbm_gb
     plans = []
     for sizes in meshes(state, chips, _slices(config)):
+        if sizes["stage"] > 1:
+            plans += _with_stages(config, state, sizes, teacher, limit)
+            continue
         for accumulation_steps in _accumulations(config, sizes):
             plans.append(estimate(config, state, sizes, accumulation_steps, teacher))
             if plans[-1].used <= limit:
                 break  # more micro-batches would only gather the weights more often
+    return plans
+
+
+def _with_stages(
+    config: Config,
+    state: TrainState,
+    sizes: dict[str, int],
+    teacher: ModelConfig | None,
+    limit: float,
+) -> list[Plan]:
+    """The plans of a mesh with stages: more micro-batches are less bubble, and more memory."""
+    stages = sizes["stage"]
+    repeats = pipelined.repeats(config.model, stages)
+    plans = []
+    for n in (n for n in _accumulations(config, sizes) if n % stages == 0):
+        for r in {min(repeats, default=1), max(repeats, default=1)} if repeats else ():
+            # As many as fit pass together; fewer would be more bubble.
+            for passing in (p for p in range(n, 0, -stages) if n % p == 0):
+                schedule = Schedule(passing, r)
+                plans.append(estimate(config, state, sizes, n, teacher, schedule))
+                if plans[-1].used <= limit:
+                    break
     return plans
 
 
@@ -210,8 +248,9 @@ def examine(config: Config, chip: str, chips: int, teacher: ModelConfig | None =
     state = state_shapes(config)
     sizes = config.mesh.sizes(chips)
     across_slices(sizes, _slices(config))
+    pipelined.check(config, sizes["stage"])
     check(state.params, sizes)
-    n_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    n_shards = _n_shards(sizes, _INSIDE)
     accumulation_steps = config.train.accumulation_steps
     require(
         config.train.global_batch_size % (n_shards * accumulation_steps) == 0,
@@ -220,7 +259,10 @@ def examine(config: Config, chip: str, chips: int, teacher: ModelConfig | None =
         f"times data x fsdp x expert = {n_shards} must divide train.global_batch_size="
         f"{config.train.global_batch_size}",
     )
-    plan = estimate(config, state, sizes, accumulation_steps, teacher)
+    schedule = None
+    if sizes["stage"] > 1:
+        schedule = Schedule(pipelined.together(config.train), config.train.pipeline_repeats)
+    plan = estimate(config, state, sizes, accumulation_steps, teacher, schedule)
     advice = "take more micro-batches (train.accumulation_steps), another mesh, or more chips"
     _refuse_unless_it_fits(config, chip, plan, "it takes", advice)
     return plan
@@ -266,11 +308,11 @@ def _slices(config: Config) -> int:
 def meshes(state: TrainState, chips: int, slices: int = 1) -> Iterator[dict[str, int]]:
     """All meshes of this many chips that divide the arrays of a state, and that slices divide."""
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
-    for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
-        if chips % (fsdp * expert * tensor):
+    for stage, fsdp, expert, tensor in itertools.product(divisors, repeat=4):
+        if chips % (stage * fsdp * expert * tensor):
             continue
-        data = chips // (fsdp * expert * tensor)
-        sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+        data = chips // (stage * fsdp * expert * tensor)
+        sizes = {"stage": stage, "data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
         try:
             check(state.params, sizes)
             across_slices(sizes, slices)
@@ -281,7 +323,7 @@ def meshes(state: TrainState, chips: int, slices: int = 1) -> Iterator[dict[str,
 
 def _accumulations(config: Config, sizes: dict[str, int]) -> list[int]:
     """Numbers of micro-batches into which the batch can be split, fewest first."""
-    sequences, rest = divmod(config.train.global_batch_size, _n_shards(sizes, BATCH_AXES))
+    sequences, rest = divmod(config.train.global_batch_size, _n_shards(sizes, _INSIDE))
     if rest:
         return []
     return [n for n in range(1, sequences + 1) if sequences % n == 0]
@@ -293,15 +335,30 @@ def estimate(
     sizes: dict[str, int],
     accumulation_steps: int,
     teacher: ModelConfig | None = None,
+    schedule: Schedule | None = None,
 ) -> Plan:
-    """Memory and traffic of one chip; see the module's docstring for what is counted."""
+    """Memory and traffic of one chip; see the module's docstring for what is counted.
+
+    Args:
+      config: to plan.
+      state: its shapes.
+      sizes: of the mesh's axes; those that are not named are 1.
+      accumulation_steps: number of micro-batches.
+      teacher: see `propose`.
+      schedule: of those that pass together through stages; None: all.
+    """
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    course = Course.of(sizes["stage"], accumulation_steps, schedule)
     weights = _weights(state, sizes)
-    n_shards = _n_shards(sizes, BATCH_AXES)
+    n_shards = _n_shards(sizes, _INSIDE)
     micro_batch = config.train.global_batch_size // accumulation_steps // n_shards
-    replicated = _n_shards(sizes, AXES) == sizes["data"]  # every chip has all weights already
     slices = _slices(config)
-    across = across_slices(sizes, slices)["data"]
-    inside = sizes["data"] // across
+    across = across_slices(sizes, slices)
+    inside = sizes["data"] // across["data"]
+    t = micro_batch * config.data.sequence_length
+    d = config.model.hidden_size
+    # Every chip has all weights with which it computes already.
+    replicated = _n_shards(sizes, AXES) == sizes["data"] * sizes["stage"]
     memory = {
         "parameters": 4 * weights.local,
         **_teacher(teacher, sizes),
@@ -309,20 +366,29 @@ def estimate(
         # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
         "weights in use": 0.0 if replicated else _COMPUTE * weights.in_use,
-        **_activations(config, micro_batch, sizes),
+        **_activations(config, micro_batch, sizes, course),
+        **course.memory(t, d),
     }
     traffic = {
         # Gathered for the forward and the backward pass, then the gradients scattered.
-        "weights": 3 * _COMPUTE * weights.gathered * accumulation_steps,
+        "weights": 3 * _COMPUTE * weights.gathered * course.ticks,
         "replicas": 2 * 4 * weights.local * (1 - 1 / inside),
         **_exchange(config, micro_batch, sizes, accumulation_steps),
     }
+    # Each replica inside of a slice sums its part of the gradients with those of other slices.
+    sliced = {"replicas": 2 * 4 * weights.local / inside * (1 - 1 / across["data"])}
+    of_stages = sliced if across["stage"] > 1 else traffic
+    of_stages |= course.traffic(t, d, weights.local - weights.outside)
+    of_stages["replicas"] += 2 * 4 * weights.outside / sizes["data"] * (1 - 1 / sizes["stage"])
     hbm = hbm_estimate.moved(
         config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
     )
-    # Each replica inside of a slice sums its part of the gradients with those of other slices.
-    sliced = {"replicas": 2 * 4 * weights.local / inside * (1 - 1 / across)}
-    return Plan(sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm, slices, _gb(sliced))
+    # In the bubble a stage reads and writes as in any other tick.
+    hbm = {name: gb / (1 - course.idle * (name != "state")) for name, gb in hbm.items()}
+    passing = None if course.stages == 1 else course.schedule
+    return Plan(
+        sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm, passing, slices, _gb(sliced)
+    )
 
 
 def _teacher(model: ModelConfig | None, sizes: dict[str, int]) -> dict[str, float]:
@@ -343,6 +409,7 @@ class _Weights(NamedTuple):
 
     Attributes:
       local: its shards of all parameters.
+      outside: those of them that are in no stage.
       in_use: gathered at the same time: two layers (the next one arrives meanwhile), and what is
         not in a layer.
       gathered: received to gather each parameter once.
@@ -350,6 +417,7 @@ class _Weights(NamedTuple):
     """
 
     local: float
+    outside: float
     in_use: float
     gathered: float
     whole: float
@@ -357,6 +425,7 @@ class _Weights(NamedTuple):
 
 def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
     local = 0.0
+    outside = 0.0
     stacked = 0.0
     unstacked = 0.0
     gathered = 0.0
@@ -370,10 +439,11 @@ def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
         gathered += in_use * (1 - shards_in_use / shards)
         whole += in_use
         if array.layers > 1:
-            stacked += in_use / array.layers
+            stacked += in_use / (array.layers / sizes["stage"])
         else:
             unstacked += in_use
-    return _Weights(local, 2 * stacked + unstacked, gathered, whole)
+            outside += array.size / shards
+    return _Weights(local, outside, 2 * stacked + unstacked, gathered, whole)
 
 
 def _array(path: tuple, shape: tuple[int, ...]) -> _Array:
@@ -383,11 +453,13 @@ def _array(path: tuple, shape: tuple[int, ...]) -> _Array:
     if len(letters.removeprefix("L")) < 2:
         axes = []
     # FSDP gathers a weight over all axes of the batch; experts are not gathered over `expert`.
-    stays = ("expert", "tensor") if "E" in letters else ("tensor",)
+    stays = ("stage", "expert", "tensor") if "E" in letters else ("stage", "tensor")
     return _Array(math.prod(shape), layers, tuple(axes), tuple(a for a in axes if a in stays))
 
 
-def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dict[str, float]:
+def _activations(
+    config: Config, micro_batch: int, sizes: dict[str, int], course: Course
+) -> dict[str, float]:
     """Bytes on one chip: kept for the backward pass, and of a running layer or the logits."""
     model = config.model
     moe = model.moe
@@ -408,23 +480,21 @@ def _activations(config: Config, micro_batch: int, sizes: dict[str, int]) -> dic
     layer += 4 * 3 * moe.n_routed_experts / sizes["expert"] * f * d
     layer += t * _ROW_F * moe.shared_width / tensor
     recomputed = remat.get(model.remat)
-    layers = model.num_hidden_layers + model.mtp_depth
+    stacked = model.num_hidden_layers + model.mtp_depth - layout.n_leading(model)
+    layers = course.layers_kept(stacked) + course.leading_kept(model)
     kept = layers * _COMPUTE * t * d
     if ATTENDED in recomputed.kept:
         kept += layers * _COMPUTE * t * attended.result / tensor
     if RECEIVED in recomputed.kept:
-        moe_layers = len(model.moe_layers) + model.mtp_depth
+        moe_layers = course.layers_kept(len(model.moe_layers) + model.mtp_depth)
         kept += moe_layers * rows.buffered * (_COMPUTE * d + rows.label_bytes)
     if not recomputed.again:  # `dots` keeps less than `none`; counted as `none`
         kept = layers * layer / 2
-    logits = (
-        3
-        * 4
-        * t
-        * model.vocab_size
-        / tensor
-        / head.n_blocks_of_one_device(t, model.vocab_size, tensor, model.head_block_tokens)
+    at_head = t * course.schedule.micro_batches // course.stages
+    n_blocks = head.n_blocks_of_one_device(
+        at_head, model.vocab_size, tensor, model.head_block_tokens
     )
+    logits = 3 * 4 * at_head * model.vocab_size / tensor / n_blocks
     # The larger of the two: logits are freed before the backward pass reaches the layers.
     return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
 
@@ -436,7 +506,7 @@ def _exchange(
     model = config.model
     d = model.hidden_size
     t = micro_batch * config.data.sequence_length
-    moe_layers = len(model.moe_layers) + model.mtp_depth
+    moe_layers = (len(model.moe_layers) + model.mtp_depth) / sizes["stage"]
     rows = volume(model.moe, t, sizes["expert"])
     # Rows go out and back, in the forward and in the backward pass; labels go out only.
     row_trips = 4
@@ -447,7 +517,7 @@ def _exchange(
         label_trips += 1
     bytes_a_row = row_trips * _COMPUTE * d + label_trips * rows.label_bytes
     vectors = _COMPUTE * accumulation_steps * t * d
-    layers = model.num_hidden_layers + model.mtp_depth
+    layers = (model.num_hidden_layers + model.mtp_depth) / sizes["stage"]
     return {
         "tokens": moe_layers * accumulation_steps * rows.received * bytes_a_row,
         # Two sums a layer each way; a sum is a scatter and a gather.
@@ -460,7 +530,11 @@ def flags(plan: Plan) -> list[str]:
     meshes = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
     if plan.slices > 1:
         meshes.append(f"--config.mesh.slices={plan.slices}")
-    return [*meshes, f"--config.train.accumulation_steps={plan.accumulation_steps}"]
+    numbers = {"accumulation_steps": plan.accumulation_steps}
+    if plan.schedule is not None:
+        numbers["pipeline_micro_batches"] = plan.schedule.micro_batches
+        numbers["pipeline_repeats"] = plan.schedule.repeats
+    return [*meshes, *(f"--config.train.{name}={n}" for name, n in numbers.items())]
 
 
 def shape(sizes: dict[str, int]) -> str:

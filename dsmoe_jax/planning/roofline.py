@@ -28,6 +28,14 @@ class Roofline:
     network: float
     model_compute: float
 
+    def with_idle(self, share: float) -> Roofline:
+        """The bounds of a step of which a chip computes nothing for that share, in a pipeline.
+
+        What it reads and receives in the bubble is in the bytes already: there it computes too, in
+        vain.
+        """
+        return dataclasses.replace(self, compute=self.compute / (1 - share))
+
     @property
     def overlapped(self) -> float:
         """Seconds of a step in which the three overlap perfectly."""

@@ -76,6 +76,8 @@ _MAY_CHANGE = frozenset(f"mesh.{axis}" for axis in AXES) | {
     "model.remat",
     "model.moe.dispatch.chunks",
     "train.accumulation_steps",
+    "train.pipeline_micro_batches",
+    "train.pipeline_repeats",
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_share",

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.config import Config, differences, replace, stages_of
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES
+from dsmoe_jax.model import pipelined
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.parallel.mesh import BATCH_AXES, make_mesh
 from dsmoe_jax.runs import workdir as workdirs
@@ -56,8 +57,11 @@ def open_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
       ValueError: naming the key, if it does not divide the devices, the batch or the model.
     """
     mesh = make_mesh(config.mesh, devices)
+    for stage in stages_of(config):
+        pipelined.check(stage.config, mesh.shape["stage"])
     sharding.check(state_shapes(config), mesh.shape)
-    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    # Every stage has its own micro-batch.
+    n_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis != "stage")
     for train in (stage.config.train for stage in stages_of(config)):
         micro_batch = train.global_batch_size // train.accumulation_steps
         require(

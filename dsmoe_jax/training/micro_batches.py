@@ -1,6 +1,8 @@
 """The gradient of a global batch, computed in micro-batches one after the other.
 
-Accumulation changes no number: every part of the loss knows the counts of the whole batch.
+Accumulation changes no number: every part of the loss knows the counts of the whole batch.  On a
+mesh with stages several micro-batches go through the pipeline together (model/pipelined.py), which
+adds them up: here they are then one.
 
 Shapes: B sequences of the global batch, b of a micro-batch, n micro-batches, S positions, L MoE
 layers, G groups of a balance term.
@@ -19,7 +21,7 @@ from flax import nnx
 from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.data.pipeline import Batch
 from dsmoe_jax.evaluation.cross_entropy import AheadSums, Sums, ahead_sums, token_sums
-from dsmoe_jax.model import mtp
+from dsmoe_jax.model import mtp, pipelined
 from dsmoe_jax.model.build import ModelState, abstract_model
 from dsmoe_jax.model.transformer import Transformer
 from dsmoe_jax.model.types import ModelInputs, Scored
@@ -122,6 +124,9 @@ class BatchGradient:
           teacher: the arrays of the run's teacher; None without one.
         """
         micros = split(batch, self._n_micro)
+        schedule = pipelined.schedule_of(self._config)
+        if schedule is not None:  # those that pass through the stages together add up there
+            micros = jax.tree.map(lambda x_n: _together(x_n, schedule.micro_batches), micros)
         sent_LG = self._load_of_batch(params, other, micros, rng)
         all_tokens = batch["loss_mask_BS"].astype(jnp.float32).sum()
         whole = self._whole(jnp.asarray(batch["segment_ids_BS"]), sent_LG)
@@ -134,6 +139,8 @@ class BatchGradient:
             return (totals, grads), recorded
 
         (totals, grads), recorded = add_up(part_of, micros)
+        if recorded is not None and schedule is not None:
+            recorded = jax.tree.map(lambda x: _apart(x, schedule.micro_batches), recorded)
         return Gradients(totals, grads, None if recorded is None else join(recorded))
 
     def _score(self, model: Transformer, micro: MicroBatch, rng) -> Scored:
@@ -145,6 +152,7 @@ class BatchGradient:
             whole_logits=needs_logits(self._config),
             look_ahead=self._config.model.mtp is not None,
             with_hidden=self._config.train.distillation is not None,
+            schedule=pipelined.schedule_of(self._config),
         )
 
     def _whole(self, segment_ids_BS: jax.Array, sent_LG: dict[str, jax.Array] | None):
@@ -210,7 +218,7 @@ class BatchGradient:
         Terms of scope `global_batch` need it before the gradient of the first micro-batch: it is
         counted in a forward pass of its own, which costs what a forward pass costs, and only then.
         """
-        if self._n_micro == 1 or not self._counted:
+        if len(micros.sequence_ids_B) == 1 or not self._counted:
             return None
 
         def sent(micro: MicroBatch):
@@ -232,9 +240,20 @@ def split(batch: Batch, n_micro: int) -> MicroBatch:
     def cut(x_B: jax.Array) -> jax.Array:
         # Every n-th row, not a block of them: then no row leaves its device.
         micros = x_B.reshape(-1, n_micro, *x_B.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(micros, "LB" + "S" * (x_B.ndim - 1))
+        return sharding.constrain(micros, "UB" + "S" * (x_B.ndim - 1))
 
     return jax.tree.map(cut, whole)
+
+
+def _together(x_n: jax.Array, passing: int) -> jax.Array:
+    """Micro-batches as the pipeline takes them: (n, b, ...) -> (n / passing, passing b, ...)."""
+    return pipelined.whole(x_n.reshape(-1, passing, *x_n.shape[1:]), axis=1)
+
+
+def _apart(x: jax.Array, passing: int) -> jax.Array:
+    """The reverse of `_together`, of (n / passing, L, passing b, ...): (n, L, b, ...)."""
+    x = jnp.moveaxis(pipelined.cut(x, passing, axis=2), 2, 1)
+    return x.reshape(-1, *x.shape[2:])
 
 
 def join(micros: Any) -> Any:

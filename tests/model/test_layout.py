@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_jax.config import ModelConfig, replace
-from dsmoe_jax.model import block, layout, size, transformer
+from dsmoe_jax.model import block, layout, size
 from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.generation import generate
 from dsmoe_jax.model.types import ModelInputs
@@ -110,7 +110,7 @@ def block_at(model, place):
 
 
 def test_values_and_gradients_are_those_of_a_plain_loop(between, monkeypatch):
-    monkeypatch.setattr(transformer, "UNROLLED_LAYERS", 0)
+    monkeypatch.setattr("dsmoe_jax.model.scanned.UNROLLED_LAYERS", 0)
     graph, params, other = nnx.split(between, nnx.Param, ...)
 
     def by_scan(model):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.model import block, transformer
+from dsmoe_jax.model import block
 from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.model.build import abstract_model, model_shapes
 from dsmoe_jax.model.types import ModelInputs
@@ -132,7 +132,7 @@ def test_unrolled_layers_give_what_scanned_ones_give(model, monkeypatch):
         return jnp.square(output.logits_BSV).mean(), output.report
 
     def results(most_layers: int, at_once: int):
-        monkeypatch.setattr(transformer, "UNROLLED_LAYERS", most_layers)
+        monkeypatch.setattr("dsmoe_jax.model.scanned.UNROLLED_LAYERS", most_layers)
         step = jax.value_and_grad(lambda params: loss(params), has_aux=True)
         assert f"unroll={at_once}\n" in str(jax.make_jaxpr(step)(params))
         return jax.jit(step)(params)

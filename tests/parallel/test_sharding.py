@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsmoe_jax.config import MeshConfig
+from dsmoe_jax.config.mesh import AXES
 from dsmoe_jax.parallel import sharding
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.start import state_shapes
@@ -24,12 +25,12 @@ SMALL = {
     [
         ("EFD", P("expert", "tensor", "fsdp")),
         ("EDF", P("expert", "fsdp", "tensor")),
-        ("LEFD", P(None, "expert", "tensor", "fsdp")),
+        ("LEFD", P("stage", "expert", "tensor", "fsdp")),
         ("FD", P("tensor", ("fsdp", "expert"))),
         ("NHD", P("tensor", None, ("fsdp", "expert"))),
         ("VD", P("tensor", ("fsdp", "expert"))),
-        ("BSD", P(("data", "fsdp", "expert"), None, None)),
-        ("BSNH", P(("data", "fsdp", "expert"), None, "tensor", None)),
+        ("BSD", P(("stage", "data", "fsdp", "expert"), None, None)),
+        ("BSNH", P(("stage", "data", "fsdp", "expert"), None, "tensor", None)),
     ],
 )
 def test_an_axis_of_the_mesh_splits_an_array_once(letters, expected):
@@ -48,7 +49,7 @@ def test_moments_are_sharded_like_their_parameters():
     leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, P))
     params = leaves(specs.params)
     assert leaves(adam.mu) == leaves(adam.nu) == params
-    assert P(None, "expert", "tensor", "fsdp") in params
+    assert P("stage", "expert", "tensor", "fsdp") in params
     assert adam.count == specs.step == P()
 
 
@@ -78,7 +79,8 @@ def test_a_mesh_that_does_not_divide_the_devices(sizes, devices, message):
 
 
 def test_what_is_left_goes_to_one_axis():
-    assert MeshConfig(expert=4).sizes(8) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    sizes = {"stage": 1, "data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    assert MeshConfig(expert=4).sizes(8) == sizes
 
 
 @pytest.mark.parametrize(
@@ -93,14 +95,14 @@ def test_what_is_left_goes_to_one_axis():
 def test_a_mesh_that_does_not_divide_the_model(sizes, message):
     state = state_shapes(tiny(**SMALL))
     with pytest.raises(ValueError, match=message) as caught:
-        sharding.check(state, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, **sizes})
+        sharding.check(state, {**dict.fromkeys(AXES, 1), **sizes})
     assert "\n" not in str(caught.value)
 
 
 def test_a_mesh_that_does_not_divide_the_batch(monkeypatch):
     """The mesh must divide the micro-batches: they are split."""
     config = tiny(**SMALL, **{"train.global_batch_size": 6})
-    mesh = jax.sharding.AbstractMesh((4, 1, 1, 1), ("data", "fsdp", "expert", "tensor"))
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 1, 1), AXES)
     monkeypatch.setattr("dsmoe_jax.training.devices.make_mesh", lambda *_: mesh)
     with pytest.raises(ValueError, match=r"train.global_batch_size=6: must be a multiple of 4:"):
         open_mesh(config)

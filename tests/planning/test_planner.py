@@ -10,6 +10,7 @@ from configs import dsmoe_2b, dsmoe_16b, dsmoe_145b
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.hardware.chips import CHIPS
 from dsmoe_jax.parallel import sharding
+from dsmoe_jax.parallel.pipeline import Schedule
 from dsmoe_jax.planning import plan_report, planner
 from dsmoe_jax.training.start import state_shapes
 
@@ -22,7 +23,7 @@ def small():
 def test_state_is_counted_by_the_shards(small):
     """Against the shapes that JAX itself cuts."""
     state = state_shapes(small)
-    sizes = {"data": 2, "fsdp": 2, "expert": 3, "tensor": 2}
+    sizes = {"stage": 1, "data": 2, "fsdp": 2, "expert": 3, "tensor": 2}
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     local = 0
     for path, x in jax.tree.leaves_with_path(state.params):
@@ -40,7 +41,7 @@ def test_state_is_counted_by_the_shards(small):
 
 def test_one_chip_moves_nothing(small):
     plan, _ = planner.propose(small, "h100", 1)
-    assert plan.sizes == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert set(plan.sizes.values()) == {1}
     assert plan.traffic == {}
 
 
@@ -130,7 +131,7 @@ def test_the_mesh_of_the_config_is_examined(monkeypatch):
     given = {"mesh.data": 1, "mesh.fsdp": 16, "mesh.expert": 16}
     config = replace(config, **given, **{"train.accumulation_steps": 18})
     plan = planner.examine(config, "v5p", 256)
-    assert plan.sizes == {"data": 1, "fsdp": 16, "expert": 16, "tensor": 1}
+    assert plan.sizes == {"stage": 1, "data": 1, "fsdp": 16, "expert": 16, "tensor": 1}
     with pytest.raises(ValueError, match=r"does not fit 256 v5e .*takes \d.*fsdp 16 x expert"):
         planner.examine(config, "v5e", 256)
     with pytest.raises(ValueError, match=r"train.accumulation_steps=36: .*256 must divide"):
@@ -141,3 +142,50 @@ def test_the_mesh_of_the_config_is_examined(monkeypatch):
     monkeypatch.setitem(CHIPS, "v5p", full)
     with pytest.raises(ValueError, match="does not fit 256 v5p"):
         planner.examine(config, "v5p", 256)
+
+
+def test_stages_are_counted_by_the_shards_and_their_ticks():
+    """16B in three stages of three groups: 72 micro-batches of one sequence, by hand."""
+    config = from_config_dict(dsmoe_16b.get_config())
+    sizes = {"stage": 3, "data": 16, "expert": 4}
+    state = state_shapes(config)
+    plan = planner.estimate(config, state, sizes, 72, schedule=Schedule(72, 3))
+    mesh = jax.sharding.AbstractMesh(tuple(plan.sizes.values()), tuple(plan.sizes))
+    local = 0
+    for path, x in jax.tree.leaves_with_path(state.params):
+        spec = sharding.array_spec(path, x.shape)
+        local += math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape))
+    assert plan.memory["parameters"] == pytest.approx(4 * local / 1e9)
+    vector = 2 * 4096 * 2048  # bytes of a micro-batch
+    ticks = 3 * 72 + 2
+    # A tick passes one micro-batch on, in both passes; all come to the first stage and go back.
+    passed = (2 * ticks + 4 * 72 * 2 / 3) * vector
+    assert plan.traffic["stages"] == pytest.approx(passed / 1e9)
+    assert plan.idle == pytest.approx(2 / ticks)
+    seconds = plan.bounds(config, "v5p")
+    plain = dataclasses.replace(plan, schedule=None).bounds(config, "v5p")
+    assert seconds.compute == pytest.approx(plain.compute * ticks / (ticks - 2))
+    once = planner.estimate(config, state, sizes, 72, schedule=Schedule(72))
+    assert once.idle == pytest.approx(2 / 74)
+    assert "repeats" not in once.traffic
+    few = planner.estimate(config, state, sizes, 72, schedule=Schedule(12))
+    assert few.memory["activations kept"] < once.memory["activations kept"] / 4
+    assert few.idle == pytest.approx(2 / 14)
+
+
+def test_stages_are_proposed_where_the_network_is_slow(monkeypatch):
+    """With links of a two-hundredth the activations of three stages are the least to send."""
+    config = from_config_dict(dsmoe_16b.get_config())
+    fast, _ = planner.propose(config, "v5p", 24)
+    assert fast.sizes["stage"] == 1
+    slow = dataclasses.replace(CHIPS["v5p"], link_bandwidth=CHIPS["v5p"].link_bandwidth / 200)
+    monkeypatch.setitem(CHIPS, "v5p", slow)
+    plan, _ = planner.propose(config, "v5p", 24)
+    assert plan.sizes["stage"] > 1
+    assert plan.schedule is not None
+    assert f"--config.train.pipeline_repeats={plan.schedule.repeats}" in planner.flags(plan)
+    values = {f"mesh.{axis}": n for axis, n in plan.sizes.items()}
+    values["train.accumulation_steps"] = plan.accumulation_steps
+    values["train.pipeline_micro_batches"] = plan.schedule.micro_batches
+    values["train.pipeline_repeats"] = plan.schedule.repeats
+    assert planner.examine(replace(config, **values), "v5p", 24) == plan

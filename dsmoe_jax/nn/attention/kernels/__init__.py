@@ -23,7 +23,7 @@ from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.nn.attention.kernels import cudnn, splash, xla
 from dsmoe_jax.nn.attention.kernels.types import Attend, Kernel, Task
 from dsmoe_jax.nn.attention.mask import CausalMask
-from dsmoe_jax.parallel.sharding import spec_of
+from dsmoe_jax.parallel.sharding import on_shards, spec_of
 
 # "auto" is the first that computes the task; the last one computes all of them.
 KERNELS: dict[str, Kernel] = {
@@ -122,11 +122,10 @@ def _on_shards(
         return attend(query_BSNH, key_BSMH, value_BSMI, CausalMask(segment_ids_BS))
 
     by_segment = None if segment_ids_BS is None else spec_of(segment_ids_BS.shape, "BS")
-    return jax.shard_map(
+    return on_shards(
         on_shard,
         in_specs=(by_query, by_key, by_key, by_segment),
         out_specs=by_query,
-        check_vma=False,  # Pallas calls say nothing of how their results vary
     )(query_BSNH, key_BSMH, value_BSMI, segment_ids_BS)
 
 

@@ -1,0 +1,182 @@
+"""Training in a pipeline on eight virtual devices is training on one device; so is resuming."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsmoe_jax.config import Config
+from dsmoe_jax.model import pipelined
+from dsmoe_jax.parallel import sharding
+from dsmoe_jax.runs.checkpoint import Checkpoints
+from dsmoe_jax.training.devices import open_mesh
+from dsmoe_jax.training.start import abstract_state, from_items, init_state, to_items
+from dsmoe_jax.training.step import jit_train_step
+from tests.tools.tiny import FOR_EIGHT_DEVICES, batch, tiny
+from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
+
+# Four MoE layers behind a dense one, terms of every scope, a bias that moves with the load; the
+# batch has packed documents and padding.
+CONFIG = {
+    **FOR_EIGHT_DEVICES,
+    "model.attention.num_key_value_heads": 2,
+    "model.num_hidden_layers": 5,
+    "model.first_k_dense_replace": 1,
+    "model.intermediate_size": 32,
+    "model.initializer_range": 0.1,
+    "model.remat": "full",
+    "model.moe.router.bias_update_speed": 0.001,
+    "model.moe.balance.expert.factor": 0.1,
+    "model.moe.balance.expert.scope": "global_batch",
+    "model.moe.balance.switch.factor": 0.1,
+    "model.moe.balance.switch.scope": "sequence",
+    "model.moe.balance.sequence.factor": 0.1,
+    "model.moe.balance.sequence.scope": "document",
+    "model.moe.balance.router_z.factor": 0.01,
+    "data.sequence_length": 16,
+    "train.global_batch_size": 16,
+    "optimizer.peak_learning_rate": 3e-4,
+    "optimizer.warmup_steps": 0,
+    "optimizer.clip_norm": 1e9,  # so that a gradient of a wrong scale shows
+}
+# Adam's first update is the sign of the gradient, which rounding turns where it is almost 0.
+ONE_UPDATE = 1e-4
+# What a micro-batch's tokens compete for, and what is drawn at random.
+COMPETING = {
+    "model.moe.drop.policy": "device",
+    "model.moe.drop.capacity_factor": 0.7,
+    "model.moe.drop.protected_share": 0.25,
+    "model.moe.expert_groups": 4,
+    "model.moe.router.jitter": 0.1,
+    "train.record_routing": True,
+}
+
+
+class Run:
+    """A run on a mesh; without axes, on one device."""
+
+    def __init__(self, axes: dict[str, int], **overrides: object):
+        values = {f"mesh.{axis}": n for axis, n in {"data": 1, **axes}.items()}
+        self.config: Config = tiny(**{**CONFIG, **values, **overrides})
+        self.mesh = open_mesh(self.config, jax.devices()[: 8 if axes else 1])
+        with jax.set_mesh(self.mesh):
+            self.rows = sharding.local_rows(self.config.train.global_batch_size)
+            self.step = jit_train_step(self.config, np.ones(self.config.model.vocab_size, np.int32))
+            self.state = init_state(self.config)
+
+    def train(self) -> dict[str, np.ndarray]:
+        """Takes a step; arrays of the state and of the metrics."""
+        with jax.set_mesh(self.mesh):
+            host = batch(self.config, int(self.state.step))
+            arrays = sharding.global_batch(host, self.rows, len(host["tokens_BS"]))
+            self.state, metrics = self.step(self.state, arrays)
+        found = by_path({"state": self.state, "metrics": metrics})
+        # But for what is meant to depend on the mesh: rows between devices.
+        return {p: np.asarray(x) for p, x in found.items() if "exchanged_rows" not in p}
+
+    def save(self, directory: Path) -> None:
+        checkpoints = Checkpoints(directory, keep=1)
+        with jax.set_mesh(self.mesh):
+            checkpoints.save(int(self.state.step), to_items(self.state), {})
+        checkpoints.close()
+
+    def load(self, directory: Path) -> None:
+        checkpoints = Checkpoints(directory, keep=None)
+        with jax.set_mesh(self.mesh):
+            (step,) = checkpoints.steps()
+            target = to_items(abstract_state(self.config))
+            self.state = from_items(checkpoints.restore(step, target).items)
+        checkpoints.close()
+
+
+@functools.cache
+def first_step_of_one_device(competing: bool, n: int) -> dict[str, np.ndarray]:
+    more = COMPETING if competing else {}
+    return Run({}, **more, **{"train.accumulation_steps": n}).train()
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize(
+    ("axes", "n", "repeats", "competing"),
+    [
+        ({"stage": 4, "expert": 2}, 8, 1, False),
+        ({"stage": 2, "data": 2, "expert": 2}, 4, 2, False),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, 2, 2, False),
+        ({"stage": 2, "data": 2, "expert": 2}, 4, 1, True),
+    ],
+)
+def test_a_step_is_that_of_one_device(axes, n, repeats, competing):
+    """The first moments are the gradients (clipping is off), so their scale is seen too."""
+    more = COMPETING if competing else {}
+    micro = {"train.accumulation_steps": n, "train.pipeline_repeats": repeats}
+    found = Run(axes, **more, **micro).train()
+    wanted = first_step_of_one_device(competing, n if competing else 1)
+    errors = relative_errors(found, wanted)
+    assert sum("mu" in path for path in errors) > 15
+    for name in ("load_E", "dropped_E", "computed_E", "bias_E", "terms"):
+        assert any(name in path for path in errors), name
+    updated = {path: errors.pop(path) for path in [*errors] if ".params" in path}
+    assert_all_below(errors, REORDERED)
+    assert_all_below(updated, ONE_UPDATE)
+
+
+@pytest.mark.eight_devices
+def test_a_run_goes_on_with_other_stages(tmp_path):
+    """Saved in two stages of two groups of layers; the next step is that of one device."""
+    axes = {"stage": 2, "data": 2, "expert": 2}
+    saved = Run(axes, **{"train.accumulation_steps": 4, "train.pipeline_repeats": 2})
+    saved.train()
+    saved.save(tmp_path / "run")
+    one = Run({})
+    one.load(tmp_path / "run")
+    four = Run({"stage": 4, "expert": 2}, **{"train.accumulation_steps": 8})
+    four.load(tmp_path / "run")
+    found, wanted = four.train(), one.train()
+    losses = [path for path in found if "metrics" in path and "learning_rate" not in path]
+    errors = relative_errors({p: found[p] for p in losses}, {p: wanted[p] for p in losses})
+    assert len(errors) > 20
+    assert_all_below(errors, 1e-5)
+
+
+REFUSED = [
+    (
+        {"mesh.stage": 3},
+        r"mesh.stage=3: times train.pipeline_repeats=1 .* the 4 MoE layers: .*1, 2, 4",
+    ),
+    (
+        {"mesh.stage": 2, "train.pipeline_repeats": 3},
+        r"mesh.stage=2: times train.pipeline_repeats=3 must divide the 4 MoE layers",
+    ),
+    (
+        {"mesh.stage": 4, "train.accumulation_steps": 2},
+        r"train.accumulation_steps=2: .*must be a multiple of mesh.stage=4",
+    ),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 4, "train.pipeline_micro_batches": 3},
+        r"train.pipeline_micro_batches=3: must be a multiple of mesh.stage=2 that divides .*=4",
+    ),
+    ({"train.pipeline_repeats": 2}, r"train.pipeline_repeats=2: needs mesh.stage > 1;.* 1$"),
+    ({"train.pipeline_micro_batches": 2}, r"train.pipeline_micro_batches=2: needs mesh.stage > 1"),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 2, "model.remat": "none"},
+        r"model.remat='none': .*must be 'dots', 'named' or 'full'",
+    ),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 2, "model.mtp.num_nextn_predict_layers": 1},
+        r"mesh.stage=2: the modules of model.mtp .*must be 1",
+    ),
+    (
+        {"mesh.stage": 2, "train.accumulation_steps": 2, "model.mlp_only_layers": (2,)},
+        r"mesh.stage=2: .*must all be alike \(model.mlp_only_layers=\(2,\)\); must be 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda v: str(v)[:40])
+def test_what_cannot_be_a_pipeline(values, message):
+    config = tiny(**{**CONFIG, **values})
+    with pytest.raises(ValueError, match=message) as caught:
+        pipelined.check(config, config.mesh.stage)
+    assert "\n" not in str(caught.value)
