@@ -154,7 +154,7 @@ def train(
             hosts.one_line_if_another_ends(),
         ):
             trainer = _Trainer(
-                config, directory, corpus, line, interrupts, profile, journal, watch, wandb
+                config, directory, corpus, interrupts, profile, line, journal, watch, wandb
             )
             try:
                 return trainer.run()
@@ -428,7 +428,7 @@ class _Trainer:
         with self.host_times.spent(WORK):
             self._look(step, metrics, vote, times)
 
-    def _look(self, step: int, metrics: StepMetrics, vote: int, times: Any) -> None:
+    def _look(self, step: int, metrics: StepMetrics, vote: jax.Array | int, times: Any) -> None:
         """Checks a step that has been fetched, and writes its row if it is to be logged."""
         self._hear(vote)
         judged = metrics.judged

@@ -36,10 +36,11 @@ from dsmoe_jax.hardware.platform import platform
 from dsmoe_jax.model.block import compute_dtype
 from dsmoe_jax.moe import dispatch, dropping, experts, room, routers
 from dsmoe_jax.moe.layer import MoELayer
-from dsmoe_jax.moe.routed import expert_devices, token_shards
+from dsmoe_jax.moe.routed import expert_devices
 from dsmoe_jax.moe.types import MoEInputs, RecordedRouting, RouterInputs, Routing, unassign
 from dsmoe_jax.nn.feed_forward import form_of
 from dsmoe_jax.parallel import hosts, sharding
+from dsmoe_jax.parallel.sharding import batch_shards
 from dsmoe_jax.runs.summaries import missing_assignments
 from dsmoe_jax.training import router_state
 
@@ -128,7 +129,7 @@ def _check(model: ModelConfig, mesh: Mesh) -> str:
         tolerance = _ROUNDING[
             "float32" if platform() == "cpu" and dtype == "float32" else "bfloat16"
         ]
-        tokens = token_shards()
+        tokens = batch_shards()
     graph, arrays = _arrays(model, dtype, tokens)
     on_mesh = _step_on_mesh(graph, arrays, mesh)
     on_one_device = _step_on_one_device(graph, arrays, model.moe)

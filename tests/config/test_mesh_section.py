@@ -12,10 +12,10 @@ EIGHT = MeshConfig(
 @pytest.mark.parametrize(
     ("devices", "sizes", "steps"),
     [
-        (8, {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1}, None),
-        (4, {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, None),
-        (2, {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}, 2),
-        (16, {"data": 8, "fsdp": 2, "expert": 1, "tensor": 1}, 2),
+        (8, {"stage": 1, "data": 1, "fsdp": 4, "expert": 2, "tensor": 1}, None),
+        (4, {"stage": 1, "data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, None),
+        (2, {"stage": 1, "data": 1, "fsdp": 2, "expert": 1, "tensor": 1}, 2),
+        (16, {"stage": 1, "data": 8, "fsdp": 2, "expert": 1, "tensor": 1}, 2),
     ],
 )
 def test_the_first_that_fits_is_taken(devices, sizes, steps):

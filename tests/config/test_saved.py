@@ -41,7 +41,15 @@ def test_missing_keys_have_their_defaults_and_are_named():
         "model.moe.expert_groups": 1,
         "model.moe.drop.policy": "position",
         "model.moe.balance.router_z.schedule": None,
-        "mesh": {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "slices": -1, "fallbacks": ()},
+        "mesh": {
+            "stage": 1,
+            "data": -1,
+            "fsdp": 1,
+            "expert": 1,
+            "tensor": 1,
+            "slices": -1,
+            "fallbacks": (),
+        },
     }
     config, added = from_saved(without(tree, *keys))
     assert added == keys

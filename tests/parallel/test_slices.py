@@ -64,8 +64,8 @@ def test_a_number_of_slices_that_cannot_be(slices):
 
 
 def test_the_outer_axes_cross():
-    sizes = {"data": 6, "fsdp": 4, "expert": 2, "tensor": 1}
-    assert across_slices(sizes, 3) == {"data": 3, "fsdp": 1, "expert": 1, "tensor": 1}
+    sizes = {"stage": 1, "data": 6, "fsdp": 4, "expert": 2, "tensor": 1}
+    assert across_slices(sizes, 3) == {"stage": 1, "data": 3, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
 def test_two_axes_that_cross():
@@ -77,11 +77,13 @@ def test_two_axes_that_cross():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes", [{"stage": 1, "data": 4, "fsdp": 2}, {"stage": 1, "data": 2, "fsdp": 2, "tensor": 2}]
+)
 def test_data_goes_from_slice_to_slice_and_the_rest_stays(sizes):
     """Whatever the order of the devices.  That a step is the same: test_meshes and test_hosts."""
     two = make_mesh(MeshConfig(**sizes, slices=2), jax.devices()[::-1])
-    assert two.shape == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes
+    assert two.shape == {"stage": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes
     halves = [{d.id for d in half.flat} for half in np.split(two.devices, 2)]
     assert halves == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     one = make_mesh(MeshConfig(**sizes), jax.devices()[::-1])
@@ -94,7 +96,7 @@ class TestPlan:
     def test_gradients_cross_and_nothing_else(self):
         config = from_config_dict(dsmoe_16b.get_config())
         state = state_shapes(config)
-        sizes = {"data": 8, "fsdp": 8, "expert": 1, "tensor": 1}
+        sizes = {"stage": 1, "data": 8, "fsdp": 8, "expert": 1, "tensor": 1}
 
         def plan(slices):
             return planner.estimate(replace(config, **{"mesh.slices": slices}), state, sizes, 8)

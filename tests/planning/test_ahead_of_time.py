@@ -167,7 +167,7 @@ LIBTPU = Path(sys.prefix) / "libtpu"
 )
 def test_a_small_step_compiles_for_two_slices():
     """The canary of what the compiler does: its memory and traffic have bounds, see below."""
-    sizes = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+    sizes = {"stage": 1, "data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
     flags = [f"--config.mesh.{axis}={n}" for axis, n in sizes.items()]
     flags += ["--config.mesh.slices=2", "--config.train.global_batch_size=8"]
     flags += ["--config.model.moe.n_routed_experts=8", "--config.model.moe.num_experts_per_tok=2"]
