@@ -12,7 +12,6 @@ from dsmoe_jax.config.checks import require
 
 # Neighbours in `tensor` are the closest devices, those in `stage` the farthest.
 AXES = ("stage", "data", "fsdp", "expert", "tensor")
-AXES = ("data", "fsdp", "expert", "tensor")  # neighbours in `tensor` are the closest devices
 # Axes that may cross the network between slices, those that send the least first: a pipeline hands
 # on activations, replicas sum their gradients once a step.  The other axes stay within a slice.
 ACROSS_SLICES = tuple(axis for axis in ("stage", "data") if axis in AXES)
@@ -149,7 +148,9 @@ def across_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     for axis in ACROSS_SLICES:
         parts[axis] = math.gcd(sizes[axis], left)
         left //= parts[axis]
-    cross = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in ACROSS_SLICES)
+    cross = " x ".join(
+        f"mesh.{axis}={sizes[axis]}" for axis in ACROSS_SLICES if axis == "data" or sizes[axis] > 1
+    )
     stay = ", ".join(axis for axis in sizes if axis not in ACROSS_SLICES)
     want = f"must divide {cross}, which alone goes from slice to slice; {stay} stay inside of one"
     require(left == 1, "mesh.slices", slices, want)

@@ -84,10 +84,12 @@ def test_data_goes_from_slice_to_slice_and_the_rest_stays(sizes):
     """Whatever the order of the devices.  That a step is the same: test_meshes and test_hosts."""
     two = make_mesh(MeshConfig(**sizes, slices=2), jax.devices()[::-1])
     assert two.shape == {"stage": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes
-    halves = [{d.id for d in half.flat} for half in np.split(two.devices, 2)]
+    halves = [{d.id for d in half.flat} for half in np.split(two.devices, 2, axis=1)]
     assert halves == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     one = make_mesh(MeshConfig(**sizes), jax.devices()[::-1])
-    assert {d.id for d in np.split(one.devices, 2)[0].flat} == {4, 5, 6, 7}, "as they are listed"
+    assert {d.id for d in np.split(one.devices, 2, axis=1)[0].flat} == {4, 5, 6, 7}, (
+        "as they are listed"
+    )
 
 
 class TestPlan:
