@@ -78,11 +78,11 @@ class WandbBoard:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        import wandb
+        from wandb import errors
 
         try:
             yield
-        except (wandb.errors.Error, OSError) as error:
+        except (errors.Error, OSError) as error:
             said = " ".join(str(error).split())
             raise OSError(
                 f"--wandb={self._project}: {said}; WANDB_MODE=offline keeps the numbers in the"
