@@ -29,7 +29,7 @@ Beside the text a run may learn from a trained model, as a dense student of a mi
 --config.train.distillation.teacher=OTHER_WORKDIR, see docs/distillation.md.
 
 How a run goes: open WORKDIR/report.html, a page that the run writes anew every minute
-(--report_every) and that a browser loads anew by itself, or ask python -m dsmoe_jax status.
+(--report_every) and that a browser loads anew by itself, or ask `python -m dsmoe_jax status`.
 Beside TensorBoard, --wandb=PROJECT logs to Weights & Biases (WANDB_MODE=offline: to WORKDIR/wandb).
 
 Jumps of the loss: --config.train.spikes.action=warn, skip (the update) or rewind (to the newest

@@ -147,15 +147,9 @@ def train(
             return Result(**finished)
         corpus = _open_corpus(config, directory, moved=moved)
         journal = Journal(directory)
-        with (
-            _closing(watch),
-            journal.failures(),
-            Interrupts() as interrupts,
-            hosts.one_line_if_another_ends(),
-        ):
-            trainer = _Trainer(
-                config, directory, corpus, interrupts, profile, line, journal, watch, wandb
-            )
+        with journal.failures(), Interrupts() as interrupts, hosts.one_line_if_another_ends():
+            seen_by = line, journal, watch, wandb
+            trainer = _Trainer(config, directory, corpus, interrupts, profile, *seen_by)
             try:
                 return trainer.run()
             finally:

@@ -37,7 +37,7 @@ def test_none_fits():
         ("fsdp=two", r"'fsdp=two' must be AXIS=NUMBER"),
         (
             "rows=2",
-            r"'rows=2' must be AXIS=NUMBER, the axis one of stage, data, .*accumulation_steps",
+            r"'rows=2' must be AXIS=NUMBER, the axis one of stage, .*accumulation_steps",
         ),
         ("data=-1,fsdp=-1", r"only one axis can be what is left"),
         ("fsdp=0", r"mesh.fsdp=0: must be > 0"),
