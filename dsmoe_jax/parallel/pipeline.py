@@ -202,7 +202,7 @@ def _on_stage(
 class _Slot(NamedTuple):
     """A place among the waiting micro-batches, and whether there is anything to put or take."""
 
-    index: jax.Array
+    index: jax.Array | int
     valid: jax.Array
 
 
