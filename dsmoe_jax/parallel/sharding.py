@@ -281,7 +281,7 @@ def local_rows(batch_size: int) -> list[int]:
         return list(range(batch_size))
     axes = _dividing(BATCH_AXES, batch_size, mesh.shape)
     if not axes:
-        axes = [axis for axis in BATCH_AXES if axis != "stage"]
+        axes = tuple(axis for axis in BATCH_AXES if axis != "stage")
         n_shards = math.prod(mesh.shape[axis] for axis in axes)
         sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
         raise ValueError(

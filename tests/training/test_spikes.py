@@ -211,6 +211,19 @@ def test_rewind_is_a_run_that_left_the_batches_out(runs, config, tmp_path):
     assert (event["action"], event["spike_step"], event["to_step"]) == ("rewind", 7, 4)
 
 
+def test_without_a_checkpoint_it_begins_anew(config, tiny_corpus, tmp_path, monkeypatch):
+    """Back to step 0, with the parameters that it began with."""
+    short = {"train.steps": 8, "train.checkpoint_every": 100}
+    spoil(str(tiny_corpus), monkeypatch.setattr)
+    train(config("rewind", **short), tmp_path / "run", progress=False)
+    (event,) = spikes_of(tmp_path / "run")
+    assert (event["spike_step"], event["to_step"]) == (7, 0)
+    same = {"train.skip_batches": ((1, 7),), "train.spikes.threshold": 1e6}
+    train(config("warn", **short, **same), tmp_path / "same", progress=False)
+    found, wanted = numbers(tmp_path / "run"), numbers(tmp_path / "same")
+    assert without(found, "left_out_batches") == without(wanted, "left_out_batches")
+
+
 @pytest.mark.parametrize(
     ("action", "rows"),
     [("skip", 11), ("rewind", 8)],  # in step 11; and again in step 6
@@ -290,7 +303,7 @@ def test_the_limit_of_returns(config):
 
 
 def test_what_was_read_is_counted_across_stages(tiny_config):
-    """Two steps of four sequences and two of two: as many as three batches of four."""
+    """Two steps of four sequences and three of two: in batches of four, rounded up, four."""
     config = tiny_config(
         **{
             "train.spikes.action": "rewind",
@@ -300,9 +313,9 @@ def test_what_was_read_is_counted_across_stages(tiny_config):
         }
     )
     decisions = spikes.Decisions(config)
-    decisions.rewind(6, 2)
-    assert decisions.left_out == {3: 3}
-    assert decisions.config().train.skip_batches == ((1, 1), (3, 5))
+    decisions.rewind(7, 2)
+    assert decisions.left_out == {3: 4}
+    assert decisions.config().train.skip_batches == ((1, 1), (3, 6))
 
 
 def test_the_rule_may_come_later(config, tiny_config):
