@@ -224,6 +224,8 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 def spec_of(shape: tuple[int, ...], letters: str) -> P:
     """The partition of an activation on the ambient mesh, as `constrain` asks for it."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return P(*[None] * len(shape))
     parts = []
     for axes, length in zip(map(here, split(letters)), shape, strict=True):
         parts.append(_dividing(axes, length, mesh.shape) or None)
