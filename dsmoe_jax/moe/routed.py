@@ -166,7 +166,7 @@ def _on_mesh(
     _check_divides(weights)
     n_experts = weights.gate_EFD.shape[0]
     batch_axes = here(BATCH_AXES)
-    replicas = tuple(axis for axis in batch_axes if axis != "expert")
+    replicas = here(("stage", "data", "fsdp"))
 
     def on_shard(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, DispatchReport]:
         whole = _gather_weights(weights, tokens.x_TD.dtype)

@@ -5,14 +5,10 @@ import os
 import signal
 import time
 
-import jax
-import numpy as np
 import pytest
-from flax import nnx
 
 from dsmoe_jax.runs import going_on
-from dsmoe_jax.runs.loading import load_run
-from dsmoe_jax.runs.metrics_log import KERNELS, read_rows
+from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_config
 from dsmoe_jax.storage import files
 from dsmoe_jax.storage.places import place_of
@@ -20,30 +16,13 @@ from dsmoe_jax.training.loop import train
 from tests.tools.buckets import emulator
 from tests.tools.forked import Process, run_all
 from tests.tools.patience import PATIENCE
+from tests.training.test_loop import assert_same_run
 
-NOT_COMPARED = {"tokens_per_second", "flops_per_second", "flops_utilization", "overhead", KERNELS}
 CONFIG_FILE = """
 from dsmoe_jax.config import *
 def get_config():
     return to_config_dict({config!r})
 """
-
-
-def numbers(workdir):
-    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in read_rows(workdir)]
-
-
-def parameters(workdir):
-    run = load_run(workdir)
-    return run.step, [np.asarray(x) for x in jax.tree.leaves(nnx.state(run.model))]
-
-
-def assert_same_run(workdir, undisturbed):
-    assert numbers(workdir) == numbers(undisturbed)
-    (step_a, a), (step_b, b) = parameters(workdir), parameters(undisturbed)
-    assert step_a == step_b
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")

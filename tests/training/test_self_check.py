@@ -218,14 +218,14 @@ def test_rows_that_get_lost_end_the_step():
     computed_LE = np.float32([[3, 4], [4, 3]])
     dropped_LE = np.float32([[0, 1], [0, 0]])
     ledger = SimpleNamespace(sent_E=sent_LE, computed_E=computed_LE, dropped_E=dropped_LE)
-    metrics = SimpleNamespace(router=SimpleNamespace(ledger=ledger), biases=None)
-    trainer = SimpleNamespace(interrupts=mock.Mock(), _stopped="step {}: {}".format)
+    metrics = SimpleNamespace(router=SimpleNamespace(ledger=ledger), biases=None, judged=None)
+    trainer = SimpleNamespace(_hear=mock.Mock(), spike=None, _stopped="step {}: {}".format)
     lost = r"^step 7: layer 1, expert 1: 4 assignments sent, 3 computed and 0 dropped"
     with (
         mock.patch.object(loop, "first_non_finite", return_value=None),
         pytest.raises(invariants.Violated, match=lost),
     ):
-        loop._Trainer._report(trainer, 7, metrics, 0)
+        loop._Trainer._look(trainer, 7, metrics, 0, None)
     ledger.computed_E = sent_LE - dropped_LE
     assert invariants.violation(metrics) is None
 
