@@ -188,7 +188,7 @@ def check(tree: Any, sizes: Mapping[str, int]) -> None:
 
     Args:
       tree: arrays or their shapes.
-      sizes: those of the mesh's axes, by name.
+      sizes: those of the mesh's axes, by name; those that are not named are 1.
 
     Raises:
       ValueError: naming the axis, and the number that it would have to divide.
@@ -198,7 +198,7 @@ def check(tree: Any, sizes: Mapping[str, int]) -> None:
         if _is_vector(letters):
             continue
         for letter, length, axes in zip(letters, x.shape, split(letters), strict=True):
-            used = [axis for axis in axes if sizes[axis] > 1]
+            used = [axis for axis in axes if sizes.get(axis, 1) > 1]
             n_shards = math.prod(sizes[axis] for axis in used)
             if length % n_shards == 0:
                 continue

@@ -79,7 +79,7 @@ def test_a_mesh_of_ones_own_is_examined_and_needs_the_number_of_chips():
     own = {"mesh.fsdp": 4, "mesh.expert": 16, "train.accumulation_steps": 4}
     options = Options("paper", arms=("gshard",), overrides=own)
     (arm,) = plan_arms(table1.EXPERIMENT, options, Hardware("v5p", 64))
-    assert arm.plan.sizes == {"data": 1, "fsdp": 4, "expert": 16, "tensor": 1}
+    assert arm.plan.sizes == {"stage": 1, "data": 1, "fsdp": 4, "expert": 16, "tensor": 1}
     with pytest.raises(ValueError, match="--chips: missing"):
         plan_arms(table1.EXPERIMENT, options, Hardware("v5p"))
 
