@@ -16,7 +16,7 @@ ticks and then all backward ones (GPipe, 1811.06965).
 Manual and automatic axes.  `jax.shard_map` is manual over `stage` alone; all other axes stay
 automatic inside, and the dispatch of the experts has its own `jax.shard_map` over those
 (`sharding.on_shards`).  With jax 0.10.2 the two nest and transpose: values and gradients are those
-of the plain loop (tests/parallel/test_pipeline.py).  Earlier versions could not transpose it.
+of the plain loop (tests/parallel/test_pipeline_ticks.py).  Earlier versions could not transpose it.
 
 Shapes: L groups of layers, S stages, R repeats, l = L / (S R) groups of a stage and repeat,
 n micro-batches; `...` any other axes.

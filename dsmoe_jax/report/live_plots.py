@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter, PercentFormatter
 
 from dsmoe_jax.report.blocks import Picture
-from dsmoe_jax.report.load_maps import LoadMap, stacked
+from dsmoe_jax.report.load_maps import ROW, LoadMap, stacked
 from dsmoe_jax.report.style import ARM_COLOURS, WIDTH, axes, smooth, styled, token_axis
 
 Rows = list[dict[str, Any]]
@@ -125,7 +125,8 @@ def _load(rows: Rows) -> Figure | None:
     load_LE = np.mean(same, axis=0)
     load_LE = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-9)
     names = [f"layer {i + 1}" for i in range(len(load_LE))]
-    return stacked([LoadMap("", names, load_LE)], f"routed experts, 1 to {load_LE.shape[1]}")
+    columns = f"routed experts, 1 to {load_LE.shape[1]}"
+    return stacked([LoadMap("", names, load_LE)], columns, max(ROW, 1.0 / len(names)))
 
 
 def _violations(rows: Rows) -> Figure | None:
@@ -202,7 +203,7 @@ PICTURES: dict[str, LivePicture] = {
     ),
     "hosts": LivePicture(
         "Own time of the hosts",
-        "For data, and for what else a host does between two steps; of several hosts the slowest"
+        "For data, and what else a host does between two steps but saving; of several the slowest"
         " of the last rows beside the median.",
         _hosts,
     ),

@@ -30,9 +30,15 @@ class LoadMap(NamedTuple):
     colour: str = INK
 
 
-def stacked(maps: Sequence[LoadMap], label: str) -> Figure:
-    """One map below the other, with one colour scale; `label` says what the columns are."""
-    heights = [TITLE + ROW * len(shown.names) for shown in maps]
+def stacked(maps: Sequence[LoadMap], label: str, row: float = ROW) -> Figure:
+    """One map below the other, with one colour scale; `label` says what the columns are.
+
+    Args:
+      maps: the first one on top.
+      label: of the columns.
+      row: inches of a row; of one map with few rows more, so that the scale fits beside it.
+    """
+    heights = [TITLE + row * len(shown.names) for shown in maps]
     height = sum(heights) + BELOW
     figure = Figure(figsize=(WIDTH, height), dpi=200)
     top = height

@@ -2,8 +2,8 @@
 
 In a step all devices wait for the slowest, so the step's time is the same everywhere and names
 nobody.  What a host does alone does name it: fetching its rows of the batch, and writing, checking
-and counting between the steps.  Waiting for the device is left out, and so is handing it a step,
-which waits too where the queue is full.
+and counting between the steps.  Waiting for the device is left out, and so are handing it a step,
+which waits where the queue is full, and saving, where each host waits for the others.
 """
 
 from __future__ import annotations

@@ -419,6 +419,7 @@ class _Trainer:
     def _report(self, step: int, metrics: StepMetrics, vote: jax.Array | int, times: Any) -> None:
         """Waits for a step, checks it, and writes its row if it is to be logged."""
         metrics, vote, times = jax.device_get((metrics, vote, times))
+        self.checkpoints.check()
         with self.host_times.spent(WORK):
             self._look(step, metrics, vote, times)
 
@@ -436,7 +437,6 @@ class _Trainer:
         self.journal.step = step
         if not out:
             self.running_load.add(metrics)
-        self.checkpoints.check()
         if self.recorder is not None:
             assert metrics.router is not None
             assert metrics.recorded is not None
@@ -501,8 +501,7 @@ class _Trainer:
     def _settle(self, step: int, state: TrainState) -> None:
         """Saves, stops, analyses and evaluates, each if it is due and not done."""
         if self._saves(step):
-            with self.host_times.spent(WORK):
-                self._save(step, state)
+            self._save(step, state)
         if self.interrupts.signum is not None:
             self._stop(step, state)
         if self._analyses(step):

@@ -38,7 +38,7 @@ LAYERS = {
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
 }
-# How 2 x 2 x 2 can be dealt to the axes but `stage` (tests/parallel/test_stages.py): each of them
+# How 2 x 2 x 2 can be dealt to the axes but `stage` (tests/parallel/test_pipelined_steps.py): each of them
 # alone, all pairs both ways, all threes.
 MESHES = [
     dict(zip(AXES[1:], sizes, strict=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_jax.config import Config
-from dsmoe_jax.runs.board import _scalars
+from dsmoe_jax.runs.board import scalars
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
 
@@ -37,7 +37,7 @@ def test_the_mixture_is_in_the_log_whatever_interrupts(
     last, before = rows[-1]["domain_tokens"], rows[-2]["domain_tokens"]
     read = {name: last[name] - before[name] for name in last}
     assert rows[-1]["domain_share"] == {name: n / (2 * 4 * 64) for name, n in read.items()}
-    curves = dict(_scalars(rows[-1]))
+    curves = dict(scalars(rows[-1]))
     assert curves["domain_tokens/code_python"] == last["code_python"]
     assert curves["domain_share/unicode_names"] == rows[-1]["domain_share"]["unicode_names"]
 
