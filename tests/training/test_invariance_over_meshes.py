@@ -38,8 +38,8 @@ LAYERS = {
     "model.moe.moe_intermediate_size": 8,
     "model.moe.expert_backend": "loop",
 }
-# How 2 x 2 x 2 can be dealt to the axes but `stage` (tests/parallel/test_pipelined_steps.py): each of them
-# alone, all pairs both ways, all threes.
+# How 2 x 2 x 2 can be dealt to the axes but `stage`, of which test_pipelined_steps.py is: each of
+# them alone, all pairs both ways, all threes.
 MESHES = [
     dict(zip(AXES[1:], sizes, strict=True))
     for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES[1:]))
