@@ -65,7 +65,12 @@ class OnlyHere(OSError):
 
     They wait for it, and threads of libraries here for them: the process must end at once, which
     tells the others.
+
+    Attributes:
+      exit_code: EX_TEMPFAIL: the reason may be that another process has ended a moment before.
     """
+
+    exit_code = 75
 
 
 def detected() -> bool:

@@ -97,7 +97,7 @@ def disturbed(
             happened = False
     codes, said = run.end(180.0 * n)
     # A full disk is noticed when something is written; it may be that of stderr, too.
-    expected = {"SIGKILL": {-9}, "SIGTERM": {143, -15, 0}, "full disk": {2, 0, 1, 120}}[kind]
+    expected = {"SIGKILL": {-9}, "SIGTERM": {143, -15, 0}, "full disk": {75, 2, 0, 1, 120}}[kind]
     code = codes[run.trainers.index(victim)]
     assert code in (expected | {0} if happened else {0}), (kind, codes, said)
     assert None not in codes, (kind, codes, said)
