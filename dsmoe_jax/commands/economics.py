@@ -1,4 +1,4 @@
-r"""What models cost: to train, to hold, to decode; and where dense and sparse cost the same.
+r"""Costs of models: to train, to hold, to decode; and where dense and sparse cost the same.
 
 python -m dsmoe_jax economics --config=configs/dsmoe_16b.py --config=configs/deepseek_7b.py
 python -m dsmoe_jax economics --config=configs/dsmoe_16b.py --config=configs/deepseek_7b.py \

@@ -1,4 +1,4 @@
-"""What the documents of a corpus in parts are: read once before they are tokenised.
+"""The survey of the documents of a corpus in parts: they are read once before they are tokenised.
 
 A survey of a part lists its documents: a hash of each text, and its domain.  From all surveys
 follow the domains of the corpus, and which documents are copies of others: bucket by bucket of the

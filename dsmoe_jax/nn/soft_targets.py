@@ -1,4 +1,4 @@
-"""How far a student's predictions of the next token are from those of its teacher.
+"""The distance of a student's predictions of the next token from those of its teacher.
 
     T^2 KL(softmax(t / T) || softmax(s / T))      t, s: logits of teacher and student
 

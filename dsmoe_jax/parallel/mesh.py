@@ -7,9 +7,9 @@ fsdp     like data, but parameters and moments are split too, and gathered layer
 expert   the routed experts are split; outside MoE layers these devices act like `fsdp`
 tensor   heads, widths and the vocabulary are split: neighbours work on the same tokens
 
-Of several slices, with the data-centre network between them, `data` goes from slice to slice and
-the other axes stay inside of one: gradients are summed across slices once a step, and nothing else
-is sent there.
+Of several slices, with the data-centre network between them, `stage` and `data` go from slice to
+slice and the other axes stay inside of one.  Sent there are the activations between two stages, and
+once a step the sums of gradients.
 
 The mesh is ambient: training, evaluation and generation run under `jax.set_mesh(mesh)`, and
 sharding.py and the dispatchers ask JAX for it.  No module takes one as an argument; without one

@@ -151,7 +151,7 @@ def _on_stage(
     params: Any,
     layers: Any,
 ) -> tuple[jax.Array, Any]:
-    """What one stage does; it has k = n / S of the activations."""
+    """The work of one stage, which has k = n / S of the activations."""
     n, repeats = schedule
     stage = jax.lax.axis_index(AXIS)
     is_first = stage == 0

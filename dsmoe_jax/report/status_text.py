@@ -49,7 +49,7 @@ def headline(status: Status) -> str:
 
 
 def facts(status: Status, now: float) -> dict[str, str]:
-    """What is known of a run, by name; `now` is in seconds since 1970."""
+    """The facts of a run, by name; `now` is in seconds since 1970."""
     found: dict[str, str] = {}
     if status.name is not None:
         sizes = f"{short(status.parameters)} parameters, {short(status.activated)} activated"

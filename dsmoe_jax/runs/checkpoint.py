@@ -331,7 +331,7 @@ def _check_files(directory: Path, items: set[str]) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, by their sizes alone; None if nothing is.
+    """The damage to the files of a checkpoint, seen by their sizes alone; None if there is none.
 
     Args:
       directory: of the step.

@@ -108,7 +108,7 @@ def _check_bucket(key: str, text: str, name: str) -> None:
 
 @functools.cache
 def _wrong_with(name: str) -> str | None:
-    """What keeps a bucket from being read; None if nothing does."""
+    """The reason why a bucket cannot be read; None if it can."""
     from google.api_core import exceptions, retry
     from google.auth.exceptions import GoogleAuthError
 

@@ -1,4 +1,4 @@
-"""What must hold in every step, whatever is trained: checked with the step's metrics, for nothing.
+"""Invariants of every step, whatever is trained: checked with its metrics, which costs nothing.
 
 - Every assignment that a router sent was computed or is in the drop ledger (moe/dropping.py).
 - The balance bias of every router moved whose load was uneven: one that stays is a router without
@@ -18,7 +18,7 @@ class Violated(ValueError):
 
 
 def violation(metrics: StepMetrics) -> str | None:
-    """What does not hold in a step, in words; None if all does.
+    """The invariant that a step breaks, in words; None if it keeps all.
 
     Args:
       metrics: fetched from the device.

@@ -283,7 +283,7 @@ def _step_on_mesh(graph: nnx.GraphDef, arrays: _Arrays, mesh: Mesh) -> Any:
 
 
 def _parts(y_BSD: Any, dx_BSD: Any, dparams: Any, gates_BSK: Any) -> dict[str, Any]:
-    """What is compared, by leg."""
+    """The arrays that are compared, by leg."""
     weights = {}
     of_router = {"gates": gates_BSK}
     for path, x in jax.tree.leaves_with_path(dparams):

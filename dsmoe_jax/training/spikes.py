@@ -39,7 +39,7 @@ _LEAST_SCALE = 1e-3
 
 
 class Action(NamedTuple):
-    """What is done about a spike: the step's update is left out, or the run goes back."""
+    """The remedy for a spike: the step's update is left out, or the run goes back."""
 
     skips: bool = False
     rewinds: bool = False

@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import Config
-from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.checkpoint import Checkpoints
-from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.start import abstract_state, from_items, init_state, to_items
-from dsmoe_jax.training.step import jit_train_step
-from tests.tools.tiny import FOR_EIGHT_DEVICES, batch, tiny
+from tests.parallel.on_mesh import OnMesh
+from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
 pytestmark = pytest.mark.eight_devices
@@ -63,51 +59,27 @@ def config_on(mesh: str) -> Config:
     return tiny(**CONFIG, **axes, **{"train.accumulation_steps": MICRO_BATCHES.get(mesh, 1)})
 
 
-class OnMesh:
+class Run(OnMesh):
     """The tiny run on a mesh of all devices, or on one device."""
 
     def __init__(self, name: str):
-        self.config = config_on(name)
-        self.mesh = open_mesh(self.config, jax.devices()[: 8 if MESHES[name] else 1])
-        with jax.set_mesh(self.mesh):
-            self.rows = sharding.local_rows(self.config.train.global_batch_size)
-            self.step = jit_train_step(self.config, np.ones(self.config.model.vocab_size, np.int32))
-            self.state = init_state(self.config)
+        super().__init__(config_on(name), 8 if MESHES[name] else 1)
 
     def train(self, steps: int) -> tuple[dict[str, jax.Array], list[float]]:
         """Goes on for some steps; arrays of the state and of the last metrics, and all losses."""
         losses, metrics = [], None
-        with jax.set_mesh(self.mesh):
-            for _ in range(steps):
-                host = batch(self.config, int(self.state.step))
-                arrays = sharding.global_batch(host, self.rows, len(host["tokens_BS"]))
-                self.state, metrics = self.step(self.state, arrays)
-                losses.append(float(metrics.loss))
+        for _ in range(steps):
+            metrics = self.take_step()
+            losses.append(float(metrics.loss))
         arrays = by_path({"state": self.state, "metrics": metrics})
         # But for what is meant to depend on the mesh: rows between devices.
         return {path: x for path, x in arrays.items() if ".dispatch." not in path}, losses
-
-    def save(self, directory: Path) -> None:
-        """Writes a checkpoint."""
-        checkpoints = Checkpoints(directory, keep=1)
-        with jax.set_mesh(self.mesh):
-            checkpoints.save(int(self.state.step), to_items(self.state), {})
-        checkpoints.close()
-
-    def load(self, directory: Path) -> None:
-        """Goes on from a checkpoint, whatever mesh it was saved on."""
-        checkpoints = Checkpoints(directory, keep=None)
-        with jax.set_mesh(self.mesh):
-            (step,) = checkpoints.steps()
-            target = to_items(abstract_state(self.config))
-            self.state = from_items(checkpoints.restore(step, target).items)
-        checkpoints.close()
 
 
 class FirstStep(NamedTuple):
     """State and metrics of the first step on a mesh."""
 
-    run: OnMesh
+    run: Run
     arrays: dict[str, np.ndarray]
     shards: dict[str, tuple[int, ...]]  # the shape of a device's part
     checkpoint: Path
@@ -119,7 +91,7 @@ def first_step(tmp_path_factory) -> Callable[[str], FirstStep]:
 
     @functools.cache
     def compute(mesh: str) -> FirstStep:
-        run = OnMesh(mesh)
+        run = Run(mesh)
         arrays, _ = run.train(1)
         shards = {path: x.sharding.shard_shape(x.shape) for path, x in arrays.items()}
         found = {path: np.asarray(x) for path, x in arrays.items()}

@@ -1,20 +1,13 @@
 """Training in a pipeline on eight virtual devices is training on one device; so is resuming."""
 
 import functools
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from dsmoe_jax.config import Config
 from dsmoe_jax.model import pipelined
-from dsmoe_jax.parallel import sharding
-from dsmoe_jax.runs.checkpoint import Checkpoints
-from dsmoe_jax.training.devices import open_mesh
-from dsmoe_jax.training.start import abstract_state, from_items, init_state, to_items
-from dsmoe_jax.training.step import jit_train_step
-from tests.tools.tiny import FOR_EIGHT_DEVICES, batch, tiny
+from tests.parallel.on_mesh import OnMesh
+from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
 # Four MoE layers behind a dense one, terms of every scope, a bias that moves with the load; the
@@ -54,40 +47,19 @@ COMPETING = {
 }
 
 
-class Run:
+class Run(OnMesh):
     """A run on a mesh; without stages, on one device."""
 
     def __init__(self, values: dict[str, object]):
-        self.config: Config = tiny(**{**CONFIG, "mesh.data": 1, **values})
-        self.mesh = open_mesh(self.config, jax.devices()[: 8 if "mesh.stage" in values else 1])
-        with jax.set_mesh(self.mesh):
-            self.rows = sharding.local_rows(self.config.train.global_batch_size)
-            self.step = jit_train_step(self.config, np.ones(self.config.model.vocab_size, np.int32))
-            self.state = init_state(self.config)
+        config = tiny(**{**CONFIG, "mesh.data": 1, **values})
+        super().__init__(config, 8 if "mesh.stage" in values else 1)
 
     def train(self) -> dict[str, np.ndarray]:
         """Takes a step; arrays of the state and of the metrics."""
-        with jax.set_mesh(self.mesh):
-            host = batch(self.config, int(self.state.step))
-            arrays = sharding.global_batch(host, self.rows, len(host["tokens_BS"]))
-            self.state, metrics = self.step(self.state, arrays)
+        metrics = self.take_step()
         found = by_path({"state": self.state, "metrics": metrics})
         # But for what is meant to depend on the mesh: rows between devices.
         return {p: np.asarray(x) for p, x in found.items() if "exchanged_rows" not in p}
-
-    def save(self, directory: Path) -> None:
-        checkpoints = Checkpoints(directory, keep=1)
-        with jax.set_mesh(self.mesh):
-            checkpoints.save(int(self.state.step), to_items(self.state), {})
-        checkpoints.close()
-
-    def load(self, directory: Path) -> None:
-        checkpoints = Checkpoints(directory, keep=None)
-        with jax.set_mesh(self.mesh):
-            (step,) = checkpoints.steps()
-            target = to_items(abstract_state(self.config))
-            self.state = from_items(checkpoints.restore(step, target).items)
-        checkpoints.close()
 
 
 RUNS: dict[str, dict[str, object]] = {
