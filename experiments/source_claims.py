@@ -30,7 +30,7 @@ from experiments.balancing import (
 )
 from experiments.inside import committees, redundancy
 from experiments.laws import granularity
-from experiments.recipe import lengths, stages
+from experiments.recipe import fine_tuning, lengths, stages
 from experiments.surgery import (
     distillation,
     int8_experts,
@@ -632,7 +632,13 @@ CLAIMS = (
                 "device_maxvio",
                 why="That devices are even: within a fifth of their mean.",
             ),
-            NoExperiment("a measure of the rows that each device receives", "traffic"),
+            FromExperiment(
+                balance.EXPERIMENT,
+                ("device losses below device loss", "device losses below 0.2"),
+                "traffic_maxvio",
+                why="Traffic: the rows that each device receives, one of a token; even is within a"
+                " fifth of their mean.",
+            ),
         ),
     ),
     SourceClaim(
@@ -761,7 +767,21 @@ CLAIMS = (
         37, "D",
         "Mixtures overfit in fine-tuning; training the dense part only, or more data, helps.",
         LIFE,
-        (NoExperiment("fine-tuning of a mixture and a dense model, all of it or in part"),),
+        (
+            FromExperiment(
+                fine_tuning.EXPERIMENT,
+                ("dense model below everything", "dense part below everything"),
+                "generalisation_gap",
+                why="Overfitting: how far the held-out loss is above that of training, which has"
+                " read everything several times by then.",
+            ),
+            FromExperiment(
+                fine_tuning.EXPERIMENT,
+                ("dense part below everything",),
+                why="That it helps: a lower held-out loss.",
+            ),
+            NoExperiment("fine-tuning on parts of the tasks, measured on one", "more data"),
+        ),
     ),
     SourceClaim(
         38, "D",

@@ -88,6 +88,14 @@ MEASURES: dict[str, Measure] = {
         spread=False,
         note="Before: the loss of the parameters that the run began with.",
     ),
+    "generalisation_gap": Measure(
+        "generalisation gap",
+        readings.generalisation_gap,
+        "nats per token",
+        lower_is_better=True,
+        note="Generalisation gap: how far the held-out loss at the end is above the training loss"
+        " of the last fifth of the logged steps; overfitting, where text is read again and again.",
+    ),
     "validation_bits_per_byte": Measure(  # compares between tokenizers
         "validation bits per byte",
         readings.held_out("bits_per_byte"),
@@ -478,6 +486,15 @@ MEASURES: dict[str, Measure] = {
         spread=False,
         note="Megabytes sent to devices: the rows that all layers send to the devices of the"
         " experts, one way, a step; mean of the last fifth of the steps.",
+    ),
+    "traffic_maxvio": Measure(
+        "MaxVio of the rows that devices receive",
+        readings.logged("device_rows", readings.mean_maxvio, readings.mean_of_last_fifth),
+        digits=2,
+        lower_is_better=True,
+        note="MaxVio of the rows that devices receive: a token comes once to each device that has"
+        " experts of it, so that devices with equal load can differ; mean over layers and the last"
+        " fifth of the logged batches.",
     ),
     "teacher_agreement": Measure(
         "agreement with the teacher",

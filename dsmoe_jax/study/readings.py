@@ -15,6 +15,7 @@ import numpy as np
 
 from dsmoe_jax.config import Config, tokens_after
 from dsmoe_jax.model import size
+from dsmoe_jax.runs.summaries import maxvio
 from dsmoe_jax.study import load_readings
 
 
@@ -223,6 +224,14 @@ def loss_rise(outcome: Outcome) -> float | None:
     return (np.array(losses) - np.minimum.accumulate(losses)).max().item()
 
 
+def generalisation_gap(outcome: Outcome) -> float | None:
+    """Held-out loss at the end above the training loss of the last fifth of the logged steps."""
+    losses = [row["loss"] for row in outcome.rows if "loss" in row]
+    if not losses or outcome.evaluation is None:
+        return None
+    return outcome.evaluation["loss"] - mean_of_last_fifth(np.array(losses)).item()
+
+
 def tokens(outcome: Outcome) -> int | None:
     """Tokens of a finished run."""
     config = outcome.config
@@ -266,6 +275,11 @@ def logged(
         return over_steps(np.array(logged)).item() if logged else None
 
     return read
+
+
+def mean_maxvio(counts_LD: Sequence[Sequence[float]]) -> float:
+    """MaxVio of what the devices of each layer receive, mean over layers."""
+    return np.mean(maxvio(np.array(counts_LD, np.float64))).item()
 
 
 def as_the_teacher(outcome: Outcome) -> float | None:

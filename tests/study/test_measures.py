@@ -71,6 +71,24 @@ def test_traffic_is_that_of_all_layers_and_devices_at_the_end():
     assert read(Outcome(config, config, [{"loss": 1.0}])) is None  # one device
 
 
+def test_evenness_of_traffic_is_that_of_the_rows_that_devices_receive():
+    config = EXPERIMENT.arm("GShard").run_config("smoke", 0)
+    # Layers of MaxVio 0 and n / 4; the last fifth are the steps 9 and 10.
+    uneven = [[4 - n / 4, 4 + n, 4, 4 - 3 * n / 4] for n in range(11)]
+    rows = [{"device_rows": [[4, 4, 4, 4], rows_D]} for rows_D in uneven]
+    read = measures.MEASURES["traffic_maxvio"].read
+    assert read(Outcome(config, config, rows)) == pytest.approx((9 / 8 + 10 / 8) / 2)
+    assert read(Outcome(config, config, [{"loss": 1.0}])) is None  # one device
+
+
+def test_generalisation_gap_is_held_out_loss_above_that_of_training():
+    config = EXPERIMENT.arm("GShard").run_config("smoke", 0)
+    rows = [{"loss": float(10 - n)} for n in range(10)]  # the last fifth: 2 and 1
+    read = measures.MEASURES["generalisation_gap"].read
+    assert read(Outcome(config, config, rows, {"loss": 2.0})) == pytest.approx(0.5)
+    assert read(Outcome(config, config, rows)) is None  # not finished
+
+
 def test_a_measure_newer_than_a_row_is_missing_there():
     row = results.Row("A", 0, "", "", {"validation_loss": 3.0})
     assert row["validation_loss"] == 3.0
