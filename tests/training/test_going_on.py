@@ -16,7 +16,7 @@ from dsmoe_jax.data.pipeline import train_batches
 from dsmoe_jax.runs import going_on
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_config, read_evaluation
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import trainer
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.stages import StageRun
@@ -31,15 +31,15 @@ SPIKE = {  # before step 7 three batches, and two more before step 9
 KILLED = """
 import os, signal, sys
 from dsmoe_jax.config import *
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import loop, run_log
 
-def row_or_kill(*arguments, original=loop.training_row, rows=[]):
+def row_or_kill(*arguments, original=run_log.training_row, rows=[]):
     rows.append(1)
     if len(rows) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-loop.training_row = row_or_kill
+run_log.training_row = row_or_kill
 loop.train({config!r}, sys.argv[1], progress=False)
 """
 
@@ -102,12 +102,12 @@ def test_a_longer_run_is_refused_another_past(run, tiny_config):
 def test_a_diverged_run_goes_on_past_the_batches(spiked, tiny_config, tmp_path, monkeypatch):
     """It ends in step 8; with the skip the same command goes on from step 6, bit for bit."""
     workdir = tmp_path / "run"
-    original = loop.first_non_finite
+    original = trainer.first_non_finite
 
     def diverges(metrics):
         return ("loss", math.nan) if len(read_rows(workdir)) == 7 else original(metrics)
 
-    monkeypatch.setattr(loop, "first_non_finite", diverges)
+    monkeypatch.setattr(trainer, "first_non_finite", diverges)
     with pytest.raises(NonFinite, match=r"step 8: loss=nan; .* checkpoint: step 6, in"):
         train(tiny_config(), workdir, progress=False)
     monkeypatch.undo()

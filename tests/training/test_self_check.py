@@ -19,7 +19,7 @@ from dsmoe_jax.moe.layer import RouterVariable
 from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.training import invariants, loop, router_state, self_check
+from dsmoe_jax.training import invariants, router_state, self_check, trainer
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.loop import train
 from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
@@ -218,14 +218,14 @@ def test_rows_that_get_lost_end_the_step():
     computed_LE = np.float32([[3, 4], [4, 3]])
     dropped_LE = np.float32([[0, 1], [0, 0]])
     ledger = SimpleNamespace(sent_E=sent_LE, computed_E=computed_LE, dropped_E=dropped_LE)
-    metrics = SimpleNamespace(router=SimpleNamespace(ledger=ledger), biases=None, judged=None)
-    trainer = SimpleNamespace(_hear=mock.Mock(), spike=None, _stopped="step {}: {}".format)
+    metrics = SimpleNamespace(router=SimpleNamespace(ledger=ledger), biases=None)
+    run = SimpleNamespace(saver=SimpleNamespace(stopped="step {}: {}".format))
     lost = r"^step 7: layer 1, expert 1: 4 assignments sent, 3 computed and 0 dropped"
     with (
-        mock.patch.object(loop, "first_non_finite", return_value=None),
+        mock.patch.object(trainer, "first_non_finite", return_value=None),
         pytest.raises(invariants.Violated, match=lost),
     ):
-        loop._Trainer._look(trainer, 7, metrics, 0, None)
+        trainer.Trainer._require_sound(run, 7, metrics, may_be_non_finite=False)
     ledger.computed_E = sent_LE - dropped_LE
     assert invariants.violation(metrics) is None
 
