@@ -21,6 +21,7 @@ from dsmoe_jax.progress import ProgressLine, Silent
 from dsmoe_jax.runs import going_on, loading
 from dsmoe_jax.runs import workdir as workdirs
 from dsmoe_jax.runs.events import Journal
+from dsmoe_jax.storage.places import place_of
 from dsmoe_jax.training.checks import check_config, check_on_mesh
 from dsmoe_jax.training.derived import derive
 from dsmoe_jax.training.devices import fallen_back, on_devices, open_mesh
@@ -56,8 +57,8 @@ def train(
       profile: how many steps to trace, see profiling.py; None is none.
       watch: is shown the rows as they come, by the first process; None: nobody looks.
       wandb: a project of Weights & Biases that gets the rows too, see runs/wandb_board.py.
-      self_check: whether one tiny step is compared with the dense loop first, see self_check.py;
-        None: on more than one device.
+      self_check: whether one tiny step is compared with the dense loop before the first step of
+        this call, see self_check/; None: on more than one device.
 
     Raises:
       ValueError: for a config, corpus or workdir that cannot be used, devices that compute
@@ -73,15 +74,17 @@ def train(
     line = ProgressLine(config.name, config.train.steps) if speaks else Silent()
     if config != asked:
         line.message(f"{config.name}: {fallen_back(asked, config)}")
+    directory = place_of("--workdir", workdir)
     go_on = functools.partial(going_on.prepare, go_back=go_back)
     mesh = open_mesh(config)
     with jax.set_mesh(mesh):
         check_on_mesh(config)  # before anything is written
-    if mesh.size > 1 if self_check is None else self_check:
+    asks_for_check = mesh.size > 1 if self_check is None else self_check
+    if asks_for_check and hosts.on_first(lambda: going_on.takes_a_step(directory, config)):
         line.note("self-check")
         line.message(f"{config.name}: {check_devices(config, mesh)}")
     # The one who watches is closed last, when the workdir is free again.
-    with _closing(watch), jax.set_mesh(mesh), workdirs.claim(workdir, config, go_on) as directory:
+    with _closing(watch), jax.set_mesh(mesh), workdirs.claim(directory, config, go_on):
         finished = hosts.on_first(lambda: read_finished(directory, config))
         moved = hosts.on_first(lambda: workdirs.MOVED in workdirs.changes(directory, config))
         if finished is not None:
