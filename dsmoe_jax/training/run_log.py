@@ -77,7 +77,7 @@ class RunLog:
           stage: that it belongs to.
           *more: keys of the row.
         """
-        row = {"step": step, "tokens": tokens_after(self._config, step)}
+        row: dict[str, Any] = {"step": step, "tokens": tokens_after(self._config, step)}
         row |= training_row(metrics, stage.stage.config.model) | self.running_load.row()
         for keys in more:
             row |= keys

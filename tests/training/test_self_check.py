@@ -22,6 +22,7 @@ from dsmoe_jax.parallel import hosts
 from dsmoe_jax.training import invariants, router_state, self_check, trainer
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.self_check import comparison, dense_loop, small_layer
 from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 
 # Small, because what takes time is to compile: two experts on each of four devices.
@@ -165,15 +166,15 @@ def test_processes_tell_each_other(monkeypatch):
     monkeypatch.setattr(
         hosts, "gather", lambda mine: [mine, [["forward", [9], float("nan")], ["router", [8], 0.5]]]
     )
-    mine = [self_check.Failure("forward", [1, 2], 0.25)]
+    mine = [comparison.Failure("forward", [1, 2], 0.25)]
     with pytest.raises(
         ValueError,
         match=r"x: forward is not a number on devices 1, 2, 9: .*; router is off by 0\.5 on"
         r" device 8; layer 0, expert 5: lost \(error",
     ):
-        self_check._refuse(mine, "layer 0, expert 5: lost", "x", 1e-4)
+        comparison.refuse(mine, "layer 0, expert 5: lost", "x", 1e-4)
     monkeypatch.setattr(hosts, "gather", lambda mine: [mine, []])
-    assert self_check._refuse([], None, "x", 1e-4) is None
+    assert comparison.refuse([], None, "x", 1e-4) is None
 
 
 def test_the_dense_loop_is_the_reference():
@@ -189,7 +190,7 @@ def test_the_dense_loop_is_the_reference():
 
     def ours(x_TD, gates_TK, weights):
         chosen = routing._replace(gates_TK=gates_TK)
-        return self_check.dense_loop(x_TD, chosen, experts.ExpertWeights(*weights), moe)
+        return dense_loop.dense_loop(x_TD, chosen, experts.ExpertWeights(*weights), moe)
 
     def papers(x_TD, gates_TK, weights):
         chosen = routing._replace(gates_TK=gates_TK)
@@ -207,7 +208,7 @@ def test_the_dense_loop_is_the_reference():
     (2048, 64, 128), (1408, 1, 128), (853, 1, 213), (1280, 256, 256), (96, 4, 96), (1344, 24, 576),
 ])  # fmt: skip
 def test_small_widths_are_divided_and_keep_their_rest(real, parts, small):
-    assert self_check._width(real, parts) == small
+    assert small_layer.small_width(real, parts) == small
     assert small % parts == 0
     assert small % 128 == real % 128
 
