@@ -251,7 +251,7 @@ def _latency_row(path: str) -> dict[str, Any]:
 
 
 def times_as_fast(part: str) -> float:
-    """How many times as fast the compiled path is as the plain one in a part, on one device."""
+    """Speed of the compiled path in a part over that of the plain one, on one device."""
     return _latency_row("compiled")[f"{part}_ratio"]
 
 

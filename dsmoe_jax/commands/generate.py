@@ -290,7 +290,7 @@ def _checked_flags() -> Request:
 
 
 def _sampling() -> Sampling:
-    """How tokens are drawn; refuses what changes nothing."""
+    """Reads the flags of sampling; refuses those that change nothing."""
     try:
         sampling = Sampling(
             _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value

@@ -114,7 +114,7 @@ def write(model: ModelConfig, first: str | None = None) -> Described:
 
 
 def _unlike(family: Family, flat: Tree) -> int:
-    """How many of the keys that are alike in all models of a family are not."""
+    """Number of keys that differ, among those that are alike in all models of a family."""
     there = {**flat, **family.ours}
     return sum(_seen(flat).get(key) != _seen(there)[key] for key in family.ours)
 

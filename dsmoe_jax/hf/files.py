@@ -148,7 +148,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """Where the tensors of a file are; the library sees to it that the file is whole."""
+    """Places of the tensors in a file; the library sees to it that the file is whole."""
     safetensors = library()
     try:
         with safetensors.safe_open(path, "np"), open(path, "rb") as file:

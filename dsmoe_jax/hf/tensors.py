@@ -1,4 +1,4 @@
-"""How a tensor of a checkpoint of Hugging Face and arrays of ours hold the same numbers.
+"""Tensors of a checkpoint of Hugging Face, and the arrays of ours that hold the same numbers.
 
 A `Tensor` is a line of a family's table (families.py), and is used in both directions.  No number
 is permuted within a head: rotary layouts are a setting of our attention.

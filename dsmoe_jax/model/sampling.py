@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits.
+"""Sampling: the choice of the next token from the logits.
 
 The rules, their order and their edge cases are those of Hugging Face transformers: repetition
 penalty, temperature, top-k, top-p.
@@ -23,7 +23,7 @@ _COLDEST = float(jnp.finfo(jnp.float32).tiny)
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings of the choice of the next token.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token (greedy).

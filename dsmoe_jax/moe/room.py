@@ -3,7 +3,7 @@
 The dispatchers and moe/blocks.py size their buffers for the worst case and write what comes.  What
 is never written must never be read, in the forward pass or in a gradient; if it is, the values are
 those of whatever was there before, and mostly plausible.  Under `poisoned` all of it is NaN, which
-shows in the result: the start-up self-check (training/self_check.py) runs so.
+shows in the result: the start-up self-check (training/self_check/) runs so.
 """
 
 from __future__ import annotations

@@ -1,35 +1,15 @@
 """Proposes a mesh for a config on a number of chips, by arithmetic alone: nothing is compiled.
 
 It is the mesh of least time, among those that divide the model and the batch and whose memory fits:
-the longer of computation and HBM, and the network after it (`roofline`).  Counted are:
-
-- state, exact: float32 parameters, two moments and gradients, split as sharding.py does, and a
-  teacher's parameters (its work, a forward pass, and its logits are not counted);
-- weights in use: those that FSDP gathers for a layer, twice (the next layer arrives meanwhile), and
-  the embedding and the head;
-- activations, an estimate: those that rematerialisation keeps of every layer, and the larger of one
-  running layer and the logits;
-- bytes that the chip's own memory moves, by `hbm_estimate`: those of the rows that come if all
-  choices are equally likely, not of the room for the worst case;
-- traffic of one step, for each chip: gathered weights and scattered gradients, the exchange of
-  tokens between experts, the sums of `tensor`, activations between stages;
-- the bubble of a pipeline, as time in which a stage waits (`pipeline_costs`);
-- traffic between slices: the gradients of replicas in other slices, which are summed inside of a
-  slice before, each chip with its part of them, as XLA does; where stages lie in several slices,
-  all that stages send, as it is for the chips at the border.
-
-`python -m dsmoe_jax aot` gives the compiler's allocation instead of the estimate.
-
-Shapes: T tokens of a micro-batch on one chip, L layers, D hidden, K activated experts.
+the longer of computation and HBM, and the network after it (`roofline`).  What is counted, and how,
+is in mesh_costs.py.  `python -m dsmoe_jax aot` gives the compiler's allocation instead.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import jax
 
@@ -37,102 +17,18 @@ from dsmoe_jax.config import Config, ModelConfig
 from dsmoe_jax.config.checks import require
 from dsmoe_jax.config.mesh import AXES, across_slices
 from dsmoe_jax.hardware.chips import CHIPS
-from dsmoe_jax.model import layout, pipelined, remat
-from dsmoe_jax.model.build import ModelState, model_shapes
-from dsmoe_jax.moe import blocks
-from dsmoe_jax.moe.dispatch import volume
-from dsmoe_jax.nn import attention, head
-from dsmoe_jax.nn.kept import ATTENDED, RECEIVED
+from dsmoe_jax.model import pipelined
 from dsmoe_jax.parallel.mesh import BATCH_AXES
 from dsmoe_jax.parallel.pipeline import Schedule
 from dsmoe_jax.parallel.sharding import LOGICAL, axes_of, check, split
-from dsmoe_jax.planning import hbm_estimate
-from dsmoe_jax.planning.pipeline_costs import Course
-from dsmoe_jax.planning.roofline import Roofline, roofline
+from dsmoe_jax.planning.mesh_costs import INSIDE, estimate, n_shards_of, n_slices
+from dsmoe_jax.planning.plan import Plan as Plan
+from dsmoe_jax.planning.plan import flags as flags
+from dsmoe_jax.planning.plan import listing as listing
+from dsmoe_jax.planning.plan import shape as shape
 from dsmoe_jax.training.start import TrainState, state_shapes
 
 USABLE = 0.9  # of the memory; the rest is for the program, its buffers, and bytes not counted here
-_COMPUTE = 2  # bytes: activations and gathered weights are bfloat16
-# Bytes for each number in a row of D and of F that the experts' backward pass holds at once: fitted
-# to what the compiler allocates (docs/scale.md).
-_ROW_D = 19
-_ROW_F = 19
-_INSIDE = tuple(axis for axis in BATCH_AXES if axis != "stage")  # split the micro-batch of a stage
-# Arrays at once of the room for results, and of the size of the buffer of received vectors; the
-# same, fitted to 16B and 145B on v5p.
-_ROOM = 2
-_BUFFERED = 9
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A mesh with its costs for each chip.
-
-    Attributes:
-      sizes: of the mesh's axes.
-      accumulation_steps: number of micro-batches of a step.
-      memory: GB by category.
-      traffic: GB that each chip receives in one step, by category.
-      hbm: GB that one step moves in the memory of each chip, by category.
-      slices: of the devices.
-      sliced: GB that each chip receives from other slices in one step, by category.
-      schedule: of the micro-batches that pass together through the stages; None without stages.
-    """
-
-    sizes: dict[str, int]
-    accumulation_steps: int
-    memory: dict[str, float]
-    traffic: dict[str, float]
-    hbm: dict[str, float]
-    schedule: Schedule | None = None
-    slices: int = 1
-    sliced: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def used(self) -> float:
-        """GB of memory."""
-        return sum(self.memory.values())
-
-    @property
-    def moved(self) -> float:
-        """GB received in a step inside of the slice."""
-        return sum(self.traffic.values())
-
-    def bounds(self, config: Config, chip: str) -> Roofline:
-        """Bounds of the time of a step."""
-        chips = math.prod(self.sizes.values())
-        hbm = sum(self.hbm.values())
-        bounds = roofline(
-            config,
-            chips,
-            CHIPS[chip],
-            moved_gb=hbm,
-            received_gb=self.moved,
-            sliced_gb=sum(self.sliced.values()),
-        )
-        return bounds.with_idle(self.idle)
-
-    @property
-    def idle(self) -> float:
-        """Share of a step in which a chip waits for other stages: the bubble."""
-        return 0.0 if self.schedule is None else self.schedule.bubble(self.sizes["stage"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    """A parameter.
-
-    Attributes:
-      size: number of elements.
-      layers: 1 if it is not stacked.
-      axes: mesh axes that split it.
-      axes_in_use: those that still split it in use, after FSDP has gathered it.
-    """
-
-    size: int
-    layers: int
-    axes: tuple[str, ...]
-    axes_in_use: tuple[str, ...]
 
 
 def propose(
@@ -185,7 +81,7 @@ def _considered(
     """The plans of all meshes, each with ever more micro-batches until it fits."""
     limit = USABLE * CHIPS[chip].hbm_gb
     plans = []
-    for sizes in meshes(state, chips, _slices(config)):
+    for sizes in meshes(state, chips, n_slices(config)):
         if sizes["stage"] > 1:
             plans += _with_stages(config, state, sizes, teacher, limit)
             continue
@@ -229,7 +125,7 @@ def _no_mesh(config: Config, state: TrainState, chips: int) -> str:
     for axis in AXES:
         numbers, _ = possible(config, state, axis)
         can_be.append(f"{axis} {', '.join(str(n) for n in numbers if n <= chips)}")
-    slices = _slices(config)
+    slices = n_slices(config)
     of_slices = f" in {slices} slices (mesh.slices), which must divide data," if slices > 1 else ""
     return (
         f"--chips={chips}: no mesh of {chips}{of_slices} divides {config.name} and its batch of"
@@ -247,10 +143,10 @@ def examine(config: Config, chip: str, chips: int, teacher: ModelConfig | None =
     check_chip(chip)
     state = state_shapes(config)
     sizes = config.mesh.sizes(chips)
-    across_slices(sizes, _slices(config))
+    across_slices(sizes, n_slices(config))
     pipelined.check(config, sizes["stage"])
     check(state.params, sizes)
-    n_shards = _n_shards(sizes, _INSIDE)
+    n_shards = n_shards_of(sizes, INSIDE)
     accumulation_steps = config.train.accumulation_steps
     require(
         config.train.global_batch_size % (n_shards * accumulation_steps) == 0,
@@ -300,11 +196,6 @@ def possible(config: Config, state: TrainState, axis: str) -> tuple[list[int], l
     return [n for n in range(1, largest + 1) if largest % n == 0], names
 
 
-def _slices(config: Config) -> int:
-    """Slices to plan for: one, unless the config names another number."""
-    return max(1, config.mesh.slices)
-
-
 def meshes(state: TrainState, chips: int, slices: int = 1) -> Iterator[dict[str, int]]:
     """All meshes of this many chips that divide the arrays of a state, and that slices divide."""
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
@@ -323,225 +214,7 @@ def meshes(state: TrainState, chips: int, slices: int = 1) -> Iterator[dict[str,
 
 def _accumulations(config: Config, sizes: dict[str, int]) -> list[int]:
     """Numbers of micro-batches into which the batch can be split, fewest first."""
-    sequences, rest = divmod(config.train.global_batch_size, _n_shards(sizes, _INSIDE))
+    sequences, rest = divmod(config.train.global_batch_size, n_shards_of(sizes, INSIDE))
     if rest:
         return []
     return [n for n in range(1, sequences + 1) if sequences % n == 0]
-
-
-def estimate(
-    config: Config,
-    state: TrainState,
-    sizes: dict[str, int],
-    accumulation_steps: int,
-    teacher: ModelConfig | None = None,
-    schedule: Schedule | None = None,
-) -> Plan:
-    """Memory and traffic of one chip; see the module's docstring for what is counted.
-
-    Args:
-      config: to plan.
-      state: its shapes.
-      sizes: of the mesh's axes; those that are not named are 1.
-      accumulation_steps: number of micro-batches.
-      teacher: see `propose`.
-      schedule: of those that pass together through stages; None: all.
-    """
-    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
-    course = Course.of(sizes["stage"], accumulation_steps, schedule)
-    weights = _weights(state, sizes)
-    n_shards = _n_shards(sizes, _INSIDE)
-    micro_batch = config.train.global_batch_size // accumulation_steps // n_shards
-    slices = _slices(config)
-    across = across_slices(sizes, slices)
-    inside = sizes["data"] // across["data"]
-    t = micro_batch * config.data.sequence_length
-    d = config.model.hidden_size
-    # Every chip has all weights with which it computes already.
-    replicated = _n_shards(sizes, AXES) == sizes["data"] * sizes["stage"]
-    memory = {
-        "parameters": 4 * weights.local,
-        **_teacher(teacher, sizes),
-        "moments": 8 * weights.local,
-        # With several micro-batches, their sum and the gradients of the latest one.
-        "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
-        "weights in use": 0.0 if replicated else _COMPUTE * weights.in_use,
-        **_activations(config, micro_batch, sizes, course),
-        **course.memory(t, d),
-    }
-    traffic = {
-        # Gathered for the forward and the backward pass, then the gradients scattered.
-        "weights": 3 * _COMPUTE * weights.gathered * course.ticks,
-        "replicas": 2 * 4 * weights.local * (1 - 1 / inside),
-        **_exchange(config, micro_batch, sizes, accumulation_steps),
-    }
-    # Each replica inside of a slice sums its part of the gradients with those of other slices.
-    sliced = {"replicas": 2 * 4 * weights.local / inside * (1 - 1 / across["data"])}
-    of_stages = sliced if across["stage"] > 1 else traffic
-    of_stages |= course.traffic(t, d, weights.local - weights.outside)
-    of_stages["replicas"] += 2 * 4 * weights.outside / sizes["data"] * (1 - 1 / sizes["stage"])
-    hbm = hbm_estimate.moved(
-        config, sizes, accumulation_steps, local=weights.local, in_use=weights.whole
-    )
-    # In the bubble a stage reads and writes as in any other tick.
-    hbm = {name: gb / (1 - course.idle * (name != "state")) for name, gb in hbm.items()}
-    passing = None if course.stages == 1 else course.schedule
-    return Plan(
-        sizes, accumulation_steps, _gb(memory), _gb(traffic), hbm, passing, slices, _gb(sliced)
-    )
-
-
-def _teacher(model: ModelConfig | None, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes of a teacher's parameters, on a mesh that may not divide them: `train` refuses that."""
-    return {} if model is None else {"teacher": 4 * _weights(model_shapes(model), sizes).local}
-
-
-def _n_shards(sizes: dict[str, int], axes: Iterable[str]) -> int:
-    return math.prod(sizes[axis] for axis in axes)
-
-
-def _gb(costs: dict[str, float]) -> dict[str, float]:
-    return {name: n_bytes / 1e9 for name, n_bytes in costs.items() if n_bytes}
-
-
-class _Weights(NamedTuple):
-    """Numbers of elements on one chip.
-
-    Attributes:
-      local: its shards of all parameters.
-      outside: those of them that are in no stage.
-      in_use: gathered at the same time: two layers (the next one arrives meanwhile), and what is
-        not in a layer.
-      gathered: received to gather each parameter once.
-      whole: with which it computes, all layers together.
-    """
-
-    local: float
-    outside: float
-    in_use: float
-    gathered: float
-    whole: float
-
-
-def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
-    local = 0.0
-    outside = 0.0
-    stacked = 0.0
-    unstacked = 0.0
-    gathered = 0.0
-    whole = 0.0
-    for path, x in jax.tree.leaves_with_path(state.params):
-        array = _array(path, x.shape)
-        shards = _n_shards(sizes, array.axes)
-        shards_in_use = _n_shards(sizes, array.axes_in_use)
-        in_use = array.size / shards_in_use
-        local += array.size / shards
-        gathered += in_use * (1 - shards_in_use / shards)
-        whole += in_use
-        if array.layers > 1:
-            stacked += in_use / (array.layers / sizes["stage"])
-        else:
-            unstacked += in_use
-            outside += array.size / shards
-    return _Weights(local, outside, 2 * stacked + unstacked, gathered, whole)
-
-
-def _array(path: tuple, shape: tuple[int, ...]) -> _Array:
-    letters = axes_of(path, shape)
-    layers = shape[0] if letters.startswith("L") else 1
-    axes = [axis for axes in split(letters) for axis in axes]
-    if len(letters.removeprefix("L")) < 2:
-        axes = []
-    # FSDP gathers a weight over all axes of the batch; experts are not gathered over `expert`.
-    stays = ("stage", "expert", "tensor") if "E" in letters else ("stage", "tensor")
-    return _Array(math.prod(shape), layers, tuple(axes), tuple(a for a in axes if a in stays))
-
-
-def _activations(
-    config: Config, micro_batch: int, sizes: dict[str, int], course: Course
-) -> dict[str, float]:
-    """Bytes on one chip: kept for the backward pass, and of a running layer or the logits."""
-    model = config.model
-    moe = model.moe
-    s = config.data.sequence_length
-    t = micro_batch * s
-    d = model.hidden_size
-    tensor = sizes["tensor"]
-    attended = attention.get(model.attention).activations(model.attention, s)
-    kept_scores = attention.kernels.keeps_scores(model.attention.kernel)
-    scores = kept_scores * t * attended.scores / tensor * (4 + _COMPUTE)
-    rows = volume(moe, t, sizes["expert"])
-    f = moe.moe_intermediate_size / tensor
-    # A running layer: activations of attention and as many gradients, then room for the results of
-    # the experts, one block of their rows, and sums of their gradients over blocks.
-    layer = 2 * (_COMPUTE * (4 * t * d + t * attended.projected / tensor) + scores)
-    layer += _COMPUTE * (_ROOM * rows.room + _BUFFERED * rows.buffered) * d
-    layer += blocks.SHARE * rows.computed * (_ROW_D * d + _ROW_F * f)
-    layer += 4 * 3 * moe.n_routed_experts / sizes["expert"] * f * d
-    layer += t * _ROW_F * moe.shared_width / tensor
-    recomputed = remat.get(model.remat)
-    stacked = model.num_hidden_layers + model.mtp_depth - layout.n_leading(model)
-    layers = course.layers_kept(stacked) + course.leading_kept(model)
-    kept = layers * _COMPUTE * t * d
-    if ATTENDED in recomputed.kept:
-        kept += layers * _COMPUTE * t * attended.result / tensor
-    if RECEIVED in recomputed.kept:
-        moe_layers = course.layers_kept(len(model.moe_layers) + model.mtp_depth)
-        kept += moe_layers * rows.buffered * (_COMPUTE * d + rows.label_bytes)
-    if not recomputed.again:  # `dots` keeps less than `none`; counted as `none`
-        kept = layers * layer / 2
-    at_head = t * course.schedule.micro_batches // course.stages
-    n_blocks = head.n_blocks_of_one_device(
-        at_head, model.vocab_size, tensor, model.head_block_tokens
-    )
-    logits = 3 * 4 * at_head * model.vocab_size / tensor / n_blocks
-    # The larger of the two: logits are freed before the backward pass reaches the layers.
-    return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
-
-
-def _exchange(
-    config: Config, micro_batch: int, sizes: dict[str, int], accumulation_steps: int
-) -> dict[str, float]:
-    """Bytes that one chip receives in a step: exchange of tokens, and sums over `tensor`."""
-    model = config.model
-    d = model.hidden_size
-    t = micro_batch * config.data.sequence_length
-    moe_layers = (len(model.moe_layers) + model.mtp_depth) / sizes["stage"]
-    rows = volume(model.moe, t, sizes["expert"])
-    # Rows go out and back, in the forward and in the backward pass; labels go out only.
-    row_trips = 4
-    label_trips = 2
-    recomputed = remat.get(model.remat)
-    if recomputed.again and RECEIVED not in recomputed.kept:  # out again
-        row_trips += 1
-        label_trips += 1
-    bytes_a_row = row_trips * _COMPUTE * d + label_trips * rows.label_bytes
-    vectors = _COMPUTE * accumulation_steps * t * d
-    layers = (model.num_hidden_layers + model.mtp_depth) / sizes["stage"]
-    return {
-        "tokens": moe_layers * accumulation_steps * rows.received * bytes_a_row,
-        # Two sums a layer each way; a sum is a scatter and a gather.
-        "tensor": 8 * layers * vectors * (1 - 1 / sizes["tensor"]),
-    }
-
-
-def flags(plan: Plan) -> list[str]:
-    """The flags of `train` that give it the mesh and the micro-batches of a plan."""
-    meshes = [f"--config.mesh.{axis}={size}" for axis, size in plan.sizes.items()]
-    if plan.slices > 1:
-        meshes.append(f"--config.mesh.slices={plan.slices}")
-    numbers = {"accumulation_steps": plan.accumulation_steps}
-    if plan.schedule is not None:
-        numbers["pipeline_micro_batches"] = plan.schedule.micro_batches
-        numbers["pipeline_repeats"] = plan.schedule.repeats
-    return [*meshes, *(f"--config.train.{name}={n}" for name, n in numbers.items())]
-
-
-def shape(sizes: dict[str, int]) -> str:
-    """A mesh in words: "fsdp 8 x expert 8"."""
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one chip"
-
-
-def listing(costs: dict[str, float]) -> str:
-    """Costs by category in words: "parameters 1.20, moments 2.40"."""
-    return ", ".join(f"{name} {gb:.2f}" for name, gb in costs.items())

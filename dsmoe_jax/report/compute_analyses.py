@@ -76,7 +76,7 @@ def _curve(name: str, estimate: laws.Estimate, C_P, losses_SP, reach: float = 1.
 
 
 def effective_compute(comparison: Comparison, results: Path) -> list[Block]:
-    """How many times the baseline's compute reaches the loss of each arm."""
+    """The compute with which the baseline reaches the loss of each arm, over the arm's own."""
     baseline = comparison.experiment.baseline
     assert baseline is not None, "an experiment with this analysis has one"
     try:

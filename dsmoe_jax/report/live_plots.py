@@ -154,15 +154,9 @@ def _steps(rows: Rows) -> Figure | None:
     ]
     if not found:
         return None
-    figure, ax = axes(left=0.17, right=0.96)
-    for key, colour in (("p99", RED), ("p95", YELLOW), ("p50", BLUE)):
-        x, y = _column(found, "tokens"), _column(found, key)
-        ax.plot(*_stretches(x, y, np.mean), color=colour, label=key)
-    ax.legend(frameon=False, loc="upper right", ncols=3)
-    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
-    ax.set_ylabel("seconds a step")
-    token_axis(ax)
-    return figure
+    colours = {"p99": RED, "p95": YELLOW, "p50": BLUE}
+    lines = {key: (_column(found, key), colour) for key, colour in colours.items()}
+    return _seconds(_column(found, "tokens"), lines)
 
 
 def _hosts(rows: Rows) -> Figure | None:
@@ -175,17 +169,9 @@ def _hosts(rows: Rows) -> Figure | None:
     own_SH = np.array([row["host_data_seconds"] for row in found])
     own_SH = own_SH + np.array([row["host_work_seconds"] for row in found])
     slowest = int(np.median(own_SH[-RECENT:], axis=0).argmax())
-    x_S = _column(found, "tokens")
-    figure, ax = axes(left=0.17, right=0.96)
-    if n_hosts > 1:
-        ax.plot(*_stretches(x_S, own_SH[:, slowest], np.mean), color=RED, label=f"host {slowest}")
-    median_S = np.median(own_SH, axis=1)
-    ax.plot(*_stretches(x_S, median_S, np.mean), color=BLUE, label=f"median of {n_hosts}")
-    ax.legend(frameon=False, loc="upper right", ncols=2)
-    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
-    ax.set_ylabel("seconds a step")
-    token_axis(ax)
-    return figure
+    lines = {f"host {slowest}": (own_SH[:, slowest], RED)} if n_hosts > 1 else {}
+    lines[f"median of {n_hosts}"] = (np.median(own_SH, axis=1), BLUE)
+    return _seconds(_column(found, "tokens"), lines)
 
 
 PICTURES: dict[str, LivePicture] = {
@@ -263,6 +249,18 @@ def _line(ax: Axes, rows: Rows, key: str, colour: str) -> None:
     x, y = _column(rows, "tokens"), _column(rows, key)
     _band(ax, x, y, colour)
     ax.plot(*_stretches(x, y, np.mean), color=colour)
+
+
+def _seconds(x_S: np.ndarray, lines: dict[str, tuple[np.ndarray, str]]) -> Figure:
+    """Seconds a step over the tokens: lines by their names, each with its colour."""
+    figure, ax = axes(left=0.17, right=0.96)
+    for name, (y_S, colour) in lines.items():
+        ax.plot(*_stretches(x_S, y_S, np.mean), color=colour, label=name)
+    ax.legend(frameon=False, loc="upper right", ncols=len(lines))
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
+    ax.set_ylabel("seconds a step")
+    token_axis(ax)
+    return figure
 
 
 def _panels(n: int) -> tuple[Figure, list[Axes]]:

@@ -27,6 +27,7 @@ from dsmoe_jax.runs.workdir import (
     EVALUATION,
     HISTORY,
     METRICS,
+    read_config,
     read_evaluation,
 )
 from dsmoe_jax.storage import files
@@ -104,6 +105,28 @@ def prepare(directory: Path, there: Config, here: Config, *, go_back: bool) -> N
         files.remove_tree(directory / CHECKPOINTS / str(step))
     if made >= first:
         (directory / EVALUATION).unlink(missing_ok=True)
+
+
+def takes_a_step(directory: Path, config: Config) -> bool:
+    """Whether the run in a workdir has a step left with this config.
+
+    It only looks, before the workdir is claimed.  Where the config changes by step, the run may
+    have to go back, which is not worked out here: then it is taken to have one.
+
+    Args:
+      directory: of the run, which may not be there yet.
+      config: that it is to go on with.
+
+    Raises:
+      ValueError: if its config or its results are damaged.
+    """
+    if not (directory / CONFIG).exists():
+        return True
+    if CHANGES_BY_STEP & set(differences(read_config(directory), config)):
+        return True
+    results = read_evaluation(directory)
+    made = [*saved_steps(directory), 0 if results is None else results["step"]]
+    return max(made) < config.train.steps
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -40,7 +40,7 @@ def maxvio(load_LE: np.ndarray) -> list[float]:
 
 
 def domain_specialisation(load_GLE: np.ndarray, tokens_G: np.ndarray) -> list[float] | None:
-    """How much a chosen expert says about the domain of its token, by layer: 0 nothing, 1 all.
+    """Information of a chosen expert about the domain of its token, by layer: 0 nothing, 1 all.
 
     I / ln G, the mutual information of domain and expert over the entropy of the domain, where
     every domain has the same weight, whatever its size:

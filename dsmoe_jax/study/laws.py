@@ -65,7 +65,7 @@ class Form:
 
     @property
     def size(self) -> int:
-        """How many constants it has."""
+        """Number of its constants."""
         return len(self.terms) + len(self.exponents)
 
 
@@ -399,7 +399,7 @@ def compute_for(fit: Fit, loss: float) -> float:
 
 
 def effective_compute(fit: Fit, loss: float, reference: float) -> float:
-    """How many times the compute `reference` the law needs to reach a loss; inf if it never does.
+    """Compute that the law needs to reach a loss, over `reference`; inf if it never does.
 
     Raises:
       ValueError: see `compute_for`.
@@ -408,6 +408,6 @@ def effective_compute(fit: Fit, loss: float, reference: float) -> float:
 
 
 def reach(fit: Fit, variable: str, value: float) -> float:
-    """How many times a value lies outside the fitted range; 1 inside."""
+    """Factor by which a value lies outside the fitted range; 1 inside."""
     low, high = fit.ranges[variable]
     return max(low / value, value / high, 1.0)

@@ -1,4 +1,4 @@
-"""How much of DeepSeekMoE's gain over a dense model does a dense student of it keep?
+"""Does a dense student of DeepSeekMoE keep its gain over a dense model, and how much of it?
 
     python -m experiments.v1.table1 --scale=demo              # trains the teachers
     python -m experiments.surgery.distillation --scale=demo

@@ -204,7 +204,7 @@ def test_what_is_wrong_with_a_row(tmp_path: Path, line: str, says: str):
 
 
 def test_all_bad_rows_are_named_and_nothing_is_written(tmp_path: Path):
-    """Of all files, the first five by line, and how many more."""
+    """The first five of all files by line, and how many more."""
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "a.jsonl").write_text("{\n".join(["", json.dumps(ROWS[1]) + "\n", "", ""]), "utf-8")

@@ -17,7 +17,7 @@ def _data(**changes: object) -> DataConfig:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where what is not prepared yet is prepared."""
+    """The folder of corpora that are prepared when they are opened."""
     monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "corpora"
 

@@ -259,7 +259,7 @@ def _documents(corpus: Corpus, part: str) -> list[str]:
 
 
 def _names(corpus: Corpus, part: str) -> Counter[str]:
-    """How many documents of a split come of each name given to `_write`."""
+    """Documents of a split, counted by the names given to `_write`."""
     return Counter(text.split()[0] for text in _documents(corpus, part))
 
 

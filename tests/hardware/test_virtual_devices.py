@@ -18,7 +18,7 @@ def no_flags(monkeypatch):
 
 
 def threads() -> str | None:
-    """What XLA will read."""
+    """The variable that XLA will read."""
     return os.environ.get("NPROC")
 
 

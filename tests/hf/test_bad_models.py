@@ -1,4 +1,4 @@
-"""What cannot be converted is refused in one line, by key and value or by name; nothing is left."""
+"""Models that cannot be converted are refused in one line, by key or name; nothing is left."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""How the next token is drawn: against transformers' processors, and at the limits."""
+"""Sampling of the next token: against transformers' processors, and at the limits."""
 
 import jax
 import jax.numpy as jnp

@@ -39,7 +39,7 @@ def make_layer(**changed):
 
 
 def inputs(rng=None, **more):
-    """Of all layers here: the last five tokens are padding."""
+    """Inputs of all layers here: the last five tokens are padding."""
     valid_BS = (jnp.arange(T) < T - 5).reshape(B, S)
     return MoEInputs(jnp.zeros((B, S), jnp.int32), valid_BS, rng, **more)
 

@@ -191,7 +191,7 @@ def test_gradient_flows_through_the_affinities_only():
 
 
 def documents():
-    """Where each document of a batch is: rows of two, one and three, with padding in two rows."""
+    """Segment ids, and a mask of each document: rows of two, one and three, two with padding."""
     segment_ids_BS = np.zeros((B, S), np.int32)
     segment_ids_BS[0] = [1, 1, 1, 2, 2, 2, 2, 2]
     segment_ids_BS[1, :5] = 1

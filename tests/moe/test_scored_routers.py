@@ -277,7 +277,7 @@ def test_gshard_keeps_the_second_expert_in_proportion_to_its_gate(renormalise):
 
 @pytest.mark.parametrize("section", [{"scoring_func": "sigmoid"}, {"routed_scaling_factor": 0.0}])
 def test_gshard_keeps_the_second_expert_in_proportion_to_its_score_at_any_level(section):
-    """Where both gates are 0 in float32 too."""
+    """Both gates may be 0 in float32."""
     config = moe_config("gshard", k=2, options={"random_second_expert": True}, **section)
     logits = np.tile([2.0, 1.0, 0, 0, 0, 0, 0, 0], (T, 1)).astype(np.float32) - 200
     kept = jax.vmap(lambda rng: route(logits, RouterInputs(TOKENS, rng=rng), config).ids_TK)(

@@ -69,7 +69,7 @@ def test_the_outer_axes_cross():
 
 
 def test_two_axes_that_cross():
-    """Of each axis the part across slices comes first, as for stages of a pipeline beside data."""
+    """The part of each axis across slices comes first, as for stages beside data."""
     slices = slices_of(chips(8), 4)
     arranged = mesh._arranged(slices, inner=(2, 1), outer=(2, 2))
     of_slice = np.vectorize(lambda device: device.id // 2)(arranged)

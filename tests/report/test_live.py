@@ -145,13 +145,13 @@ def test_it_takes_its_share_of_the_time(tmp_path, monkeypatch):
 
 def test_a_run_writes_it(tiny_config, tmp_path, monkeypatch):
     """It fails in step 3; then it goes on to its end.  The page says both."""
-    from dsmoe_jax.training import loop
+    from dsmoe_jax.training import trainer
 
     config = tiny_config(
         **{"train.steps": 4, "train.eval_every": None, "train.checkpoint_every": 2}
     )
     bad = iter([None, None, ("loss", float("nan"))])
-    monkeypatch.setattr(loop, "first_non_finite", lambda _: next(bad))
+    monkeypatch.setattr(trainer, "first_non_finite", lambda _: next(bad))
     with pytest.raises(NonFinite):
         train(config, tmp_path, progress=False, watch=LiveReport(1000.0))
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from dsmoe_jax.runs import events, troubles
 from dsmoe_jax.runs.events import Journal, read_events
 from dsmoe_jax.runs.status import read_status
 from dsmoe_jax.runs.workdir import claim
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import run_log, trainer
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
 from tests.tools.forked import assert_refused, run_all
@@ -182,20 +182,20 @@ def test_a_run_notes_its_events(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(
         **{"train.steps": 6, "train.eval_every": None, "train.checkpoint_every": 2}
     )
-    original = loop.training_row
+    original = run_log.training_row
 
     def stops(metrics, model):
         if len(read_events(tmp_path)) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(metrics, model)
 
-    monkeypatch.setattr(loop, "training_row", stops)
+    monkeypatch.setattr(run_log, "training_row", stops)
     with pytest.raises(Stopped):
         train(config, tmp_path, progress=False)
     monkeypatch.undo()
     with open(tmp_path / events.EVENTS_FILE, "a") as file:
         file.write('{"time": 1, "ev')
-    monkeypatch.setattr(loop, "first_non_finite", lambda _: ("loss", float("nan")))
+    monkeypatch.setattr(trainer, "first_non_finite", lambda _: ("loss", float("nan")))
     with pytest.raises(NonFinite):
         train(config, tmp_path, progress=False)
     monkeypatch.undo()

@@ -128,7 +128,7 @@ def test_trees(place, tmp_path):
 
 
 def test_a_removal_that_is_killed(place, monkeypatch):
-    """What is left does not look like a whole checkpoint."""
+    """The rest does not look like a whole checkpoint."""
     step = place / "checkpoints/3"
     for name in ("_METADATA", files.COMMITTED, "model/1"):
         files.upload(step / name, b"x")

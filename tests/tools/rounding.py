@@ -1,4 +1,4 @@
-"""How far float32 may be from the exact value: tolerances that come from the arithmetic.
+"""Bounds of the error of float32: tolerances that come from the arithmetic.
 
 A `Bounded` is an array in float64 beside a bound on the error of the same computation in float32.
 A product of matrices errs by at most n + 1 roundings of its n absolute terms (Higham, Accuracy and

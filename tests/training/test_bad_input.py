@@ -57,7 +57,7 @@ class TestWorkdir:
     def test_of_another_config_that_has_lost_its_rows(
         self, finished_run, tmp_path, tiny_config, no_training, left
     ):
-        """What has checkpoints, results or a recording is somebody's run: nothing is pruned."""
+        """A folder with checkpoints, results or a recording holds a run: nothing is pruned."""
         run = shutil.copytree(finished_run[0], tmp_path / "run")
         (run / "routing/train").mkdir(parents=True)
         for name in {"checkpoints", "evaluation.json", "metrics.jsonl", "routing"} - {left}:

@@ -17,7 +17,7 @@ from tests.tools.tiny import batch
 
 
 def form(name):
-    """What decides how the step is written: names, switches, and what is there at all."""
+    """Form of the step that a config asks for: names, switches, and what is there at all."""
     values = list(flatten(to_tree(from_config_dict(configs.load(name, "smoke")))))
     switches = {k: v for k, v in values if not isinstance(v, (int, float)) or isinstance(v, bool)}
     counts = ("first_k_dense_replace", "n_routed_experts", "n_shared_experts", "q_lora_rank")

@@ -89,7 +89,7 @@ def test_the_loss_of_answers_before_and_after(tuned, base):
 
 
 def test_the_loss_is_that_of_a_plain_formula(tuned, base):
-    """Of the first batch, from the logits; answers follow "Assistant:", up to the end of text."""
+    """The first batch, from the logits; answers follow "Assistant:", up to the end of text."""
     config = read_config(tuned)
     corpus = open_corpus(config.data)
     batch = StageRun(stage_of(config, 1), corpus).next_batch(1)

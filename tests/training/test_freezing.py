@@ -59,7 +59,7 @@ def one_step(part):
 
 
 def is_trained(part, name):
-    """Of the tiny model, in words: which arrays a part trains."""
+    """Whether a part of the tiny model trains an array, in words."""
     routed = any(array in name for array in ROUTED)
     if part == "dense_part":
         return not routed and "router" not in name

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from dsmoe_jax.data.pipeline import train_batches
 from dsmoe_jax.runs import going_on
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_config, read_evaluation
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import loop, trainer
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import make_schedule
 from dsmoe_jax.training.stages import StageRun
@@ -31,15 +32,15 @@ SPIKE = {  # before step 7 three batches, and two more before step 9
 KILLED = """
 import os, signal, sys
 from dsmoe_jax.config import *
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import loop, run_log
 
-def row_or_kill(*arguments, original=loop.training_row, rows=[]):
+def row_or_kill(*arguments, original=run_log.training_row, rows=[]):
     rows.append(1)
     if len(rows) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-loop.training_row = row_or_kill
+run_log.training_row = row_or_kill
 loop.train({config!r}, sys.argv[1], progress=False)
 """
 
@@ -102,12 +103,12 @@ def test_a_longer_run_is_refused_another_past(run, tiny_config):
 def test_a_diverged_run_goes_on_past_the_batches(spiked, tiny_config, tmp_path, monkeypatch):
     """It ends in step 8; with the skip the same command goes on from step 6, bit for bit."""
     workdir = tmp_path / "run"
-    original = loop.first_non_finite
+    original = trainer.first_non_finite
 
     def diverges(metrics):
         return ("loss", math.nan) if len(read_rows(workdir)) == 7 else original(metrics)
 
-    monkeypatch.setattr(loop, "first_non_finite", diverges)
+    monkeypatch.setattr(trainer, "first_non_finite", diverges)
     with pytest.raises(NonFinite, match=r"step 8: loss=nan; .* checkpoint: step 6, in"):
         train(tiny_config(), workdir, progress=False)
     monkeypatch.undo()
@@ -201,7 +202,7 @@ def test_rate_changes_multiply_the_schedule(tiny_config):
 
 
 def test_shares_are_of_the_scheduled_steps(tiny_config):
-    """Of a longer run the last stage is longer; a shorter one has only the first stages."""
+    """A longer run has a longer last stage; a shorter one has only the first stages."""
     stages = {"train.stages.share": (0.3, 0.4, 0.3), "train.schedule_steps": 10}
 
     def ends(steps):
@@ -209,6 +210,21 @@ def test_shares_are_of_the_scheduled_steps(tiny_config):
         return [stage.end for stage in stages_of(config)]
 
     assert (ends(10), ends(14), ends(5)) == ([3, 7, 10], [3, 7, 14], [3, 5])
+
+
+def test_only_a_run_with_a_step_left_checks_its_devices(run, tiny_config, tmp_path, monkeypatch):
+    """Not one that is finished, or was killed before its evaluation; one that is made longer."""
+    monkeypatch.setattr(loop, "check_devices", mock.Mock(side_effect=ValueError("were checked")))
+    assert train(tiny_config(), run, progress=False, self_check=True).resumed_from == 10
+    with pytest.raises(ValueError, match="were checked"):
+        train(tiny_config(), tmp_path / "new", progress=False, self_check=True)
+    assert going_on.takes_a_step(run, tiny_config(**LONGER))
+    last_again = tiny_config(**{"train.skip_batches": ((10, 1),)})
+    assert going_on.takes_a_step(run, last_again), "it goes back to step 9"
+    (run / "evaluation.json").unlink()
+    assert not going_on.takes_a_step(run, tiny_config())
+    shutil.rmtree(run / "checkpoints/10")
+    assert going_on.takes_a_step(run, tiny_config())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dsmoe_jax.evaluation.held_out import HeldOut
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import KERNELS, read_rows
 from dsmoe_jax.runs.workdir import read_config, read_evaluation
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import loop, run_log
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import SCHEDULES
@@ -128,7 +128,7 @@ class TestInterruptions:
     def test_sigterm_saves_and_the_same_call_goes_on(
         self, finished_run, tiny_config, tmp_path, monkeypatch, capsys
     ):
-        original, seen = loop.training_row, []
+        original, seen = run_log.training_row, []
 
         def row_then_signal(*arguments):
             seen.append(1)
@@ -136,7 +136,7 @@ class TestInterruptions:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*arguments)
 
-        monkeypatch.setattr(loop, "training_row", row_then_signal)
+        monkeypatch.setattr(run_log, "training_row", row_then_signal)
         with pytest.raises(Stopped) as stopped:
             train(tiny_config(), tmp_path / "run")
         assert stopped.value.code == 143

@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from dsmoe_jax.runs.metrics_log import read_rows
-from dsmoe_jax.training import loop
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.profiling import WARM_UP
+from dsmoe_jax.training.trainer import Trainer
 
 SCOPES = ("attention", "router", "dispatch", "experts", "shared_experts", "head")
 
@@ -54,14 +54,14 @@ def test_steps_that_the_run_does_not_have(tiny_config, tmp_path, n_steps):
 
 
 def test_an_interrupted_trace_is_ended(tiny_config, tmp_path, monkeypatch):
-    report = loop._Trainer._report
+    report = Trainer._report
 
-    def killed(trainer, step, *args):
-        if step == WARM_UP + 2:
+    def killed(trainer, pending):
+        if pending.step == WARM_UP + 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        report(trainer, step, *args)
+        report(trainer, pending)
 
-    monkeypatch.setattr(loop._Trainer, "_report", killed)
+    monkeypatch.setattr(Trainer, "_report", killed)
     with pytest.raises(Stopped):
         train(tiny_config(), tmp_path / "run", progress=False, profile=5)
     assert len(traces(tmp_path / "run")) == 1

@@ -6,7 +6,7 @@ import pytest
 
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.workdir import read_config
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import saving
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.saving import SaveTimer
 from tests.training.test_loop import assert_same_run
@@ -49,7 +49,7 @@ def test_more_checkpoints_change_nothing(finished_run, tiny_config, tmp_path, mo
 
     At step 5 there is an evaluation, after which it is heard once more.
     """
-    monkeypatch.setattr(loop, "SaveTimer", lambda share: SaveTimer(share, Clock()))
+    monkeypatch.setattr(saving, "SaveTimer", lambda share: SaveTimer(share, Clock()))
     config = tiny_config(
         **{"train.checkpoint_share": 0.5, "train.checkpoint_every": 99, "train.keep_checkpoints": 9}
     )

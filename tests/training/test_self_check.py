@@ -19,9 +19,10 @@ from dsmoe_jax.moe.layer import RouterVariable
 from dsmoe_jax.moe.schedules import Progress
 from dsmoe_jax.moe.types import Routing
 from dsmoe_jax.parallel import hosts
-from dsmoe_jax.training import invariants, loop, router_state, self_check
+from dsmoe_jax.training import invariants, router_state, self_check, trainer
 from dsmoe_jax.training.devices import open_mesh
 from dsmoe_jax.training.loop import train
+from dsmoe_jax.training.self_check import comparison, dense_loop, small_layer
 from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 
 # Small, because what takes time is to compile: two experts on each of four devices.
@@ -165,15 +166,15 @@ def test_processes_tell_each_other(monkeypatch):
     monkeypatch.setattr(
         hosts, "gather", lambda mine: [mine, [["forward", [9], float("nan")], ["router", [8], 0.5]]]
     )
-    mine = [self_check.Failure("forward", [1, 2], 0.25)]
+    mine = [comparison.Failure("forward", [1, 2], 0.25)]
     with pytest.raises(
         ValueError,
         match=r"x: forward is not a number on devices 1, 2, 9: .*; router is off by 0\.5 on"
         r" device 8; layer 0, expert 5: lost \(error",
     ):
-        self_check._refuse(mine, "layer 0, expert 5: lost", "x", 1e-4)
+        comparison.refuse(mine, "layer 0, expert 5: lost", "x", 1e-4)
     monkeypatch.setattr(hosts, "gather", lambda mine: [mine, []])
-    assert self_check._refuse([], None, "x", 1e-4) is None
+    assert comparison.refuse([], None, "x", 1e-4) is None
 
 
 def test_the_dense_loop_is_the_reference():
@@ -189,7 +190,7 @@ def test_the_dense_loop_is_the_reference():
 
     def ours(x_TD, gates_TK, weights):
         chosen = routing._replace(gates_TK=gates_TK)
-        return self_check.dense_loop(x_TD, chosen, experts.ExpertWeights(*weights), moe)
+        return dense_loop.dense_loop(x_TD, chosen, experts.ExpertWeights(*weights), moe)
 
     def papers(x_TD, gates_TK, weights):
         chosen = routing._replace(gates_TK=gates_TK)
@@ -207,7 +208,7 @@ def test_the_dense_loop_is_the_reference():
     (2048, 64, 128), (1408, 1, 128), (853, 1, 213), (1280, 256, 256), (96, 4, 96), (1344, 24, 576),
 ])  # fmt: skip
 def test_small_widths_are_divided_and_keep_their_rest(real, parts, small):
-    assert self_check._width(real, parts) == small
+    assert small_layer.small_width(real, parts) == small
     assert small % parts == 0
     assert small % 128 == real % 128
 
@@ -218,14 +219,14 @@ def test_rows_that_get_lost_end_the_step():
     computed_LE = np.float32([[3, 4], [4, 3]])
     dropped_LE = np.float32([[0, 1], [0, 0]])
     ledger = SimpleNamespace(sent_E=sent_LE, computed_E=computed_LE, dropped_E=dropped_LE)
-    metrics = SimpleNamespace(router=SimpleNamespace(ledger=ledger), biases=None, judged=None)
-    trainer = SimpleNamespace(_hear=mock.Mock(), spike=None, _stopped="step {}: {}".format)
+    metrics = SimpleNamespace(router=SimpleNamespace(ledger=ledger), biases=None)
+    run = SimpleNamespace(saver=SimpleNamespace(stopped="step {}: {}".format))
     lost = r"^step 7: layer 1, expert 1: 4 assignments sent, 3 computed and 0 dropped"
     with (
-        mock.patch.object(loop, "first_non_finite", return_value=None),
+        mock.patch.object(trainer, "first_non_finite", return_value=None),
         pytest.raises(invariants.Violated, match=lost),
     ):
-        loop._Trainer._look(trainer, 7, metrics, 0, None)
+        trainer.Trainer._require_sound(run, 7, metrics, may_be_non_finite=False)
     ledger.computed_E = sent_LE - dropped_LE
     assert invariants.violation(metrics) is None
 

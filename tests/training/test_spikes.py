@@ -43,17 +43,17 @@ SPOILT = 6  # the number of the batch, from 0: step 7, and without what is left 
 KILLED = """
 import os, signal, sys
 from dsmoe_jax.config import *
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import loop, run_log
 from tests.training.test_spikes import spoil
 
 spoil({corpus!r}, setattr)
-def row_or_kill(*arguments, original=loop.training_row, rows=[]):
+def row_or_kill(*arguments, original=run_log.training_row, rows=[]):
     rows.append(1)
     if len(rows) == {rows}:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-loop.training_row = row_or_kill
+run_log.training_row = row_or_kill
 loop.train({config!r}, sys.argv[1], progress=False)
 """
 

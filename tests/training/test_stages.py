@@ -22,7 +22,7 @@ from dsmoe_jax.data.pipeline import train_batches
 from dsmoe_jax.model import size
 from dsmoe_jax.runs.loading import load_run
 from dsmoe_jax.runs.metrics_log import read_rows
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import run_log
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.stages import StageRun
@@ -34,15 +34,15 @@ S = 64
 KILLED = """
 import os, signal, sys
 from dsmoe_jax.config import *
-from dsmoe_jax.training import loop
+from dsmoe_jax.training import loop, run_log
 
-def row_or_kill(*arguments, original=loop.training_row, rows=[]):
+def row_or_kill(*arguments, original=run_log.training_row, rows=[]):
     rows.append(1)
     if len(rows) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-loop.training_row = row_or_kill
+run_log.training_row = row_or_kill
 loop.train({config!r}, sys.argv[1], progress=False)
 """
 STAGES = {  # steps 1-3, 4-7, 8-10
@@ -245,7 +245,7 @@ def test_the_bias_moves_at_the_speed_of_each_stage(staged):
 def test_stopping_at_and_around_a_border(staged, tmp_path, monkeypatch):
     """At the border and after it, in one run: bit for bit as if nothing had been."""
     config, undisturbed, _ = staged
-    original, stop_at = loop.training_row, [1]
+    original, stop_at = run_log.training_row, [1]
 
     def row_then_signal(*arguments):
         if stop_at and len(read_rows(tmp_path / "run")) + 1 == stop_at[0]:
@@ -253,7 +253,7 @@ def test_stopping_at_and_around_a_border(staged, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(loop, "training_row", row_then_signal)
+    monkeypatch.setattr(run_log, "training_row", row_then_signal)
     for row, step in ((3, 3), (4, 5)):  # of the row written, and of the stop
         stop_at[:] = [row]
         with pytest.raises(Stopped):

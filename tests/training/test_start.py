@@ -1,4 +1,4 @@
-"""Where a run begins: fresh, resumed, or with the parameters of another run."""
+"""The beginning of a run: fresh, resumed, or with the parameters of another run."""
 
 import json
 import shutil
