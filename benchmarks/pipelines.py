@@ -3,9 +3,10 @@
     python -m benchmarks.pipelines               # what benchmarks/results/pipelines.jsonl lacks
     python -m benchmarks.pipelines --only=16b    # the same for one model
     python -m benchmarks.pipelines --table       # print the table of what is there
+    python -m benchmarks.pipelines --plan        # what the planner says of more of them
 
 Each case is one `python -m dsmoe_jax aot --json` at the paper's sizes and global batch.  Needs
-pip install 'dsmoe_jax[tpu]', and no TPU.
+pip install 'dsmoe_jax[tpu]', and no TPU; the planner needs neither.
 """
 
 import argparse
@@ -49,17 +50,107 @@ CASES: list[tuple[str, str, dict[str, int]]] = [
     ),
 ]
 
+# (config, number of v5p, changes of the config): in pairs, with stages and without.
+PLANNED: list[tuple[str, int, dict[str, int]]] = [
+    (
+        *("dsmoe_16b", 12),
+        {"mesh.stage": 3, "mesh.fsdp": 4, "train.accumulation_steps": 576}
+        | {"train.pipeline_micro_batches": 36},
+    ),
+    ("dsmoe_16b", 12, {"mesh.data": 3, "mesh.fsdp": 4, "train.accumulation_steps": 192}),
+    (
+        *("dsmoe_145b", 256),
+        {"mesh.stage": 4, "mesh.fsdp": 16, "mesh.expert": 4, "train.accumulation_steps": 72}
+        | {"train.pipeline_micro_batches": 36, **DIVISIBLE},
+    ),
+    (
+        *("dsmoe_145b", 256),
+        {"mesh.fsdp": 64, "mesh.expert": 4, "train.accumulation_steps": 9, **DIVISIBLE},
+    ),
+    (
+        *("dsmoe_16b", 192),
+        {"mesh.slices": 3, "mesh.stage": 3, "mesh.fsdp": 64, "train.accumulation_steps": 36},
+    ),
+    (
+        *("dsmoe_16b", 192),
+        {"mesh.slices": 3, "mesh.stage": 3, "mesh.fsdp": 64, "train.accumulation_steps": 36}
+        | {"train.pipeline_repeats": 9},
+    ),
+    (
+        *("dsmoe_16b", 192),
+        {"mesh.slices": 3, "mesh.data": 3, "mesh.fsdp": 64, "train.accumulation_steps": 12},
+    ),
+    (
+        *("dsmoe_145b", 512),
+        {"mesh.slices": 4, "mesh.stage": 4, "mesh.fsdp": 32, "mesh.expert": 4}
+        | {"train.accumulation_steps": 36, **DIVISIBLE},
+    ),
+    (
+        *("dsmoe_145b", 512),
+        {"mesh.slices": 4, "mesh.data": 4, "mesh.fsdp": 32, "mesh.expert": 4}
+        | {"train.accumulation_steps": 9, **DIVISIBLE},
+    ),
+]
+
 
 def flags(changes: dict[str, int]) -> list[str]:
     """The flags of `aot` for the changes of a case; axes that it does not name are 1."""
     return [f"--config.{name}={value}" for name, value in ({"mesh.data": 1} | changes).items()]
 
 
+def load(name: str, changes: dict[str, int]) -> Config:
+    """The config of a case."""
+    return replace(from_config_dict(configs.load(name)), **({"mesh.data": 1} | changes))
+
+
 def changed(report: dict) -> Config:
     """The config of a report."""
     pairs = (flag.removeprefix("--config.").split("=") for flag in report["flags"])
-    config = from_config_dict(configs.load(report["config"]))
-    return replace(config, **{name: int(value) for name, value in pairs})
+    return load(report["config"], {name: int(value) for name, value in pairs})
+
+
+def estimate(config: Config, sizes: dict[str, int]) -> planner.Plan:
+    """A case by the planner's arithmetic, whether it fits or not."""
+    schedule = None
+    if config.mesh.stage > 1:
+        schedule = Schedule(pipelined.together(config.train), config.train.pipeline_repeats)
+    n = config.train.accumulation_steps
+    return planner.estimate(config, state_shapes(config), sizes, n, schedule=schedule)
+
+
+def course(config: Config, plan: planner.Plan) -> dict[str, str]:
+    """The columns of a row that say how the batch is cut."""
+    passing = "-" if plan.schedule is None else str(plan.schedule.micro_batches)
+    repeats = config.train.pipeline_repeats
+    return {
+        "micro-batches": str(plan.accumulation_steps),
+        "that pass together": passing if repeats == 1 else f"{passing}, {repeats} repeats",
+        "bubble": "-" if plan.schedule is None else f"{plan.idle:.1%}",
+    }
+
+
+def planned_row(name: str, chips: int, changes: dict[str, int]) -> dict[str, str]:
+    """What the planner says of a case, as a row of a table."""
+    config = load(name, changes)
+    plan = estimate(config, config.mesh.sizes(chips))
+    bounds = plan.bounds(config, "v5p")
+    slow, fast = bounds.mfu
+    memory = plan.memory
+    state = sum(memory[part] for part in ("parameters", "moments", "gradients"))
+    kept = memory["activations kept"] + memory.get("waiting micro-batches", 0.0)
+    return {
+        "model": name,
+        "v5p": f"{chips} in {plan.slices} slices" if plan.slices > 1 else str(chips),
+        "mesh": planner.shape(plan.sizes),
+        **course(config, plan),
+        "memory, GB": f"{plan.used:.1f}",
+        "state and gradients, GB": f"{state:.1f}",
+        "activations kept and waiting, GB": f"{kept:.1f}",
+        "weights received, GB": f"{plan.traffic.get('weights', 0.0):.0f}",
+        "from other slices, GB": f"{sum(plan.sliced.values()):.1f}" if plan.slices > 1 else "-",
+        "step, s": f"{bounds.overlapped:.1f} to {bounds.serial:.1f}",
+        "MFU": f"{slow:.0%} to {fast:.0%}",
+    }
 
 
 def row(report: dict) -> dict[str, str]:
@@ -67,15 +158,7 @@ def row(report: dict) -> dict[str, str]:
     if "error" in report:
         return {"model": report["config"], "slice": report["topology"], "mesh": report["error"]}
     config = changed(report)
-    stages = config.mesh.stage
-    schedule = Schedule(pipelined.together(config.train), config.train.pipeline_repeats)
-    plan = planner.estimate(
-        config,
-        state_shapes(config),
-        report["mesh"],
-        report["accumulation_steps"],
-        schedule=schedule if stages > 1 else None,
-    )
+    plan = estimate(config, report["mesh"])
     received = report["collectives_gb"]
     slow, fast = report["mfu"]
     fastest, slowest = report["roofline"]["step_s"]
@@ -84,9 +167,7 @@ def row(report: dict) -> dict[str, str]:
         "model": report["config"],
         "slice": f"{slices}{report['topology']} ({report['chips']} chips)",
         "mesh": planner.shape(report["mesh"]),
-        "micro-batches": str(report["accumulation_steps"]),
-        "that pass together": str(schedule.micro_batches) if stages > 1 else "-",
-        "bubble": f"{schedule.bubble(stages):.1%}" if stages > 1 else "-",
+        **course(config, plan),
         "memory, GB": f"{report['used_gb']:.1f} of {report['hbm_gb']}",
         "planner said, GB": f"{plan.used:.1f} ({plan.used / report['used_gb'] - 1:+.0%})",
         "HBM traffic, TB": f"{report['traffic_gb'] / 1e3:.1f}",
@@ -105,8 +186,12 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose config, slice or flags have this")
     parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--plan", action="store_true", help="ask the planner, compile nothing")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu would look for TPUs in this machine
+    if args.plan:
+        print(harness.table([planned_row(*case) for case in PLANNED]))
+        return
     text = RESULTS.read_text() if RESULTS.exists() else ""
     reports = {key(r): r for r in map(json.loads, text.splitlines())}
     cases = {(c, on, " ".join(flags(changes))): flags(changes) for c, on, changes in CASES}
@@ -117,7 +202,10 @@ def main() -> None:
         with RESULTS.open("a") as file:
             file.write(json.dumps(report) + "\n")
         reports[key(report)] = report
-    print(harness.table([row(reports[c]) for c in cases if c in reports]))
+    if rows := [row(reports[c]) for c in cases if c in reports]:
+        print(harness.table(rows))
+    else:
+        print(f"nothing in {RESULTS}")
 
 
 if __name__ == "__main__":
