@@ -46,12 +46,15 @@ def test_a_tick_replays_the_routing_of_its_micro_batch():
     routing = RecordedRouting(*[ids_LBSK + 1000 * i for i in range(4)])
     every = pipelined.cut_inputs(inputs_of_every_layer(ids_BS, None), 3)
     layers = pipelined.cut_layers(OneLayer(replayed=routing), 3)
-    assert np.array_equal(np.sort(every.sequence_ids_B.reshape(-1)), np.arange(6))
+    sequence_ids_nb = every.sequence_ids_B
+    assert sequence_ids_nb is not None
+    assert np.array_equal(np.sort(sequence_ids_nb.reshape(-1)), np.arange(6))
     for micro_batch in range(3):
         tick = Tick(jnp.bool_(True), jnp.int32(0), jnp.int32(micro_batch))
         replayed = pipelined.layers_of_tick(layers, tick).replayed
+        assert replayed is not None
         tokens_bS = every.token_ids_BS[micro_batch]
-        assert np.array_equal(tokens_bS[:, 0] // 4, every.sequence_ids_B[micro_batch])
+        assert np.array_equal(tokens_bS[:, 0] // 4, sequence_ids_nb[micro_batch])
         assert np.array_equal(replayed.ids[..., 0], [tokens_bS, 100 + tokens_bS])
         assert np.array_equal(replayed.chosen, 3000 + replayed.ids)
 
@@ -65,8 +68,10 @@ def test_no_row_leaves_its_device_to_be_in_a_micro_batch(n):
         x_BS = jax.device_put(np.arange(16 * 3).reshape(16, 3), batch_sharding(mesh))
         cut = jax.jit(lambda x_BS: constrain(pipelined.cut(x_BS, n), "UBS"))
         back = jax.jit(lambda x_BS: constrain(pipelined.whole(cut(x_BS)), "BS"))
-        assert not collectives.traffic(cut.lower(x_BS).compile().as_text())
-        assert not collectives.traffic(back.lower(x_BS).compile().as_text())
+        for function in (cut, back):
+            text = function.lower(x_BS).compile().as_text()
+            assert text is not None
+            assert not collectives.traffic(text)
         assert cut(x_BS).shape == (n, 16 // n, 3)
         assert np.array_equal(back(x_BS), x_BS)
         assert np.array_equal(np.sort(cut(x_BS).reshape(16, 3), axis=0), x_BS)

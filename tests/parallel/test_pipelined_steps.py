@@ -121,7 +121,9 @@ def test_a_run_is_that_without_stages_and_goes_on_with_others(tiny_config, tmp_p
     losses = [wanted[step]["validation_loss"] for step in (2, 4)]
     assert losses[0] - losses[1] > 0.01, "it learns, so a stale evaluation would show"
     np.testing.assert_allclose([found[step]["validation_loss"] for step in (2, 4)], losses, 1e-5)
-    (a, b) = (read_evaluation(tmp_path / name) for name in ("plain", "stages"))
+    a, b = (read_evaluation(tmp_path / name) for name in ("plain", "stages"))
+    assert a is not None
+    assert b is not None
     assert a["load_by_domain"] == b["load_by_domain"]
     np.testing.assert_allclose(a["gate_mass"], b["gate_mass"], 1e-4)
 

@@ -52,13 +52,17 @@ def test_memory_and_traffic_of_micro_batches(repeats):
     for course, program in zip(courses, programs, strict=True):
         waiting = FLOAT32 * course.memory(B, D)["waiting micro-batches"]
         kept.append(course.layers_kept(LAYERS) * vector + waiting)
-        allocated.append(program.memory_analysis().temp_size_in_bytes)
+        memory = program.memory_analysis()
+        assert memory is not None
+        allocated.append(memory.temp_size_in_bytes)
     # It allocates 5.25 activations for each micro-batch more; the planner says 6.
     assert 1 <= (kept[1] - kept[0]) / (allocated[1] - allocated[0]) < 1.2
     local = LAYERS // STAGES * D * D
     for course, program in zip(courses, programs, strict=True):
         said = course.traffic(B, D, local)
-        found = collectives.by_kind(collectives.traffic(program.as_text()))
+        text = program.as_text()
+        assert text is not None
+        found = collectives.by_kind(collectives.traffic(text))
         # The compiled permutations of repeats have pairs in which a stage sends to itself.
         moved = said["repeats"] / (1 - 1 / STAGES)
         assert bool(moved) is (repeats > 1)
