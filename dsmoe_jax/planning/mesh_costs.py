@@ -119,12 +119,14 @@ def estimate(
         # With several micro-batches, their sum and the gradients of the latest one.
         "gradients": (8 if accumulation_steps > 1 else 4) * weights.local,
         "weights in use": 0.0 if replicated else _COMPUTE * weights.in_use,
+        "experts of all layers": _COMPUTE * weights.experts if course.gathers_once else 0.0,
         **_activations(config, micro_batch, sizes, course),
         **course.memory(t, d),
     }
     traffic = {
         # Gathered for the forward and the backward pass, then the gradients scattered.
-        "weights": 3 * _COMPUTE * weights.gathered * course.ticks,
+        "weights": _COMPUTE
+        * (3 * weights.gathered * course.ticks - weights.experts_gathered * course.spared_ticks),
         "replicas": 2 * 4 * weights.local * (1 - 1 / inside),
         **_exchange(config, micro_batch, sizes, accumulation_steps),
     }
@@ -162,6 +164,8 @@ class _Weights(NamedTuple):
       in_use: gathered at the same time: two layers (the next one arrives meanwhile), and what is
         not in a layer.
       gathered: received to gather each parameter once.
+      experts: of the routed experts, all layers together, with which it computes.
+      experts_gathered: received to gather these once.
       whole: with which it computes, all layers together.
     """
 
@@ -169,6 +173,8 @@ class _Weights(NamedTuple):
     outside: float
     in_use: float
     gathered: float
+    experts: float
+    experts_gathered: float
     whole: float
 
 
@@ -178,6 +184,8 @@ def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
     stacked = 0.0
     unstacked = 0.0
     gathered = 0.0
+    experts = 0.0
+    experts_gathered = 0.0
     whole = 0.0
     for path, x in jax.tree.leaves_with_path(state.params):
         array = _array(path, x.shape)
@@ -187,12 +195,16 @@ def _weights(state: TrainState | ModelState, sizes: dict[str, int]) -> _Weights:
         local += array.size / shards
         gathered += in_use * (1 - shards_in_use / shards)
         whole += in_use
+        if "E" in axes_of(path, x.shape) and array.layers > 1 and x.ndim > 3:
+            experts += in_use
+            experts_gathered += in_use * (1 - shards_in_use / shards)
         if array.layers > 1:
             stacked += in_use / (array.layers / sizes["stage"])
         else:
             unstacked += in_use
             outside += array.size / shards
-    return _Weights(local, outside, 2 * stacked + unstacked, gathered, whole)
+    in_use = 2 * stacked + unstacked
+    return _Weights(local, outside, in_use, gathered, experts, experts_gathered, whole)
 
 
 def _array(path: tuple, shape: tuple[int, ...]) -> _Array:

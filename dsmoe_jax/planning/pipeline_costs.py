@@ -48,6 +48,21 @@ class Course(NamedTuple):
         """Share of its time in which a stage has nothing to do."""
         return self.schedule.bubble(self.stages)
 
+    @property
+    def gathers_once(self) -> bool:
+        """Whether the experts of all layers of a stage are gathered before its first tick.
+
+        With one repeat they do not depend on the tick: JAX takes that out of the loop over ticks,
+        in the forward pass, and so keeps them all.
+        """
+        return self.stages > 1 and self.schedule.repeats == 1
+
+    @property
+    def spared_ticks(self) -> float:
+        """Those of `ticks` in whose forward pass experts need not be gathered."""
+        rounds = self.micro_batches / self.schedule.micro_batches
+        return self.ticks - rounds if self.gathers_once else 0.0
+
     def layers_kept(self, layers: int) -> float:
         """Times that one chip keeps one of the stacked layers for the backward pass."""
         ticks = self.schedule.ticks(self.stages) / self.schedule.repeats

@@ -132,6 +132,7 @@ class BatchGradient:
         whole = self._whole(jnp.asarray(batch["segment_ids_BS"]), sent_LG)
 
         def part_of(micro: MicroBatch):
+            micro = _laid_out(micro)
             grad_fn = jax.grad(self._loss, has_aux=True)
             grads, (totals, recorded) = grad_fn(
                 params, other, micro, rng, weights, mtp_weight, all_tokens, whole, teacher
@@ -222,6 +223,7 @@ class BatchGradient:
             return None
 
         def sent(micro: MicroBatch):
+            micro = _laid_out(micro)
             report = self._score(nnx.merge(self._graph, params, other), micro, rng).report
             assert report is not None
             return {name: report.loss_inputs.terms[name].sent_G for name in self._counted}, None
@@ -248,6 +250,15 @@ def split(batch: Batch, n_micro: int) -> MicroBatch:
 def _together(x_n: jax.Array, passing: int) -> jax.Array:
     """Micro-batches as the pipeline takes them: (n, b, ...) -> (n / passing, passing b, ...)."""
     return pipelined.whole(x_n.reshape(-1, passing, *x_n.shape[1:]), axis=1)
+
+
+def _laid_out(micro: MicroBatch) -> MicroBatch:
+    """A micro-batch whose rows are split over the mesh.
+
+    On its way into the loop over fillings of a pipeline XLA loses that: every device would look up
+    the embeddings of almost all rows, 144 GiB of them and their gradients for 145B.
+    """
+    return jax.tree.map(lambda x_B: sharding.constrain(x_B, "B" + "S" * (x_B.ndim - 1)), micro)
 
 
 def _apart(x: jax.Array, passing: int) -> jax.Array:

@@ -1,17 +1,21 @@
-"""Training in a pipeline on eight virtual devices is training on one device; so is resuming."""
+"""Training in a pipeline on eight virtual devices is training without; so are its evaluations."""
 
 import functools
 
 import numpy as np
 import pytest
 
-from dsmoe_jax.model import pipelined
+from dsmoe_jax.model import pipelined, scanned
+from dsmoe_jax.runs.metrics_log import read_rows
+from dsmoe_jax.runs.workdir import read_evaluation
+from dsmoe_jax.training.loop import train
 from tests.parallel.on_mesh import OnMesh
 from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
 # Four MoE layers behind a dense one, terms of every scope, a bias that moves with the load; the
-# batch has packed documents and padding.
+# batch has packed documents and padding; tokens compete for places in their micro-batch, and noise
+# is drawn for each of them.
 CONFIG = {
     **FOR_EIGHT_DEVICES,
     "model.attention.num_key_value_heads": 2,
@@ -21,6 +25,7 @@ CONFIG = {
     "model.initializer_range": 0.1,
     "model.remat": "full",
     "model.moe.router.bias_update_speed": 0.001,
+    "model.moe.router.jitter": 0.1,
     "model.moe.balance.expert.factor": 0.1,
     "model.moe.balance.expert.scope": "global_batch",
     "model.moe.balance.switch.factor": 0.1,
@@ -28,93 +33,99 @@ CONFIG = {
     "model.moe.balance.sequence.factor": 0.1,
     "model.moe.balance.sequence.scope": "document",
     "model.moe.balance.router_z.factor": 0.01,
+    "model.moe.drop.policy": "device",
+    "model.moe.drop.capacity_factor": 0.7,
+    "model.moe.drop.protected_share": 0.25,
+    "model.moe.expert_groups": 4,
     "data.sequence_length": 16,
     "train.global_batch_size": 16,
+    "train.accumulation_steps": 4,
+    "train.record_routing": True,
     "optimizer.peak_learning_rate": 3e-4,
     "optimizer.warmup_steps": 0,
     "optimizer.clip_norm": 1e9,  # so that a gradient of a wrong scale shows
 }
 # Adam's first update is the sign of the gradient, which rounding turns where it is almost 0.
 ONE_UPDATE = 1e-4
-# What a micro-batch's tokens compete for, and what is drawn at random.
-COMPETING = {
-    "model.moe.drop.policy": "device",
-    "model.moe.drop.capacity_factor": 0.7,
-    "model.moe.drop.protected_share": 0.25,
-    "model.moe.expert_groups": 4,
-    "model.moe.router.jitter": 0.1,
-    "train.record_routing": True,
-}
 
-
-class Run(OnMesh):
-    """A run on a mesh; without stages, on one device."""
-
-    def __init__(self, values: dict[str, object]):
-        config = tiny(**{**CONFIG, "mesh.data": 1, **values})
-        super().__init__(config, 8 if "mesh.stage" in values else 1)
-
-    def train(self) -> dict[str, np.ndarray]:
-        """Takes a step; arrays of the state and of the metrics."""
-        metrics = self.take_step()
-        found = by_path({"state": self.state, "metrics": metrics})
-        # But for what is meant to depend on the mesh: rows between devices.
-        return {p: np.asarray(x) for p, x in found.items() if "exchanged_rows" not in p}
-
-
-RUNS: dict[str, dict[str, object]] = {
-    "one device": {},
-    "one device, competing": {**COMPETING, "train.accumulation_steps": 4},
-    "4 stages": {"mesh.stage": 4, "mesh.expert": 2, "train.accumulation_steps": 8},
-    "2 stages, 2 repeats": {
-        **{"mesh.stage": 2, "mesh.data": 2, "mesh.expert": 2},
-        **{"train.accumulation_steps": 4, "train.pipeline_repeats": 2},
-    },
-    "2 stages, 2 rounds": {
+MESHES: dict[str, dict[str, object]] = {
+    "4 stages": {"mesh.stage": 4, "mesh.expert": 2},
+    "2 stages, 2 repeats, 2 rounds": {
         **{"mesh.stage": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
-        **{"train.accumulation_steps": 4, "train.pipeline_micro_batches": 2},
-    },
-    "2 stages, competing": {
-        **{"mesh.stage": 2, "mesh.data": 2, "mesh.expert": 2},
-        **COMPETING,
-        "train.accumulation_steps": 4,
+        **{"train.pipeline_repeats": 2, "train.pipeline_micro_batches": 2},
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def scanned_layers(monkeypatch):
+    """Layers without stages are a loop too, as in stages: half as much to compile."""
+    monkeypatch.setattr(scanned, "UNROLLED_LAYERS", 0)
+
+
+def first_step(values: dict[str, object], devices: int) -> dict[str, np.ndarray]:
+    """Arrays of the state and of the metrics after a step on a mesh."""
+    run = OnMesh(tiny(**{**CONFIG, "mesh.data": 1, **values}), devices)
+    metrics = run.take_step()
+    found = by_path({"state": run.state, "metrics": metrics})
+    # But for what is meant to depend on the mesh: rows between devices.
+    return {p: np.asarray(x) for p, x in found.items() if "exchanged_rows" not in p}
 
 
 @functools.cache
-def first_step(name: str) -> tuple[Run, dict[str, np.ndarray]]:
-    """A run, which other tests may load into, and what its first step gave."""
-    run = Run(RUNS[name])
-    return run, run.train()
+def on_one_device() -> dict[str, np.ndarray]:
+    """The oracle of all meshes."""
+    return first_step({}, 1)
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("name", [name for name in RUNS if "stages" in name])
+@pytest.mark.parametrize("name", MESHES)
 def test_a_step_is_that_of_one_device(name):
     """The first moments are the gradients (clipping is off), so their scale is seen too."""
-    wanted = first_step("one device, competing" if "competing" in name else "one device")[1]
-    errors = relative_errors(first_step(name)[1], wanted)
+    errors = relative_errors(first_step(MESHES[name], 8), on_one_device())
     assert sum("mu" in path for path in errors) > 15
-    for of in ("load_E", "dropped_E", "computed_E", "bias_E", "terms"):
+    for of in ("load_E", "dropped_E", "computed_E", "bias_E", "terms", "recorded"):
         assert any(of in path for path in errors), of
+    assert on_one_device()["['metrics'].router.ledger.dropped_E"].sum() > 0
     updated = {path: errors.pop(path) for path in [*errors] if ".params" in path}
     assert_all_below(errors, REORDERED)
     assert_all_below(updated, ONE_UPDATE)
 
 
 @pytest.mark.eight_devices
-def test_a_run_goes_on_with_other_stages(tmp_path):
-    """Saved in two stages of two groups of layers; the next step is that of one device."""
-    saved, four, one = (first_step(n)[0] for n in ("2 stages, 2 repeats", "4 stages", "one device"))
-    saved.save(tmp_path / "run")
-    for run in (four, one):
-        run.load(tmp_path / "run")
-    found, wanted = four.train(), one.train()
-    metrics = [path for path in found if "metrics" in path]
-    errors = relative_errors({p: found[p] for p in metrics}, {p: wanted[p] for p in metrics})
-    assert len(errors) > 20
-    assert_all_below(errors, REORDERED)
+def test_a_run_is_that_without_stages_and_goes_on_with_others(tiny_config, tmp_path):
+    """`train` with evaluation: two steps in two stages, then two in four, beside eight replicas."""
+    changes = {
+        **FOR_EIGHT_DEVICES,
+        **{"model.num_hidden_layers": 4, "model.remat": "full"},
+        # Held-out tokens compete, so that batches of another size would drop others.
+        "model.moe.evaluation_drop.capacity_factor": 0.8,
+        **{"train.schedule_steps": 4, "train.eval_every": 2, "train.eval_batches": 1},
+        **{"train.checkpoint_every": 2, "optimizer.peak_learning_rate": 3e-3},
+    }
+
+    def run(name: str, steps: int, **mesh: int) -> dict[int, dict]:
+        sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        n = {"train.steps": steps, "train.accumulation_steps": mesh.get("stage", 1)}
+        config = tiny_config(**{**changes, **sizes, **n})
+        train(config, tmp_path / name, progress=False, self_check=False)
+        return {row["step"]: row for row in read_rows(tmp_path / name)}
+
+    wanted = run("plain", 4, data=8)
+    run("stages", 2, stage=2, data=4)
+    found = run("stages", 4, stage=4, data=2)
+    keys = ("loss", "total_loss", "grad_norm", "expert_balance", "load", "dropped")
+    for step in range(1, 5):
+        for key in keys:
+            np.testing.assert_allclose(found[step][key], wanted[step][key], rtol=1e-4, err_msg=key)
+    losses = [wanted[step]["validation_loss"] for step in (2, 4)]
+    assert losses[0] - losses[1] > 0.01, "it learns, so a stale evaluation would show"
+    np.testing.assert_allclose([found[step]["validation_loss"] for step in (2, 4)], losses, 1e-5)
+    a, b = (read_evaluation(tmp_path / name) for name in ("plain", "stages"))
+    assert a is not None
+    assert b is not None
+    assert a["load_by_domain"] == b["load_by_domain"]
+    np.testing.assert_allclose(a["gate_mass"], b["gate_mass"], 1e-4)
 
 
 REFUSED = [
@@ -153,7 +164,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda v: str(v)[:40])
 def test_what_cannot_be_a_pipeline(values, message):
-    config = tiny(**{**CONFIG, **values})
+    config = tiny(**{**CONFIG, "train.accumulation_steps": 1, **values})
     with pytest.raises(ValueError, match=message) as caught:
         pipelined.check(config, config.mesh.stage)
     assert "\n" not in str(caught.value)
