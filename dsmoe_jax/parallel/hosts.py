@@ -100,11 +100,23 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
 
 
+class FailedOnFirst(ValueError):
+    """What the first process did for all has failed there.
+
+    Attributes:
+      exit_code: of the error there: all processes end alike, and a launcher knows what to do.
+    """
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Runs `action` on the first process and sends what it returns (JSON) to all.
 
     Raises:
-      ValueError: on all, if it raised a ValueError or an OSError.
+      FailedOnFirst: on all, if it raised a ValueError or an OSError.
     """
     if jax.process_count() == 1:
         return action()
@@ -115,10 +127,10 @@ def on_first(action: Callable[[], Any]) -> Any:
             outcome = {"value": action()}
         except (ValueError, OSError) as error:
             raised = error
-            outcome = {"error": str(error)}
+            outcome = {"error": str(error), "exit_code": getattr(error, "exit_code", 2)}
     outcome = gather(outcome)[0]
     if "error" in outcome:
-        raise ValueError(outcome["error"]) from raised
+        raise FailedOnFirst(outcome["error"], outcome["exit_code"]) from raised
     return outcome["value"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_jax.storage import places
+from dsmoe_jax.storage.away import Away
 from dsmoe_jax.storage.places import place_of
 from tests.tools.buckets import going_to
 from tests.tools.forked import assert_refused, run_all
@@ -103,11 +104,11 @@ def test_forbidden_bucket():
 def test_no_answer(monkeypatch):
     monkeypatch.setattr(places, "_SECONDS", 0.2)
     with going_to("http://127.0.0.1:9"):  # nothing is there
-        refused(
-            r"^data.corpus=gs://mine/x: the bucket mine does not answer",
-            "gs://mine/x",
-            "data.corpus",
-        )
+        says = r"^data.corpus=gs://mine/x: the bucket mine does not answer"
+        with pytest.raises(Away, match=says) as error:
+            place_of("data.corpus", "gs://mine/x")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 75
 
 
 def test_no_package(monkeypatch):
