@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,6 +170,10 @@ def require_same(key: str, value: str) -> None:
             raise ValueError(f"{key}: {values[0]} on process 0, {other} on process {process}")
 
 
+# With which errors of XLA and of its collectives begin.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+
+
 class AnotherEnded(OSError):
     """Another process of the run is gone; the same command goes on.
 
@@ -184,12 +189,13 @@ def one_line_if_another_ends() -> Iterator[None]:
     """Turns JAX's error, when another process of the run has died, into one line.
 
     Raises:
-      AnotherEnded: instead of `JaxRuntimeError`.
+      AnotherEnded: instead of `JaxRuntimeError`, or of the ValueError that it is in places.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+        if jax.process_count() == 1 or not of_jax:
             raise
         raise AnotherEnded(
             f"process {jax.process_index()}: another process has ended, or cannot be reached"

@@ -134,7 +134,11 @@ class Checkpoints:
             create=keep is not None,
             cleanup_tmp_directories=keep is not None,
         )
-        reads = naming(directory, "cannot be read") if is_address(directory) else contextlib.nullcontext()
+        reads = (
+            naming(directory, "cannot be read")
+            if is_address(directory)
+            else contextlib.nullcontext()
+        )
         with reads:
             self._manager = _Manager(directory, options=options)
 

@@ -8,7 +8,13 @@ times, within half a minute.
 from __future__ import annotations
 
 import functools
+import logging
+import os
 from typing import Any
+
+# Read when gcsfs is imported, by whomever.  Else it asks another service for the kind of the bucket,
+# with a warning at every access where it is not allowed to.  "true" is for zonal buckets.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @functools.cache
@@ -24,6 +30,8 @@ def register() -> None:
 def file_system_class() -> Any:
     """The class; made when it is needed, since gcsfs belongs to an extra."""
     import gcsfs
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints pages of what it then raises
 
     from dsmoe_jax.storage.away import away, first_line, is_away
 

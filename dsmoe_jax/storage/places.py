@@ -81,9 +81,6 @@ def _client() -> Any:
 
 
 def _in_bucket(address: str) -> Path:
-    # Else gcsfs asks another service for the kind of the bucket, with a warning at every access
-    # where it is not allowed to.  "true" is for zonal buckets.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec.config
     from etils import epath
 

@@ -8,10 +8,13 @@ objects or deletes them, and it lets everybody in.
 from __future__ import annotations
 
 import contextlib
+import http.server
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -129,6 +132,32 @@ def emulator(port: int | None = None, gateway: Gateway | None = None) -> Iterato
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def answering(code: int, message: str = "no room") -> Iterator[None]:
+    """A service that gives everybody the same answer, to which the clients go."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": {"code": code, "message": message}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that has left."""
+
+    server = Server(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with going_to(f"http://127.0.0.1:{server.server_port}"):
+        yield
+    server.shutdown()
+    server.server_close()
 
 
 @contextlib.contextmanager
