@@ -77,9 +77,7 @@ def _fetch(blobs: list[Any], name: str, made: Path, key: str, path: Path) -> Non
             raise ValueError(f"{key}={path}: {blob.name}: no name of a file")
         file = made / path.name / below if below else made / path.name
         file.parent.mkdir(parents=True, exist_ok=True)
-        with naming(
-            f"{key}={path}", f"{blob.name} cannot be fetched; the same command tries again"
-        ):
+        with naming(f"{key}={path}: {blob.name}", "cannot be fetched; try again"):
             blob.download_to_filename(str(file), if_generation_match=blob.generation, checksum=None)
         if _crc32c(file) != blob.crc32c:  # by itself the library checks it only if it is sent along
             raise ValueError(

@@ -134,12 +134,9 @@ class Checkpoints:
             create=keep is not None,
             cleanup_tmp_directories=keep is not None,
         )
-        reads = (
-            naming(directory, "cannot be read")
-            if is_address(directory)
-            else contextlib.nullcontext()
-        )
-        with reads:
+        with contextlib.ExitStack() as reads:
+            if is_address(directory):
+                reads.enter_context(naming(directory, "cannot be read"))
             self._manager = _Manager(directory, options=options)
 
     def steps(self) -> list[int]:

@@ -12,8 +12,8 @@ import logging
 import os
 from typing import Any
 
-# Read when gcsfs is imported, by whomever.  Else it asks another service for the kind of the bucket,
-# with a warning at every access where it is not allowed to.  "true" is for zonal buckets.
+# gcsfs reads this when it is imported, by whomever.  Else it asks another service for the kind of
+# the bucket, with a warning at every access where it is not allowed to.  "true": zonal buckets.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 

@@ -1,4 +1,4 @@
-"""Buckets that do not answer: which errors say so, and that one line and exit code 75 come of them."""
+"""Buckets that do not answer: which errors say so; one line and exit code 75 come of it."""
 
 import aiohttp
 import pytest
@@ -124,7 +124,6 @@ def test_all_processes_end_alike(monkeypatch):
 def test_a_collective_that_another_process_has_left(monkeypatch, text):
     """JAX raises a ValueError in places, which is no bad input."""
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    of_jax = text.startswith("UNKNOWN")
-    with pytest.raises(hosts.AnotherEnded if of_jax else ValueError, match=text[:7]):
-        with hosts.one_line_if_another_ends():
-            raise ValueError(text)
+    kind = hosts.AnotherEnded if text.startswith("UNKNOWN") else ValueError
+    with pytest.raises(kind, match=text[:7]), hosts.one_line_if_another_ends():
+        raise ValueError(text)

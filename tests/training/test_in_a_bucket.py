@@ -1,4 +1,4 @@
-"""Runs whose workdir, corpus, teacher and recording are in a bucket, and the commands that read them.
+"""Runs whose workdir, corpus, teacher or recording is in a bucket, and commands that read them.
 
 Two processes that are killed and go on in a bucket are in tests/parallel/test_hosts.py.
 """
@@ -117,7 +117,7 @@ def test_a_replay(all_written, tiny_config, tmp_path):
 
 
 def test_going_back(workdir, tiny_config, bucket):
-    """Steps that are left are removed, and what there was is kept; the last test, since it does so."""
+    """Steps that are left are removed, and what there was is kept.  The last test of this run."""
     before = (workdir / "metrics.jsonl").read_bytes()
     changed = {"data.corpus": f"{bucket}/corpus", "train.skip_batches": ((10, 1),)}
     with pytest.raises(ValueError, match="--go_back removes what came after step 9"):
