@@ -161,12 +161,7 @@ def test_two_processes_in_a_bucket_killed_while_they_write(
         keys = "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING"
         environment = {key: os.environ[key] for key in keys} | {"DSMOE_CACHE": str(tmp_path)}
         before = dict.fromkeys(range(2), functools.partial(in_bucket, environment))
-        changes = (
-            f"data.corpus={bucket.address}/corpus",
-            "train.checkpoint_every=1",
-            "train.record_routing=False",
-            "train.analyse_every=None",
-        )
+        changes = f"data.corpus={bucket.address}/corpus", "train.checkpoint_every=1"
         workdir = place_of("--workdir", f"{bucket.address}/run")
         run = Run(launcher, workdir, 2, *changes, before=before)
         run.wait_until(lambda: writes_another(workdir))
