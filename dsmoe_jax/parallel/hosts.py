@@ -194,14 +194,22 @@ def one_line_if_another_ends() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
-        if jax.process_count() == 1 or not of_jax:
+        if (ended := another_ended(error)) is None:
             raise
-        raise AnotherEnded(
-            f"process {jax.process_index()}: another process has ended, or cannot be reached"
-            f" ({str(error).splitlines()[0]}); start all of them again, the same command goes on"
-            " from the last checkpoint"
-        ) from error
+        raise ended from error
+
+
+def another_ended(error: BaseException) -> AnotherEnded | None:
+    """The one line, if an error is JAX's of a process that has left the others; else None."""
+    if jax.process_count() == 1:
+        return None
+    if not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
+        return None
+    return AnotherEnded(
+        f"process {jax.process_index()}: another process has ended, or cannot be reached"
+        f" ({str(error).splitlines()[0]}); start all of them again, the same command goes on"
+        " from the last checkpoint"
+    )
 
 
 class Vote:

@@ -251,10 +251,13 @@ class Checkpoints:
         Raises:
           ValueError: for whatever a damaged file led the libraries to.
           Away: if it is in a bucket that does not answer: nothing is damaged then.
+          hosts.AnotherEnded: if another process ended while all of them read.
         """
         try:
             yield
         except Exception as error:
+            if (ended := hosts.another_ended(error)) is not None:
+                raise ended from error
             if is_address(self.directory) and is_away(error):
                 place = self.directory / str(step)
                 raise Away(
@@ -293,7 +296,7 @@ class Checkpoints:
         step, self._saving = self._saving, None
         in_bucket = is_address(self.directory)
         kind = Away if in_bucket and is_away(error) else OSError
-        if self._failed_alone():
+        if self._failed_alone() or hosts.another_ended(error) is not None:
             kind = hosts.OnlyHere
         mend = "See that the bucket can be written" if in_bucket else "Make room"
         return kind(

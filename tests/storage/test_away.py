@@ -107,6 +107,19 @@ def test_a_checkpoint_is_not_called_damaged(folder):
     checkpoints.close()
 
 
+def test_a_process_that_is_killed_while_all_read_damages_nothing(monkeypatch, tmp_path):
+    """The others end with the exit code that starts all of them again."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(hosts.AnotherEnded, match="Gloo"), checkpoints.reading(3):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    checkpoints._saving = 3
+    found = checkpoints._not_written(ValueError("UNKNOWN: Gloo AllGather failed: closed"))
+    assert isinstance(found, hosts.OnlyHere)
+    with pytest.raises(ValueError, match="delete that directory"), checkpoints.reading(3):
+        raise ValueError("an array is not what was saved")
+
+
 def test_all_processes_end_alike(monkeypatch):
     """A launcher starts all of them again."""
     monkeypatch.setattr("jax.process_count", lambda: 2)
