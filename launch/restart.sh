@@ -5,7 +5,7 @@
 #   0         done
 #   2         bad input, or a full disk: the same again would end the same way
 #   130, 143  somebody asked it to stop, and it has saved
-#   others    a lost process, host or device: it goes on from its last checkpoint
+#   others    a lost process, host, device or bucket: it goes on from its last checkpoint
 # At most RESTARTS times (100), RESTART_SECONDS (10) apart.
 set -uo pipefail
 for ((restart = 0; ; restart++)); do

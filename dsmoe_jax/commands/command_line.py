@@ -149,8 +149,9 @@ def run(
 
     Exit code 0 if `main` returned; 2, with one line on stderr, for a wrong command line and for a
     `ValueError` or `OSError` (both mean bad input; `--traceback` shows where), unless the error has
-    an `exit_code` (75: another process of the run ended); 130 for Ctrl-C; 141 if the reader of its
-    output has left.  Any other exception is a bug and keeps its traceback.
+    an `exit_code` (75: another process of the run ended, or a bucket does not answer); 130 for
+    Ctrl-C; 141 if the reader of its output has left.  Any other exception is a bug and keeps its
+    traceback.
 
     Args:
       main: the command.

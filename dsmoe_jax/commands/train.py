@@ -97,15 +97,16 @@ def main() -> None:
     keep_freed_memory()
     hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
     watch = LiveReport(_REPORT_EVERY.value) if _REPORT_EVERY.value else None
-    result = train(
-        config,
-        _WORKDIR.value,
-        go_back=_GO_BACK.value,
-        profile=_PROFILE.value,
-        watch=watch,
-        wandb=_WANDB.value,
-        self_check=_SELF_CHECK.value,
-    )
+    with hosts.one_line_if_another_ends():
+        result = train(
+            config,
+            _WORKDIR.value,
+            go_back=_GO_BACK.value,
+            profile=_PROFILE.value,
+            watch=watch,
+            wandb=_WANDB.value,
+            self_check=_SELF_CHECK.value,
+        )
     held_out = result.evaluation
     if hosts.is_first():
         before = held_out.get("before")

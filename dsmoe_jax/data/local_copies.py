@@ -17,6 +17,7 @@ from typing import Any
 
 from dsmoe_jax.data.directories import make_whole
 from dsmoe_jax.hardware.caches import cache_directory, make_writable
+from dsmoe_jax.storage.away import naming
 from dsmoe_jax.storage.places import bucket_and_name, is_address, place_of
 
 FOLDER = "fetched"  # in the cache
@@ -30,14 +31,16 @@ def local_copy(key: str, written: str) -> Path:
       written: a path or an address.
 
     Raises:
-      ValueError: naming the key, if there is nothing at an address or it cannot be fetched, and as
-        `place`.
+      ValueError: naming the key, if there is nothing at an address or it is damaged on its way, and
+        as `place_of`.
+      OSError: naming the key, if it cannot be fetched; `Away` if the bucket does not answer.
     """
     path = place_of(key, written)
     if not is_address(path):
         return path
     bucket, name = bucket_and_name(path)
-    blobs = _objects(bucket, name)
+    with naming(f"{key}={path}", "cannot be fetched"):
+        blobs = _objects(bucket, name)
     if not blobs:
         raise ValueError(f"{key}={written}: there is no such file or folder in the bucket")
     content = [[blob.name, blob.size, blob.crc32c] for blob in blobs]
@@ -60,8 +63,6 @@ def _objects(bucket: Any, name: str) -> list[Any]:
 
 
 def _fetch(blobs: list[Any], name: str, made: Path, key: str, path: Path) -> None:
-    from google.api_core.exceptions import GoogleAPIError
-
     needed = sum(blob.size for blob in blobs)
     free = shutil.disk_usage(made).free
     if free < needed:
@@ -76,14 +77,8 @@ def _fetch(blobs: list[Any], name: str, made: Path, key: str, path: Path) -> Non
             raise ValueError(f"{key}={path}: {blob.name}: no name of a file")
         file = made / path.name / below if below else made / path.name
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with naming(f"{key}={path}: {blob.name}", "cannot be fetched; try again"):
             blob.download_to_filename(str(file), if_generation_match=blob.generation, checksum=None)
-        except (GoogleAPIError, OSError) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"{key}={path}: {blob.name} cannot be fetched ({line}); the same command tries"
-                " again"
-            ) from error
         if _crc32c(file) != blob.crc32c:  # by itself the library checks it only if it is sent along
             raise ValueError(
                 f"{key}={path}: {blob.name} is damaged on its way; the same command tries again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,11 +101,23 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
 
 
+class FailedOnFirst(ValueError):
+    """What the first process did for all has failed there.
+
+    Attributes:
+      exit_code: of the error there: all processes end alike, and a launcher knows what to do.
+    """
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Runs `action` on the first process and sends what it returns (JSON) to all.
 
     Raises:
-      ValueError: on all, if it raised a ValueError or an OSError.
+      FailedOnFirst: on all, if it raised a ValueError or an OSError.
     """
     if jax.process_count() == 1:
         return action()
@@ -115,10 +128,10 @@ def on_first(action: Callable[[], Any]) -> Any:
             outcome = {"value": action()}
         except (ValueError, OSError) as error:
             raised = error
-            outcome = {"error": str(error)}
+            outcome = {"error": str(error), "exit_code": getattr(error, "exit_code", 2)}
     outcome = gather(outcome)[0]
     if "error" in outcome:
-        raise ValueError(outcome["error"]) from raised
+        raise FailedOnFirst(outcome["error"], outcome["exit_code"]) from raised
     return outcome["value"]
 
 
@@ -157,6 +170,10 @@ def require_same(key: str, value: str) -> None:
             raise ValueError(f"{key}: {values[0]} on process 0, {other} on process {process}")
 
 
+# With which errors of XLA and of its collectives begin.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+
+
 class AnotherEnded(OSError):
     """Another process of the run is gone; the same command goes on.
 
@@ -172,18 +189,27 @@ def one_line_if_another_ends() -> Iterator[None]:
     """Turns JAX's error, when another process of the run has died, into one line.
 
     Raises:
-      AnotherEnded: instead of `JaxRuntimeError`.
+      AnotherEnded: instead of `JaxRuntimeError`, or of the ValueError that it is in places.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if (ended := another_ended(error)) is None:
             raise
-        raise AnotherEnded(
-            f"process {jax.process_index()}: another process has ended, or cannot be reached"
-            f" ({str(error).splitlines()[0]}); start all of them again, the same command goes on"
-            " from the last checkpoint"
-        ) from error
+        raise ended from error
+
+
+def another_ended(error: BaseException) -> AnotherEnded | None:
+    """The one line, if an error is JAX's of a process that has left the others; else None."""
+    if jax.process_count() == 1:
+        return None
+    if not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
+        return None
+    return AnotherEnded(
+        f"process {jax.process_index()}: another process has ended, or cannot be reached"
+        f" ({str(error).splitlines()[0]}); start all of them again, the same command goes on"
+        " from the last checkpoint"
+    )
 
 
 class Vote:

@@ -84,8 +84,9 @@ class Board:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or error
-            raise OSError(f"{self._directory}: cannot be written: {reason}") from error
+            if error.strerror is None:  # of a bucket, and named
+                raise
+            raise OSError(f"{self._directory}: cannot be written: {error.strerror}") from error
 
 
 class _Appending:

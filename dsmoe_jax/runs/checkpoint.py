@@ -26,6 +26,7 @@ from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.digests import digests
 from dsmoe_jax.runs.saved_arrays import SavedArrays
 from dsmoe_jax.storage import files
+from dsmoe_jax.storage.away import Away, first_line, is_away, naming
 from dsmoe_jax.storage.places import is_address
 
 MODEL = "model"  # the item of every checkpoint that holds a `ModelState`
@@ -133,7 +134,10 @@ class Checkpoints:
             create=keep is not None,
             cleanup_tmp_directories=keep is not None,
         )
-        self._manager = _Manager(directory, options=options)
+        with contextlib.ExitStack() as reads:
+            if is_address(directory):
+                reads.enter_context(naming(directory, "cannot be read"))
+            self._manager = _Manager(directory, options=options)
 
     def steps(self) -> list[int]:
         """The steps that are there, oldest first."""
@@ -246,10 +250,20 @@ class Checkpoints:
 
         Raises:
           ValueError: for whatever a damaged file led the libraries to.
+          Away: if it is in a bucket that does not answer: nothing is damaged then.
+          hosts.AnotherEnded: if another process ended while all of them read.
         """
         try:
             yield
         except Exception as error:
+            if (ended := hosts.another_ended(error)) is not None:
+                raise ended from error
+            if is_address(self.directory) and is_away(error):
+                place = self.directory / str(step)
+                raise Away(
+                    f"{place}: the bucket does not answer ({first_line(error)}); the same command"
+                    " goes on from there"
+                ) from error
             raise ValueError(self._damaged(step, error)) from error
 
     def close(self) -> None:
@@ -280,12 +294,14 @@ class Checkpoints:
         last = max((s for s in self.steps() if s != self._saving), default=None)
         good = "there is none before it" if last is None else f"the last good one is step {last}"
         step, self._saving = self._saving, None
-        kind = hosts.OnlyHere if self._failed_alone() else OSError
         in_bucket = is_address(self.directory)
+        kind = Away if in_bucket and is_away(error) else OSError
+        if self._failed_alone() or hosts.another_ended(error) is not None:
+            kind = hosts.OnlyHere
         mend = "See that the bucket can be written" if in_bucket else "Make room"
         return kind(
             f"{self.directory / str(step)}: the checkpoint could not be written"
-            f" ({_reason(error)}); {good}.  {mend}, then run the same command again"
+            f" ({first_line(error)}); {good}.  {mend}, then run the same command again"
         )
 
     def _damaged(self, step: int, error: Exception) -> str:
@@ -293,7 +309,7 @@ class Checkpoints:
         then = f"go on from step {max(earlier)}" if earlier else "start again from step 0"
         directory = self.directory / str(step)
         return (
-            f"{directory}: the checkpoint cannot be read ({_reason(error)});"
+            f"{directory}: the checkpoint cannot be read ({first_line(error)});"
             f" delete that directory to {then}"
         )
 
@@ -342,9 +358,3 @@ def find_damage(directory: Path) -> str | None:
     except (ValueError, OSError) as error:
         return str(error)
     return None
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an exception, short enough to be part of a line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsmoe_jax.storage.away import Away, away, first_line, is_away, naming
 from dsmoe_jax.storage.places import bucket_and_name, is_address
 
 LOCK = ".lock"
@@ -40,6 +41,7 @@ def held(directory: Path) -> contextlib.AbstractContextManager[None]:
 
     Raises:
       ValueError: if it cannot be written, and `InUse`.
+      Away: if it is in a bucket that does not answer.
     """
     return _held_in_bucket(directory) if is_address(directory) else _locked(directory)
 
@@ -89,7 +91,8 @@ def holder(directory: Path) -> str | None:
     In a bucket its host is named too, and one that was killed a moment ago may still be.
     """
     if is_address(directory):
-        _, found = _Claim(directory)._read()
+        with naming(directory, "cannot be read"):
+            _, found = _Claim(directory)._read()
         return _named(found).removeprefix("process ") if _may_live(found) else None
     try:
         with open(directory / LOCK, "rb") as lock:
@@ -164,7 +167,9 @@ class _Claim:
             except PreconditionFailed:  # another one was faster
                 continue
             except (GoogleAPIError, GoogleAuthError, OSError) as error:
-                raise _not_writable(self._directory, _first_line(error)) from error
+                if is_away(error):
+                    raise away(f"--workdir={self._directory}", error) from error
+                raise _not_writable(self._directory, first_line(error)) from error
 
     def beat(self) -> None:
         """Writes the claim anew until it is over; ends the process if it is another's now."""
@@ -178,7 +183,8 @@ class _Claim:
             except Exception as error:  # whatever the network does
                 # Before another one may take it over: what this one writes then would do harm.
                 if time.monotonic() - self._written > DEAD_SECONDS - 2 * BEAT_SECONDS:
-                    self._end(f"the bucket does not answer ({_first_line(error)})")
+                    why = f"the bucket does not answer ({first_line(error)})"
+                    self._end(why, Away.exit_code)
 
     def release(self) -> None:
         """Leaves the claim to anyone; one that cannot be written will be found dead."""
@@ -195,14 +201,14 @@ class _Claim:
                 return
             self._end(f"it was taken over by {_named(holder)}")
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, code: int = 2) -> None:
         print(
             f"error: --workdir={self._directory}: {why}; the same command goes on from the last"
             " checkpoint",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(2)  # nothing more may be written, by no thread
+        os._exit(code)  # nothing more may be written, by no thread
 
     def _read(self) -> tuple[int, dict[str, Any] | None]:
         """The generation of the object, 0 if there is none, and its holder."""
@@ -268,7 +274,3 @@ def _machine() -> str | None:
 def _named(holder: dict[str, Any] | None) -> str:
     holder = holder or {}
     return f"process {holder.get('process', 'unknown')} on {holder.get('host', 'unknown')}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

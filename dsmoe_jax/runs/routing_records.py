@@ -31,6 +31,7 @@ from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs import json_files
 from dsmoe_jax.runs.workdir import ROUTING
 from dsmoe_jax.storage import files
+from dsmoe_jax.storage.away import Away
 from dsmoe_jax.storage.places import place_of
 
 MANIFEST = "manifest.json"
@@ -290,6 +291,8 @@ def load(path: Path) -> RecordedRouting:
             sent = arrays["sent_BLSK"].astype(np.int32) if "sent_BLSK" in arrays else ids
             chosen = arrays["chosen_BLSK"].astype(np.int32) if "chosen_BLSK" in arrays else sent
             return RecordedRouting(ids, arrays["gates_BLSK"], sent, chosen)
+    except Away:
+        raise
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path}: cannot be read, or is not a batch of recorded routing") from None
 

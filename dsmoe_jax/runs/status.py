@@ -18,6 +18,7 @@ from dsmoe_jax.model import size
 from dsmoe_jax.runs import claims, events, json_files, metrics_log, troubles, workdir
 from dsmoe_jax.runs.checkpoint import find_damage
 from dsmoe_jax.storage import files
+from dsmoe_jax.storage.away import Away
 from dsmoe_jax.storage.places import place_of
 
 STATES = {
@@ -98,6 +99,7 @@ def read_status(path: str | Path) -> Status:
 
     Raises:
       ValueError: if there is no such directory.
+      Away: if it is in a bucket that does not answer.
     """
     directory = place_of("--workdir", path)
     if not directory.is_dir():
@@ -107,6 +109,8 @@ def read_status(path: str | Path) -> Status:
         return _without_run(directory)
     try:
         config, _ = from_saved(json_files.read(directory / workdir.CONFIG))
+    except Away:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         says = f"{workdir.CONFIG} is not the config of a run of this version: {_one_line(error)}"
         return Status(str(directory), "damaged", says)

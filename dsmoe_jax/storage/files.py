@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from dsmoe_jax.storage.away import naming
 from dsmoe_jax.storage.places import bucket_and_name, is_address
 
 # Orbax's sign that a checkpoint in a bucket is whole.
@@ -61,7 +62,7 @@ def upload(path: Path, content: bytes) -> None:
       OSError: naming the path, if it cannot be written.
     """
     bucket, name = bucket_and_name(path)
-    with _naming(path):
+    with naming(path):
         bucket.blob(name).upload_from_string(content, "application/octet-stream")
 
 
@@ -103,7 +104,7 @@ class AppendedObject:
         # Its name does not begin like the file's: TensorBoard reads all that look like its own.
         folder, _, last = self._name.rpartition("/")
         self._piece = f"{folder}/.{last.partition('.')[0]}.piece"
-        with _naming(path):
+        with naming(path):
             there = self._bucket.get_blob(self._name)
         self._generation = 0 if there is None else there.generation
         self._size = 0 if there is None else there.size
@@ -125,7 +126,7 @@ class AppendedObject:
         """
         if not self._pending:
             return
-        with _naming(self._path):
+        with naming(self._path):
             self._append(bytes(self._pending))
         self._pending.clear()
         self._last = time.monotonic()
@@ -169,7 +170,7 @@ def copy(source: Path, target: Path) -> None:
     if is_address(source) and is_address(target):
         bucket, name = bucket_and_name(source)
         to, new_name = bucket_and_name(target)
-        with _naming(target):
+        with naming(target):
             bucket.copy_blob(bucket.blob(name), to, new_name)
         return
     with source.open("rb") as content, replacing(target) as file:
@@ -187,7 +188,8 @@ def sizes(directory: Path) -> dict[str, int]:
     """Bytes of all files below a directory, by their paths in it."""
     if is_address(directory):
         bucket, name = bucket_and_name(directory)
-        found = bucket.list_blobs(prefix=f"{name}/")
+        with naming(directory, "cannot be read"):
+            found = list(bucket.list_blobs(prefix=f"{name}/"))
         named = {blob.name.removeprefix(f"{name}/"): blob.size for blob in found}
         return {name: size for name, size in named.items() if name and not name.endswith("/")}
     files = (p for p in sorted(directory.rglob("*")) if p.is_file())
@@ -203,7 +205,8 @@ def modified(path: Path) -> float:
     if not is_address(path):
         return path.stat().st_mtime
     bucket, name = bucket_and_name(path)
-    blob = bucket.get_blob(name) or bucket.get_blob(f"{name}/{COMMITTED}")
+    with naming(path, "cannot be read"):
+        blob = bucket.get_blob(name) or bucket.get_blob(f"{name}/{COMMITTED}")
     if blob is None:
         raise FileNotFoundError(os.fspath(path))
     return blob.updated.timestamp()
@@ -226,7 +229,7 @@ def remove_tree(directory: Path) -> None:
     from google.api_core.exceptions import NotFound
 
     bucket, name = bucket_and_name(directory)
-    with _naming(directory):
+    with naming(directory):
         blobs = list(bucket.list_blobs(prefix=f"{name}/"))
         # First: a checkpoint that is removed in part must not look whole.
         blobs.sort(key=lambda blob: blob.name != f"{name}/{COMMITTED}")
@@ -248,16 +251,3 @@ def local_stand_in(directory: Path) -> Iterator[Path]:
         yield Path(folder)
         for name in sizes(Path(folder)):
             upload(directory / name, (Path(folder) / name).read_bytes())
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Makes an OSError that names the path of whatever the libraries say of a bucket."""
-    from google.api_core.exceptions import GoogleAPIError
-    from google.auth.exceptions import GoogleAuthError
-
-    try:
-        yield
-    except (OSError, GoogleAPIError, GoogleAuthError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{path}: cannot be written: {text}") from error

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from dsmoe_jax.config.paths import ADDRESS, local_path
+from dsmoe_jax.storage import gcs_files
+from dsmoe_jax.storage.away import Away, first_line, is_away
 
 _SCHEME = "gs"
 # `Path` makes gs:/bucket of gs://bucket.
@@ -36,6 +38,7 @@ def place_of(key: str, written: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: naming the key, for an address of another kind, a bucket that is missing or must
         not be read, or if a package or credentials are missing, and as `local_path`.
+      Away: naming the key, if the bucket does not answer.
     """
     text = os.fspath(written)
     if not is_address(text):
@@ -78,14 +81,12 @@ def _client() -> Any:
 
 
 def _in_bucket(address: str) -> Path:
-    # Else gcsfs asks another service for the kind of the bucket, with a warning at every access
-    # where it is not allowed to.  "true" is for zonal buckets.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec.config
     from etils import epath
 
     # Other processes write too: a listing that is kept would hide what they have written.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    gcs_files.register()
     return cast(Path, epath.Path(address))
 
 
@@ -102,13 +103,21 @@ def _check_packages(key: str, text: str) -> None:
 
 
 def _check_bucket(key: str, text: str, name: str) -> None:
-    if (wrong := _wrong_with(name)) is not None:
+    try:
+        wrong = _wrong_with(name)
+    except Away as error:
+        raise Away(f"{key}={text}: {error}") from error
+    if wrong is not None:
         raise ValueError(f"{key}={text}: {wrong}")
 
 
 @functools.cache
 def _wrong_with(name: str) -> str | None:
-    """The reason why a bucket cannot be read; None if it can."""
+    """The reason why a bucket cannot be read; None if it can.
+
+    Raises:
+      Away: if it does not answer, which is not remembered.
+    """
     from google.api_core import exceptions, retry
     from google.auth.exceptions import GoogleAuthError
 
@@ -119,21 +128,16 @@ def _wrong_with(name: str) -> str | None:
         return f"there is no bucket {name}"
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
         return (
-            f"the bucket {name} must not be read by these credentials ({_first_line(error)}); they"
+            f"the bucket {name} must not be read by these credentials ({first_line(error)}); they"
             " need storage.buckets.get, and storage.objects.get, list, create and delete"
         )
-    except GoogleAuthError as error:
-        return (
-            f"there are no credentials for Google Cloud ({_first_line(error)}); gcloud auth"
-            " application-default login makes some"
-        )
-    except exceptions.GoogleAPIError as error:  # RetryError too
-        return f"the bucket {name} does not answer ({_first_line(error)})"
-    except OSError as error:  # no project, or no connection
-        return f"the bucket {name} cannot be asked ({_first_line(error)})"
+    except (GoogleAuthError, exceptions.GoogleAPIError, OSError) as error:
+        if is_away(error):
+            raise Away(f"the bucket {name} does not answer ({first_line(error)})") from error
+        if isinstance(error, GoogleAuthError):
+            return (
+                f"there are no credentials for Google Cloud ({first_line(error)}); gcloud auth"
+                " application-default login makes some"
+            )
+        return f"the bucket {name} cannot be asked ({first_line(error)})"  # there is no project
     return None
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 200 else text[:200] + "..."

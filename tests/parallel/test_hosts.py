@@ -1,5 +1,6 @@
 """Several processes train one model: killed, frozen, stopped and restarted, or started wrongly."""
 
+import functools
 import json
 import os
 import random
@@ -16,8 +17,11 @@ import pytest
 from dsmoe_jax.parallel import hosts
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.runs.status import read_status
-from tests.parallel.endurance import full_disk
+from dsmoe_jax.storage import files
+from dsmoe_jax.storage.places import place_of
+from tests.parallel.endurance import fill_disk
 from tests.parallel.trainers import Launcher, Run, xla_flags
+from tests.tools.buckets import emulator
 from tests.tools.patience import PATIENCE
 
 # The others must end by themselves, by the heartbeat that we set: within eight of them, for a busy
@@ -126,12 +130,53 @@ def test_a_disk_that_is_full_on_one_of_two_hosts_ends_both(launcher, tmp_path):
     """The other one, which has written its part, does not wait for long."""
     run = Run(launcher, tmp_path / "run", 2, "train.checkpoint_every=1")
     run.wait_for_checkpoint()
-    full_disk(run.trainers[1])
+    fill_disk(run.trainers[1])
     end = time.monotonic() + IN_TIME
     for trainer in run.trainers:
         code, said = trainer.end(max(0, end - time.monotonic()))
         assert code not in (0, None), said
     assert not (run.workdir / "evaluation.json").exists()
+
+
+def in_bucket(environment):
+    """Before a process trains: it goes to a bucket."""
+    os.environ.update(environment)
+
+
+def writes_another(workdir):
+    """Whether there is a whole checkpoint, and another is being written."""
+    steps = {name.split("/")[0] for name in files.sizes(workdir / "checkpoints")}
+    whole = [step for step in steps if files.is_whole(workdir / "checkpoints" / step)]
+    return 0 < len(whole) < len(steps)
+
+
+def test_two_processes_in_a_bucket_killed_while_they_write(
+    launcher, undisturbed, tiny_corpus, tmp_path
+):
+    """The same command ends with the numbers of a run on the disk, bit for bit."""
+    with emulator() as bucket:
+        for path in tiny_corpus.iterdir():
+            there = place_of("corpus", f"{bucket.address}/corpus/{path.name}")
+            files.upload(there, path.read_bytes())
+        keys = "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING"
+        environment = {key: os.environ[key] for key in keys} | {"DSMOE_CACHE": str(tmp_path)}
+        before = dict.fromkeys(range(2), functools.partial(in_bucket, environment))
+        changes = f"data.corpus={bucket.address}/corpus", "train.checkpoint_every=1"
+        workdir = place_of("--workdir", f"{bucket.address}/run")
+        run = Run(launcher, workdir, 2, *changes, before=before)
+        run.wait_until(lambda: writes_another(workdir))
+        for trainer in run.trainers:
+            trainer.send(signal.SIGKILL)
+        codes, said = run.end()
+        assert codes == [-signal.SIGKILL] * 2, said
+
+        run = Run(launcher, workdir, 2, *changes, before=before)
+        codes, said = run.end()
+        assert codes == [0, 0], said
+        assert "going on from step" in said[0]
+        assert numbers(run) == numbers(undisturbed)
+        shards = {p.name for p in (workdir / "checkpoints/16/model").glob("ocdbt.process_*")}
+        assert shards == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
 def slow_data():

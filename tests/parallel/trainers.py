@@ -79,16 +79,17 @@ class Run:
 
     def wait_for_row(self, n: int) -> None:
         """Until n steps are logged."""
-        self._wait(lambda: (self.workdir / "metrics.jsonl").exists() and self._rows() >= n)
+        self.wait_until(lambda: (self.workdir / "metrics.jsonl").exists() and self._rows() >= n)
 
     def wait_for_checkpoint(self) -> None:
         """Until one is whole: it is written in the background, and may be later than its row."""
-        self._wait(lambda: any((self.workdir / "checkpoints").glob("[0-9]")))
+        self.wait_until(lambda: any((self.workdir / "checkpoints").glob("[0-9]")))
 
     def _rows(self) -> int:
         return len(read_rows(self.workdir))
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until a condition holds; fails if a process ends before."""
         end = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < end
@@ -126,7 +127,9 @@ class Launcher:
             "PYTHONPATH": os.getcwd(),
         }
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dsmoe_jax.commands.train", "tensorboardX"])
+        # What a trainer imports, late too.
+        modules = ["dsmoe_jax.commands.train", "tensorboardX", "gcsfs", "google.cloud.storage"]
+        self.context.set_forkserver_preload(modules)
         with mock.patch.dict(os.environ, self.environment):  # JAX reads it when it is imported
             multiprocessing.forkserver.ensure_running()
         self.started: list[Trainer] = []
@@ -174,12 +177,17 @@ def _train(arguments: list[str], flags: str, says: Path, before: Callable[[], No
     from dsmoe_jax.commands import command_line
     from dsmoe_jax.commands import train as command
     from dsmoe_jax.parallel import hosts
+    from dsmoe_jax.runs import claims
+    from dsmoe_jax.storage import files, places
 
     with open(says, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["XLA_FLAGS"] = flags
     hosts.HEARTBEAT_SECONDS = 12  # how long the test of a frozen process waits
+    # A bucket is asked, added to and given up sooner, too.
+    places._SECONDS, files.APPEND_SECONDS = 3.0, 1.0
+    claims.BEAT_SECONDS, claims.DEAD_SECONDS = 1.0, 8.0
     # On CPU each process hashes the devices in another order, and finds nothing of what the first
     # one, which alone writes, has put into the cache.
     cache_key._hash_accelerator_config = lambda *_: None

@@ -1,16 +1,14 @@
 """Places in buckets as users write them, and what is said of those that cannot be used."""
 
-import contextlib
-import http.server
 import importlib.util
-import threading
 from pathlib import Path
 
 import pytest
 
 from dsmoe_jax.storage import places
+from dsmoe_jax.storage.away import Away
 from dsmoe_jax.storage.places import place_of
-from tests.tools.buckets import going_to
+from tests.tools.buckets import answering, going_to
 from tests.tools.forked import assert_refused, run_all
 
 
@@ -71,31 +69,8 @@ def test_missing_bucket(bucket, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-class Forbids(http.server.BaseHTTPRequestHandler):
-    """A service that lets nobody in."""
-
-    def do_GET(self):
-        self.send_response(403)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(b'{"error": {"code": 403, "message": "does not have access"}}')
-
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def forbidding():
-    server = http.server.HTTPServer(("127.0.0.1", 0), Forbids)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with going_to(f"http://127.0.0.1:{server.server_port}"):
-        yield
-    server.shutdown()
-    server.server_close()
-
-
 def test_forbidden_bucket():
-    with forbidding():
+    with answering(403, "does not have access"):
         says = r"the bucket mine must not be read by these credentials \(403 .*does not have access"
         refused(says, "gs://mine/run")
 
@@ -103,11 +78,11 @@ def test_forbidden_bucket():
 def test_no_answer(monkeypatch):
     monkeypatch.setattr(places, "_SECONDS", 0.2)
     with going_to("http://127.0.0.1:9"):  # nothing is there
-        refused(
-            r"^data.corpus=gs://mine/x: the bucket mine does not answer",
-            "gs://mine/x",
-            "data.corpus",
-        )
+        says = r"^data.corpus=gs://mine/x: the bucket mine does not answer"
+        with pytest.raises(Away, match=says) as error:
+            place_of("data.corpus", "gs://mine/x")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 75
 
 
 def test_no_package(monkeypatch):

@@ -134,5 +134,5 @@ def test_the_process_ends_when_the_bucket_is_away(holder, bucket):
         _, err = holder.communicate(timeout=PATIENCE)
     finally:
         bucket.process.send_signal(signal.SIGCONT)
-    assert holder.returncode == 2
+    assert holder.returncode == 75
     assert "the bucket does not answer" in err

@@ -23,6 +23,7 @@ from dsmoe_jax.training import loop, run_log
 from dsmoe_jax.training.interrupt import Stopped
 from dsmoe_jax.training.loop import NonFinite, train
 from dsmoe_jax.training.optimizer import SCHEDULES
+from tests.parallel.endurance import preempt
 from tests.tools.forked import Process, run_all
 from tests.tools.patience import PATIENCE
 
@@ -144,6 +145,14 @@ class TestInterruptions:
         assert (tmp_path / "run/checkpoints/5").is_dir()
         result = train(tiny_config(), tmp_path / "run", progress=False)
         assert result.resumed_from == 5
+        assert_same_run(tmp_path / "run", finished_run[0])
+
+    def test_preempted_again_and_again(self, finished_run, tiny_config, tmp_path):
+        """A thousand times: `python -m tests.parallel.endurance --preemptions=1000`."""
+        moment = random.Random(0)
+        stops = []
+        preempt(tiny_config(), tmp_path / "run", 3, moment, lambda: stops.append(1))
+        assert len(stops) == 3
         assert_same_run(tmp_path / "run", finished_run[0])
 
     def test_ctrl_c_while_evaluating(self, finished_run, tiny_config, tmp_path, monkeypatch):
