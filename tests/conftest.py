@@ -4,7 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -64,12 +64,23 @@ def tiny_config(tiny_corpus: Path) -> Callable[..., Config]:
     return make
 
 
+@pytest.fixture(scope="module")
+def shared_steps() -> Iterator[dict[Any, Any]]:
+    """Runs of one config share their training step, see tests/tools/steps.py."""
+    from tests.tools import steps  # imports as `finished_run` does
+
+    with steps.sharing() as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def finished_run(
     tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, "Result"]:
     """Workdir and result of a run that nothing disturbed; to be copied before it is changed."""
     from dsmoe_jax.training.loop import train  # most tests need not wait for its imports
+    from tests.tools import steps
 
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return workdir, train(tiny_config(), workdir, progress=False)
+    with steps.sharing():
+        return workdir, train(tiny_config(), workdir, progress=False)

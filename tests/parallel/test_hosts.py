@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -20,7 +18,7 @@ from dsmoe_jax.runs.status import read_status
 from dsmoe_jax.storage import files
 from dsmoe_jax.storage.places import place_of
 from tests.parallel.endurance import fill_disk
-from tests.parallel.trainers import Launcher, Run, xla_flags
+from tests.parallel.trainers import Launcher, Run
 from tests.tools.buckets import emulator
 from tests.tools.patience import PATIENCE
 
@@ -254,21 +252,12 @@ def assert_written_by_the_right_ones(workdir):
 
 
 def test_processes_with_different_configs_all_end_with_the_difference(launcher, tmp_path):
-    """The command as it is typed."""
-    environment = {**os.environ, **launcher.environment, "XLA_FLAGS": xla_flags(2)}
     commands = launcher.commands(tmp_path / "run", 2)
     commands[1].append("--config.train.seed=1")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dsmoe_jax", "train", *command],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for command in commands
-    ]  # fmt: skip
-    for process in processes:
-        error = process.communicate(timeout=PATIENCE)[1]
-        assert process.returncode == 2
-        (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    for trainer in [launcher.start(command, 2) for command in commands]:
+        code, said = trainer.end(PATIENCE)
+        assert code == 2, said
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert line == (
             "error: --config: processes 0 and 1 were given different ones (train.seed: 0 and 1);"
             " all must be given the same"

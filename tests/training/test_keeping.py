@@ -10,6 +10,7 @@ from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.rows import steps_of_lowest_loss
 from tests.training.test_loop import assert_same_run, numbers
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 LOSSES = {2: 5.0, 4: 3.0, 6: 3.5, 8: 4.0, 10: 4.5}
 EVALUATED = {"train.eval_every": 2, "train.eval_batches": 1, "train.keep_checkpoints": 1}
 

@@ -27,6 +27,7 @@ from tests.parallel.endurance import preempt
 from tests.tools.forked import Process, run_all
 from tests.tools.patience import PATIENCE
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 # Rows of the same step of two runs differ in how fast they were, and in nothing else; the first row
 # after a start names the kernels.
 SPEEDS = {

@@ -11,6 +11,8 @@ from dsmoe_jax.training.loop import train
 from dsmoe_jax.training.saving import SaveTimer
 from tests.training.test_loop import assert_same_run
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 class Clock:
     """A clock that stands still until it is told."""

@@ -196,10 +196,15 @@ def test_the_dense_loop_is_the_reference():
         chosen = routing._replace(gates_TK=gates_TK)
         return reference.moe_layer(x_TD, chosen, weights, n_identity=z)
 
-    results = []
-    for layer in (ours, papers):
-        y_TD, pull = jax.vjp(layer, x_TD, routing.gates_TK, weights)
-        results.append((y_TD, pull(dy_TD)))
+    @jax.jit
+    def both(x_TD, gates_TK, weights, dy_TD):
+        results = []
+        for layer in (ours, papers):
+            y_TD, pull = jax.vjp(layer, x_TD, gates_TK, weights)
+            results.append((y_TD, pull(dy_TD)))
+        return results
+
+    results = both(x_TD, routing.gates_TK, weights, dy_TD)
     for got, want in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
