@@ -102,11 +102,12 @@ def test_a_run_is_that_without_stages_and_goes_on_with_others(tiny_config, tmp_p
         "model.moe.evaluation_drop.capacity_factor": 0.8,
         **{"train.schedule_steps": 4, "train.eval_every": 2, "train.eval_batches": 1},
         **{"train.checkpoint_every": 2, "optimizer.peak_learning_rate": 3e-3},
+        "train.global_batch_size": 16,
     }
 
     def run(name: str, steps: int, **mesh: int) -> dict[int, dict]:
         sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
-        n = {"train.steps": steps, "train.accumulation_steps": mesh.get("stage", 1)}
+        n = {"train.steps": steps, "train.accumulation_steps": 4 if "stage" in mesh else 1}
         config = tiny_config(**{**changes, **sizes, **n})
         train(config, tmp_path / name, progress=False, self_check=False)
         return {row["step"]: row for row in read_rows(tmp_path / name)}
