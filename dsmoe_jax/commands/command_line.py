@@ -177,10 +177,14 @@ def run(
         code = getattr(error, "exit_code", 2)
         if isinstance(error, hosts.OnlyHere):
             os._exit(code)
+        hosts.end_soon(code)
         sys.exit(code)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        hosts.end_soon(1)
+        raise
     sys.exit(0)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,19 @@ class OnlyHere(OSError):
     """
 
     exit_code = 75
+
+
+def end_soon(code: int) -> None:
+    """Ends this process after a while, if it is one of several and cannot end by itself.
+
+    For one that ends with an error.  The others may wait for it in a collective, and threads of
+    libraries here, which Python joins, for them: a checkpoint that is being written is finished by
+    all together.
+    """
+    if jax.distributed.is_initialized():
+        timer = threading.Timer(SHUTDOWN_SECONDS + 10, os._exit, [code])
+        timer.daemon = True
+        timer.start()
 
 
 def detected() -> bool:

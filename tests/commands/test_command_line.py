@@ -3,7 +3,7 @@
 import pytest
 
 from dsmoe_jax.commands import command_line
-from tests.tools.forked import run_all
+from tests.tools.forked import run_all, run_script
 
 FILE = "--config=configs/dsmoe_2b.py:smoke"
 MOE = "--config.model.moe."
@@ -97,3 +97,25 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
         command_line.run(interrupted, [])
     assert left.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+# One of several processes, in which a library waits for the others.
+WAITING = """
+import sys, threading
+import jax
+from dsmoe_jax.commands import command_line
+from dsmoe_jax.parallel import hosts
+jax.distributed.is_initialized = lambda: True
+hosts.SHUTDOWN_SECONDS = -9
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    raise {"OSError": OSError, "KeyError": KeyError}[sys.argv[1]]
+command_line.run(main, [])
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("OSError", 2), ("KeyError", 1)])
+def test_one_of_several_that_fails_does_not_wait_for_the_others(tmp_path, error, code):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    assert run_script(script, error).code == code

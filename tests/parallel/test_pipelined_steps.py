@@ -94,7 +94,7 @@ def test_a_step_is_that_of_one_device(name):
 
 @pytest.mark.eight_devices
 def test_a_run_is_that_without_stages_and_goes_on_with_others(tiny_config, tmp_path):
-    """`train` with evaluation: two steps in two stages, then two in four, beside eight replicas."""
+    """`train` with evaluation: two steps in two stages, then two in four, beside no stages."""
     changes = {
         **FOR_EIGHT_DEVICES,
         **{"model.num_hidden_layers": 4, "model.remat": "full"},
@@ -102,17 +102,16 @@ def test_a_run_is_that_without_stages_and_goes_on_with_others(tiny_config, tmp_p
         "model.moe.evaluation_drop.capacity_factor": 0.8,
         **{"train.schedule_steps": 4, "train.eval_every": 2, "train.eval_batches": 1},
         **{"train.checkpoint_every": 2, "optimizer.peak_learning_rate": 3e-3},
-        "train.global_batch_size": 16,
+        **{"train.global_batch_size": 16, "train.accumulation_steps": 4},
     }
 
     def run(name: str, steps: int, **mesh: int) -> dict[int, dict]:
         sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
-        n = {"train.steps": steps, "train.accumulation_steps": 4 if "stage" in mesh else 1}
-        config = tiny_config(**{**changes, **sizes, **n})
+        config = tiny_config(**{**changes, **sizes, "train.steps": steps})
         train(config, tmp_path / name, progress=False, self_check=False)
         return {row["step"]: row for row in read_rows(tmp_path / name)}
 
-    wanted = run("plain", 4, data=8)
+    wanted = run("plain", 4, data=4, tensor=2)
     run("stages", 2, stage=2, data=4)
     found = run("stages", 4, stage=4, data=2)
     keys = ("loss", "total_loss", "grad_norm", "expert_balance", "load", "dropped")
