@@ -10,6 +10,7 @@ from dsmoe_jax.runs.board import scalars
 from dsmoe_jax.runs.metrics_log import read_rows
 from dsmoe_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 SIZES = {"train.steps": 6, "train.log_every": 2, "train.checkpoint_every": 3, "train.eval_every": 6}
 MIXTURE = {
     "train.stages.share": (0.5, 0.5),

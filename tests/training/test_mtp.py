@@ -26,6 +26,8 @@ from dsmoe_jax.training.step import StepMetrics, mtp_weight
 from tests.tools.tiny import FOR_EIGHT_DEVICES, tiny
 from tests.tools.trees import REORDERED, assert_all_below, by_path, relative_errors
 
+# All in one process: three of them need the same compiled gradient.
+pytestmark = pytest.mark.eight_devices
 FAST = {"xla_cpu_use_fusion_emitters": False}  # compiles in a third of the time
 B, S, V, D, DEPTH, WEIGHT = 8, 10, 64, 16, 2, 0.3
 CONFIG = {
@@ -217,7 +219,6 @@ def test_micro_batches_change_nothing():
     _assert_same(gradients(micro_batches=4), whole())
 
 
-@pytest.mark.eight_devices
 def test_a_mesh_changes_nothing():
     sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:8])):

@@ -30,6 +30,7 @@ from tests.tools.forked import run_script
 from tests.tools.tiny import batch, tiny
 from tests.training.test_loop import numbers, parameters
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 RULE = {
     "train.spikes.window": 4,
     "train.spikes.threshold": 3.0,

@@ -30,6 +30,7 @@ from dsmoe_jax.training.step import make_train_step
 from tests.tools.forked import run_script
 from tests.training.test_loop import assert_same_run
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 S = 64
 KILLED = """
 import os, signal, sys
@@ -182,7 +183,7 @@ def test_a_run_goes_on_in_the_stream_at_every_border(tiny_config, tiny_corpus):
 
 
 @pytest.fixture(scope="module")
-def staged(tiny_config, tmp_path_factory):
+def staged(tiny_config, tmp_path_factory, shared_steps):
     """Config and workdir of a staged run that nothing disturbed; K of each traced step."""
     config, workdir = tiny_config(**STAGES), tmp_path_factory.mktemp("runs") / "staged"
     traced, original = [], make_train_step
@@ -196,6 +197,7 @@ def staged(tiny_config, tmp_path_factory):
 
         return counted
 
+    shared_steps.clear()  # another test may have made those of this config, which do not count
     with mock.patch("dsmoe_jax.training.step.make_train_step", counting):
         train(config, workdir, progress=False)
     return config, workdir, traced
