@@ -21,7 +21,13 @@ from flax import nnx
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model import layout, mtp, pipelined, remat
-from dsmoe_jax.model.block import Block, OneLayer, compute_dtype, inputs_of_every_layer
+from dsmoe_jax.model.block import (
+    Block,
+    EveryLayer,
+    OneLayer,
+    compute_dtype,
+    inputs_of_every_layer,
+)
 from dsmoe_jax.model.layout import Run
 from dsmoe_jax.model.mtp import Ahead
 from dsmoe_jax.model.scanned import Layers
@@ -329,7 +335,10 @@ class Transformer(nnx.Module):
         leading = []
         for i, block in enumerate(self.leading):
             one = OneLayer(cache.leading[i] if cache else None)
-            x_BSD, _, layer_cache = block(x_BSD, every, one)
+            if pipeline.stages() > 1:
+                x_BSD, layer_cache = self._rematerialised(block, x_BSD, every), None
+            else:
+                x_BSD, _, layer_cache = block(x_BSD, every, one)
             leading.append(layer_cache)
         stacks = [self, *self.further]
         rngs = None if inputs.rng is None else jax.random.split(inputs.rng, self.n_scanned)
@@ -366,6 +375,20 @@ class Transformer(nnx.Module):
             segment_ids_BL = every.mask.key_segment_ids_BL
             cache = Cache.of(tuple(leading), caches, length, segment_ids_BL)
         return x_BSD, _joined(reports), cache
+
+    def _rematerialised(self, block: Block, x_BSD: jax.Array, every: EveryLayer) -> jax.Array:
+        """A leading layer in front of a pipeline, which keeps as little for the backward pass.
+
+        It has a whole filling at once, whose activations would stay all the while that the
+        micro-batches pass through the stages: 16 GB for 16B with 24 sequences a device.
+        """
+        graph, params = nnx.split(block)
+
+        def layer(x_BSD: jax.Array, params: nnx.State) -> jax.Array:
+            return nnx.merge(graph, params)(x_BSD, every, OneLayer())[0]
+
+        policy = remat.get(self.config.remat).policy
+        return jax.checkpoint(layer, policy=policy)(x_BSD, params)
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` sequences of up to `max_length` positions, none of them filled."""

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from dsmoe_jax.config import Config, differences, from_config_dict, to_config_dict
 
 HEARTBEAT_SECONDS = 30  # a process silent for so long is taken for dead, and the others end
+CONNECT_SECONDS = 300  # a process that starts waits so long for the others to start
 SHUTDOWN_SECONDS = 20  # a process that ends waits so long for the others to end
 
 
@@ -57,6 +58,7 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for interrupt.py
     jax.distributed.initialize(
         **given,
+        initialization_timeout=CONNECT_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )

@@ -256,8 +256,15 @@ def _activations(
         at_head, model.vocab_size, tensor, model.head_block_tokens
     )
     logits = 3 * 4 * at_head * model.vocab_size / tensor / n_blocks
-    # The larger of the two: logits are freed before the backward pass reaches the layers.
-    return {"activations kept": kept, "a layer at work or logits": max(layer, logits)}
+    # A leading layer in front of stages has all sequences of a filling at once.
+    leading = 0.0
+    if course.stages > 1 and layout.n_leading(model):
+        leading = 2 * _COMPUTE * at_head * (4 * d + attended.projected / tensor)
+        leading += at_head * _ROW_F * model.intermediate_size / tensor
+    # The largest of them: logits are freed before the backward pass reaches the layers, and these
+    # before it reaches the leading ones.
+    at_work = max(layer, logits, leading)
+    return {"activations kept": kept, "a layer at work or logits": at_work}
 
 
 def _exchange(

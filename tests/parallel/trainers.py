@@ -185,6 +185,7 @@ def _train(arguments: list[str], flags: str, says: Path, before: Callable[[], No
         os.dup2(file.fileno(), 2)
     os.environ["XLA_FLAGS"] = flags
     hosts.HEARTBEAT_SECONDS = 12  # how long the test of a frozen process waits
+    hosts.CONNECT_SECONDS = 60  # one may be killed before it does
     # A bucket is asked, added to and given up sooner, too.
     places._SECONDS, files.APPEND_SECONDS = 3.0, 1.0
     claims.BEAT_SECONDS, claims.DEAD_SECONDS = 1.0, 8.0
