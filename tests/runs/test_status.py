@@ -21,8 +21,12 @@ from tests.tools.forked import assert_refused, run_all
 
 @pytest.fixture
 def run(finished_run, tmp_path):
-    """A copy of the finished run of ten steps."""
-    return shutil.copytree(finished_run[0], tmp_path / "run")
+    """A copy of the finished run of ten steps, as on a machine that nothing else uses."""
+    copy = shutil.copytree(finished_run[0], tmp_path / "run")
+    rows = map(json.loads, (copy / "metrics.jsonl").read_text().splitlines())
+    lines = [json.dumps(row | {"overhead": 0.0}) + "\n" for row in rows]
+    (copy / "metrics.jsonl").write_text("".join(lines))
+    return copy
 
 
 def unfinished(run, *kinds):
