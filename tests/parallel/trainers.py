@@ -149,6 +149,7 @@ class Launcher:
     ) -> Trainer:
         """Starts one of the n processes of a run."""
         says = self.directory / f"{len(self.started)}.txt"
+        says.touch()  # it may be killed before it says anything
         process = self.context.Process(target=_train, args=(arguments, xla_flags(n), says, before))
         self.started.append(Trainer(process, says))
         return self.started[-1]
