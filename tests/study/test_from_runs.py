@@ -237,17 +237,20 @@ def test_plans_print_the_surgery_and_the_start():
 
 
 def test_fine_tuning_reads_text_in_the_tokens_of_its_start(fake_run, tmp_path):
-    fake_run(arms=("deepseekmoe",))
+    fake_run(arms=("deepseekmoe", "dense"))
     asked = []
 
     class Reads(FakeTrain):
         def __call__(self, config, workdir):
-            asked.append(config.data.tokenizer)
+            asked.append((config.train.start_from, config.data.tokenizer))
             super().__call__(config, workdir)
 
     fake_run(Reads(), fine_tuning.EXPERIMENT)
-    start = tmp_path / "runs/models-smoke/dsmoe_2b/seed0"
-    assert asked == [str(start / workdirs.TOKENIZER)] * 3
+    mixture, dense = (
+        tmp_path / f"runs/models-smoke/{name}/seed0" for name in ("dsmoe_2b", "dense_2b")
+    )
+    tokenizer = str(mixture / workdirs.TOKENIZER)
+    assert asked == [(str(mixture), tokenizer)] * 3 + [(str(dense), tokenizer)]
 
 
 @pytest.mark.parametrize(
