@@ -207,7 +207,8 @@ def traced_once(train_step: TrainStep) -> TrainStep:
     ) -> tuple[TrainState, StepMetrics]:
         arguments = {"state": state, "batch": batch, "teacher": teacher}
         traced.append(jax.tree.map(jax.typeof, arguments))
-        assert len(traced) == 1, f"the training step is traced again: {_changed(*traced)}"
+        changed = _changed(traced[0], traced[-1])
+        assert len(traced) == 1, f"the training step is traced again: {changed}"
         return train_step(state, batch, teacher)
 
     return guarded

@@ -26,6 +26,7 @@ def sharing() -> Iterator[dict[Any, TrainStep]]:
     learns from a teacher is not shared.
     """
     original = stages.jit_train_step
+    _STEPS.clear()  # others may have emptied JAX's caches, as an experiment does between models
 
     def shared(config: Config, bytes_V: Any, *teacher: Any) -> TrainStep:
         if teacher:
