@@ -130,7 +130,7 @@ def course(config: Config, plan: planner.Plan) -> dict[str, str]:
 
 
 def planned_row(name: str, chips: int, changes: dict[str, int]) -> dict[str, str]:
-    """What the planner says of a case, as a row of a table."""
+    """A row of a table: a case by the planner."""
     config = load(name, changes)
     plan = estimate(config, config.mesh.sizes(chips))
     bounds = plan.bounds(config, "v5p")

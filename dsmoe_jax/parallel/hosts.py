@@ -118,7 +118,7 @@ def gather(value: Any) -> list[Any]:
 
 
 class FailedOnFirst(ValueError):
-    """What the first process did for all has failed there.
+    """A failure of the first process in what it did for all.
 
     Attributes:
       exit_code: of the error there: all processes end alike, and a launcher knows what to do.

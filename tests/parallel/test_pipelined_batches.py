@@ -40,7 +40,7 @@ def test_no_token_of_the_bubble_is_valid():
 
 
 def test_a_tick_replays_the_routing_of_its_micro_batch():
-    """Of three micro-batches of two sequences, in the order in which tokens are cut."""
+    """Three micro-batches of two sequences, in the order in which tokens are cut."""
     ids_BS = jnp.arange(6 * 4).reshape(6, 4)
     ids_LBSK = jnp.stack([ids_BS, 100 + ids_BS])[..., None]
     routing = RecordedRouting(*[ids_LBSK + 1000 * i for i in range(4)])

@@ -30,7 +30,7 @@ def bucket(tiny_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(bucket, tiny_config):
-    """That of a finished run."""
+    """A finished run."""
     train(tiny_config(**{"data.corpus": f"{bucket}/corpus"}), f"{bucket}/run", progress=False)
     return place_of("--workdir", f"{bucket}/run")
 
