@@ -169,15 +169,15 @@ def run(
                 parse(arguments)
                 main()
     except (ValueError, OSError) as error:
+        code = getattr(error, "exit_code", 2)
+        hosts.end_soon(code)
         if _TRACEBACK.value if FLAGS.is_parsed() else "--traceback" in arguments:
             raise
         line = " ".join(str(error).split()) or type(error).__name__
         with contextlib.suppress(OSError):  # the disk that is full may be that of stderr
             print(f"error: {line}", file=sys.stderr, flush=True)
-        code = getattr(error, "exit_code", 2)
         if isinstance(error, hosts.OnlyHere):
             os._exit(code)
-        hosts.end_soon(code)
         sys.exit(code)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is saved", file=sys.stderr)

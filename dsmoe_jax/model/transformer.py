@@ -380,7 +380,7 @@ class Transformer(nnx.Module):
         """A leading layer in front of a pipeline, which keeps as little for the backward pass.
 
         It has a whole filling at once, whose activations would stay all the while that the
-        micro-batches pass through the stages: 16 GB for 16B with 24 sequences a device.
+        micro-batches pass through the stages: 9 GB for 16B with 24 sequences (docs/scale.md).
         """
         graph, params = nnx.split(block)
 

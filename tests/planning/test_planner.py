@@ -1,11 +1,13 @@
 """The planner counts the state by its shards, takes what fits, and refuses with the numbers."""
 
 import dataclasses
+import json
 import math
 
 import jax
 import pytest
 
+from benchmarks import pipelines
 from configs import dsmoe_2b, dsmoe_16b, dsmoe_145b
 from dsmoe_jax.config import from_config_dict, replace
 from dsmoe_jax.hardware.chips import CHIPS
@@ -171,6 +173,16 @@ def test_stages_are_counted_by_the_shards_and_their_ticks():
     few = planner.estimate(config, state, sizes, 72, schedule=Schedule(12))
     assert few.memory["activations kept"] < once.memory["activations kept"] / 4
     assert few.idle == pytest.approx(2 / 14)
+
+
+def test_memory_of_stages_is_near_what_the_compiler_takes():
+    """16B and 145B as they were compiled; without gathered experts, or leading layers, less."""
+    reports = [json.loads(line) for line in pipelines.RESULTS.read_text().splitlines()]
+    in_stages = [report for report in reports if report["mesh"]["stage"] > 1]
+    assert {report["config"] for report in in_stages} == {"dsmoe_16b", "dsmoe_145b"}
+    for report in in_stages:
+        plan = pipelines.estimate(pipelines.changed(report), report["mesh"])
+        assert plan.used == pytest.approx(report["used_gb"], rel=0.08), report["config"]
 
 
 def test_stages_are_proposed_where_the_network_is_slow(monkeypatch):
